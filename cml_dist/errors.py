@@ -1,0 +1,59 @@
+"""Errors a user can act on: each is one line that names the thing, the value and the remedy.
+
+The command line prints ``error: <what>; <remedy>`` and exits with ``exit_code``; a traceback is kept for
+faults of ours. Raise the nearest subclass; never print and exit from the inside.
+"""
+
+from __future__ import annotations
+
+
+class CmlError(Exception):
+    """A fault with a known remedy.
+
+    Args:
+        what: the thing and its value, e.g. ``"domain.ways is 50, but split 'val' has 16 classes"``.
+        remedy: what to do, as an imperative, e.g. ``"lower domain.ways to at most 16"``.
+    """
+
+    exit_code = 1
+    everywhere = False
+    """Whether every rank raises it alike, so that rank 0 alone needs to speak."""
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        self.what = " ".join(str(what).split())
+        self.remedy = " ".join(str(remedy).split())
+        super().__init__(f"{self.what}; {self.remedy}" if self.remedy else self.what)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.what, self.remedy)
+
+
+class ConfigError(CmlError):
+    """The configuration or the command line cannot be used."""
+
+    exit_code = 2
+    everywhere = True
+
+
+class DataError(CmlError):
+    """Shards, images or classes are missing, damaged or too few."""
+
+
+class ModelError(CmlError):
+    """The network is unknown, does not fit the data, or cannot be differentiated twice."""
+
+
+class CheckpointError(CmlError):
+    """A checkpoint or run folder is damaged, belongs to another run, or cannot be written."""
+
+
+class WorldError(CmlError):
+    """The processes that run are not those that were asked for."""
+
+    everywhere = True
+
+
+class TrainingError(CmlError):
+    """Training cannot go on, e.g. too many non-finite meta-gradients in a row."""
+
+    everywhere = True

@@ -1,0 +1,105 @@
+"""The one module that is ever wrapped: its forward is a whole meta-step, its backward hands over finished values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from cml_dist.meta.gradient import meta_gradient
+from cml_dist.meta.problem import Method, Problem
+from cml_dist.types import Episode, Params
+
+
+class MetaModel(nn.Module):
+    """Owns psi, theta and phi, and streams a rank's episodes through :func:`meta_gradient`.
+
+    DDP (and later DeepSpeed) see an ordinary module: one forward, one backward, one reduction a meta-step. They need to
+    know nothing of the inner loop, and no autograd graph outlives an episode.
+
+    Args:
+        net: a :class:`cml_dist.nets.network.CmlNet` with its initial values.
+        loss, score: the domain's, see :class:`Problem`.
+        method: what the meta-gradient is.
+        engine: how it is computed, ``graph`` or ``adjoint``.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        score: Callable[[Tensor, Tensor], Tensor],
+        method: Method,
+        engine: str,
+    ) -> None:
+        super().__init__()
+        named = dict(net.named_parameters())
+        self.names: tuple[str, ...] = tuple(named)
+        # A flat list, and the network outside the module tree: no hook of a wrapper ever meets the inner loop.
+        self.values = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in named.values())
+        self.constant_names: tuple[str, ...] = tuple(n for n, _ in net.named_buffers())
+        for number, (_, buffer) in enumerate(net.named_buffers()):
+            self.register_buffer(f"constant_{number}", buffer.detach().clone())
+        self._problem = (Problem(net, loss, score, {}),)
+        self.method = method
+        self.engine = engine
+
+    @property
+    def problem(self) -> Problem:
+        """The network's loss as a function of parameters, with the constants on this module's device."""
+        (problem,) = self._problem
+        problem.buffers = {n: getattr(self, f"constant_{i}") for i, n in enumerate(self.constant_names)}
+        return problem
+
+    def params(self) -> Params:
+        """psi, theta and phi by canonical name, as values that share storage with this module's parameters."""
+        return {n: p.detach() for n, p in zip(self.names, self.values, strict=True)}
+
+    def forward(
+        self, episodes: Iterable[Episode], weight: float, diagnose: frozenset[int] = frozenset()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of the episodes' outer losses, whose backward delivers the weighted sum of meta-gradients.
+
+        Args:
+            episodes: this rank's, prepared, on this module's device; may be empty.
+            weight: of each episode (for a mean over B episodes reduced by averaging over N ranks: N / B).
+            diagnose: indices of the episodes whose gradient cosine is wanted.
+
+        Returns:
+            (loss, sums): a scalar; and by term the ``[2]`` float64 tensor of its sum over the episodes and its count.
+
+        Cost: memory of one episode, whatever their number. Collective: none (the wrapper's backward reduces).
+        """
+        problem, params = self.problem, self.params()
+        totals = [torch.zeros_like(p) for p in self.values]
+        loss = torch.zeros((), dtype=torch.float64, device=totals[0].device)
+        sums: dict[str, Tensor] = {}
+        for episode in episodes:
+            one = meta_gradient(
+                params, episode, problem, self.method, self.engine, diagnose=episode.index in diagnose
+            )
+            for total, name in zip(totals, self.names, strict=True):
+                total.add_(one.grads[name], alpha=weight)
+            for term, value in one.terms.items():
+                now = torch.stack([value.double(), torch.ones_like(value, dtype=torch.float64)])
+                sums[term] = sums[term] + now if term in sums else now
+        if "outer_loss" in sums:
+            loss = loss + weight * sums["outer_loss"][0]
+        if "colearner_loss" in sums and self.method.gamma:
+            loss = loss + weight * self.method.gamma * sums["colearner_loss"][0]
+        return _Deliver.apply(loss.to(totals[0]), totals, *self.values), sums
+
+
+class _Deliver(torch.autograd.Function):
+    """A loss whose gradient is already known: backward gives each parameter its finished value."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, grads: list[Tensor], *values: Tensor) -> Tensor:
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        grads, ctx.grads = ctx.grads, None
+        return None, None, *(g * scale.to(g) for g in grads)

@@ -1,0 +1,68 @@
+"""The objects that flow between the rooms. Plain data; torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""Parameters by canonical name, e.g. ``body.block1.conv.weight``; the order is the network's own."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs with their targets.
+
+    Attributes:
+        inputs: ``[N, ...]``; uint8 images before ``Domain.prepare``, floating point after it.
+        targets: ``[N]`` int64 class numbers, or ``[N, D]`` floating point values for regression.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One few-shot task: a pure function of (seed, split, index).
+
+    Attributes:
+        support: what the inner loop adapts on (S_i in the paper).
+        query: what the adapted learner is judged on (Q_i).
+        split: ``"train"``, ``"val"`` or ``"test"``.
+        index: the global number of the episode within its split.
+        context: tensors that all examples share (e.g. a graph); empty for images.
+    """
+
+    support: Batch
+    query: Batch
+    split: str
+    index: int
+    context: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Episode:
+        return replace(
+            self,
+            support=self.support.to(device),
+            query=self.query.to(device),
+            context={name: value.to(device, non_blocking=True) for name, value in self.context.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a backbone gives to the heads.
+
+    Attributes:
+        tap: what the co-learner reads, before pooling: map ``[N, C, H, W]``, tokens ``[N, T, C]`` or vector ``[N, D]``.
+        pooled: what the head (meta-learner) reads: ``[N, D]``.
+    """
+
+    tap: Tensor
+    pooled: Tensor

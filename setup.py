@@ -1,0 +1,64 @@
+"""Package metadata; settings of the tools are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+README = ROOT / "README.md"
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "cml_dist" / "__init__.py").read_text(encoding="utf-8"), re.M)
+
+# Only what the code imports itself. The bounds are the oldest releases with the calls that it uses.
+REQUIREMENTS = [
+    "accelerate>=1.0",
+    "fsspec>=2023.10",
+    "matplotlib>=3.8",
+    "numpy>=1.26",
+    "pillow>=10.1",
+    "pydantic>=2.7",
+    "pyyaml>=6.0.1",
+    "rich>=13.7",
+    "safetensors>=0.4.3",
+    "timm>=1.0.9",
+    "torch>=2.4",
+    "webdataset>=0.2.86",
+]
+TEST_REQUIREMENTS = [
+    "pytest>=8.2",
+    "pytest-timeout>=2.3",
+    "ruff>=0.6",
+]
+
+setup(
+    name="cml-dist",
+    version=VERSION.group(1),
+    description="Distributed Cooperative Meta-Learning: exact second-order MAML with a co-learner",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="meta-learning few-shot maml cooperative-meta-learning distributed pytorch accelerate",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    # The recipes live in configs/recipes and are installed as data of cml_dist.recipes (see config/recipes.py).
+    packages=[*find_packages(include=["cml_dist", "cml_dist.*"]), "cml_dist.recipes"],
+    package_dir={"cml_dist.recipes": "configs/recipes"},
+    package_data={"cml_dist": ["py.typed"], "cml_dist.recipes": ["*.yaml"]},
+    include_package_data=False,
+    zip_safe=False,
+    install_requires=REQUIREMENTS,
+    extras_require={"test": TEST_REQUIREMENTS},
+    entry_points={"console_scripts": ["cml-dist = cml_dist.cli:main"]},
+)
