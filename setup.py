@@ -12,6 +12,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "cml_dist" / "__init__.py
 # Only what the code imports itself. The bounds are the oldest releases with the calls that it uses.
 REQUIREMENTS = [
     "accelerate>=1.0",
+    "fonttools>=4.43",
     "fsspec>=2023.10",
     "matplotlib>=3.8",
     "numpy>=1.26",
@@ -28,6 +29,7 @@ TEST_REQUIREMENTS = [
     "pytest>=8.2",
     "pytest-timeout>=2.3",
     "ruff>=0.6",
+    "setuptools>=77",
 ]
 
 setup(

@@ -88,7 +88,7 @@ def outer_gradient(
 
 
 def _cosine_of_parts(total: Params, co: Params, gamma: float) -> Tensor:
-    """Cosine in psi of the meta-learner's gradient (total - gamma * co) and the co-learner's: the paper's diagnostic."""
+    """Cosine in psi of the meta-learner's gradient (total - gamma * co) and the co-learner's (a diagnostic)."""
     g_co = torch.cat([g.flatten() for g in co.values()])
     g_meta = torch.cat([total[n].flatten() for n in co]) - gamma * g_co
     return torch.nn.functional.cosine_similarity(g_meta, g_co, dim=0)
@@ -98,9 +98,7 @@ def _cosine_of_parts(total: Params, co: Params, gamma: float) -> Tensor:
 # An engine: (params, rates, support loss, steps) -> (theta_K as values, pull back).
 
 
-def graph(
-    params: Params, rates: Mapping[str, float], loss: SupportLoss, steps: int
-) -> tuple[Params, PullBack]:
+def graph(params: Params, rates: Mapping[str, float], loss: SupportLoss, steps: int) -> tuple[Params, PullBack]:
     """Autograd through the unrolled loop: the oracle, and the fastest where K graphs fit into memory."""
     start = detached(params, requires_grad=True)
     current = start
@@ -114,9 +112,7 @@ def graph(
     return detached(adapted), pull_back
 
 
-def adjoint(
-    params: Params, rates: Mapping[str, float], loss: SupportLoss, steps: int
-) -> tuple[Params, PullBack]:
+def adjoint(params: Params, rates: Mapping[str, float], loss: SupportLoss, steps: int) -> tuple[Params, PullBack]:
     """Keep theta_0..theta_K as values; then, backwards, recompute one step at a time and pull through it alone.
 
     For k = K-1..0: lambda_k = (d theta_{k+1} / d theta_k)^T lambda_{k+1}, which for SGD is lambda - alpha * H_k lambda.
@@ -133,9 +129,7 @@ def adjoint(
     return path[-1], pull_back
 
 
-def first_order(
-    params: Params, rates: Mapping[str, float], loss: SupportLoss, steps: int
-) -> tuple[Params, PullBack]:
+def first_order(params: Params, rates: Mapping[str, float], loss: SupportLoss, steps: int) -> tuple[Params, PullBack]:
     """Inner gradients as constants: the pull back is the identity (FOMAML)."""
     return inner_loop(params, rates, loss, steps)[-1], lambda outer: outer
 
@@ -156,6 +150,4 @@ def _vector_jacobian(after: Params, before: Params, rates: Mapping[str, float], 
         materialize_grads=True,
     )
     through = dict(zip(used, pulled, strict=True))
-    return {
-        n: through[n] if n in rates else outer[n] + through[n] if n in through else outer[n] for n in before
-    }
+    return {n: through[n] if n in rates else outer[n] + through[n] if n in through else outer[n] for n in before}

@@ -76,9 +76,7 @@ class MetaModel(nn.Module):
         loss = torch.zeros((), dtype=torch.float64, device=totals[0].device)
         sums: dict[str, Tensor] = {}
         for episode in episodes:
-            one = meta_gradient(
-                params, episode, problem, self.method, self.engine, diagnose=episode.index in diagnose
-            )
+            one = meta_gradient(params, episode, problem, self.method, self.engine, diagnose=episode.index in diagnose)
             for total, name in zip(totals, self.names, strict=True):
                 total.add_(one.grads[name], alpha=weight)
             for term, value in one.terms.items():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from toy import (
     BODIES,
     accuracy,
@@ -17,7 +18,6 @@ from toy import (
     plain_objective,
     relative_error,
 )
-from torch import nn
 
 from cml_dist.meta.gradient import meta_gradient
 from cml_dist.meta.inner import adapt
@@ -85,7 +85,7 @@ class _Quadratic(nn.Module):
 @pytest.mark.parametrize("engine", ["graph", "adjoint"])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_closed_form_on_a_quadratic(engine, steps):
-    """L(w; t) = 0.5 w'Hw - t'w: w' = w - a(Hw - t), so the meta-gradient is (I - aH)^K (H w_K - t_Q), plus phi's part."""
+    """L(w; t) = 0.5 w'Hw - t'w: w' = w - a(Hw - t), so the meta-gradient is (I - aH)^K (H w_K - t_Q) + phi's."""
     hessian = torch.tensor([[2.0, 0.3, 0.0], [0.3, 1.0, -0.2], [0.0, -0.2, 0.5]], dtype=torch.float64)
     support, query = (torch.tensor([v], dtype=torch.float64) for v in ([0.2, 1.0, -1.0], [1.0, 0.0, 2.0]))
 
@@ -160,7 +160,9 @@ def test_diagnosis_changes_no_bit_and_is_the_cosine(engine):
     outputs = problem.outputs(adapted, episode.query, ("meta", "co"), {})
     body = [adapted[n] for n in adapted if n.startswith("body.")]
     g_m, g_c = (
-        torch.cat([g.flatten() for g in torch.autograd.grad(cross_entropy(o, episode.query.targets), body, retain_graph=True)])
+        torch.cat(
+            [g.flatten() for g in torch.autograd.grad(cross_entropy(o, episode.query.targets), body, retain_graph=True)]
+        )
         for o in outputs
     )
     expected = (g_m @ g_c / (g_m.norm() * g_c.norm())).item()
@@ -180,7 +182,9 @@ def test_model_delivers_the_mean_over_episodes(engine):
     mean = {n: sum(g[n] for g in each) / 3 for n in params}
     delivered = dict(zip(model.names, (p.grad for p in model.values), strict=True))
     assert relative_error(delivered, mean) < 1e-12
-    losses = [plain_objective(net, {n: p.clone().requires_grad_() for n, p in params.items()}, e, method) for e in episodes]
+    losses = [
+        plain_objective(net, {n: p.clone().requires_grad_() for n, p in params.items()}, e, method) for e in episodes
+    ]
     assert loss.item() == pytest.approx(sum(x.item() for x in losses) / 3, rel=1e-12)
     assert sums["outer_loss"][1] == 3
 

@@ -1,0 +1,192 @@
+"""The command line: the only reader of argv. Imports torch only once a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cml_dist import __version__
+from cml_dist.errors import CmlError
+
+if TYPE_CHECKING:
+    from cml_dist.telemetry.console import Console
+
+DESCRIPTION = "Distributed meta-training with Cooperative Meta-Learning (CML): exact meta-gradients on many devices."
+CONFIG_HELP = "a YAML file, or the short name of a shipped recipe (glyphs, omniglot, cifar_fs, mini_imagenet, sinusoid)"
+STOPPED = 130
+"""Exit code of a run that was asked to stop and saved: the shell's own for Ctrl-C."""
+OVERRIDE_HELP = "settings that replace the file's, e.g. train.steps=2000 run.dir=runs/a (all: cml-dist config --keys)"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cml-dist",
+        description=DESCRIPTION,
+        epilog="Several processes: accelerate launch --config_file launch/accelerate/ddp.yaml -m cml_dist train CONFIG",
+    )
+    parser.add_argument("--version", action="version", version=f"cml-dist {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="meta-train, or resume the run in run.dir; then test and export")
+    train.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
+    _overrides(train)
+
+    config = commands.add_parser("config", help="check a configuration and print what would happen")
+    config.add_argument("config", metavar="CONFIG", nargs="?", help=CONFIG_HELP)
+    config.add_argument("--keys", action="store_true", help="list every setting with its meaning")
+    _overrides(config)
+
+    evaluate = commands.add_parser("eval", help="test a run: CML and CML-dagger with 95 %% intervals")
+    evaluate.add_argument("run_dir", metavar="RUN_DIR", help="the folder of a run (its run.dir)")
+    _checkpoint(evaluate)
+    _overrides(evaluate)
+
+    export = commands.add_parser("export", help="write body and head of a run as safetensors with a model card")
+    export.add_argument("run_dir", metavar="RUN_DIR", help="the folder of a run (its run.dir)")
+    export.add_argument("--to", metavar="DIR", help="where to write (default: RUN_DIR/export)")
+    _checkpoint(export)
+    _overrides(export)
+
+    data = commands.add_parser("data", help="pack image sets into WebDataset shards, and look at them")
+    kinds = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    pack = kinds.add_parser("pack", help="pack a folder or zip of images into shards")
+    pack.add_argument("source", metavar="SOURCE", help="a folder, zip or tar.gz of images")
+    pack.add_argument("dest", metavar="DEST", help="the folder to make; it must not exist")
+    pack.add_argument("--layout", choices=["folders", "ravi", "cifar100", "omniglot"], help="default: recognised")
+    pack.add_argument(
+        "--splits",
+        metavar="WHICH",
+        help="folder of train.txt, val.txt and test.txt with class paths; for cifar100: cifar_fs or fc100",
+    )
+    pack.add_argument("--image-size", type=int, metavar="PIXELS", help="height and width to store (default: as found)")
+    pack.add_argument("--channels", type=int, choices=[1, 3], help="1 for grey, 3 for RGB (default: as found)")
+    pack.add_argument("--name", help="name of the set (default: that of SOURCE)")
+    inspect = kinds.add_parser("inspect", help="print a table of a packed set and draw a few of its episodes")
+    inspect.add_argument("dir", metavar="DIR", help="folder or URL of a packed set, or 'glyphs'")
+    inspect.add_argument("--sheet", metavar="PNG", help="where the contact sheet goes (default: ./contact-sheet.png)")
+    inspect.add_argument("--episodes", type=int, default=3, metavar="N", help="episodes to draw (default 3)")
+    return parser
+
+
+def _overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDE_HELP)
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        metavar="WHICH",
+        help="best (by validation), last, or a kept step (default best)",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    rank = int(os.environ.get("RANK", 0))
+    from cml_dist.telemetry.console import Console, console_for
+
+    console = console_for(rank)
+    try:
+        return COMMANDS[args.command](args, console) or 0
+    except CmlError as error:
+        if rank == 0 or not error.everywhere:
+            Console().error(error.what if rank == 0 else f"rank {rank}: {error.what}", error.remedy)
+        return _leave(error.exit_code)
+    except KeyboardInterrupt:
+        console.warn("Interrupted; the last checkpoint is whole, and the same command resumes from it")
+        return _leave(STOPPED)
+    except OSError as error:
+        Console().error(
+            f"{error.filename or 'a file'}: {error.strerror or error}", "mend it, then run the same command"
+        )
+        return _leave(1)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        return _leave(1)
+
+
+def _leave(code: int) -> int:
+    """End at once where other ranks wait: a process group that is torn down in order would wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(code)
+    return code
+
+
+# --------------------------------------------------------------------------- commands
+
+
+# Each returns None, or an exit code.
+
+
+def _train(args: argparse.Namespace, console: Console) -> int:
+    from cml_dist.config.load import load_config
+
+    config = load_config(args.config, args.overrides)
+    from cml_dist.run.trainer import train
+
+    # Stopped and saved is not finished: a script that goes on with `&&` must be able to tell.
+    return 0 if train(config, console).finished else STOPPED
+
+
+def _config(args: argparse.Namespace, console: Console) -> None:
+    from cml_dist.config.load import dump_config, load_config, valid_keys
+    from cml_dist.config.plan import expected_processes, make_plan, plan_rows
+
+    if args.keys:
+        console.table("Settings", ("key", "meaning"), list(valid_keys().items()))
+        return
+    if args.config is None:
+        raise CmlError("no configuration was named", "cml-dist config CONFIG, or cml-dist config --keys")
+    config = load_config(args.config, args.overrides)
+    console.header("cml-dist config", plan_rows(config, make_plan(config, expected_processes(config))))
+    print(dump_config(config), end="")
+
+
+def _eval(args: argparse.Namespace, console: Console) -> None:
+    from cml_dist.run.finished import evaluate_run
+
+    evaluate_run(args.run_dir, args.overrides, args.checkpoint, console)
+
+
+def _export(args: argparse.Namespace, console: Console) -> None:
+    from cml_dist.run.finished import export_again
+
+    export_again(args.run_dir, args.overrides, args.checkpoint, args.to, console)
+
+
+def _data(args: argparse.Namespace, console: Console) -> None:
+    if args.data_command == "pack":
+        from cml_dist.telemetry.preparing import preparing
+        from cml_dist.tools.pack import pack
+
+        with preparing(console) as progress:
+            made = pack(
+                args.source,
+                args.dest,
+                layout=args.layout,
+                splits=args.splits,
+                image_size=args.image_size,
+                channels=args.channels,
+                name=args.name,
+                progress=progress,
+            )
+        console.note(f"Packed into {made}")
+    else:
+        from cml_dist.tools.inspect import inspect
+
+        inspect(args.dir, sheet=args.sheet or "contact-sheet.png", num_episodes=args.episodes)
+
+
+COMMANDS = {"train": _train, "config": _config, "eval": _eval, "export": _export, "data": _data}
+
+if __name__ == "__main__":
+    sys.exit(main())

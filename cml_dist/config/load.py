@@ -1,0 +1,169 @@
+"""From YAML and ``key=value`` overrides to a checked, frozen :class:`RunConfig`; the only reader of such files."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cml_dist.config import schema
+from cml_dist.config.recipes import find_recipe
+from cml_dist.config.schema import RunConfig
+from cml_dist.errors import ConfigError
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe by path or short name and apply ``key=value`` overrides.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (with the nearest valid one), or a value out of range.
+    """
+    return parse_config(merge(read_yaml(find_recipe(path)), overrides), source=str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no valid YAML: {error}", "correct the file at that place") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds no mapping of sections", "start from a file in configs/recipes")
+    return data
+
+
+def merge(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """``data`` with ``section.key=value`` assignments applied; values are read as YAML."""
+    merged = _copied(data)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key or any(not part for part in key.split(".")):
+            raise ConfigError(
+                f"override {override!r} is not of the form section.key=value", "write e.g. train.steps=1000"
+            )
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of {override!r} is no valid YAML", "quote it for your shell") from error
+        *sections, last = key.split(".")
+        target = merged
+        for depth, section in enumerate(sections):
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(
+                    f"override {override!r}: {'.'.join(sections[: depth + 1])} is a value, not a section",
+                    f"set it whole: {'.'.join(sections[: depth + 1])}=...",
+                )
+        if isinstance(target.get(last), dict) and not isinstance(value, dict):
+            raise ConfigError(f"override {override!r}: {key} is a section", f"set one of its keys, e.g. {key}.name=...")
+        target[last] = value
+    return merged
+
+
+def _copied(value: Any) -> Any:
+    return {k: _copied(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def parse_config(data: Mapping[str, Any], source: str = "configuration") -> RunConfig:
+    """The checked configuration in plain ``data``; every fault in one ConfigError."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        faults = [_fault(e) for e in error.errors()]
+        raise ConfigError(
+            f"{source}: " + "; ".join(what for what, _ in faults),
+            "; ".join(dict.fromkeys(remedy for _, remedy in faults if remedy)),
+        ) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML that :func:`load_config` reads back to the same."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as ``section.key`` -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+# --------------------------------------------------------------------------- messages
+
+
+def _fault(error: Mapping[str, Any]) -> tuple[str, str]:
+    """(what, remedy) of one pydantic error."""
+    # The tag of a discriminated union ("glyphs") stands in the location; users never wrote it.
+    loc = [str(part) for part in error["loc"]]
+    if len(loc) > 1 and loc[0] == "domain" and loc[1] in _DOMAINS:
+        tag = loc.pop(1)
+    else:
+        tag = None
+    key = ".".join(loc)
+    value = error.get("input")
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, valid_keys(tag), n=1, cutoff=0.5)
+        return f"{key} is not a setting" + (f" of domain {tag}" if tag else ""), (
+            f"did you mean {near[0]}?" if near else "see cml-dist config --keys"
+        )
+    if error["type"] == "missing":
+        return f"{key} is not set", f"add {key}=..."
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        name = value.get("name") if isinstance(value, Mapping) else value
+        near = difflib.get_close_matches(str(name), _DOMAINS, n=1)
+        return f"domain.name is {name!r}", f"use one of {', '.join(_DOMAINS)}" + (
+            f" (nearest: {near[0]})" if near else ""
+        )
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{key} is {value!r}, but it is a section", f"set its keys, e.g. {key}.name=..."
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key}: {message}", ""
+    near = difflib.get_close_matches(str(value), _literals(error), n=1)
+    remedy = message[:1].lower() + message[1:]
+    remedy = remedy.replace("input should", f"{key} should", 1)
+    return f"{key} is {value!r}", remedy + (f" (nearest: {near[0]})" if near else "")
+
+
+def _literals(error: Mapping[str, Any]) -> list[str]:
+    expected = error.get("ctx", {}).get("expected", "")
+    return [part.strip(" '\"") for part in str(expected).replace(" or ", ",").split(",")] if expected else []
+
+
+_DOMAINS: dict[str, type[BaseModel]] = {
+    "glyphs": schema.GlyphsConfig,
+    **{name: schema.ImagesConfig for name in ("images", "omniglot", "cifar_fs", "fc100", "mini_imagenet")},
+    "sinusoid": schema.SinusoidConfig,
+}
+
+
+def valid_keys(domain: str | None = None) -> dict[str, str]:
+    """Every setting as ``section.key`` -> its description, with those of one domain (default: of all)."""
+    keys: dict[str, str] = {}
+    for name, model in _DOMAINS.items():
+        if domain in (None, name):
+            keys.update(_keys(model, "domain."))
+    for name, info in RunConfig.model_fields.items():
+        if name != "domain":
+            keys.update(_keys(info.annotation, f"{name}."))
+    return keys
+
+
+def _keys(model: Any, prefix: str) -> dict[str, str]:
+    keys: dict[str, str] = {}
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys.update(_keys(info.annotation, f"{prefix}{name}."))
+        else:
+            keys[f"{prefix}{name}"] = info.description or ""
+    return keys

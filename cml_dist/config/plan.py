@@ -1,0 +1,114 @@
+"""What will happen here: the configuration resolved against a world of processes. No torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cml_dist.config.schema import RunConfig
+from cml_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The decisions that a configuration and a world imply; printed and saved with the run.
+
+    Attributes:
+        processes: the world size N.
+        episodes_by_rank: episodes of a meta-step that each rank runs.
+        engine: how the meta-gradient is computed.
+        strategy: ``single`` or ``ddp``.
+        steps, episodes: meta-steps of the whole run, and training episodes in all.
+        validations: how often the run validates.
+        inner_steps, test_inner_steps: gradient steps on a support set, in training and at test.
+    """
+
+    processes: int
+    strategy: str
+    engine: str
+    episodes_by_rank: tuple[int, ...]
+    steps: int
+    episodes: int
+    validations: int
+    checkpoints: int
+    inner_steps: int
+    test_inner_steps: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def share(total: int, rank: int, world: int) -> range:
+    """The slice of ``range(total)`` that a rank takes: contiguous, sizes differ by at most one."""
+    base, extra = divmod(total, world)
+    first = rank * base + min(rank, extra)
+    return range(first, first + base + (rank < extra))
+
+
+def make_plan(config: RunConfig, processes: int) -> RunPlan:
+    """Resolve ``config`` for a world of ``processes``.
+
+    Raises:
+        ConfigError: a strategy that this world cannot carry.
+    """
+    strategy = config.parallel.strategy
+    if strategy == "auto":
+        strategy = "ddp" if processes > 1 else "single"
+    if strategy == "single" and processes > 1:
+        raise ConfigError(
+            f"parallel.strategy is single, but {processes} processes run",
+            "set parallel.strategy=ddp, or launch one process",
+        )
+    engine = config.engine.name
+    if engine == "auto":
+        # One inner step has one graph: nothing to save. More steps: memory stays flat, for one more pass a step.
+        engine = "graph" if config.method.inner_steps <= 1 else "adjoint"
+    steps, every = config.train.steps, config.eval.every
+    batch = config.train.episodes_per_step
+    test_steps = config.eval.inner_steps
+    return RunPlan(
+        processes=processes,
+        strategy=strategy,
+        engine=engine if config.method.order == 2 else "first order (no second pass)",
+        episodes_by_rank=tuple(len(share(batch, rank, processes)) for rank in range(processes)),
+        steps=steps,
+        episodes=steps * batch,
+        validations=(steps // every + (steps % every > 0)) if every else 1,
+        checkpoints=steps // config.checkpoint.every + (steps % config.checkpoint.every > 0),
+        inner_steps=config.method.inner_steps,
+        test_inner_steps=config.method.inner_steps if test_steps is None else test_steps,
+    )
+
+
+def expected_processes(config: RunConfig) -> int:
+    """The world that ``cml-dist config`` plans for: asked for, else launched, else one process."""
+    return config.parallel.processes or int(os.environ.get("WORLD_SIZE", 1))
+
+
+def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
+    """The plan in words, for people."""
+    method = config.method
+    batch = config.train.episodes_per_step
+    each = sorted(set(plan.episodes_by_rank), reverse=True)
+    steps = f"{plan.inner_steps} inner step{'s' * (plan.inner_steps != 1)} of {method.inner_lr:g}"
+    return {
+        "run": f"{config.run.dir} (seed {config.run.seed})",
+        "domain": _domain_words(config),
+        "model": config.model.backbone + (f", co-learner depth {config.model.colearner.depth}" if method.gamma else ""),
+        "method": f"{method.name}: {steps}, gamma {method.gamma:g}, order {method.order}",
+        "engine": plan.engine,
+        "world": f"{plan.processes} process{'es' * (plan.processes != 1)} ({plan.strategy}), "
+        f"{batch} episodes a meta-step: {' or '.join(map(str, each))} a process",
+        "training": f"{plan.steps:,} meta-steps of {config.optim.name} at {config.optim.lr:g}, "
+        f"{plan.episodes:,} episodes",
+        "validation": f"{plan.validations} x {config.eval.val_episodes} episodes; {plan.checkpoints} checkpoints",
+        "test": f"{config.eval.episodes} episodes of {config.eval.split}, {plan.test_inner_steps} inner steps",
+    }
+
+
+def _domain_words(config: RunConfig) -> str:
+    domain = config.domain
+    if domain.name == "sinusoid":
+        return f"sinusoid, {domain.shots} support and {domain.queries} query points"
+    return f"{domain.name}, {domain.ways}-way {domain.shots}-shot, {domain.queries} queries a class"

@@ -1,0 +1,305 @@
+"""Every setting of a run: typed, frozen, with its range, unit and default.
+
+Unknown keys are refused with the nearest valid name (``load.py``). Nothing here imports torch, so that
+``cml-dist config`` and ``--help`` answer at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# --------------------------------------------------------------------------- domain
+
+
+class AugmentConfig(Section):
+    """Changes to training images, drawn from the episode's own generator (val and test are never changed)."""
+
+    flip: bool = Field(False, description="mirror each image left-right with probability 1/2")
+    crop_padding: int = Field(
+        0, ge=0, le=64, description="pad by this many pixels (reflected), then crop back at random"
+    )
+    rotate_classes: bool = Field(
+        False, description="each class turned by 90, 180, 270 degrees is a class of its own (Omniglot)"
+    )
+
+
+class ImageSettings(Section):
+    """What all image domains share."""
+
+    ways: int = Field(5, ge=2, le=1000, description="classes in an episode (N)")
+    shots: int = Field(1, ge=1, le=1000, description="support examples a class (K)")
+    queries: int = Field(15, ge=1, le=1000, description="query examples a class")
+    mean: tuple[float, ...] | None = Field(
+        None, description="per channel, of pixels in 0..1; null: measured on the training split when packed"
+    )
+    std: tuple[float, ...] | None = Field(
+        None, description="per channel, of pixels in 0..1; null: measured on the training split when packed"
+    )
+    augment: AugmentConfig = AugmentConfig()
+    memory_gib: float = Field(
+        4.0,
+        ge=0,
+        description="keep a decoded split in memory (uint8, each process) up to this size, GiB; else decode in workers",
+    )
+    workers: int = Field(
+        0, ge=0, le=64, description="processes a rank that prepare episodes ahead; 0: in the training process"
+    )
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and min(value, default=1.0) <= 0:
+            raise ValueError("each std must be above 0")
+        return value
+
+
+class GlyphsConfig(ImageSettings):
+    """Characters of many scripts rendered from matplotlib's fonts: 28x28 grey, 20 per class, nothing to download."""
+
+    name: Literal["glyphs"]
+    root: str | None = Field(None, description="where the rendered shards are kept; null: the user's cache folder")
+
+
+class ImagesConfig(ImageSettings):
+    """A packed image set: a folder or URL written by ``cml-dist data pack``."""
+
+    name: Literal["images", "omniglot", "cifar_fs", "fc100", "mini_imagenet"]
+    root: str = Field(description="folder or URL of the packed set (cml-dist data pack SOURCE DEST)")
+    cache: str | None = Field(None, description="where shards of a remote root are kept; null: the user's cache folder")
+
+
+class SinusoidConfig(Section):
+    """Regression on y = A sin(x - phase): A in [0.1, 5], phase in [0, pi], x in [-5, 5] (paper, section 5.1)."""
+
+    name: Literal["sinusoid"]
+    shots: int = Field(10, ge=1, le=10_000, description="support points (K)")
+    queries: int = Field(10, ge=1, le=10_000, description="query points")
+    noise: float = Field(0.0, ge=0, description="standard deviation of Gaussian noise on the targets")
+    workers: int = Field(0, ge=0, le=64, description="processes a rank that prepare episodes ahead")
+
+
+DomainConfig = Annotated[GlyphsConfig | ImagesConfig | SinusoidConfig, Field(discriminator="name")]
+
+
+# --------------------------------------------------------------------------- model and method
+
+
+class ColearnerConfig(Section):
+    """The second head: not adapted, reads the adapted pre-pool features, deleted after training."""
+
+    depth: int = Field(
+        2, ge=0, le=4, description="blocks before its output layer (paper: 2 conv blocks; 0 is a bare FC)"
+    )
+    width: int = Field(
+        64, ge=1, le=65536, description="channels (or units) of each block; conv4 and mlp use their own width"
+    )
+
+
+class ModelConfig(Section):
+    """The network: backbone (psi) + head (theta) + co-learner (phi)."""
+
+    backbone: str = Field("conv4", min_length=1, description="conv4, mlp, or any timm model by name, e.g. resnet18")
+    pretrained: bool | str = Field(
+        False, description="timm backbones: true for the published weights, or the path of a local weight file"
+    )
+    filters: int = Field(64, ge=1, le=4096, description="conv4: channels of each block")
+    hidden: tuple[int, ...] = Field((40, 40), min_length=1, description="mlp: units of each hidden layer")
+    norm: Literal["batch", "frozen"] = Field(
+        "batch",
+        description="BatchNorm: 'batch' statistics of the examples at hand (transductive, as in the paper), or the 'frozen' running statistics of pre-trained weights",
+    )
+    colearner: ColearnerConfig = ColearnerConfig()
+
+
+class MethodConfig(Section):
+    """What a meta-gradient is (paper, eq. 5-7)."""
+
+    name: Literal["cml", "maml", "fomaml"] = Field(
+        "cml", description="cml; maml: no co-learner; fomaml: maml with order 1"
+    )
+    inner_steps: int = Field(1, ge=0, le=1000, description="gradient steps on the support set (M)")
+    inner_lr: float = Field(0.01, gt=0, le=100, description="step size of the inner loop for body and head (alpha)")
+    head_lr: float | None = Field(
+        None, ge=0, le=100, description="step size of the inner loop for the head alone; null: inner_lr"
+    )
+    body_lr: float | None = Field(
+        None, ge=0, le=100, description="step size of the inner loop for the body alone; null: inner_lr"
+    )
+    gamma: float | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="weight of the co-learner's loss in the outer loss (eq. 6); 0 is MAML; null: 1 for cml, 0 else",
+    )
+    order: Literal[1, 2] | None = Field(
+        None, description="2: exact, through the inner loop; 1: first order; null: as the method's name says"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: object) -> object:
+        """The name sets what is not said; what contradicts it is refused below."""
+        if isinstance(data, dict):
+            name = data.get("name", "cml")
+            preset = {"cml": (1.0, 2), "maml": (0.0, 2), "fomaml": (0.0, 1)}.get(name, (None, None))
+            data = dict(data)
+            for key, value in zip(("gamma", "order"), preset, strict=True):
+                if data.get(key) is None:
+                    data[key] = value
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MethodConfig:
+        if self.name != "cml" and self.gamma:
+            raise ValueError(
+                f"gamma is {self.gamma}, but method.name {self.name} has no co-learner: set method.name=cml, or gamma=0"
+            )
+        if self.name == "fomaml" and self.order != 1:
+            raise ValueError("order is 2, but method.name fomaml is first order: set method.name=maml, or order=1")
+        return self
+
+
+class EngineConfig(Section):
+    """How the meta-gradient is computed; the value is the same for all."""
+
+    name: Literal["auto", "graph", "adjoint"] = Field(
+        "auto",
+        description="graph: unrolled loop, fastest where it fits; adjoint: memory flat in inner steps; auto: graph for 1 step, else adjoint",
+    )
+
+
+# --------------------------------------------------------------------------- optimisation
+
+
+class OptimConfig(Section):
+    """The outer optimizer on psi, theta and phi (eq. 7)."""
+
+    name: Literal["sgd", "adam", "adamw"] = Field("adam")
+    lr: float = Field(1e-3, gt=0, le=100, description="outer step size (after warm-up)")
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="adam and adamw only")
+    eps: float = Field(1e-8, gt=0, description="adam and adamw only")
+    weight_decay: float = Field(
+        0.0, ge=0, le=10, description="on weights of 2 and more dimensions; never on biases, norms and other vectors"
+    )
+    schedule: Literal["constant", "cosine", "linear", "step"] = Field(
+        "constant", description="of the outer step size over train.steps, after warm-up"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps in which the outer step size rises linearly from 0")
+    final_lr_factor: float = Field(0.0, ge=0, le=1, description="cosine and linear: last step size as a fraction of lr")
+    step_every: int = Field(10_000, ge=1, description="step: meta-steps between two decays")
+    step_factor: float = Field(0.5, gt=0, le=1, description="step: factor of each decay")
+    clip_norm: float | None = Field(
+        None, gt=0, description="largest global L2 norm of the meta-gradient; null: no clipping"
+    )
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("each beta must lie in [0, 1)")
+        return value
+
+
+class TrainConfig(Section):
+    """The length of the run."""
+
+    steps: int = Field(30_000, ge=0, description="meta-steps")
+    episodes_per_step: int = Field(4, ge=1, le=100_000, description="episodes of a meta-step over all processes (B)")
+    max_nonfinite: int = Field(
+        10,
+        ge=1,
+        description="stop after this many steps in a row with NaN or inf in the meta-gradient (each is skipped)",
+    )
+
+
+class EvalConfig(Section):
+    """Validation during the run, and the test at its end."""
+
+    every: int = Field(500, ge=0, description="meta-steps between validations; 0: only at the end")
+    val_episodes: int = Field(200, ge=1, description="fixed episodes of the val split in each validation")
+    episodes: int = Field(
+        1000, ge=2, description="fixed episodes of the test split in the final test and in cml-dist eval"
+    )
+    split: Literal["train", "val", "test"] = Field("test", description="what cml-dist eval and the final test score on")
+    learner: Literal["meta", "co"] = Field(
+        "meta", description="whose validation score chooses the best step: meta (CML, eq. 8) or co (CML-dagger, eq. 9)"
+    )
+    co_adapt: Literal["eq9", "released"] = Field(
+        "eq9",
+        description="CML-dagger: adapt by the co-learner's support loss (eq. 9), or by the meta-learner's as in the released test script",
+    )
+    inner_steps: int | None = Field(None, ge=0, le=1000, description="inner steps at test; null: method.inner_steps")
+    seed: int = Field(0, ge=0, lt=2**32, description="chooses the val and test episodes, whatever run.seed is")
+    untrained: bool = Field(True, description="also test the untrained network, as a floor to compare with")
+    final: bool = Field(True, description="test the best step and export it when training ends")
+
+
+# --------------------------------------------------------------------------- where it runs
+
+
+class CheckpointConfig(Section):
+    """What is kept to resume from."""
+
+    every: int = Field(500, ge=1, description="meta-steps between checkpoints")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept (the best one is kept besides)")
+
+
+class ParallelConfig(Section):
+    """Who carries the meta-gradient."""
+
+    strategy: Literal["auto", "single", "ddp"] = Field(
+        "auto", description="auto: ddp on more than one process, else single"
+    )
+    processes: int | None = Field(
+        None, ge=1, description="processes that must be there; null: as many as the launcher started"
+    )
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads a process; null: the machine's cores shared out"
+    )
+    timeout_s: float = Field(600.0, gt=0, description="seconds after which a collective that does not end is a failure")
+
+
+class RunSection(Section):
+    """Where the run lives, and what makes it repeatable."""
+
+    dir: str = Field("runs/default", min_length=1, description="the run's folder; an existing run in it is resumed")
+    seed: int = Field(0, ge=0, lt=2**32, description="initial parameters and training episodes")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
+    dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and arithmetic")
+    deterministic: bool = Field(True, description="only deterministic kernels (on CPU always so)")
+    log_every: int = Field(
+        50, ge=1, description="meta-steps between lines where the output is no terminal (metrics.jsonl has every step)"
+    )
+
+
+class RunConfig(Section):
+    """The whole configuration of a run: what was asked for (what will happen is ``plan.RunPlan``)."""
+
+    domain: DomainConfig
+    model: ModelConfig = ModelConfig()
+    method: MethodConfig = MethodConfig.model_validate({})
+    engine: EngineConfig = EngineConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _has_colearner(self) -> RunConfig:
+        if self.eval.learner == "co" and self.method.name != "cml":
+            raise ValueError(
+                f"eval.learner is co, but method.name {self.method.name} has no co-learner: set eval.learner=meta"
+            )
+        return self

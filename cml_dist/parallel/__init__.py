@@ -1,0 +1,1 @@
+"""Who carries the meta-gradient: the world of processes, and the strategies."""

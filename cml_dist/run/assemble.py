@@ -1,0 +1,91 @@
+"""From a configuration to the parts of a run: data, network, meta-model. Shared by training, evaluation and export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cml_dist.config.plan import RunPlan
+from cml_dist.config.schema import MethodConfig, RunConfig
+from cml_dist.domains.base import Domain
+from cml_dist.domains.build import build_domain
+from cml_dist.meta.model import MetaModel
+from cml_dist.meta.problem import Method
+from cml_dist.nets.build import build_net
+from cml_dist.nets.guard import check_twice_differentiable
+from cml_dist.nets.network import CmlNet
+from cml_dist.parallel.world import World
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of.
+
+    Attributes:
+        net: with its initial values, on the CPU; kept for its structure (export needs it).
+        model: owns the parameters.
+    """
+
+    domain: Domain
+    net: CmlNet
+    model: MetaModel
+    dtype: torch.dtype
+
+
+def method_of(config: MethodConfig) -> Method:
+    """The numbers of the method."""
+    return Method(
+        inner_steps=config.inner_steps,
+        body_lr=config.inner_lr if config.body_lr is None else config.body_lr,
+        head_lr=config.inner_lr if config.head_lr is None else config.head_lr,
+        gamma=config.gamma or 0.0,
+        order=config.order or 2,
+    )
+
+
+def make_network(config: RunConfig, domain: Domain) -> CmlNet:
+    """The network that a configuration names, for a domain's inputs and outputs; a pure function of ``run.seed``."""
+    return build_net(
+        config.model,
+        input_shape=domain.input_shape,
+        output_dim=domain.output_dim,
+        seed=config.run.seed,
+        colearner=config.method.name == "cml",
+    )
+
+
+def assemble(
+    config: RunConfig,
+    plan: RunPlan,
+    world: World,
+    progress: Callable[[int, int, str], None] | None = None,
+    splits: Sequence[str] = (),
+) -> Parts:
+    """Build the parts on every rank; each machine's first rank goes first, to fill caches once.
+
+    Args:
+        splits: brought into memory now, so that a damaged image is found before the work starts.
+
+    Collective: all ranks, and all fail together.
+    """
+    dtype = getattr(torch, config.run.dtype)
+
+    def build() -> tuple[Domain, CmlNet]:
+        domain = build_domain(
+            config.domain,
+            train_seed=config.run.seed,
+            eval_seed=config.eval.seed,
+            progress=progress if world.local_rank == 0 else None,
+        )
+        for split in splits:
+            domain.load(split, progress if world.local_rank == 0 else None)
+        net = make_network(config, domain)
+        if world.local_rank == 0 and config.method.order == 2:
+            check_twice_differentiable(net, domain.input_shape, domain.output_dim, config.model.backbone)
+        return domain, net.to(dtype)
+
+    domain, net = world.main_first(build)
+    model = MetaModel(net, domain.loss, domain.score, method_of(config.method), plan.engine)
+    return Parts(domain, net, model, dtype)

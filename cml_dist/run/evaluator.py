@@ -1,0 +1,96 @@
+"""Scores of a learner over fixed episodes, with an interval: CML (eq. 8) and CML-dagger (eq. 9)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cml_dist.domains.base import Domain
+from cml_dist.meta.inner import adapt
+from cml_dist.meta.problem import Method, Problem
+from cml_dist.nets.network import BODY, Learner
+from cml_dist.parallel.world import World
+from cml_dist.run.stream import EpisodeStream
+from cml_dist.types import Episode, Params
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Scores of one learner.
+
+    Attributes:
+        scores: ``[episodes]`` float64, in order of episode index.
+        mean: of the scores.
+        ci95: half width of the 95 % interval of the mean (1.96 standard errors over episodes).
+    """
+
+    scores: Tensor
+
+    @property
+    def mean(self) -> float:
+        return self.scores.mean().item()
+
+    @property
+    def ci95(self) -> float:
+        n = len(self.scores)
+        return 1.96 * self.scores.std(correction=1).item() / math.sqrt(n) if n > 1 else math.nan
+
+    def summary(self) -> dict[str, float | int]:
+        return {"mean": self.mean, "ci95": self.ci95, "episodes": len(self.scores)}
+
+
+def score_episode(
+    params: Params, episode: Episode, problem: Problem, method: Method, learner: Learner, co_adapt: str = "eq9"
+) -> Tensor:
+    """Adapt on the support set, score on the query set; no second-order graph is built.
+
+    Args:
+        learner: ``meta`` adapts psi and theta and scores f_m (eq. 8); ``co`` scores f_c = (psi', phi).
+        co_adapt: for ``co``: ``eq9`` adapts psi by the co-learner's own support loss with phi frozen; ``released``
+            adapts psi and theta by the meta-learner's loss, as the authors' test script does.
+    """
+    if learner == "co" and co_adapt == "eq9":
+        adapted = adapt(params, episode, problem, method, learner="co", parts=(BODY,))
+    else:
+        adapted = adapt(params, episode, problem, method)
+    with torch.no_grad():
+        (outputs,) = problem.outputs(adapted, episode.query, (learner,), episode.context)
+        return problem.score(outputs, episode.query.targets)
+
+
+def evaluate(
+    params: Params,
+    problem: Problem,
+    method: Method,
+    domain: Domain,
+    world: World,
+    *,
+    split: str,
+    num_episodes: int,
+    learners: Sequence[Learner],
+    inner_steps: int | None = None,
+    co_adapt: str = "eq9",
+    dtype: torch.dtype = torch.float32,
+    workers: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, EvalReport]:
+    """Score each learner on episodes 0 .. num_episodes - 1 of a split, shared out over the ranks.
+
+    Each episode is scored alone, so the report is the same for any world size. Collective: all ranks.
+    """
+    if inner_steps is not None:
+        method = replace(method, inner_steps=inner_steps)
+    mine = range(world.rank, num_episodes, world.size)
+    scores = torch.zeros(len(learners), num_episodes, dtype=torch.float64)
+    stream = EpisodeStream(domain, split, mine, device=world.device, dtype=dtype, workers=workers)
+    for done, episode in enumerate(stream, start=1):
+        for row, learner in enumerate(learners):
+            scores[row, episode.index] = score_episode(params, episode, problem, method, learner, co_adapt).double()
+        if progress is not None:
+            progress(min(done * world.size, num_episodes))
+    scores = world.sum(scores.flatten()).reshape_as(scores)
+    return {learner: EvalReport(scores[row]) for row, learner in enumerate(learners)}

@@ -1,0 +1,185 @@
+"""Export: psi and theta only, as safetensors with a small JSON and a model card; phi is deleted (paper, section 3)."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cml_dist import __version__
+from cml_dist.config.schema import RunConfig
+from cml_dist.errors import CheckpointError, ModelError
+from cml_dist.meta.problem import part_of
+from cml_dist.nets.network import COLEARNER
+from cml_dist.run.assemble import Parts
+from cml_dist.run.folder import RunFolder, write_json
+from cml_dist.run.report import chosen_checkpoint
+
+WEIGHTS, TIMM_WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "timm.safetensors", "model.json", "README.md"
+FORMAT = 1
+
+
+def export_run(
+    config: RunConfig, parts: Parts, folder: RunFolder, which: str = "best", to: str | Path | None = None
+) -> Path:
+    """Write the learner of a checkpoint to a folder; returns it.
+
+    A timm backbone is written a second time under timm's own names, so that
+    ``timm.create_model(name, checkpoint_path=...)`` reads it.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or the folder cannot be written.
+    """
+    checkpoint = chosen_checkpoint(folder, which)
+    target = Path(to) if to is not None else folder.export
+    params = {n: p for n, p in checkpoint.params.items() if part_of(n) != COLEARNER}
+    # Constants too: with frozen statistics the network is not whole without them.
+    tensors = {**params, **{n: b for n, b in parts.net.named_buffers() if part_of(n) != COLEARNER}}
+    for_timm = _as_timm_model(config, parts, params)
+    tested = json.loads(folder.eval_file.read_text()) if folder.eval_file.is_file() else None
+    if tested is not None and tested["step"] != checkpoint.step:
+        tested = None  # figures of another step would be a lie
+    description = {
+        "format": FORMAT,
+        "cml_dist": __version__,
+        "backbone": config.model.backbone,
+        "timm": for_timm and for_timm[1],
+        "input_shape": list(parts.domain.input_shape),
+        "output_dim": parts.domain.output_dim,
+        "score": parts.domain.score_name,
+        "preprocessing": parts.domain.preprocessing(),
+        "inner_steps": config.method.inner_steps if config.eval.inner_steps is None else config.eval.inner_steps,
+        "body_lr": parts.model.method.body_lr,
+        "head_lr": parts.model.method.head_lr,
+        "model": config.model.model_dump(mode="json"),
+        "step": checkpoint.step,
+        "trained_on": config.domain.model_dump(mode="json"),
+        "eval": tested and {"meta": tested["meta"], "split": tested["split"], "score": tested["score"]},
+    }
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        _save_tensors(target / WEIGHTS, tensors)
+        if for_timm is not None:
+            _save_tensors(target / TIMM_WEIGHTS, for_timm[0])
+        (target / CARD).write_text(_card(config, description, params), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot export to {target}: {error.strerror}", "free space or choose another folder with --to"
+        ) from error
+    write_json(target / DESCRIPTION, description)
+    return target
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def _as_timm_model(
+    config: RunConfig, parts: Parts, params: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """(state dict, keyword arguments) of the same model in plain timm; None where it is none of timm's.
+
+    A few of timm's models have a classifier that a linear head does not fit: they have no such form either.
+    """
+    if config.model.backbone in ("conv4", "mlp"):
+        return None
+    from cml_dist.nets.timm_backbone import timm_export
+
+    try:
+        state, kwargs = timm_export(parts.net, params)
+    except ModelError:
+        return None
+    return state, {"num_classes": parts.domain.output_dim, **kwargs}
+
+
+def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tensor]) -> str:
+    """The model card."""
+    count = sum(p.numel() for p in params.values())
+    tested = description["eval"]
+    rate = f"{tested['meta']['mean']:.4f} +- {tested['meta']['ci95']:.4f}" if tested else "not tested"
+    domain = config.domain
+    task = f"{domain.ways}-way {domain.shots}-shot" if domain.name != "sinusoid" else f"{domain.shots}-point regression"
+    lines = [
+        "---",
+        "library_name: cml_dist",
+        "tags: [meta-learning, few-shot, maml]",
+        "---",
+        f"# {config.model.backbone}, meta-trained with {config.method.name.upper()} on {domain.name}",
+        "",
+        f"A learner for {task} tasks: adapt it on a few labelled examples, then predict.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| parameters (body and head; the co-learner is deleted) | {count:,} |",
+        f"| input | {' x '.join(map(str, description['input_shape']))}, {description['preprocessing'] or 'as it is'} |",
+        f"| adaptation | {description['inner_steps']} gradient steps, step size body {description['body_lr']:g}, "
+        f"head {description['head_lr']:g} |",
+        f"| {description['score']} ({tested['split'] if tested else 'test'} split, 95 % interval over episodes) "
+        f"| {rate} |",
+        f"| meta-training | {description['step']:,} meta-steps of {config.train.episodes_per_step} episodes, "
+        f"seed {config.run.seed} |",
+        "",
+        "```python",
+        "import cml_dist",
+        "",
+        'learner = cml_dist.load("path/of/this/folder")',
+        "predicted = learner.adapt(support_images, support_labels).predict(query_images)",
+        "```",
+        "",
+    ]
+    if config.model.norm == "batch":
+        lines += [
+            "BatchNorm uses the statistics of the images at hand, as in training: predict the query images of a task "
+            "together, not one by one.",
+            "",
+        ]
+    if description["timm"] is not None:
+        kwargs = "".join(f", {key}={value!r}" for key, value in description["timm"].items())
+        lines += [
+            f"`{TIMM_WEIGHTS}` holds the same model under timm's own names:",
+            "",
+            "```python",
+            f'timm.create_model("{config.model.backbone}"{kwargs}, checkpoint_path="{TIMM_WEIGHTS}")',
+            "```",
+            "",
+        ]
+        if config.model.norm == "batch":
+            lines += [
+                "Plain timm uses running statistics, which meta-training does not keep: adapt or re-estimate them.",
+                "",
+            ]
+    return "\n".join(lines)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The JSON of an exported model.
+
+    Raises:
+        CheckpointError: no exported model is there.
+    """
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} holds no exported model ({error})", "write one with cml-dist export RUN_DIR"
+        ) from error
+    if description.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} has export format {description.get('format')}, this version reads {FORMAT}", "update cml_dist"
+        )
+    return description
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """psi, theta and constants of an exported model by canonical name, on the CPU."""
+    try:
+        return load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is missing or damaged ({error})", "export the run again") from error

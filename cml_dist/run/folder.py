@@ -1,0 +1,158 @@
+"""The run folder: what is where, whose it is, and whether a configuration may go on in it."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from cml_dist.config.load import dump_config, flatten, parse_config, read_yaml
+from cml_dist.config.schema import RunConfig
+from cml_dist.errors import CheckpointError, CmlError
+
+FREE_KEYS = (
+    "run.dir",
+    "run.device",
+    "run.log_every",
+    "parallel.",
+    "engine.",
+    "checkpoint.",
+    "domain.root",
+    "domain.cache",
+    "domain.memory_gib",
+    "domain.workers",
+    "train.max_nonfinite",
+    "eval.episodes",
+    "eval.split",
+    "eval.untrained",
+    "eval.final",
+)
+"""Settings that a resumed run may change: none of them changes which values are computed, but for rounding."""
+
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "safetensors", "pillow")
+
+
+class RunFolder:
+    """Paths of a run, and its identity.
+
+    Layout: ``config.yaml`` (resolved), ``sessions.jsonl`` (versions and hardware of each start), ``metrics.jsonl``,
+    ``validation.jsonl``, ``checkpoints/``, ``eval.json`` + ``eval_scores.npz``, ``export/``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.sessions_file = self.path / "sessions.jsonl"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.validation_file = self.path / "validation.jsonl"
+        self.eval_file = self.path / "eval.json"
+        self.scores_file = self.path / "eval_scores.npz"
+        self.checkpoints = self.path / "checkpoints"
+        self.export = self.path / "export"
+        self._lock: Any = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run lives here."""
+        return self.config_file.is_file()
+
+    def read_config(self) -> RunConfig:
+        """The configuration that the run was started with.
+
+        Raises:
+            CheckpointError: no run lives here.
+        """
+        if not self.exists:
+            raise CheckpointError(
+                f"{self.path} is no run folder (it has no config.yaml)", "name the run.dir of a training run"
+            )
+        return parse_config(read_yaml(self.config_file), source=str(self.config_file))
+
+    def check_resumable(self, config: RunConfig) -> None:
+        """Refuse to go on with a configuration that would compute something else, showing the difference.
+
+        Raises:
+            CheckpointError: naming each setting with its value then and now.
+        """
+        changes = differences(self.read_config(), config)
+        if changes:
+            shown = ", ".join(f"{key} was {then!r}, is {now!r}" for key, (then, now) in changes.items())
+            raise CheckpointError(
+                f"{self.path} holds a run of another configuration: {shown}",
+                "set these back to resume it, or choose another run.dir",
+            )
+
+    def claim(self, config: RunConfig) -> None:
+        """Create the folder if need be, write the configuration, and keep other trainers out while this process lives.
+
+        Raises:
+            CheckpointError: the folder cannot be written, holds something else, or another trainer is at work in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.exists and any(p.name != "lock" for p in self.path.iterdir()):
+                raise CheckpointError(f"run.dir {self.path} is not empty and holds no run", "choose another run.dir")
+            # "a" and not "w": the name of the holder must survive a refused second trainer.
+            self._lock = open(self.path / "lock", "a+")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.config_file.write_text(dump_config(config), encoding="utf-8")
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"another process trains in run.dir {self.path}", "wait for it, stop it, or choose another run.dir"
+            ) from error
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write run.dir {self.path}: {error.strerror}", "choose a folder that can be written"
+            ) from error
+
+
+def differences(then: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ and may not, as key -> (then, now)."""
+    old, new = flatten(then.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
+    free = FREE_KEYS
+    if now.optim.schedule in ("constant", "step"):
+        free += ("train.steps",)  # with these schedules the length changes no step
+    return {
+        key: (old.get(key), new.get(key))
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and not key.startswith(free)
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"python": platform.python_version(), "cml_dist": importlib.metadata.version("cml-dist")}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def append_json_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one record to a file of JSON lines."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON under a temporary name and rename it.
+
+    Raises:
+        CmlError: the file system refused.
+    """
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CmlError(
+            f"cannot write {path}: {error.strerror}", "free space or mend the folder's permissions"
+        ) from error

@@ -1,0 +1,36 @@
+"""The outer optimizer (torch's own, with weight-decay groups), and its step size as a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from cml_dist.config.schema import OptimConfig
+from cml_dist.meta.model import MetaModel
+
+
+def build_optimizer(config: OptimConfig, model: MetaModel) -> torch.optim.Optimizer:
+    """SGD, Adam or AdamW on all meta-parameters; weight decay on weights of two and more dimensions only."""
+    groups = [
+        {"params": [p for p in model.values if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.values if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    cls = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return cls(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
+    """The outer step size of meta-step ``step`` (0-based) of ``num_steps``: no state, so resume cannot change it."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "step":
+        return config.lr * config.step_factor ** (step // config.step_every)
+    done = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    left = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return config.lr * (config.final_lr_factor + (1 - config.final_lr_factor) * left)

@@ -1,0 +1,159 @@
+"""Use a trained learner: ``cml_dist.load(path).adapt(images, labels).predict(images)``."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cml_dist.config.schema import ModelConfig
+from cml_dist.errors import DataError
+from cml_dist.meta.inner import adapt
+from cml_dist.meta.problem import Method, Problem
+from cml_dist.nets.build import build_net
+from cml_dist.run.export import DESCRIPTION, read_description, read_weights
+from cml_dist.types import Batch, Episode, Params
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Learner:
+    """The learner in an export folder, or in a run folder that holds one.
+
+    Args:
+        path: the folder that ``cml-dist export`` or the end of training wrote, or its run folder.
+        device: where to compute, e.g. ``"cuda"``.
+
+    Raises:
+        CheckpointError: no exported model is there, or it is damaged.
+    """
+    folder = Path(path)
+    if (folder / "export" / DESCRIPTION).is_file():
+        folder = folder / "export"
+    description = read_description(folder)
+    return Learner(description, read_weights(folder), torch.device(device))
+
+
+class Learner:
+    """A meta-trained learner: psi and theta, ready to adapt. Made by :func:`load`.
+
+    Attributes:
+        ways: the largest number of classes it can tell apart (outputs of its head).
+        description: what the export says of it.
+    """
+
+    def __init__(self, description: dict[str, Any], tensors: Params, device: torch.device) -> None:
+        self.description = description
+        self.device = device
+        self.ways: int = description["output_dim"]
+        self.regression: bool = description["score"] == "mse"
+        net = build_net(
+            ModelConfig.model_validate(description["model"]),
+            input_shape=tuple(description["input_shape"]),
+            output_dim=self.ways,
+            seed=0,
+            colearner=False,
+            structure_only=True,
+        )
+        self._params = {n: tensors[n].to(device) for n, _ in net.named_parameters()}
+        buffers = {n: tensors.get(n, b).to(device) for n, b in net.named_buffers()}
+        loss = torch.nn.functional.mse_loss if self.regression else torch.nn.functional.cross_entropy
+        self._problem = Problem(net, loss, lambda outputs, targets: outputs.new_zeros(()), buffers)
+
+    def adapt(self, images: Any, labels: Sequence[Hashable], inner_steps: int | None = None) -> AdaptedLearner:
+        """Learn a task from a few labelled examples (paper, eq. 8); this learner itself stays as it is.
+
+        Args:
+            images: a sequence of file paths, PIL images or uint8 arrays ([H, W], [H, W, C] or [C, H, W]), which are
+                resized where needed; for regression inputs ``[N, D]``.
+            labels: one label each, of any hashable kind; for regression targets ``[N, 1]`` or ``[N]``.
+            inner_steps: gradient steps; None: as it was tested.
+
+        Raises:
+            DataError: no examples, as many labels as images do not exist, or more classes than the head has outputs.
+        """
+        inputs = self.inputs(images)
+        if len(inputs) == 0 or len(inputs) != len(labels):
+            raise DataError(f"{len(inputs)} examples came with {len(labels)} labels", "give one label for each example")
+        if self.regression:
+            targets = torch.as_tensor(np.asarray(labels), dtype=torch.float32).reshape(len(inputs), -1)
+            classes: list[Hashable] = []
+        else:
+            classes = list(dict.fromkeys(labels))
+            if len(classes) > self.ways:
+                raise DataError(
+                    f"{len(classes)} classes were given, the head has {self.ways} outputs",
+                    f"adapt to at most {self.ways} classes, or meta-train with more domain.ways",
+                )
+            targets = torch.tensor([classes.index(label) for label in labels])
+        support = Batch(inputs, targets.to(self.device))
+        steps = self.description["inner_steps"] if inner_steps is None else inner_steps
+        method = Method(steps, self.description["body_lr"], self.description["head_lr"])
+        adapted = adapt(self._params, Episode(support, support, "test", 0), self._problem, method)
+        return AdaptedLearner(self, adapted, classes)
+
+    def inputs(self, images: Any) -> Tensor:
+        """Examples as the network reads them: ``[N, *input_shape]`` float32, normalised as in training."""
+        shape = tuple(self.description["input_shape"])
+        if len(shape) != 3:
+            return torch.as_tensor(np.asarray(images), dtype=torch.float32, device=self.device).reshape(-1, *shape)
+        if isinstance(images, (str, Path)):
+            raise DataError(f"images is one path ({images})", "give a sequence of images, e.g. [path]")
+        pixels = np.stack([_pixels(image, shape) for image in images]) if len(images) else np.zeros((0, *shape))
+        tensor = torch.from_numpy(pixels).to(self.device, torch.float32) / 255
+        mean, std = (torch.tensor(self.description["preprocessing"][k], device=self.device) for k in ("mean", "std"))
+        return (tensor - mean[:, None, None]) / std[:, None, None]
+
+    def outputs(self, params: Params, inputs: Tensor) -> Tensor:
+        """Outputs ``[N, ways]`` of the learner at ``params``."""
+        with torch.no_grad():
+            (outputs,) = self._problem.outputs(params, Batch(inputs, inputs), ("meta",), {})
+        return outputs
+
+
+class AdaptedLearner:
+    """A learner that has seen a task's support set. Made by :meth:`Learner.adapt`."""
+
+    def __init__(self, learner: Learner, params: Params, classes: list[Hashable]) -> None:
+        self._learner, self._params = learner, params
+        self.classes = classes
+
+    def probabilities(self, images: Any) -> np.ndarray:
+        """Probability of each class, ``[N, len(classes)]`` float32, in the order of ``classes``.
+
+        With batch statistics (``model.norm: batch``) the images are judged together: give all of a task at once.
+        """
+        outputs = self._learner.outputs(self._params, self._learner.inputs(images))[:, : len(self.classes)]
+        return outputs.softmax(1).cpu().numpy()
+
+    def predict(self, images: Any) -> list[Hashable] | np.ndarray:
+        """The most probable label of each image; for regression the values ``[N, output_dim]``."""
+        if self._learner.regression:
+            return self._learner.outputs(self._params, self._learner.inputs(images)).cpu().numpy()
+        return [self.classes[i] for i in self.probabilities(images).argmax(1)]
+
+
+def _pixels(image: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """One image as uint8 ``[C, H, W]`` in the network's size and channels."""
+    from PIL import Image, UnidentifiedImageError
+
+    channels, height, width = shape
+    try:
+        if isinstance(image, (str, Path)):
+            image = Image.open(image)
+        elif not isinstance(image, Image.Image):
+            array = np.asarray(image)
+            if array.dtype != np.uint8:
+                raise DataError(f"an image has dtype {array.dtype}", "give uint8 pixels, 0 to 255")
+            if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+                array = array.transpose(1, 2, 0)
+            image = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+        image = image.convert("L" if channels == 1 else "RGB")
+    except (OSError, UnidentifiedImageError, TypeError, ValueError) as error:
+        raise DataError(f"an image cannot be read: {error}", "give paths, PIL images or uint8 arrays") from error
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    array = np.asarray(image)
+    return array[None] if channels == 1 else array.transpose(2, 0, 1)

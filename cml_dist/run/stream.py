@@ -1,0 +1,88 @@
+"""Episodes in time: each rank's share of each meta-step, made ahead by workers where that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from cml_dist.config.plan import share
+from cml_dist.domains.base import Domain
+from cml_dist.errors import CmlError
+from cml_dist.types import Episode
+
+
+def rank_share(step: int, batch: int, rank: int, world: int) -> range:
+    """Training episodes that ``rank`` runs in meta-step ``step`` (0-based): a slice of [step*B, (step+1)*B)."""
+    slice_ = share(batch, rank, world)
+    return range(step * batch + slice_.start, step * batch + slice_.stop)
+
+
+class EpisodeStream:
+    """Prepared episodes, in order, as they are asked for.
+
+    Args:
+        domain: makes them.
+        split, indices: which ones.
+        workers: processes that make them ahead; 0 makes them here. Never changes an episode.
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        split: str,
+        indices: Iterable[int],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        workers: int = 0,
+    ) -> None:
+        self.domain, self.device, self.dtype = domain, device, dtype
+        if workers:
+            self._episodes: Iterator[Episode | CmlError] = iter(
+                DataLoader(
+                    _ByIndex(domain, split),
+                    batch_size=None,
+                    sampler=indices,
+                    num_workers=workers,
+                    worker_init_fn=_ignore_interrupts,
+                    # Workers never touch the global generators, and must not take from the trainer's.
+                    generator=torch.Generator(),
+                )
+            )
+        else:
+            self._episodes = (domain.episode(split, index) for index in indices)
+
+    def __iter__(self) -> Iterator[Episode]:
+        return self
+
+    def __next__(self) -> Episode:
+        episode = next(self._episodes)
+        if isinstance(episode, CmlError):
+            raise episode
+        return self.domain.prepare(episode, self.device, self.dtype)
+
+    def take(self, count: int) -> Iterator[Episode]:
+        """The next ``count`` episodes."""
+        for _ in range(count):
+            yield next(self)
+
+
+class _ByIndex(Dataset):
+    def __init__(self, domain: Domain, split: str) -> None:
+        self.domain, self.split = domain, split
+
+    def __getitem__(self, index: int) -> Episode | CmlError:
+        try:
+            return self.domain.episode(self.split, index)
+        except CmlError as error:  # as a value: the loader would bury its line in a worker's traceback
+            return error
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the whole process group; the trainer decides when its workers end."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

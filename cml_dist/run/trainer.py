@@ -1,0 +1,318 @@
+"""The one training loop.
+
+Phases of a run: meet the other ranks; build the parts; resume or start; then for each meta-step: this rank's episodes
+-> meta-gradient (reduced over ranks by the strategy) -> outer step -> metrics; validation and checkpoints in between;
+at the end the test of the best step, and its export. Ranks talk in ``strategy.gradient`` (the meta-gradient) and twice
+more a step in ``world.sum`` and ``world.max`` (terms of the metrics, the wish to stop, memory).
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from cml_dist.config.plan import RunPlan, make_plan, plan_rows, share
+from cml_dist.config.schema import RunConfig
+from cml_dist.errors import TrainingError
+from cml_dist.parallel.strategy import DataParallel
+from cml_dist.parallel.world import World, join_world, set_arithmetic
+from cml_dist.run import checkpoint as checkpoints
+from cml_dist.run.assemble import Parts, assemble
+from cml_dist.run.checkpoint import Checkpoint
+from cml_dist.run.evaluator import evaluate
+from cml_dist.run.export import export_run
+from cml_dist.run.folder import RunFolder, append_json_line, versions
+from cml_dist.run.interrupts import Interrupts
+from cml_dist.run.optim import build_optimizer, learning_rate
+from cml_dist.run.report import learner_name, score_run
+from cml_dist.run.stream import EpisodeStream, rank_share
+from cml_dist.telemetry.console import Console, ResultRow
+from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
+from cml_dist.telemetry.preparing import preparing
+from cml_dist.types import Episode
+
+TERMS = ("outer_loss", "score", "colearner_loss", "colearner_score", "gradient_cosine")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of :func:`train` ended: at which step, and whether the run is finished."""
+
+    step: int
+    finished: bool
+
+
+def train(config: RunConfig, console: Console) -> Outcome:
+    """Start the run in ``run.dir``, or resume it there; returns when it is finished or was asked to stop.
+
+    Collective: every process of the world calls it with the same configuration.
+
+    Raises:
+        CmlError: anything a user can mend; on all ranks where all can know of it.
+    """
+    world = join_world(config)
+    try:
+        return _Run(config, world, console).go()
+    finally:
+        world.close()
+
+
+class _Run:
+    """One start of a run: state of the loop, and the steps between."""
+
+    def __init__(self, config: RunConfig, world: World, console: Console) -> None:
+        self.config, self.world, self.console = config, world, console
+        self.plan: RunPlan = make_plan(config, world.size)
+        self.folder = RunFolder(config.run.dir)
+        self.threads = set_arithmetic(config, world)
+        self.step = 0
+        self.state: dict[str, Any] = {"best": None, "skipped": 0, "skipped_in_a_row": 0}
+
+    # ------------------------------------------------------------------ phases
+
+    def go(self) -> Outcome:
+        world, config = self.world, self.config
+        world.together(self._claim)
+        with preparing(self.console) as progress:
+            self.parts: Parts = assemble(config, self.plan, world, progress, ("train", "val"))
+        self.strategy = DataParallel(world, self.parts.model, build_optimizer(config.optim, self.parts.model))
+        self._resume()
+        world.together(self._announce)
+        with Interrupts() as self.interrupts:
+            stopped = self._loop()
+        if stopped:
+            self.console.note(
+                f"Stopped after step {self.step} of {config.train.steps}; everything is saved in {self.folder.path}. "
+                "Run the same command again to go on."
+            )
+            return Outcome(self.step, finished=False)
+        if config.eval.final:
+            self._finish()
+        return Outcome(self.step, finished=True)
+
+    def _claim(self) -> None:
+        """Rank 0 takes the folder, new or resumable; the others hear if it may not."""
+        if self.world.is_main:
+            if self.folder.exists:
+                self.folder.check_resumable(self.config)
+            self.folder.claim(self.config)
+
+    def _resume(self) -> None:
+        """Load the newest whole checkpoint, and drop the metrics of steps after it."""
+        found, faults = self.world.together(lambda: checkpoints.load_newest(self.folder.checkpoints))
+        for fault in faults:
+            self.console.warn(f"{fault.what}: the one before it is used")
+        if found is not None:
+            path = checkpoints.path_of(self.folder.checkpoints, found.step)
+            self.world.together(lambda: checkpoints.check_fits(found.params, self.strategy.params(), path))
+            self.strategy.load(found.params, found.moments)
+            self.step, self.state = found.step, found.state
+            self.console.note(f"Resuming at step {self.step} of {self.config.train.steps} from {path}")
+        self.metrics = MetricsWriter(self.folder.metrics_file) if self.world.is_main else None
+        if self.metrics is not None:
+            self.metrics.truncate_after(self.step)
+            MetricsWriter(self.folder.validation_file).truncate_after(self.step)
+
+    def _announce(self) -> None:
+        """Say and record what will happen here."""
+        if not self.world.is_main:
+            return
+        counts = {}
+        for name in self.parts.model.names:
+            part = name.partition(".")[0]
+            counts[part] = counts.get(part, 0) + self.parts.model.params()[name].numel()
+        hardware = torch.cuda.get_device_name(self.world.device) if self.world.device.type == "cuda" else "CPU"
+        record = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "step": self.step,
+            "versions": versions(),
+            "hardware": hardware,
+            "threads": self.threads,
+            "parameters": counts,
+            "plan": self.plan.as_dict(),
+            "data": self.parts.domain.describe(),
+        }
+        append_json_line(self.folder.sessions_file, record)
+        rows = plan_rows(self.config, self.plan)
+        rows["parameters"] = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+        rows["hardware"] = f"{hardware}, {self.threads} CPU threads a process"
+        rows["data"] = _data_words(self.parts.domain.describe())
+        self.console.header("cml-dist train", rows)
+
+    def _loop(self) -> bool:
+        """All meta-steps that are left. Returns True where someone asked to stop."""
+        config, world = self.config, self.world
+        mine = len(share(config.train.episodes_per_step, world.rank, world.size))
+        stream = EpisodeStream(
+            self.parts.domain,
+            "train",
+            self._indices(),
+            device=world.device,
+            dtype=self.parts.dtype,
+            workers=config.domain.workers,
+        )
+        score_name = self.parts.domain.score_name
+        with self.console.training(
+            config.train.steps, self.step, score_name=score_name, log_every=config.run.log_every, best=self._best()
+        ) as live:
+            while self.step < config.train.steps:
+                metrics, stop = self._meta_step(stream.take(mine))
+                live.step(metrics)
+                is_best = self._validation_due() and self._validate()
+                if stop or is_best or self._checkpoint_due():
+                    self._save()
+                if stop and self.step < config.train.steps:
+                    return True
+        return False
+
+    def _finish(self) -> None:
+        """Test the best step (and the untrained network), and export it."""
+        score_run(self.config, self.plan, self.parts, self.folder, self.world, self.console)
+        self.world.together(self._export)
+
+    def _export(self) -> None:
+        if self.world.is_main:
+            made = export_run(self.config, self.parts, self.folder)
+            self.console.note(f"Exported model: {made}")
+            self.console.note(f"Run folder: {self.folder.path}")
+
+    # ------------------------------------------------------------------ one meta-step
+
+    def _meta_step(self, episodes: Iterator[Episode]) -> tuple[StepMetrics, bool]:
+        """Episodes -> meta-gradient -> outer step -> metrics; returns them, and whether any rank wants to stop."""
+        config, world = self.config, self.world
+        started_s = time.perf_counter()
+        num_episodes = config.train.episodes_per_step
+        # The cosine costs a backward pass: one episode of each step, the same one for any world size.
+        diagnose = frozenset({self.step * num_episodes})
+        sums = self.strategy.gradient(episodes, num_episodes, diagnose)
+        lr = learning_rate(config.optim, self.step, config.train.steps)
+        norm, taken = self.strategy.apply(lr, config.optim.clip_norm)
+        terms, stop = self._reduce(sums)
+        self.step += 1
+        self.state["skipped"] += not taken
+        self.state["skipped_in_a_row"] = 0 if taken else self.state["skipped_in_a_row"] + 1
+        seconds = time.perf_counter() - started_s
+        metrics = StepMetrics(
+            step=self.step,
+            loss=terms["outer_loss"] + self.parts.model.method.gamma * (terms["colearner_loss"] or 0.0),
+            **terms,
+            grad_norm=norm,
+            lr=lr,
+            seconds=seconds,
+            episodes_per_s=num_episodes / seconds,
+            peak_memory_gib=world.max(_peak_memory_gib(world.device)),
+            skipped=not taken,
+            score_name=self.parts.domain.score_name,
+        )
+        if self.metrics is not None:
+            self.metrics.write(metrics)
+        if self.state["skipped_in_a_row"] >= config.train.max_nonfinite:
+            raise TrainingError(
+                f"the meta-gradient was NaN or inf in {config.train.max_nonfinite} steps in a row, "
+                f"up to step {self.step}",
+                "lower method.inner_lr or optim.lr, or set optim.clip_norm; the last checkpoint stays in "
+                f"{self.folder.checkpoints}",
+            )
+        return metrics, stop
+
+    def _reduce(self, sums: dict[str, torch.Tensor]) -> tuple[dict[str, float | None], bool]:
+        """Means of the terms by global count (never means of means), and whether any rank was asked to stop."""
+        vector = torch.zeros(2 * len(TERMS) + 1, dtype=torch.float64, device=self.world.device)
+        for number, term in enumerate(TERMS):
+            if term in sums:
+                vector[2 * number : 2 * number + 2] = sums[term]
+        vector[-1] = float(self.interrupts.stop)
+        *values, stop = self.world.sum(vector).tolist()
+        pairs = zip(TERMS, values[::2], values[1::2], strict=True)
+        return {term: total / count if count else None for term, total, count in pairs}, stop > 0
+
+    # ------------------------------------------------------------------ validation and checkpoints
+
+    def _indices(self) -> Iterator[int]:
+        """This rank's training episodes from the present step to the end of the run."""
+        batch = self.config.train.episodes_per_step
+        for step in range(self.step, self.config.train.steps):
+            yield from rank_share(step, batch, self.world.rank, self.world.size)
+
+    def _validation_due(self) -> bool:
+        every = self.config.eval.every
+        return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
+
+    def _checkpoint_due(self) -> bool:
+        return self.step == self.config.train.steps or self.step % self.config.checkpoint.every == 0
+
+    def _best(self) -> tuple[int, float] | None:
+        """(step, score) of the best validation so far."""
+        best = self.state["best"]
+        return None if best is None else (best["step"], best["mean"])
+
+    def _validate(self) -> bool:
+        """Score the learner that chooses the best step on the val split; returns whether it is the best so far."""
+        config, domain = self.config, self.parts.domain
+        learner = config.eval.learner
+        with self.console.progress("validation", config.eval.val_episodes) as view:
+            report = evaluate(
+                self.strategy.params(),
+                self.parts.model.problem,
+                replace(self.parts.model.method, inner_steps=self.plan.test_inner_steps),
+                domain,
+                self.world,
+                split="val",
+                num_episodes=config.eval.val_episodes,
+                learners=(learner,),
+                co_adapt=config.eval.co_adapt,
+                dtype=self.parts.dtype,
+                workers=config.domain.workers,
+                progress=view.update,
+            )[learner]
+        best = self.state["best"]
+        sign = 1 if domain.higher_is_better else -1
+        is_best = math.isfinite(report.mean) and (best is None or sign * report.mean > sign * best["mean"])
+        line = {"step": self.step, "learner": learner, **report.summary()}
+        if is_best:
+            self.state["best"] = line
+        if self.world.is_main:
+            append_json_line(self.folder.validation_file, line)
+        row = ResultRow(learner_name(config.method.name, learner), report.mean, report.ci95, len(report.scores))
+        self.console.validation(self.step, [row], score_name=domain.score_name, best=self._best())
+        return is_best
+
+    def _save(self) -> None:
+        """One checkpoint by rank 0, and the removal of those no longer kept; fails on all ranks if it fails."""
+        checkpoint = Checkpoint(self.step, self.strategy.params(), self.strategy.moments(), self.state)
+
+        def write() -> None:
+            if self.world.is_main:
+                checkpoints.save(self.folder.checkpoints, checkpoint)
+                best = self.state["best"]
+                keep = frozenset() if best is None else frozenset({best["step"]})
+                checkpoints.prune(self.folder.checkpoints, self.config.checkpoint.keep_last, keep)
+
+        self.world.together(write)
+
+
+def _data_words(described: dict[str, Any]) -> str:
+    """Where the data is kept, for people."""
+    splits = described.get("splits", {})
+    return (
+        ", ".join(
+            f"{split}: {info['images']:,} images of {info['classes']:,} classes, {info['bytes'] / 2**20:.0f} MiB "
+            + ("in memory" if info["kept"] == "memory" else "streamed from disk")
+            for split, info in splits.items()
+        )
+        or "made as it is needed"
+    )
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far: of the GPU's allocator, or this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

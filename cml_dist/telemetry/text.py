@@ -1,0 +1,46 @@
+"""Numbers and names as people read them; no terminal, no rich."""
+
+from __future__ import annotations
+
+import math
+
+MISSING = "-"
+
+
+def printable(value: object) -> str:
+    """``str(value)`` without control characters and lone surrogates, which file names may hold."""
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in str(value))
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as ``m:ss`` or ``h:mm:ss``."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-:--"
+    minutes, whole = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{whole:02d}" if hours else f"{minutes}:{whole:02d}"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number with so many significant digits (one less below 1), e.g. ``1.234``, ``0.0123`` or ``2.5e-07``."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value == 0:
+        return f"{value:.{digits - 1}f}"
+    exponent = math.floor(math.log10(abs(value)))
+    if -3 <= exponent < digits:
+        return f"{value:.{digits - 1 - exponent - (exponent < 0)}f}"
+    return f"{value:.{digits}g}"
+
+
+def score(name: str, value: float | None, decimals: int = 1) -> str:
+    """A score: accuracy (a fraction) in per cent, everything else as a number."""
+    if name != "accuracy":
+        return number(value)
+    return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.{decimals}f} %"
+
+
+def interval(name: str, half_width: float | None, decimals: int = 1) -> str:
+    """The half width of an interval of a score, e.g. ``± 0.62 %``."""
+    text = score(name, half_width, decimals)
+    return text if text == MISSING else f"± {text}"

@@ -1,0 +1,111 @@
+"""Reading a configuration: what is accepted, what is refused, and with which words."""
+
+from __future__ import annotations
+
+import pytest
+
+from cml_dist.config.load import dump_config, load_config, merge, parse_config, valid_keys
+from cml_dist.config.plan import make_plan, plan_rows, share
+from cml_dist.errors import ConfigError
+
+GLYPHS = {"domain": {"name": "glyphs"}}
+
+
+def parse(*overrides, base=GLYPHS):
+    return parse_config(merge(base, overrides))
+
+
+def test_defaults_overrides_and_types():
+    config = parse("train.steps=7", "optim.lr=1e-2", "method.inner_steps=5", "model.pretrained=weights.pth")
+    assert (config.train.steps, config.optim.lr, config.method.inner_steps) == (7, 0.01, 5)
+    assert config.model.pretrained == "weights.pth"
+    assert config.domain.ways == 5
+    with pytest.raises(Exception, match="frozen"):
+        config.train.steps = 8
+
+
+def test_dump_reads_back_to_the_same(tmp_path):
+    config = parse("method.name=fomaml", "domain.augment.flip=true", "optim.betas=[0.5, 0.9]")
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(str(path)) == config
+
+
+@pytest.mark.parametrize(("name", "gamma", "order"), [("cml", 1.0, 2), ("maml", 0.0, 2), ("fomaml", 0.0, 1)])
+def test_method_presets(name, gamma, order):
+    method = parse(f"method.name={name}").method
+    assert (method.gamma, method.order) == (gamma, order)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stepz=3", ["train.stepz", "did you mean train.steps?"]),
+        ("domain.wayz=3", ["domain.wayz", "did you mean domain.ways?"]),
+        ("domain.augment.flop=1", ["domain.augment.flop", "did you mean domain.augment.flip?"]),
+        ("trian.steps=4", ["trian"]),
+        ("domain.ways=1", ["domain.ways is 1", "greater than or equal to 2"]),
+        ("domain.name=glyph", ["'glyph'", "nearest: glyphs"]),
+        ("optim.name=adm", ["optim.name is 'adm'", "nearest: adam"]),
+        ("optim.lr=nan", ["optim.lr"]),
+        ("method.gamma=-1", ["method.gamma is -1"]),
+        ("method=maml", ["method is a section", "method.name"]),
+        ("run.seed=-1", ["run.seed is -1"]),
+        ("train.steps=abc", ["train.steps is 'abc'", "integer"]),
+        ("model.colearner.depth=9", ["model.colearner.depth is 9"]),
+        ("train.steps.x=1", ["train.steps is a value"]),
+        ("foo", ["'foo'", "train.steps=1000"]),
+        ("=3", ["section.key=value"]),
+        ("train.steps={", ["no valid YAML"]),
+    ],
+)
+def test_refusals_name_the_thing_the_value_and_the_remedy(override, words):
+    with pytest.raises(ConfigError) as caught:
+        parse(override, base={**GLYPHS, "train": {"steps": 10}, "method": {"name": "cml"}})
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides", [("method.name=maml", "method.gamma=1"), ("method.name=fomaml", "method.order=2")]
+)
+def test_contradictions_are_refused(overrides):
+    with pytest.raises(ConfigError, match="method.name"):
+        parse(*overrides)
+
+
+def test_colearner_cannot_choose_where_there_is_none():
+    with pytest.raises(ConfigError, match="eval.learner"):
+        parse("method.name=maml", "eval.learner=co")
+
+
+def test_settings_of_one_domain_are_refused_by_another():
+    with pytest.raises(ConfigError, match="domain.ways is not a setting of domain sinusoid"):
+        parse_config({"domain": {"name": "sinusoid", "ways": 5}})
+
+
+def test_every_key_has_a_meaning_or_speaks_for_itself():
+    keys = valid_keys()
+    assert {"domain.ways", "domain.root", "optim.lr", "run.dir", "parallel.strategy"} <= set(keys)
+    silent = [key for key, meaning in keys.items() if not meaning and not key.endswith(".name")]
+    assert silent == []
+
+
+@pytest.mark.parametrize(("total", "world"), [(4, 1), (4, 2), (4, 3), (1, 4), (7, 4)])
+def test_shares_cover_all_once_and_evenly(total, world):
+    parts = [share(total, rank, world) for rank in range(world)]
+    assert [i for part in parts for i in part] == list(range(total))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_plan_resolves_auto():
+    assert make_plan(parse(), 1).strategy == "single"
+    assert make_plan(parse(), 2).strategy == "ddp"
+    assert make_plan(parse("method.inner_steps=1"), 1).engine == "graph"
+    assert make_plan(parse("method.inner_steps=5"), 1).engine == "adjoint"
+    plan = make_plan(parse("train.steps=1100", "eval.every=500"), 3)
+    assert (plan.episodes_by_rank, plan.validations, plan.episodes) == ((2, 1, 1), 3, 4400)
+    assert "2 or 1 a process" in plan_rows(parse(), make_plan(parse(), 3))["world"]
+    with pytest.raises(ConfigError, match="parallel.strategy"):
+        make_plan(parse("parallel.strategy=single"), 2)
