@@ -1,0 +1,35 @@
+"""MLP: the backbone of the regression tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cml_dist.types import Features
+
+
+class MLP(nn.Module):
+    """Hidden layers with ReLU; ``tap`` and ``pooled`` are both the last hidden vector ``[N, D]``.
+
+    Args:
+        input_dim: size of one input vector.
+        hidden: units of each hidden layer.
+
+    Source: CML (UAI 2024), section 5.1 (sinusoid: two hidden layers of 40).
+    """
+
+    def __init__(self, input_dim: int, hidden: Sequence[int] = (40, 40)) -> None:
+        super().__init__()
+        sizes = (input_dim, *hidden)
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes[:-1], sizes[1:], strict=True))
+        self.tap_shape = (hidden[-1],)
+        self.pooled_dim = hidden[-1]
+
+    def forward(self, inputs: Tensor) -> Features:
+        """Features of vectors ``[N, input_dim]``."""
+        hidden = inputs
+        for layer in self.layers:
+            hidden = F.relu(layer(hidden))
+        return Features(tap=hidden, pooled=hidden)
