@@ -1,0 +1,71 @@
+"""From ``domain.name`` to the domain: the one place where a new domain is added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from cml_dist.domains.base import Domain
+from cml_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cml_dist.domains.shard_format import Progress
+
+Builder = Callable[[Any, int, int, "Progress | None"], Domain]
+"""``builder(config, train_seed, eval_seed, progress)``"""
+
+
+def build_domain(config: Any, *, train_seed: int, eval_seed: int, progress: Progress | None = None) -> Domain:
+    """The domain that the configuration names.
+
+    Args:
+        config: the ``domain`` section, one of ``config.schema.DomainConfig``.
+        train_seed: chooses the training episodes.
+        eval_seed: chooses the val and test episodes.
+        progress: called as ``progress(done, total, what)`` while data are made, fetched or decoded.
+
+    Raises:
+        ConfigError: if no domain has this name.
+        DataError: if its data are missing, damaged or too few.
+
+    *Collective*: none; processes that build at once share what is cached.
+    """
+    builder = DOMAINS.get(config.name)
+    if builder is None:
+        raise ConfigError(f"domain.name is {config.name!r}", f"use one of {', '.join(DOMAINS)}")
+    return builder(config, train_seed, eval_seed, progress)
+
+
+# Each builder imports its module when it is called, so that a run loads no more than its own domain.
+
+
+def _build_glyphs(config: Any, train_seed: int, eval_seed: int, progress: Progress | None) -> Domain:
+    from cml_dist.domains.glyphs import ensure_glyphs
+    from cml_dist.domains.images import ImageDomain
+
+    root = str(ensure_glyphs(config.root, progress))
+    return ImageDomain.build(config, train_seed=train_seed, eval_seed=eval_seed, root=root, progress=progress)
+
+
+def _build_images(config: Any, train_seed: int, eval_seed: int, progress: Progress | None) -> Domain:
+    from cml_dist.domains.images import ImageDomain
+
+    return ImageDomain.build(config, train_seed=train_seed, eval_seed=eval_seed, root=config.root, progress=progress)
+
+
+def _build_sinusoid(config: Any, train_seed: int, eval_seed: int, progress: Progress | None) -> Domain:
+    from cml_dist.domains.sinusoid import SinusoidDomain
+
+    return SinusoidDomain.build(config, train_seed=train_seed, eval_seed=eval_seed)
+
+
+DOMAINS: dict[str, Builder] = {
+    "glyphs": _build_glyphs,
+    "images": _build_images,
+    "omniglot": _build_images,
+    "cifar_fs": _build_images,
+    "fc100": _build_images,
+    "mini_imagenet": _build_images,
+    "sinusoid": _build_sinusoid,
+}
+"""What makes the domain of each name that ``config.schema.DomainConfig`` accepts."""

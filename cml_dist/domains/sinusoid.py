@@ -1,0 +1,88 @@
+"""Sinusoid regression: a sine wave of unknown amplitude and phase from a few of its points."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cml_dist.config.schema import SinusoidConfig
+from cml_dist.domains.base import SPLITS, Domain, episode_rng
+from cml_dist.errors import ConfigError
+from cml_dist.types import Batch, Episode
+
+AMPLITUDE = (0.1, 5.0)
+PHASE = (0.0, math.pi)
+INPUT = (-5.0, 5.0)
+
+
+class SinusoidDomain(Domain):
+    """Episodes of y = A sin(x - phase), with A, phase and x uniform in their ranges.
+
+    *Source*: CML, section 5.1 (as MAML, section 5.1).
+    """
+
+    input_shape = (1,)
+    output_dim = 1
+    score_name = "mse"
+    higher_is_better = False
+    chance = None
+
+    def __init__(self, shots: int, queries: int, noise: float, *, train_seed: int, eval_seed: int) -> None:
+        self.shots = shots
+        self.queries = queries
+        self.noise = noise
+        self._seeds = {split: train_seed if split == "train" else eval_seed for split in SPLITS}
+
+    @classmethod
+    def build(cls, config: SinusoidConfig, *, train_seed: int, eval_seed: int) -> SinusoidDomain:
+        """The domain that the configuration describes.
+
+        Args:
+            config: points an episode, and the noise on their targets.
+            train_seed: chooses the training episodes.
+            eval_seed: chooses the val and test episodes.
+        """
+        return cls(config.shots, config.queries, config.noise, train_seed=train_seed, eval_seed=eval_seed)
+
+    def episode(self, split: str, index: int) -> Episode:
+        """One wave: inputs and targets ``[N, 1]`` float64, N = shots in the support and queries in the query set.
+
+        Raises:
+            ConfigError: if there is no such split.
+        """
+        if split not in self._seeds:
+            raise ConfigError(f"split is {split!r}", f"use one of {', '.join(SPLITS)}")
+        rng = episode_rng(self._seeds[split], split, index)
+        amplitude, phase = rng.uniform(*AMPLITUDE), rng.uniform(*PHASE)
+        x = rng.uniform(*INPUT, size=(self.shots + self.queries, 1))
+        y = amplitude * np.sin(x - phase)
+        if self.noise:
+            y = y + rng.normal(scale=self.noise, size=y.shape)
+        inputs, targets = torch.from_numpy(x), torch.from_numpy(y)
+        return Episode(
+            support=Batch(inputs[: self.shots], targets[: self.shots]),
+            query=Batch(inputs[self.shots :], targets[self.shots :]),
+            split=split,
+            index=index,
+        )
+
+    def prepare(self, episode: Episode, device: torch.device, dtype: torch.dtype) -> Episode:
+        """The episode on ``device``, inputs and targets in ``dtype``."""
+
+        def cast(batch: Batch) -> Batch:
+            return Batch(batch.inputs.to(device, dtype), batch.targets.to(device, dtype))
+
+        return replace(episode, support=cast(episode.support), query=cast(episode.query))
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared error over all examples: a scalar."""
+        return functional.mse_loss(outputs, targets)
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared error over all examples: a scalar without gradient."""
+        return functional.mse_loss(outputs.detach(), targets)
