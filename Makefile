@@ -1,0 +1,46 @@
+# Each target makes its own environment first; a second call finds it ready.
+VENV ?= .venv
+# More arguments for pip install, e.g. an index with CPU-only builds of PyTorch.
+PIP_ARGS ?=
+# More settings for the demo (key=value), and arguments for pytest.
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+DEMO := runs/demo
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean distclean
+
+help:
+	@echo "make demo       meta-train CML on embedded data (all GPUs, or 2 CPU processes), test and export it; under 10 minutes"
+	@echo "make test       run ruff and the whole test suite (PYTEST_ARGS=...)"
+	@echo "make lint       run ruff alone"
+	@echo "make clean      remove caches, builds and the demo's run"
+	@echo "make distclean  remove the environment $(VENV) as well"
+
+$(INSTALLED): setup.py pyproject.toml
+	@scripts/venv.sh $(VENV) $(PIP_ARGS)
+
+# A finished demo is started anew; one that was stopped goes on.
+demo: $(INSTALLED)
+	@if [ -e $(DEMO)/eval.json ]; then echo "Removing the finished demo in $(DEMO) to run it anew"; rm -rf $(DEMO); fi
+	@gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \
+	if [ "$$gpus" -gt 0 ]; then file=ddp processes=$$gpus; else file=cpu processes=2; fi; \
+	echo "Starting $$processes processes on $$(echo $$file | sed 's/ddp/as many GPUs/; s/cpu/the CPU (no GPU here)/'); run folder $(DEMO)"; \
+	exec $(BIN)/accelerate launch --config_file launch/accelerate/$$file.yaml --num_processes $$processes \
+		-m cml_dist train configs/recipes/glyphs.yaml run.dir=$(DEMO) parallel.processes=$$processes $(DEMO_ARGS)
+
+test: $(INSTALLED)
+	@$(BIN)/ruff check --output-format concise; lint=$$?; $(BIN)/python -m pytest $(PYTEST_ARGS) && exit $$lint
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check --output-format concise
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache $(DEMO)
+	find cml_dist tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,128 @@
+"""What an installation holds, and that --help needs no torch."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import cml_dist
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "timm", "accelerate", "webdataset", "matplotlib", "numpy")
+
+
+def python(code: str) -> str:
+    """What ``code`` prints in a fresh interpreter."""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        "import cml_dist",
+        "from cml_dist.cli import main; main(['--help'])",
+        "from cml_dist.cli import main; main(['train', '--help'])",
+        "from cml_dist.cli import main; main(['config', 'glyphs'])",
+    ],
+)
+def test_these_import_nothing_heavy(act):
+    code = f"import sys\ntry:\n    {act}\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+    shown = python(code + f"print('HEAVY', [name for name in {HEAVY} if name in sys.modules])")
+    assert shown.rstrip().endswith("HEAVY []")
+
+
+def test_the_package_has_no_attribute_that_it_does_not_name():
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        _ = cml_dist.laod
+
+
+def test_load_is_the_one_of_predict():
+    from cml_dist.run.predict import load
+
+    assert cml_dist.load is load
+
+
+def test_module_and_command_are_the_same_program():
+    shown = [
+        subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        for command in ([sys.executable, "-m", "cml_dist", "--version"], [_installed_command(), "--version"])
+    ]
+    assert [run.stdout for run in shown] == [f"cml-dist {cml_dist.__version__}\n"] * 2
+
+
+def _installed_command() -> str:
+    command = Path(sys.executable).parent / "cml-dist"
+    if not command.exists():
+        pytest.skip("cml-dist is not installed in this environment (make test installs it)")
+    return str(command)
+
+
+def test_a_wheel_carries_the_recipes_and_every_module(tmp_path):
+    # From a copy: building leaves a build folder behind.
+    copy = tmp_path / "copy"
+    for part in (
+        "cml_dist/**/*.py",
+        "cml_dist/py.typed",
+        "configs/recipes/*.yaml",
+        "setup.py",
+        "pyproject.toml",
+        "LICENSE",
+    ):
+        for file in ROOT.glob(part):
+            target = copy / file.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    code = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    build = [sys.executable, "-c", code, tmp_path]
+    run = subprocess.run(build, cwd=copy, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    (wheel,) = tmp_path.glob("cml_dist-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+        names = set(archive.namelist())
+    modules = {str(path.relative_to(copy)) for path in (copy / "cml_dist").rglob("*.py")}
+    assert len(modules) > 20 and modules <= names and "cml_dist/py.typed" in names
+    assert not any(name.startswith(("tests", "configs", "benchmarks")) for name in names)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import cml_dist.config.recipes as r;"
+        "print(r.__file__, *r.recipes(), r.find_recipe('glyphs'))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "site"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert found.stdout.split() == [
+        str(tmp_path / "site/cml_dist/config/recipes.py"),
+        *("cifar_fs", "glyphs", "mini_imagenet", "omniglot", "sinusoid"),
+        str(tmp_path / "site/cml_dist/recipes/glyphs.yaml"),
+    ], found.stderr
+
+
+def test_every_import_is_declared():
+    text = (ROOT / "setup.py").read_text(encoding="utf-8")
+    declared = {re.split("[>=]", name)[0] for name in re.findall(r'^    "([a-z0-9-]+>=[0-9.]+)",$', text, re.M)}
+    distributions = {"PIL": "pillow", "fontTools": "fonttools", "yaml": "pyyaml"}
+    imported = set()
+    for path in (ROOT / "cml_dist").rglob("*.py"):
+        imported |= set(re.findall(r"^\s*(?:import|from) ([A-Za-z_]+)", path.read_text(encoding="utf-8"), re.M))
+    third_party = imported - set(sys.stdlib_module_names) - {"cml_dist"}
+    assert {distributions.get(name, name) for name in third_party} <= declared
+
+
+@pytest.mark.parametrize("name", ["cpu", "ddp"])
+def test_launch_files_are_read_by_accelerate(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = ROOT / "launch" / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    # The only type of Accelerate's that starts one world through torchrun, with and without GPUs.
+    assert config.distributed_type == "MULTI_GPU"
+    assert config.main_process_port == 0, "two runs on one machine must not meet on a port"
+    assert yaml.safe_load(path.read_text(encoding="utf-8")).get("num_processes") == {"cpu": 2, "ddp": None}[name]
