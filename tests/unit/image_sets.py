@@ -1,0 +1,76 @@
+"""Small image sets for the tests of data: made from a seed, so that each test can compare pixels."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cml_dist.domains.shards import ShardSetWriter
+
+CLASSES = {"train": 6, "val": 4, "test": 4}
+
+
+def real_data(name: str) -> Path:
+    """A file of the real data beside the repository; it may be absent."""
+    return Path(__file__).resolve().parents[3] / "shared" / "data" / name
+
+
+def pixels(seed: int, size: int = 8, channels: int = 3) -> np.ndarray:
+    """uint8 [C, H, W]"""
+    return np.random.default_rng(seed).integers(0, 256, (channels, size, size), dtype=np.uint8)
+
+
+def png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0).copy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_set(dest: Path, *, images: int = 7, size: int = 8, channels: int = 3, shard_size_mib: float = 64) -> Path:
+    """A set of ``CLASSES`` classes; image i of class c of split s has the pixels of ``seed_of(s, c, i)``."""
+    with ShardSetWriter(
+        dest, name="small", image_size=size, channels=channels, source="made", shard_size_mib=shard_size_mib
+    ) as writer:
+        for split, count in CLASSES.items():
+            for number in range(count):
+                for image in range(images):
+                    data = png(pixels(seed_of(split, number, image), size, channels))
+                    writer.add(split, f"{split}-{number}", f"{split}-{number}/{image}", data, "png")
+    return dest
+
+
+def seed_of(split: str, number: int, image: int) -> int:
+    return 10_000 * list(CLASSES).index(split) + 100 * number + image
+
+
+def tree_files(images: int = 3, size: int = 8, channels: int = 3) -> dict[str, bytes]:
+    """Class folders two deep with split lists, below a top folder."""
+    files, lists = {}, {split: [] for split in CLASSES}
+    for split, count in CLASSES.items():
+        for number in range(count):
+            name = f"family{number % 2}/{split}{number}"
+            lists[split].append(name)
+            for image in range(images):
+                files[f"top/images/{name}/{image}.png"] = png(pixels(seed_of(split, number, image), size, channels))
+    for split, names in lists.items():
+        files[f"top/splits/{split}.txt"] = "".join(f"{name}\n" for name in names).encode()
+    return files
+
+
+def write_folder(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path

@@ -1,0 +1,580 @@
+"""Packing: each known layout becomes the same set; what contradicts itself is named, and nothing is left half."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from image_sets import CLASSES, pixels, png, real_data, seed_of, tree_files, write_folder, write_zip
+from PIL import Image
+
+from cml_dist.domains.shards import ShardSet
+from cml_dist.errors import DataError
+from cml_dist.tools.fit_image import fit_image
+from cml_dist.tools.inspect import inspect
+from cml_dist.tools.pack import pack
+from cml_dist.tools.sources.known_splits import CIFAR100_SPLITS, omniglot_split
+from cml_dist.tools.sources.tree import natural_order
+
+
+def classes_of(root: Path) -> dict[str, tuple[str, ...]]:
+    shards = ShardSet.open(root)
+    return {split: shards.split_info(split).classes for split in shards.splits}
+
+
+def image_bytes(root: Path) -> dict[str, bytes]:
+    shards = ShardSet.open(root)
+    return {shards.key(at): shards.read(at) for at in range(len(shards))}
+
+
+def check_refused(message: str, source: Path, dest: Path, **arguments) -> None:
+    """The error says so, and neither the set nor anything beside it is left."""
+    before = {path.name for path in dest.parent.iterdir()}
+    with pytest.raises(DataError, match=message):
+        pack(source, dest, **arguments)
+    assert {path.name for path in dest.parent.iterdir()} == before
+
+
+# --------------------------------------------------------------------------- class folders with lists
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_class_folders_with_lists(tmp_path, kind):
+    files = tree_files()
+    source = write_folder(tmp_path / "src", files) if kind == "folder" else write_zip(tmp_path / "src.zip", files)
+    reports = []
+    report = pack(source, tmp_path / "set", progress=lambda *values: reports.append(values))
+    assert (report.layout, report.name, report.image_size, report.channels) == ("folders", "src", (8, 8), 3)
+    assert report.num_classes == CLASSES
+    assert report.num_images == {split: 3 * count for split, count in CLASSES.items()}
+    assert (report.num_kept, report.num_converted) == (42, 0)
+    assert classes_of(tmp_path / "set") == {
+        split: tuple(f"family{number % 2}/{split}{number}" for number in range(count))
+        for split, count in CLASSES.items()
+    }
+    images = {name.removeprefix("top/images/"): data for name, data in files.items() if name.endswith(".png")}
+    kept = {name.removesuffix(".png"): data for name, data in images.items()}
+    assert image_bytes(tmp_path / "set") == kept
+    assert reports[-1] == (42, 42, "packing images")
+    assert [done for done, _, _ in reports] == list(range(1, 43))
+
+
+def test_folder_and_zip_give_the_same_bytes(tmp_path):
+    files = tree_files()
+    pack(write_folder(tmp_path / "src", files), tmp_path / "a", name="n")
+    pack(write_zip(tmp_path / "src.zip", dict(reversed(files.items()))), tmp_path / "b", name="n")
+    for path in (tmp_path / "a").glob("*.*"):
+        if path.name == "dataset.json":  # holds the name of the source
+            assert path.read_text() == (tmp_path / "b" / path.name).read_text().replace("src.zip", "src")
+        else:
+            assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_split_folders_need_no_lists(tmp_path):
+    files = {
+        f"data/{split}/kind/{split}{number}/{image}.png": png(pixels(seed_of(split, number, image)))
+        for split, count in CLASSES.items()
+        for number in range(count)
+        for image in range(2)
+    }
+    report = pack(write_folder(tmp_path / "src", files), tmp_path / "set")
+    assert report.layout == "folders" and report.num_classes == CLASSES
+    assert classes_of(tmp_path / "set")["val"] == ("kind/val0", "kind/val1", "kind/val2", "kind/val3")
+
+
+def test_the_same_classes_in_two_split_folders_are_refused(tmp_path):
+    files = {f"{split}/cat/{split}.png": png(pixels(n)) for n, split in enumerate(("train", "val"))}
+    source = write_folder(tmp_path / "src", files)
+    check_refused("class 'cat' lies in the splits 'train' and 'val'", source, tmp_path / "set")
+
+
+def test_lists_can_be_given_as_a_mapping_a_folder_in_the_source_or_a_folder_on_disk(tmp_path):
+    files = tree_files()
+    for split in CLASSES:
+        files[f"top/other/splits/{split}.txt"] = f"family0/{split}0\n".encode()
+    source = write_folder(tmp_path / "src", files)
+    expected = {split: (f"family0/{split}0",) for split in CLASSES}
+    pack(source, tmp_path / "by_mapping", splits=expected)
+    pack(source, tmp_path / "by_name", splits="other")
+    pack(source, tmp_path / "by_path", splits="top/other/splits")
+    pack(source, tmp_path / "on_disk", splits=tmp_path / "src" / "top" / "other" / "splits")
+    for name in ("by_mapping", "by_name", "by_path", "on_disk"):
+        assert classes_of(tmp_path / name) == expected
+    check_refused("nothing is no folder of train.txt.*lists in the source", source, tmp_path / "x", splits="nothing")
+
+
+def test_lists_of_windows_with_blank_lines_are_read(tmp_path):
+    files = tree_files()
+    files["top/splits/val.txt"] = "\ufefffamily0/val0/\r\n\r\nfamily1/val1  \r\n".encode()
+    pack(write_folder(tmp_path / "src", files), tmp_path / "set")
+    assert classes_of(tmp_path / "set")["val"] == ("family0/val0", "family1/val1")
+
+
+def _list(split: str, text: str):
+    return lambda files: files.__setitem__(f"top/splits/{split}.txt", text.encode())
+
+
+def _second_images_root(files: dict[str, bytes]) -> None:
+    files |= {name.replace("top/images", "top/more"): data for name, data in files.items() if "images" in name}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_list("val", "family0/train0\n"), "class 'family0/train0' is listed in 'train' and in 'val'"),
+        (_list("val", "family0/val0\nfamily0/val0\n"), "class 'family0/val0' is listed twice in 'val'"),
+        (_list("test", "family0/test0\nfamily0/nobody\n"), "'family0/nobody' is listed in 'test', but .* is absent"),
+        (lambda files: files.__setitem__("top/splits/val.txt", b"\xff\xfe\x00"), "val.txt in .* is no UTF-8 text"),
+        (lambda files: files.__setitem__("top/lists/train.txt", b"a\n"), "several folders: top/lists, top/splits"),
+        (_second_images_root, "found below several folders: top/images, top/more"),
+        (
+            lambda files: files.__setitem__("top/images/family1/val1/2.png", b"no image"),
+            "image top/images/family1/val1/2.png of class 'family1/val1' cannot be decoded",
+        ),
+        (
+            lambda files: files.__setitem__("top/images/family1/val1/2.png", png(pixels(0))[:150]),
+            "image top/images/family1/val1/2.png of class 'family1/val1' cannot be decoded",
+        ),
+        (
+            lambda files: files.__setitem__("top/images/family0/test2/1.png", png(pixels(0, 9))),
+            "family0/test2/1.png .*has 9x9 pixels, but others have 8x8; say .*--image-size",
+        ),
+    ],
+)
+def test_a_source_that_contradicts_itself_is_named(tmp_path, change, message):
+    files = tree_files()
+    change(files)
+    check_refused(message, write_folder(tmp_path / "src", files), tmp_path / "set")
+
+
+def test_empty_lists_and_lists_of_strangers_are_named(tmp_path):
+    source = write_folder(tmp_path / "src", tree_files())
+    check_refused("splits names no class", source, tmp_path / "set", splits={"train": []})
+    check_refused("none of the 2 listed classes .*'a'", source, tmp_path / "set", splits={"train": ["a", "b"]})
+    check_refused("splits has a split 'dev'", source, tmp_path / "set", splits={"dev": ["a"]})
+
+
+# --------------------------------------------------------------------------- Ravi & Larochelle
+
+
+def ravi_files() -> dict[str, bytes]:
+    files = {}
+    for split, count in CLASSES.items():
+        rows = ["filename,label"]
+        for number in range(count):
+            for image in range(3):
+                name = f"{split}{number}-{image}.png"
+                rows.append(f"{name},n{number}{split}")
+                files[f"mini/images/{name}"] = png(pixels(seed_of(split, number, image)))
+        files[f"mini/{split}.csv"] = "\n".join(rows).encode()
+    return files
+
+
+def test_ravi_layout(tmp_path):
+    report = pack(write_zip(tmp_path / "mini.zip", ravi_files()), tmp_path / "set")
+    assert report.layout == "ravi" and report.num_classes == CLASSES and report.num_kept == 42
+    assert classes_of(tmp_path / "set")["test"] == ("n0test", "n1test", "n2test", "n3test")
+    assert image_bytes(tmp_path / "set")["n2test/test2-1"] == png(pixels(seed_of("test", 2, 1)))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("val.csv", b"filename,label\nnobody.png,a\n", "image 'nobody.png' of mini/val.csv is absent"),
+        ("val.csv", b"name,class\nval0-0.png,a\n", "val.csv in .* has no full columns filename,label"),
+        ("val.csv", b"filename,label\nval0-0.png\n", "val.csv in .* has no full columns filename,label"),
+        ("val.csv", b"filename,label\n", "val.csv in .* has no rows"),
+        ("val.csv", b"filename,label\nval0-0.png,n0train\n", "class 'n0train' lies in the splits 'train' and 'val'"),
+        ("val.csv", b"filename,label\ntrain0-0.png,x\n", "train0-0.png is used twice: for class 'n0train' in 'train'"),
+    ],
+)
+def test_csv_files_that_contradict_the_images_are_named(tmp_path, file, content, message):
+    files = {**ravi_files(), f"mini/{file}": content}
+    check_refused(message, write_folder(tmp_path / "src", files), tmp_path / "set")
+
+
+# --------------------------------------------------------------------------- CIFAR-100
+
+
+def cifar_files(per_class: int = 3) -> dict[str, bytes]:
+    """The original layout: python 2 pickles of bytes keys; pixels count up so that each image is known."""
+    names = sorted(name for split in CIFAR100_SPLITS["cifar_fs"].values() for name in split)
+    files = {"cifar-100-python/meta": {b"fine_label_names": [name.encode() for name in names]}}
+    for part, first in (("train", 0), ("test", per_class - 1)):
+        numbers = range(first, per_class if part == "test" else per_class - 1)
+        rows = [(label, number) for number in numbers for label in range(100)]
+        files[f"cifar-100-python/{part}"] = {
+            b"fine_labels": [label for label, _ in rows],
+            b"filenames": [f"{names[label]}_s_{number}.png".encode() for label, number in rows],
+            b"data": np.stack([pixels(100 * label + number, 32).reshape(-1) for label, number in rows]),
+        }
+    return {name: pickle.dumps(content, protocol=2) for name, content in files.items()}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar.gz"])
+@pytest.mark.parametrize("splits", ["cifar_fs", "fc100"])
+def test_original_cifar100(tmp_path, kind, splits):
+    files = cifar_files()
+    if kind == "folder":
+        source = write_folder(tmp_path / "src", files)
+    elif kind == "zip":
+        source = write_zip(tmp_path / "src.zip", files)
+    else:
+        source = tmp_path / "cifar-100-python.tar.gz"
+        with tarfile.open(source, "w:gz") as archive:
+            for name, data in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    report = pack(source, tmp_path / "set", splits=splits)
+    assert report.layout == "cifar100" and report.num_images == {
+        split: 3 * len(names) for split, names in CIFAR100_SPLITS[splits].items()
+    }
+    shards = ShardSet.open(tmp_path / "set")
+    assert classes_of(tmp_path / "set") == {split: tuple(names) for split, names in CIFAR100_SPLITS[splits].items()}
+    every = sorted(name for names in CIFAR100_SPLITS[splits].values() for name in names)
+    for split in CLASSES:
+        for number, name in enumerate(shards.split_info(split).classes):
+            for image in range(3):
+                at = shards.first_image(split) + 3 * number + image
+                assert shards.key(at) == f"{name}/{name}_s_{image}"
+                assert np.array_equal(shards.decode(at), pixels(100 * every.index(name) + image, 32))
+
+
+def test_cifar100_needs_splits(tmp_path):
+    source = write_folder(tmp_path / "src", cifar_files())
+    check_refused("several splits; say which: --splits cifar_fs or --splits fc100", source, tmp_path / "set")
+    check_refused("'dragon' is listed in 'val'", source, tmp_path / "set", splits={"val": ["dragon"]})
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("meta", pickle.dumps({b"fine_label_names": _Evil()}), "meta in .* is no plain pickle .*mkdir"),
+        ("train", b"\x80\x02}", "train in .* is no plain pickle"),
+        ("train", pickle.dumps([1]), "holds no dictionary"),
+        ("train", pickle.dumps({b"labels": [0]}, 2), "train has no fine_labels"),
+        (
+            "train",
+            pickle.dumps({b"fine_labels": [100], b"data": np.zeros((1, 3072), np.uint8)}, 2),
+            "train does not hold 32x32 colour images",
+        ),
+    ],
+)
+def test_a_pickle_that_is_not_plain_data_is_refused(tmp_path, monkeypatch, file, content, message):
+    monkeypatch.chdir(tmp_path)
+    source = write_folder(tmp_path / "src", {**cifar_files(), f"cifar-100-python/{file}": content})
+    check_refused(message, source, tmp_path / "set", splits="fc100")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_published_splits_are_disjoint_and_whole():
+    sizes = {name: {s: len(names) for s, names in lists.items()} for name, lists in CIFAR100_SPLITS.items()}
+    assert sizes == {
+        "cifar_fs": {"train": 64, "val": 16, "test": 20},
+        "fc100": {"train": 60, "val": 20, "test": 20},
+    }
+    everything = [{name for names in lists.values() for name in names} for lists in CIFAR100_SPLITS.values()]
+    assert everything[0] == everything[1] and len(everything[0]) == 100
+
+
+# --------------------------------------------------------------------------- Omniglot as published
+
+
+def omniglot_parts() -> dict[str, dict[str, bytes]]:
+    """A few characters of each part as published: 105x105, black on white, one bit."""
+    alphabets = {"images_background": ["Greek", "Bengali"], "images_evaluation": ["Tibetan", "Gurmukhi"]}
+    parts: dict[str, dict[str, bytes]] = {}
+    for part, names in alphabets.items():
+        for alphabet in names:
+            for character in (1, 42):
+                for drawer in range(2):
+                    array = np.random.default_rng([character, drawer]).random((105, 105)) < 0.9
+                    buffer = io.BytesIO()
+                    Image.fromarray(array).save(buffer, "PNG")
+                    name = f"{part}/{alphabet}/character{character:02d}/{drawer:04d}.png"
+                    parts.setdefault(part, {})[name] = buffer.getvalue()
+    return parts
+
+
+@pytest.mark.parametrize("kind", ["zips in a folder", "folders", "one zip"])
+def test_original_omniglot(tmp_path, kind):
+    parts = omniglot_parts()
+    together = {f"omniglot/{name}": data for files in parts.values() for name, data in files.items()}
+    if kind == "one zip":
+        source = write_zip(tmp_path / "o.zip", together)
+    elif kind == "folders":
+        source = write_folder(tmp_path / "o", together)
+    else:
+        source = tmp_path / "o"
+        source.mkdir()
+        for part, files in parts.items():
+            write_zip(source / f"{part}.zip", files)
+    report = pack(source, tmp_path / "set")
+    assert (report.layout, report.image_size, report.channels, report.num_converted) == ("omniglot", (28, 28), 1, 16)
+    assert classes_of(tmp_path / "set") == {
+        "train": ("Greek/character01", "Greek/character42", "Gurmukhi/character01"),
+        "val": ("Bengali/character01", "Bengali/character42"),
+        "test": ("Gurmukhi/character42", "Tibetan/character01", "Tibetan/character42"),
+    }
+    source_pixels = np.random.default_rng([1, 0]).random((105, 105)) < 0.9
+    smooth = Image.fromarray(source_pixels).convert("L").resize((28, 28), Image.Resampling.BICUBIC)
+    assert np.array_equal(ShardSet.open(tmp_path / "set").decode(0)[0], np.asarray(smooth))
+
+
+def test_original_omniglot_with_lists_or_incomplete(tmp_path):
+    parts = omniglot_parts()
+    write_folder(tmp_path / "o", {**parts["images_background"], **parts["images_evaluation"]})
+    pack(tmp_path / "o", tmp_path / "set", splits={"train": ["Tibetan/character01"]}, image_size=20)
+    assert classes_of(tmp_path / "set") == {"train": ("Tibetan/character01",)}
+    assert ShardSet.open(tmp_path / "set").image_size == (20, 20)
+    check_refused("'Klingon/x' is listed in 'val'", tmp_path / "o", tmp_path / "s", splits={"val": ["Klingon/x"]})
+    write_folder(tmp_path / "half", parts["images_background"])
+    check_refused("has no images below images_evaluation", tmp_path / "half", tmp_path / "s")
+
+
+# --------------------------------------------------------------------------- what is recognised, what is refused
+
+
+def test_a_source_that_fits_nothing_is_told_what_was_looked_for(tmp_path):
+    source = write_folder(tmp_path / "src", {"a/1.png": png(pixels(0)), "b/1.png": png(pixels(1))})
+    message = "no layout that is known. Looked for: folders: .*; ravi: .*; cifar100: .*; omniglot: .*; arrange it"
+    check_refused(message, source, tmp_path / "set")
+    check_refused("says nowhere which class", source, tmp_path / "set", layout="folders")
+    check_refused("layout ravi needs one folder", source, tmp_path / "set", layout="ravi")
+    check_refused("no folder with train, test and meta", source, tmp_path / "set", layout="cifar100", splits="fc100")
+    check_refused("has no images below images_background", source, tmp_path / "set", layout="omniglot")
+    check_refused("layout 'imagenet' is unknown; use one of folders, ravi", source, tmp_path / "set", layout="imagenet")
+
+
+def test_a_source_that_fits_two_layouts_asks_which(tmp_path):
+    source = write_folder(tmp_path / "src", {**tree_files(), **ravi_files()})
+    check_refused("fits several layouts: folders, ravi; say which with --layout", source, tmp_path / "set")
+    assert pack(source, tmp_path / "set", layout="ravi").layout == "ravi"
+
+
+def test_sources_that_are_none(tmp_path):
+    check_refused("there is no source .*nothing", tmp_path / "nothing", tmp_path / "set")
+    (tmp_path / "a.txt").write_text("x")
+    check_refused("a.txt is neither a folder nor a zip", tmp_path / "a.txt", tmp_path / "set")
+    whole = write_zip(tmp_path / "w.zip", tree_files()).read_bytes()
+    (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
+    check_refused("cut.zip is a truncated zip", tmp_path / "cut.zip", tmp_path / "set")
+    (tmp_path / "empty").mkdir()
+    check_refused("no layout that is known", tmp_path / "empty", tmp_path / "set")
+
+
+def test_a_damaged_member_of_a_zip_is_named(tmp_path):
+    source = write_zip(tmp_path / "src.zip", tree_files())
+    with zipfile.ZipFile(source) as archive:
+        member = archive.getinfo("top/images/family0/test2/1.png")
+    data = bytearray(source.read_bytes())
+    data[member.header_offset + 30 + len(member.filename) + 20] ^= 1
+    source.write_bytes(data)
+    check_refused("top/images/family0/test2/1.png in .*src.zip cannot be read .*CRC", source, tmp_path / "set")
+
+
+def test_an_existing_destination_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "mine.txt").write_text("keep")
+    check_refused("set exists already; remove it, or choose another", tmp_path / "nothing", tmp_path / "set")
+    assert (tmp_path / "set" / "mine.txt").read_text() == "keep"
+    with pytest.raises(DataError, match="destination s3://b/x is remote"):
+        pack(tmp_path, "s3://b/x")
+
+
+def test_a_killed_pack_leaves_nothing_half(tmp_path):
+    source = write_folder(tmp_path / "src", tree_files())
+    script = f"""
+import os, signal
+from cml_dist.tools.pack import pack
+def kill(done, total, what):
+    if done == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+pack({str(source)!r}, {str(tmp_path / "set")!r}, progress=kill)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    killed = subprocess.run([sys.executable, "-c", script], env=environment, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "set").exists()
+    pack(source, tmp_path / "set")
+    assert {path.name for path in tmp_path.iterdir()} == {"src", "set"}
+    ShardSet.open(tmp_path / "set").verify()
+
+
+# --------------------------------------------------------------------------- size and mode
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+GRADIENT = np.arange(64, dtype=np.uint8).reshape(8, 8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bytes_are_kept_where_size_and_mode_are_right(kind, channels):
+    array = pixels(0, 8, channels)
+    data = encode(Image.fromarray(array[0] if channels == 1 else array.transpose(1, 2, 0).copy()), kind)
+    fitted = fit_image(data, "x", (8, 8), channels, resize=True)
+    assert fitted.kept and fitted.data == data and fitted.ext == {"PNG": "png", "JPEG": "jpg"}[kind]
+    assert fitted.pixels.shape == (channels, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("data", "channels", "expected"),
+    [
+        (encode(Image.fromarray(GRADIENT)), 3, np.stack([GRADIENT] * 3)),
+        (encode(Image.fromarray(GRADIENT), "BMP"), 1, GRADIENT[None]),
+        (encode(Image.fromarray(GRADIENT.astype(np.uint16) * 257)), 1, GRADIENT[None]),
+        (encode(Image.fromarray(GRADIENT > 31)), 1, np.where(GRADIENT > 31, 255, 0)[None]),
+        (encode(Image.new("RGBA", (8, 8), (200, 0, 0, 0))), 3, np.full((3, 8, 8), 255)),
+        (encode(Image.new("LA", (8, 8), (0, 255))), 1, np.zeros((1, 8, 8))),
+        (encode(Image.new("P", (8, 8), 0), transparency=0), 3, np.full((3, 8, 8), 255)),
+    ],
+)
+def test_other_modes_are_converted_and_stored_as_png(data, channels, expected):
+    fitted = fit_image(data, "x", (8, 8), channels, resize=False)
+    assert not fitted.kept and fitted.ext == "png"
+    assert np.array_equal(fitted.pixels, expected)
+    stored = np.asarray(Image.open(io.BytesIO(fitted.data)))
+    assert np.array_equal(stored.reshape(8, 8, -1).transpose(2, 0, 1), expected)
+
+
+def test_a_wide_image_is_cut_at_the_centre_and_not_squeezed():
+    wide = np.zeros((8, 24), dtype=np.uint8)
+    wide[:, 8:16] = 200
+    fitted = fit_image(encode(Image.fromarray(wide)), "x", (8, 8), 1, resize=True)
+    assert np.array_equal(fitted.pixels, np.full((1, 8, 8), 200))
+
+
+def test_an_image_that_lies_on_its_side_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(GRADIENT), "PNG", exif=exif)
+    fitted = fit_image(data, "x", (8, 8), 1, resize=False)
+    assert not fitted.kept and np.array_equal(fitted.pixels[0], np.rot90(GRADIENT, -1))
+
+
+def test_pixels_of_unknown_range_are_refused():
+    data = encode(Image.fromarray(GRADIENT.astype(np.float32)), "TIFF")
+    with pytest.raises(DataError, match="x has pixels of mode F"):
+        fit_image(data, "x", (8, 8), 1, resize=False)
+
+
+def test_size_and_channels_can_be_asked_for(tmp_path):
+    source = write_folder(tmp_path / "src", tree_files())
+    report = pack(source, tmp_path / "set", image_size=(4, 6), channels=1, name="tiny")
+    assert (report.name, report.image_size, report.channels, report.num_kept) == ("tiny", (4, 6), 1, 0)
+    assert ShardSet.open(tmp_path / "set").decode(0).shape == (1, 4, 6)
+    check_refused("channels is 2", source, tmp_path / "s", channels=2)
+    check_refused("image size is 0x0", source, tmp_path / "s", image_size=0)
+
+
+def test_numbers_in_names_are_ordered_as_numbers():
+    names = ["c10/a.png", "c2/b10.png", "c2/b9.png", "c2.png", "C1/a.png", "c2/b.png", "7.png", "10.png"]
+    assert sorted(names, key=natural_order) == [
+        "7.png", "10.png", "C1/a.png", "c2/b9.png", "c2/b10.png", "c2/b.png", "c2.png", "c10/a.png",
+    ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------- inspect
+
+
+def test_inspect_counts_and_draws(tmp_path):
+    files = tree_files(images=5)
+    del files["top/images/family1/val1/4.png"]
+    pack(write_folder(tmp_path / "src", files), tmp_path / "set")
+    found = inspect(tmp_path / "set", sheet=tmp_path / "sheet.png", ways=3, shots=2, queries=2, verify=True)
+    assert (found.name, found.image_size, found.channels, found.source) == ("src", (8, 8), 3, "src")
+    assert [(r.split, r.num_classes, r.num_images, r.min_per_class, r.max_per_class) for r in found.rows] == [
+        ("train", 6, 30, 5, 5), ("val", 4, 19, 4, 5), ("test", 4, 20, 5, 5),
+    ]  # fmt: skip
+    assert found.rows[1].median_per_class == 5.0
+    assert found.rows[0].size_mib * 2**20 == (tmp_path / "set" / "train-000000.tar").stat().st_size
+    assert found.sheet_note == ""
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+    shards = ShardSet.open(tmp_path / "set")
+    # The pixels of some image of the set are on the sheet, enlarged nine times without smoothing.
+    tile = np.asarray(Image.fromarray(shards.decode(0).transpose(1, 2, 0)).resize((72, 72), Image.Resampling.NEAREST))
+    tiles = [
+        np.asarray(Image.fromarray(shards.decode(at).transpose(1, 2, 0)).resize(tile.shape[:2], 0)).tobytes()
+        for at in range(30)
+    ]
+    corner = _first_tile(sheet)
+    assert sheet[corner[0] : corner[0] + 72, corner[1] : corner[1] + 72].tobytes() in tiles
+
+
+def _first_tile(sheet: np.ndarray) -> tuple[int, int]:
+    """The corner of the first picture: inside the first frame of the frame's colour."""
+    frame = np.all(sheet == (0xD7, 0xDD, 0xE3), axis=-1)
+    rows, columns = np.nonzero(frame)
+    return int(rows[0]) + 1, int(columns[rows == rows[0]].min()) + 1
+
+
+def test_inspect_shows_smaller_episodes_of_a_small_set_and_says_so(tmp_path):
+    pack(write_folder(tmp_path / "src", tree_files(images=2)), tmp_path / "set")
+    found = inspect(tmp_path / "set", sheet=tmp_path / "sheet.png", ways=5, shots=1, queries=5)
+    assert "4 ways, 1 shots and 1 queries" in found.sheet_note
+    assert found.sheet.is_file()
+    with pytest.raises(DataError, match="cannot write .*set/dataset.json/x.png"):
+        inspect(tmp_path / "set", sheet=tmp_path / "set" / "dataset.json" / "x.png")
+
+
+# --------------------------------------------------------------------------- the real thing
+
+REAL = {
+    "omniglot.zip": ("folders", (28, 28), 1, {"train": 1028, "val": 172, "test": 423}, 32460),
+    "cifar-fs.zip": ("folders", (32, 32), 3, {"train": 64, "val": 16, "test": 20}, 13840),
+    "mini-imagenet.zip": ("ravi", (84, 84), 3, {"train": 64, "val": 16, "test": 20}, 10640),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_sets_keep_every_byte(tmp_path, name):
+    source = real_data(name)
+    if not source.is_file():
+        pytest.skip(f"{name} is not in ../shared/data")
+    layout, size, channels, num_classes, num_images = REAL[name]
+    report = pack(source, tmp_path / "set")
+    assert (report.layout, report.image_size, report.channels) == (layout, size, channels)
+    assert report.num_classes == num_classes
+    assert (report.num_kept, report.num_converted) == (num_images, 0)
+    with zipfile.ZipFile(source) as archive:
+        stored = {archive.read(member) for member in archive.namelist() if member.endswith(("png", "jpg"))}
+    shards = ShardSet.open(tmp_path / "set")
+    assert {shards.read(at) for at in range(len(shards))} == stored
+    groups = [set(classes) for classes in classes_of(tmp_path / "set").values()]
+    assert len(set.union(*groups)) == sum(map(len, groups))
+
+
+def test_known_splits_are_those_of_the_real_lists():
+    omniglot, cifar = real_data("omniglot.zip"), real_data("cifar-fs.zip")
+    if not (omniglot.is_file() and cifar.is_file()):
+        pytest.skip("omniglot.zip or cifar-fs.zip is not in ../shared/data")
+    with zipfile.ZipFile(omniglot) as archive:
+        for split in CLASSES:
+            for name in archive.read(f"omniglot/splits/{split}.txt").decode().split():
+                assert omniglot_split(name) == split
+    with zipfile.ZipFile(cifar) as archive:
+        for known, folder in (("cifar_fs", "splits"), ("fc100", "fc100/splits")):
+            for split in CLASSES:
+                listed = archive.read(f"cifar-fs/{folder}/{split}.txt").decode().split()
+                assert sorted(listed) == list(CIFAR100_SPLITS[known][split])

@@ -1,0 +1,481 @@
+"""Shard sets: true WebDataset, deterministic, whole or absent, checked before they are used, remote ones cached."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import gc
+import hashlib
+import http.server
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import webdataset
+from image_sets import CLASSES, pixels, png, seed_of, write_set
+from PIL import Image
+
+from cml_dist.domains import shard_cache
+from cml_dist.domains.shards import ShardSet, ShardSetWriter
+from cml_dist.errors import DataError
+
+SMALL_SHARD = 20 / 1024  # MiB: several shards a split
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    return write_set(tmp_path_factory.mktemp("sets") / "small", shard_size_mib=SMALL_SHARD)
+
+
+@pytest.fixture
+def copy(small, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(small, tmp_path / "copy"))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def read_by_webdataset(files: list[str], stages=lambda dataset: dataset) -> list[dict]:
+    """All samples, read by the library itself; it leaves its files to the garbage collector."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        samples = list(stages(webdataset.WebDataset(files, shardshuffle=False)))
+        gc.collect()
+    return samples
+
+
+# --------------------------------------------------------------------------- what is written is what is read
+
+
+def test_every_image_is_read_back_with_its_class(small):
+    shards = ShardSet.open(small)
+    assert (shards.name, shards.image_size, shards.channels, shards.splits) == ("small", (8, 8), 3, tuple(CLASSES))
+    for split, count in CLASSES.items():
+        info = shards.split_info(split)
+        assert info.classes == tuple(f"{split}-{number}" for number in range(count))
+        assert info.images == (7,) * count
+        for number in range(count):
+            for image in range(7):
+                at = shards.first_image(split) + 7 * number + image
+                expected = pixels(seed_of(split, number, image))
+                assert shards.key(at) == f"{split}-{number}/{image}"
+                assert shards.read(at) == png(expected)
+                assert np.array_equal(shards.decode(at), expected)
+    assert len(shards) == 7 * sum(CLASSES.values())
+
+
+def test_images_added_out_of_order_are_indexed_by_class(tmp_path):
+    with ShardSetWriter(tmp_path / "set", name="n", image_size=8, channels=1) as writer:
+        for image in range(4):
+            for name in ("a", "b"):
+                writer.add("train", name, f"{name}{image}", png(pixels(ord(name) + image, 8, 1)), "png")
+    shards = ShardSet.open(tmp_path / "set")
+    assert [shards.key(at) for at in range(8)] == ["a0", "a1", "a2", "a3", "b0", "b1", "b2", "b3"]
+    assert np.array_equal(shards.decode(5), pixels(ord("b") + 1, 8, 1))
+
+
+def test_webdataset_reads_the_same_images_and_labels(small):
+    shards = ShardSet.open(small)
+    for split in CLASSES:
+        files = [str(small / shard.name) for shard in shards.info.shards if shard.split == split]
+        assert len(files) > 1
+        samples = read_by_webdataset(files, lambda dataset: dataset.decode("pil"))
+        found = {s["__key__"]: (np.asarray(s["png"]).transpose(2, 0, 1), s["cls"]) for s in samples}
+        assert len(found) == shards.num_images(split)
+        labels = np.repeat(np.arange(CLASSES[split]), 7)
+        for offset, label in enumerate(labels):
+            at = shards.first_image(split) + offset
+            image, found_label = found[shards.key(at)]
+            assert found_label == label
+            assert np.array_equal(image, shards.decode(at))
+
+
+def test_mean_and_std_are_those_of_the_training_pixels(small):
+    shards = ShardSet.open(small)
+    values = np.stack([shards.decode(at) for at in range(shards.num_images("train"))]) / 255
+    np.testing.assert_allclose(shards.info.mean, values.mean((0, 2, 3)), atol=1e-8)
+    np.testing.assert_allclose(shards.info.std, values.std((0, 2, 3)), atol=1e-8)
+
+
+def test_the_same_input_gives_the_same_bytes(small, tmp_path):
+    time.sleep(1.1)  # tar counts time in seconds
+    assert hashes(write_set(tmp_path / "again", shard_size_mib=SMALL_SHARD)) == hashes(small)
+
+
+def test_jpegs_keep_their_bytes(tmp_path):
+    path = tmp_path / "i.jpg"
+    Image.fromarray(pixels(0).transpose(1, 2, 0).copy()).save(path)
+    with ShardSetWriter(tmp_path / "set", name="n", image_size=8, channels=3) as writer:
+        writer.add("train", "a", "k", path.read_bytes(), "jpg")
+    assert ShardSet.open(tmp_path / "set").read(0) == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [["a.b.c", "a.b.d"], ["ä", "ö"], ["same", "same"], ["x" * 300, "x" * 299 + "y"], ["a b/c?.d", ""], ["d.e/f.g"]],
+)
+def test_any_key_becomes_one_that_webdataset_reads(tmp_path, keys):
+    with ShardSetWriter(tmp_path / "set", name="n", image_size=8, channels=1) as writer:
+        for number, key in enumerate(keys):
+            writer.add("train", f"class {number}", key, png(pixels(number, 8, 1)), "png")
+    shards = ShardSet.open(tmp_path / "set")
+    found = read_by_webdataset([str(tmp_path / "set" / "train-000000.tar")])
+    assert [sample["__key__"] for sample in found] == [shards.key(at) for at in range(len(keys))]
+    assert [int(sample["cls"]) for sample in found] == list(range(len(keys)))
+    assert [sample["png"] for sample in found] == [shards.read(at) for at in range(len(keys))]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_reads_from_threads_forks_and_pickles_are_right(small):
+    shards = ShardSet.open(small)
+    expected = [shards.read(at) for at in range(len(shards))]
+    order = np.random.default_rng(0).permutation(len(shards)).tolist() * 5
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(shards.read, order)) == [expected[at] for at in order]
+    copied = pickle.loads(pickle.dumps(shards))
+    assert [copied.read(at) for at in range(len(shards))] == expected
+    read_fd, write_fd = os.pipe()
+    child = os.fork()
+    if child == 0:
+        same = all(shards.read(at) == expected[at] for at in order)
+        os.write(write_fd, b"1" if same else b"0")
+        os._exit(0)
+    assert all(shards.read(at) == expected[at] for at in order)  # at the same time as the child
+    os.waitpid(child, 0)
+    assert os.read(read_fd, 1) == b"1"
+    os.close(read_fd)
+    os.close(write_fd)
+
+
+def test_with_very_many_shards_files_are_not_kept_open(small, monkeypatch):
+    monkeypatch.setattr("cml_dist.domains.shard_reader.MAX_OPEN_SHARDS", 2)
+    shards = ShardSet.open(small)
+    before = len(os.listdir("/proc/self/fd"))
+    assert np.array_equal(shards.decode(0), pixels(seed_of("train", 0, 0)))
+    assert [len(shards.read(at)) > 0 for at in range(len(shards))] == [True] * len(shards)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --------------------------------------------------------------------------- whole or absent
+
+
+def test_an_error_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), ShardSetWriter(tmp_path / "s", name="n", image_size=8, channels=1) as writer:
+        writer.add("train", "a", "k", png(pixels(0, 8, 1)), "png")
+        _ = 1 / 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_image_is_an_error_and_leaves_nothing(tmp_path):
+    with pytest.raises(DataError, match="no image"), ShardSetWriter(tmp_path / "s", name="n", image_size=8, channels=1):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_destination_is_refused_and_untouched(small, copy):
+    before = hashes(copy)
+    with pytest.raises(DataError, match=f"{copy} exists already"):
+        write_set(copy)
+    assert hashes(copy) == before
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_two_writers_of_one_destination_one_publishes(tmp_path):
+    first = ShardSetWriter(tmp_path / "s", name="first", image_size=8, channels=1)
+    second = ShardSetWriter(tmp_path / "s", name="second", image_size=8, channels=1)  # leaves the first's folder alone
+    for writer in (first, second):
+        writer.add("train", "a", "k", png(pixels(0, 8, 1)), "png")
+    first.__exit__(None, None, None)
+    with pytest.raises(DataError, match="exists already"):
+        second.__exit__(None, None, None)
+    assert ShardSet.open(tmp_path / "s").name == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_killed_writer_leaves_nothing_under_the_name_and_the_next_one_cleans_up(tmp_path):
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from image_sets import pixels, png
+from cml_dist.domains.shards import ShardSetWriter
+writer = ShardSetWriter({str(tmp_path / "s")!r}, name="n", image_size=8, channels=1)
+writer.add("train", "a", "k", png(pixels(0, 8, 1)), "png")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    killed = subprocess.run([sys.executable, "-c", script], env=environment, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    leftover = list(tmp_path.iterdir())
+    assert len(leftover) == 1 and leftover[0].name.startswith(".s.partial-")
+    write_set(tmp_path / "s")
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    ShardSet.open(tmp_path / "s").verify()
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(DataError, match="No space left on device.*free space"):
+        with ShardSetWriter(tmp_path / "s", name="n", image_size=8, channels=1, shard_size_mib=0.001) as writer:
+            writer.add("train", "a", "k", png(pixels(0, 8, 1)), "png")
+            monkeypatch.setattr("cml_dist.domains.shards._HashingFile.write", full)
+            writer.add("train", "a", "l", png(pixels(1, 8, 1)), "png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def no_locks(handle, operation):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    ShardSet.open(write_set(tmp_path / "s")).verify()
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": b"no image"}, "image 'k' of class 'a' cannot be decoded"),
+        ({"data": png(pixels(0, 9, 1))}, "has 9x9 pixels, not 8x8"),
+        ({"data": png(pixels(0, 8, 3))}, "has mode RGB, not L"),
+        ({"split": "dev"}, "split is 'dev'"),
+        ({"ext": "gif"}, "file type is 'gif'"),
+        ({"split": "val", "class_name": "b"}, "class 'b' lies in the splits 'train' and 'val'"),
+    ],
+)
+def test_what_does_not_belong_is_refused(tmp_path, change, message):
+    image = {"split": "train", "class_name": "a", "key": "k", "data": png(pixels(0, 8, 1)), "ext": "png"}
+    with pytest.raises(DataError, match=message):
+        with ShardSetWriter(tmp_path / "s", name="n", image_size=8, channels=1) as writer:
+            writer.add("train", "b", "k0", png(pixels(1, 8, 1)), "png")
+            writer.add(**{**image, **change})
+    assert not (tmp_path / "s").exists()
+
+
+# --------------------------------------------------------------------------- damage is found before training
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-512])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: shutil.rmtree(root), "no packed image set at .*copy .no such folder.*data pack"),
+        (lambda root: (root / "dataset.json").unlink(), "copy is no whole packed image set: dataset.json is missing"),
+        (lambda root: (root / "dataset.json").write_text("{"), "dataset.json is damaged"),
+        (lambda root: (root / "dataset.json").write_text("[1]"), "dataset.json is damaged"),
+        (lambda root: (root / "index.npz").unlink(), "index.npz is missing.*copy .*again whole"),
+        (lambda root: _truncate(root / "index.npz"), "index.npz is truncated"),
+        (lambda root: (root / "val-000001.tar").unlink(), "val-000001.tar is missing"),
+        (lambda root: _truncate(root / "test-000000.tar"), r"test-000000.tar is truncated: \d+ bytes, not \d+"),
+    ],
+)
+def test_a_damaged_set_is_refused_by_name_when_opened(copy, damage, message):
+    damage(copy)
+    with pytest.raises(DataError, match=message):
+        ShardSet.open(copy)
+
+
+def test_a_file_instead_of_a_folder_is_named(tmp_path):
+    (tmp_path / "f.tar").write_bytes(b"")
+    with pytest.raises(DataError, match="f.tar .not a folder"):
+        ShardSet.open(tmp_path / "f.tar")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("format_version", 99, "version 99.*update cml_dist"),
+        ("format", "something", "format 'something'"),
+        ("shards", [{"name": "../evil.tar", "size": 1, "sha256": ""}], "damaged .*evil"),
+        ("channels", 2, "damaged .*channels is 2"),
+        ("splits", {"train": {"classes": ["a"], "images": [3]}}, "index.npz does not belong to"),
+    ],
+)
+def test_a_description_that_cannot_be_true_is_refused(copy, key, value, message):
+    content = json.loads((copy / "dataset.json").read_text())
+    (copy / "dataset.json").write_text(json.dumps({**content, key: value}))
+    with pytest.raises(DataError, match=message):
+        ShardSet.open(copy)
+
+
+def test_a_changed_byte_is_found_by_verify_and_in_the_index_at_once(copy, small):
+    ShardSet.open(copy).verify()
+    shard = copy / "train-000001.tar"
+    data = bytearray(shard.read_bytes())
+    data[700] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match="train-000001.tar is damaged"):
+        ShardSet.open(copy).verify()
+    index = bytearray((copy / "index.npz").read_bytes())
+    index[100] ^= 1
+    (copy / "index.npz").write_bytes(index)
+    with pytest.raises(DataError, match="index.npz is damaged"):
+        ShardSet.open(copy)
+
+
+def test_an_undecodable_image_is_named_with_its_shard(copy):
+    shards = ShardSet.open(copy)
+    at = shards.first_image("val") + 10
+    data = shards.read(at)
+    for path in copy.glob("val-*.tar"):
+        path.write_bytes(path.read_bytes().replace(data, bytes(len(data))))
+    with pytest.raises(DataError, match=r"image 'val-1/3' in shard .*/val-00000\d.tar cannot be decoded"):
+        ShardSet.open(copy).decode(at)
+
+
+def test_a_shard_cut_or_removed_while_open_is_named(copy):
+    shards = ShardSet.open(copy)
+    last = shards.first_image("test") - 1
+    name = next(s.name for s in reversed(shards.info.shards) if s.split == "val")
+    os.truncate(copy / name, 512)
+    with pytest.raises(DataError, match=f"{name} is cut off"):
+        shards.read(last)
+    (copy / "train-000000.tar").unlink()
+    with pytest.raises(DataError, match="train-000000.tar cannot be read"):
+        shards.read(0)
+
+
+def test_an_unknown_split_is_refused_with_those_that_are_there(tmp_path):
+    with ShardSetWriter(tmp_path / "s", name="n", image_size=8, channels=1) as writer:
+        writer.add("test", "a", "k", png(pixels(0, 8, 1)), "png")
+    shards = ShardSet.open(tmp_path / "s")
+    assert shards.info.mean is None and shards.info.std is None
+    with pytest.raises(DataError, match="no split 'train' .it has test"):
+        shards.split_info("train")
+
+
+# --------------------------------------------------------------------------- remote sets
+
+
+@pytest.fixture
+def in_memory(small):
+    """The set in fsspec's own memory file system, as a stand-in for an object store."""
+    store = fsspec.filesystem("memory")
+    store.put(f"{small}/", "/bucket/set/", recursive=True)
+    yield "memory://bucket/set", store
+    store.rm("/bucket", recursive=True)
+
+
+def test_a_remote_set_is_downloaded_once_and_is_the_same(in_memory, small, tmp_path):
+    url, store = in_memory
+    reports = []
+    shards = ShardSet.open(url, cache=tmp_path, progress=lambda *report: reports.append(report))
+    assert {path.name for path in shards.folder.iterdir()} == {path.name for path in small.iterdir()}
+    assert hashes(shards.folder) == hashes(small)
+    assert reports[-1][0] == reports[-1][1] == sum(f.size for f in (shards.info.index, *shards.info.shards))
+    store.rm("/bucket/set/train-000000.tar")  # what is cached is not asked for again
+    again = ShardSet.open(url, cache=tmp_path)
+    assert again.read(0) == shards.read(0)
+
+
+def test_a_cached_file_that_is_cut_is_downloaded_again(in_memory, tmp_path):
+    url, _ = in_memory
+    folder = ShardSet.open(url, cache=tmp_path).folder
+    _truncate(folder / "train-000000.tar")
+    ShardSet.open(url, cache=tmp_path).verify()
+
+
+def test_a_set_that_changed_at_its_source_is_fetched_into_another_folder(in_memory, tmp_path):
+    url, store = in_memory
+    old = ShardSet.open(url, cache=tmp_path / "cache")
+    new = write_set(tmp_path / "new", images=3)
+    store.rm("/bucket/set", recursive=True)
+    store.put(f"{new}/", "/bucket/set/", recursive=True)
+    fetched = ShardSet.open(url, cache=tmp_path / "cache")
+    assert fetched.folder != old.folder
+    assert fetched.num_images("train") == 18 and old.num_images("train") == 42
+    old.verify()
+
+
+def test_what_arrives_damaged_is_refused_and_not_kept(in_memory, tmp_path):
+    url, store = in_memory
+    data = bytearray(store.cat("/bucket/set/val-000000.tar"))
+    data[600] ^= 1
+    store.pipe("/bucket/set/val-000000.tar", bytes(data))
+    with pytest.raises(DataError, match="val-000000.tar arrived damaged or truncated .its checksum differs"):
+        ShardSet.open(url, cache=tmp_path)
+    assert not list(tmp_path.rglob("val-000000.tar*")) and not list(tmp_path.rglob(".*partial*"))
+    store.pipe("/bucket/set/val-000000.tar", bytes(data[:512]))
+    with pytest.raises(DataError, match="arrived damaged or truncated .512 bytes"):
+        ShardSet.open(url, cache=tmp_path)
+
+
+def test_a_remote_file_that_is_missing_is_named(in_memory, tmp_path):
+    url, store = in_memory
+    store.rm("/bucket/set/index.npz")
+    with pytest.raises(DataError, match="memory://bucket/set/index.npz does not exist"):
+        ShardSet.open(url, cache=tmp_path)
+    with pytest.raises(DataError, match="memory://nowhere/dataset.json does not exist"):
+        ShardSet.open("memory://nowhere", cache=tmp_path)
+    with pytest.raises(DataError, match="nosuch://x/dataset.json cannot be fetched"):
+        ShardSet.open("nosuch://x", cache=tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="without aiohttp, http is read through webdataset by curl")
+def test_a_set_behind_a_web_server(small, tmp_path):
+    served: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            served.append(self.path)
+
+    handler = functools.partial(Handler, directory=str(small))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        shards = ShardSet.open(url, cache=tmp_path)
+        assert hashes(shards.folder) == hashes(small)
+        shards.verify()
+        asked = len(served)
+        ShardSet.open(url, cache=tmp_path)
+        assert [path for path in served[asked:] if path.endswith(".tar")] == []
+        with pytest.raises(DataError, match="nothing/dataset.json"):
+            ShardSet.open(f"{url}/nothing", cache=tmp_path)
+        server.shutdown()
+
+
+def test_a_file_url_is_read_in_place(small, tmp_path):
+    shards = ShardSet.open(f"file://{small}", cache=tmp_path)
+    assert shards.folder == small
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_cache_is_in_the_users_cache_folder(in_memory, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert ShardSet.open(in_memory[0]).folder.parent == tmp_path / "xdg" / "cml_dist" / "shards"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert shard_cache.user_cache("shards") == tmp_path / "home" / ".cache" / "cml_dist" / "shards"
+
+
+def test_openers_at_once_share_one_copy_and_clear_what_a_killed_one_left(small, tmp_path):
+    """A ``pipe:`` command goes through webdataset."""
+    url = f"pipe:echo {{}} >> {tmp_path}/asked; cat {small}"
+    folder = ShardSet.open(f"pipe:cat {small}", cache=tmp_path / "first").folder
+    (tmp_path / "cache" / folder.name).mkdir(parents=True)
+    (tmp_path / "cache" / folder.name / ".val-000000.tar.partial-xyz").write_bytes(b"half")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: ShardSet.open(url, cache=tmp_path / "cache").folder, range(4)))
+    assert found == [tmp_path / "cache" / folder.name] * 4
+    assert hashes(found[0]) == hashes(small)
+    num_asked = len((tmp_path / "asked").read_text().splitlines())
+    assert num_asked == 4 + len(hashes(small)) - 1  # each asks for dataset.json, one for all the others
