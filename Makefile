@@ -29,8 +29,11 @@ demo: $(INSTALLED)
 	@gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \
 	if [ "$$gpus" -gt 0 ]; then file=ddp processes=$$gpus; else file=cpu processes=2; fi; \
 	echo "Starting $$processes processes on $$(echo $$file | sed 's/ddp/as many GPUs/; s/cpu/the CPU (no GPU here)/'); run folder $(DEMO)"; \
-	exec $(BIN)/accelerate launch --config_file launch/accelerate/$$file.yaml --num_processes $$processes \
-		-m cml_dist train configs/recipes/glyphs.yaml run.dir=$(DEMO) parallel.processes=$$processes $(DEMO_ARGS)
+	trap : INT; \
+	LOGLEVEL=ERROR $(BIN)/accelerate launch --config_file launch/accelerate/$$file.yaml --num_processes $$processes \
+		-m cml_dist train configs/recipes/glyphs.yaml run.dir=$(DEMO) parallel.processes=$$processes $(DEMO_ARGS) || \
+	{ code=$$?; echo "The demo did not finish: the reason stands above the launcher's traceback. make demo goes on from" \
+		"the last checkpoint, make clean removes it."; exit $$code; }
 
 test: $(INSTALLED)
 	@$(BIN)/ruff check --output-format concise; lint=$$?; $(BIN)/python -m pytest $(PYTEST_ARGS) && exit $$lint

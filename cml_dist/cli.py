@@ -66,8 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_argument("--name", help="name of the set (default: that of SOURCE)")
     inspect = kinds.add_parser("inspect", help="print a table of a packed set and draw a few of its episodes")
     inspect.add_argument("dir", metavar="DIR", help="folder or URL of a packed set, or 'glyphs'")
-    inspect.add_argument("--sheet", metavar="PNG", help="where the contact sheet goes (default: ./contact-sheet.png)")
-    inspect.add_argument("--episodes", type=int, default=3, metavar="N", help="episodes to draw (default 3)")
+    inspect.add_argument(
+        "--sheet", metavar="PNG", default="contact-sheet.png", help="the picture to write (default contact-sheet.png)"
+    )
+    inspect.add_argument("--episodes", type=int, default=1, metavar="N", help="episodes to draw of each split (default 1)")
+    inspect.add_argument("--ways", type=int, default=5, metavar="N", help="classes in an episode (default 5)")
+    inspect.add_argument("--shots", type=int, default=1, metavar="K", help="support images a class (default 1)")
+    inspect.add_argument("--verify", action="store_true", help="also read all shards and compare their checksums")
     return parser
 
 
@@ -164,26 +169,70 @@ def _export(args: argparse.Namespace, console: Console) -> None:
 
 
 def _data(args: argparse.Namespace, console: Console) -> None:
-    if args.data_command == "pack":
-        from cml_dist.telemetry.preparing import preparing
-        from cml_dist.tools.pack import pack
+    (_pack if args.data_command == "pack" else _inspect)(args, console)
 
-        with preparing(console) as progress:
-            made = pack(
-                args.source,
-                args.dest,
-                layout=args.layout,
-                splits=args.splits,
-                image_size=args.image_size,
-                channels=args.channels,
-                name=args.name,
-                progress=progress,
-            )
-        console.note(f"Packed into {made}")
-    else:
-        from cml_dist.tools.inspect import inspect
 
-        inspect(args.dir, sheet=args.sheet or "contact-sheet.png", num_episodes=args.episodes)
+def _pack(args: argparse.Namespace, console: Console) -> None:
+    from cml_dist.telemetry.preparing import preparing
+    from cml_dist.tools.pack import pack
+
+    with preparing(console) as progress:
+        made = pack(
+            args.source,
+            args.dest,
+            layout=args.layout,
+            splits=args.splits,
+            image_size=args.image_size,
+            channels=args.channels,
+            name=args.name,
+            progress=progress,
+        )
+    height, width = made.image_size
+    rows = [(split, classes, made.num_images[split]) for split, classes in made.num_classes.items()]
+    console.table(f"{made.name} ({made.layout}), {width}x{height} px", ("split", "classes", "images"), rows)
+    console.note(
+        f"Packed {sum(made.num_images.values()):,} images, {made.size_bytes / 2**20:.1f} MiB, into {made.dest} "
+        f"({made.num_kept:,} kept byte for byte, {made.num_converted:,} converted)"
+    )
+    console.note(f"Look at it: cml-dist data inspect {made.dest}")
+
+
+def _inspect(args: argparse.Namespace, console: Console) -> None:
+    from cml_dist.telemetry.preparing import preparing
+    from cml_dist.tools.inspect import inspect
+
+    with preparing(console) as progress:
+        root = args.dir
+        if root == "glyphs":
+            from cml_dist.domains.glyphs import ensure_glyphs
+
+            root = str(ensure_glyphs(progress=progress))
+        found = inspect(
+            root,
+            sheet=args.sheet,
+            ways=args.ways,
+            shots=args.shots,
+            episodes=args.episodes,
+            verify=args.verify,
+            progress=progress,
+        )
+    columns = ("split", "classes", "images", "min", "median", "max", "shards", "MiB")
+    rows = [
+        (r.split, r.num_classes, r.num_images, r.min_per_class, r.median_per_class, r.max_per_class, r.num_shards)
+        + (round(r.size_mib, 1),)
+        for r in found.rows
+    ]
+    height, width = found.image_size
+    kind = "grey" if found.channels == 1 else "RGB"
+    console.table(f"{found.name}, {width}x{height} px, {kind} (min, median, max: images a class)", columns, rows)
+    if found.mean and found.std:
+        means, stds = (", ".join(f"{x:.4f}" for x in values) for values in (found.mean, found.std))
+        console.note(f"mean {means}; std {stds} (pixels in 0..1, train split)")
+    if args.verify:
+        console.note("All checksums agree")
+    if found.sheet_note:
+        console.note(found.sheet_note)
+    console.note(f"Contact sheet: {found.sheet}")
 
 
 COMMANDS = {"train": _train, "config": _config, "eval": _eval, "export": _export, "data": _data}

@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cml_dist.errors import ModelError
@@ -33,11 +35,16 @@ switches between the two sides (at 1e-8 one does, and its jump drowns the deriva
 # --------------------------------------------------------------------------- preparing
 
 
-class _UncachedDict(dict):
-    """A cache that forgets what it is read for, so that each forward pass computes it from its own parameters."""
+class Hardsigmoid(nn.Module):
+    """relu6(x + 3) / 6: PyTorch's own hardsigmoid has no second derivative."""
 
-    def __getitem__(self, key: Any) -> Any:
-        return self.pop(key)
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.relu6(inputs + 3.0) / 6.0
+
+
+def _attention_biases(self: nn.Module, device: torch.device) -> Tensor:
+    """LeViT's biases without its cache, which in evaluation mode keeps values of other parameters."""
+    return self.attention_biases[:, self.attention_bias_idxs]
 
 
 def has_batch_norm(net: nn.Module) -> bool:
@@ -57,10 +64,10 @@ def prepare_for_second_order(net: nn.Module, norm: Norm) -> None:
     """Changes a network, in place, to one that can be differentiated twice and keeps no state between calls.
 
     Evaluation mode (no dropout, no stochastic depth), activations out of place, attention by its own arithmetic
-    instead of a fused kernel, no cached functions of parameters, and BatchNorm by policy.
+    instead of a fused kernel, hardsigmoid by its parts, no cached functions of parameters, and BatchNorm by policy.
 
     Args:
-        net: the network; call it before the first forward pass.
+        net: the network.
         norm: ``"batch"``: BatchNorm uses the statistics of the examples at hand and has no running ones;
             ``"frozen"``: BatchNorm uses its running statistics as constants.
 
@@ -73,9 +80,11 @@ def prepare_for_second_order(net: nn.Module, norm: Norm) -> None:
             module.inplace = False
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
-        if isinstance(getattr(module, "attention_bias_cache", None), dict):
-            # LeViT and its relatives keep indexed parameters in evaluation mode: values of other parameters.
-            module.attention_bias_cache = _UncachedDict()
+        if hasattr(module, "attention_bias_cache"):
+            module.get_attention_biases = MethodType(_attention_biases, module)
+        for child_name, child in module.named_children():
+            if type(child) is nn.Hardsigmoid:
+                setattr(module, child_name, Hardsigmoid())
         if norm == "batch":
             _use_batch_statistics(name, module)
 

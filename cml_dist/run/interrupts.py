@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 
 class Interrupts:
-    """While open, the first SIGINT or SIGTERM only sets ``stop``; a second SIGINT interrupts at once.
+    """While open, SIGINT and SIGTERM only set ``stop``; without a launcher a second SIGINT interrupts at once.
 
-    A checkpoint is a rename, so also the second one leaves the last checkpoint whole.
+    A checkpoint is a rename, so also an interrupted one leaves the last checkpoint whole.
     """
 
     def __init__(self) -> None:
         self.stop = False
-        self._previous: dict[int, object] = {}
+        # Under a launcher one Ctrl-C comes twice, from the terminal and from the launcher: it is no sign of impatience.
+        self._launched = "LOCAL_RANK" in os.environ
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
@@ -27,10 +31,9 @@ class Interrupts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, previous in self._previous.items():
-            signal.signal(number, previous)  # type: ignore[arg-type]
+            signal.signal(number, previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # A launcher passes one Ctrl-C on as a SIGTERM as well, so only a repeated SIGINT means impatience.
-        if self.stop and number == signal.SIGINT:
+        if self.stop and number == signal.SIGINT and not self._launched:
             raise KeyboardInterrupt
         self.stop = True

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from cml_dist.config.schema import ModelConfig
 from cml_dist.meta.gradient import meta_gradient
 from cml_dist.meta.problem import Method, Problem
+from cml_dist.nets import timm_backbone
 from cml_dist.nets.build import build_net
 from cml_dist.nets.guard import couples_examples
 from cml_dist.nets.network import BODY, COLEARNER, HEAD
@@ -31,22 +32,22 @@ STEPS = (1e-8, 1e-9, 1e-7, 1e-10)
 best of a few counts: none of them can agree with a wrong gradient to 1e-5 by chance."""
 
 MODELS = {
-    "test_resnet": 48,
-    "regnetx_002": 48,
-    "test_efficientnet": 48,
-    "mobilenetv3_small_050": 48,
-    "ghostnet_050": 48,
-    "test_convnext": 48,
-    "test_nfnet": 48,
-    "test_vit": 32,
-    "deit_tiny_distilled_patch16_224": 32,
-    "swin_s3_tiny_224": 32,
-    "gmlp_ti16_224": 32,
-    "xcit_nano_12_p16_224": 32,
-    "levit_128s": 48,
-    "edgenext_xx_small": 48,
+    "test_resnet": (48, {}),
+    "regnetx_002": (48, {}),
+    "test_efficientnet": (48, {}),
+    "mobilenetv3_small_050": (48, {}),
+    "ghostnet_050": (48, {}),
+    "test_convnext": (48, {}),
+    "test_nfnet": (48, {}),
+    "test_vit": (32, {}),
+    "deit_tiny_distilled_patch16_224": (32, {"depth": 2}),
+    "swin_tiny_patch4_window7_224": (32, {"embed_dim": 24, "depths": (1, 2), "num_heads": (2, 4), "window_size": 4}),
+    "mixer_s32_224": (64, {"mlp_ratio": (0.5, 0.25)}),
+    "xcit_nano_12_p16_224": (32, {"depth": 2}),
+    "levit_128s": (48, {}),
+    "edgenext_xx_small": (48, {}),
 }
-"""A small model of each family, with an image side in px."""
+"""A small model of each family: an image side in px, and what makes it smaller still."""
 
 
 @dataclass
@@ -64,7 +65,10 @@ class Case:
         return functional_call(self.net, {**params, **self.buffers}, (inputs,), {"learners": learners})
 
 
-def _case(name: str, side: int) -> Case:
+def _case(name: str, monkeypatch: pytest.MonkeyPatch) -> Case:
+    side, smaller = MODELS[name]
+    create_kwargs = timm_backbone._create_kwargs
+    monkeypatch.setattr(timm_backbone, "_create_kwargs", lambda *given: {**create_kwargs(*given), **smaller})
     net = build_net(
         ModelConfig(backbone=name, colearner={"depth": 1, "width": 16}),
         input_shape=(3, side, side),
@@ -141,8 +145,8 @@ def _errors(case: Case, direction: Params, *candidates: Params) -> list[float]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_meta_gradient_matches_finite_differences(name: str) -> None:
-    case = _case(name, MODELS[name])
+def test_meta_gradient_matches_finite_differences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = _case(name, monkeypatch)
     before = {key: value.clone() for key, value in case.buffers.items()}
     exact, first_order = (meta_gradient_under_test(case, order) for order in (2, 1))
     assert all(torch.isfinite(grad).all() for grad in exact.values())
@@ -159,8 +163,8 @@ def test_meta_gradient_matches_finite_differences(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_couples_examples_says_what_the_network_does(name: str) -> None:
-    case = _case(name, MODELS[name])
+def test_couples_examples_says_what_the_network_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = _case(name, monkeypatch)
     inputs = case.support[0]
     together = torch.cat(case.outputs(case.params, inputs, "meta", "co"), dim=1)
     apart = torch.cat(

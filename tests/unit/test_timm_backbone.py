@@ -11,7 +11,7 @@ from timm.layers import use_fused_attn
 from cml_dist.config.schema import ModelConfig
 from cml_dist.errors import ConfigError, ModelError
 from cml_dist.nets.build import build_net
-from cml_dist.nets.guard import check_twice_differentiable, couples_examples, prepare_for_second_order
+from cml_dist.nets.guard import Hardsigmoid, check_twice_differentiable, couples_examples, prepare_for_second_order
 from cml_dist.nets.network import CmlNet
 from cml_dist.nets.timm_backbone import timm_export
 
@@ -75,8 +75,8 @@ def test_fused_attention_is_refused_by_name() -> None:
 
 
 def test_levit_does_not_cache_functions_of_its_parameters() -> None:
-    net = _net("levit_128s", (3, 48, 48))
-    inputs = torch.randn(2, 3, 48, 48)
+    net = _net("levit_128s", (3, 48, 48)).double()  # a move to another dtype or device makes timm a new cache
+    inputs = torch.randn(2, 3, 48, 48).double()
     (before,) = net(inputs)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -84,6 +84,13 @@ def test_levit_does_not_cache_functions_of_its_parameters() -> None:
                 parameter += torch.randn_like(parameter)
     (after,) = net(inputs)
     assert not torch.allclose(before, after)
+
+
+def test_hardsigmoid_is_computed_by_its_parts() -> None:
+    net = _net("mobilenetv3_small_050")
+    assert any(isinstance(module, Hardsigmoid) for module in net.modules())
+    inputs = torch.linspace(-5, 5, 41)
+    torch.testing.assert_close(Hardsigmoid()(inputs), torch.nn.functional.hardsigmoid(inputs))
 
 
 def test_frozen_norm_keeps_statistics_and_couples_nothing(tmp_path) -> None:

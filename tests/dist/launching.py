@@ -1,0 +1,59 @@
+"""Start real processes the way users do, and never wait for them for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU_LAUNCH = ROOT / "launch" / "accelerate" / "cpu.yaml"
+FROM_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+
+
+def start(processes: int, *arguments: str, **environment: str) -> subprocess.Popen:
+    """``accelerate launch`` (or plain python for one process) with a script or ``-m module`` and its arguments.
+
+    The processes form a group of their own, so that :func:`finish` can end all of them.
+    """
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(CPU_LAUNCH)]
+        command += ["--num_processes", str(processes)]
+    env = {key: value for key, value in os.environ.items() if key not in FROM_A_LAUNCHER}
+    # Two cores carry all ranks: more threads than cores only fight each other.
+    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment}
+    return subprocess.Popen(
+        [*command, *arguments],
+        env=env,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout_s: float = 150.0) -> str:
+    """Everything the processes printed; kills all of them, with their stacks on screen, if they do not end in time."""
+    try:
+        out, _ = process.communicate(timeout=timeout_s)
+        return out
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)  # faulthandler prints the stacks
+        out, _ = process.communicate(timeout=20)
+        raise AssertionError(f"still running after {timeout_s} s:\n{out}") from None
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def run(processes: int, *arguments: str, timeout_s: float = 150.0, **environment: str) -> tuple[int, str]:
+    """(exit code, output) of a launch."""
+    process = start(processes, *arguments, **environment)
+    out = finish(process, timeout_s)
+    return process.returncode, out
