@@ -101,6 +101,7 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.config_file.write_text(dump_config(config), encoding="utf-8")
         except BlockingIOError as error:
+            self.release()
             raise CheckpointError(
                 f"another process trains in run.dir {self.path}", "wait for it, stop it, or choose another run.dir"
             ) from error
@@ -108,6 +109,12 @@ class RunFolder:
             raise CheckpointError(
                 f"cannot write run.dir {self.path}: {error.strerror}", "choose a folder that can be written"
             ) from error
+
+    def release(self) -> None:
+        """Let other trainers in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 def differences(then: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -57,10 +57,14 @@ def train(config: RunConfig, console: Console) -> Outcome:
         CmlError: anything a user can mend; on all ranks where all can know of it.
     """
     world = join_world(config)
+    run = _Run(config, world, console)
     try:
-        return _Run(config, world, console).go()
+        outcome = run.go()
     finally:
-        world.close()
+        run.close()
+    # Only here: after an error the other ranks may never come, and a group that is left in order waits for them.
+    world.close()
+    return outcome
 
 
 class _Run:
@@ -71,6 +75,7 @@ class _Run:
         self.plan: RunPlan = make_plan(config, world.size)
         self.folder = RunFolder(config.run.dir)
         self.threads = set_arithmetic(config, world)
+        self.metrics: MetricsWriter | None = None
         self.step = 0
         self.state: dict[str, Any] = {"best": None, "skipped": 0, "skipped_in_a_row": 0}
 
@@ -96,6 +101,12 @@ class _Run:
             self._finish()
         return Outcome(self.step, finished=True)
 
+    def close(self) -> None:
+        """Close the files; the folder is free for another trainer."""
+        if self.metrics is not None:
+            self.metrics.close()
+        self.folder.release()
+
     def _claim(self) -> None:
         """Rank 0 takes the folder, new or resumable; the others hear if it may not."""
         if self.world.is_main:
@@ -114,8 +125,8 @@ class _Run:
             self.strategy.load(found.params, found.moments)
             self.step, self.state = found.step, found.state
             self.console.note(f"Resuming at step {self.step} of {self.config.train.steps} from {path}")
-        self.metrics = MetricsWriter(self.folder.metrics_file) if self.world.is_main else None
-        if self.metrics is not None:
+        if self.world.is_main:
+            self.metrics = MetricsWriter(self.folder.metrics_file)
             self.metrics.truncate_after(self.step)
             MetricsWriter(self.folder.validation_file).truncate_after(self.step)
 

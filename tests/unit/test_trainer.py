@@ -1,0 +1,329 @@
+"""The training loop on one process: resume, skipped steps, damage, refusals, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from cml_dist.cli import main
+from cml_dist.config.load import merge, parse_config
+from cml_dist.domains.sinusoid import SinusoidDomain
+from cml_dist.errors import CheckpointError, ConfigError, TrainingError, WorldError
+from cml_dist.parallel import strategy as strategies
+from cml_dist.run import checkpoint as checkpoints
+from cml_dist.run import trainer as trainers
+from cml_dist.run.finished import evaluate_run, run_config
+from cml_dist.run.trainer import train
+from cml_dist.telemetry.console import NullConsole
+from cml_dist.telemetry.metrics import read_metrics
+
+BASE = {
+    "domain": {"name": "sinusoid", "shots": 5, "queries": 5},
+    "model": {"backbone": "mlp", "hidden": [8, 8], "colearner": {"depth": 1}},
+    "method": {"gamma": 0.2, "inner_steps": 2},
+    "train": {"steps": 12, "episodes_per_step": 3},
+    "eval": {"every": 5, "val_episodes": 4, "episodes": 6},
+    "checkpoint": {"every": 4},
+    "parallel": {"threads": 1},
+}
+TIMES = ("seconds", "episodes_per_s", "peak_memory_gib")
+
+
+@pytest.fixture(autouse=True)
+def _restore_arithmetic():
+    """The trainer sets threads and kernels for its process, which here is the tests'."""
+    threads = torch.get_num_threads()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+def configure(folder, *overrides):
+    return parse_config(merge(BASE, [f"run.dir={folder}", *overrides]))
+
+
+def go(folder, *overrides):
+    return train(configure(folder, *overrides), NullConsole())
+
+
+def losses(folder):
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert go(folder).finished
+    return folder
+
+
+def stop_after(monkeypatch, step):
+    """As if Ctrl-C came while meta-step ``step`` ran."""
+    meta_step = trainers._Run._meta_step
+
+    def interrupted(self, episodes):
+        self.interrupts.stop = self.step + 1 == step
+        return meta_step(self, episodes)
+
+    monkeypatch.setattr(trainers._Run, "_meta_step", interrupted)
+
+
+# --------------------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_leaves_what_was_promised(undisturbed):
+    lines = losses(undisturbed)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert all(line["loss"] == pytest.approx(line["outer_loss"] + 0.2 * line["colearner_loss"]) for line in lines)
+    assert all(-1 <= line["gradient_cosine"] <= 1 and line["grad_norm"] > 0 for line in lines)
+    report = json.loads((undisturbed / "eval.json").read_text())
+    scores = np.load(undisturbed / "eval_scores.npz")
+    for learner in ("meta", "co"):
+        assert report[learner]["episodes"] == 6
+        assert report[learner]["mean"] == pytest.approx(scores[learner].mean())
+        assert report[learner]["ci95"] == pytest.approx(1.96 * scores[learner].std(ddof=1) / 6**0.5)
+    assert set(report["untrained"]) == {"meta", "co"}
+    validated = [json.loads(line) for line in (undisturbed / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in validated] == [5, 10, 12]
+    best = min(validated, key=lambda line: line["mean"])
+    assert report["step"] == best["step"]
+    assert best["step"] in checkpoints.steps_in(undisturbed / "checkpoints")
+    assert (undisturbed / "config.yaml").is_file()
+    session = json.loads((undisturbed / "sessions.jsonl").read_text().splitlines()[0])
+    assert session["versions"]["torch"] == torch.__version__.split("+")[0] or session["versions"]["torch"]
+
+
+def test_a_finished_run_is_not_trained_again(undisturbed, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(undisturbed, folder)
+    before = losses(folder)
+    assert go(folder).finished
+    assert losses(folder) == before
+
+
+# --------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 7, 11])
+def test_resume_is_exact(undisturbed, tmp_path, monkeypatch, step):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        outcome = go(folder)
+    assert (outcome.step, outcome.finished) == (step, False)
+    assert not (folder / "eval.json").exists()
+    assert go(folder).finished
+    assert losses(folder) == losses(undisturbed)
+    last = checkpoints.path_of(folder / "checkpoints", 12)
+    ours, theirs = checkpoints.load(last), checkpoints.load(checkpoints.path_of(undisturbed / "checkpoints", 12))
+    assert all(torch.equal(ours.params[n], theirs.params[n]) for n in theirs.params)
+    assert all(torch.equal(ours.moments[n], theirs.moments[n]) for n in theirs.moments)
+    assert json.loads((folder / "eval.json").read_text()) == json.loads((undisturbed / "eval.json").read_text())
+
+
+def test_a_killed_run_loses_only_the_steps_since_its_checkpoint(undisturbed, tmp_path, monkeypatch):
+    """Killed at step 7 without a word: metrics 5 to 7 are there, the checkpoint is of step 5."""
+    folder = tmp_path / "run"
+    meta_step = trainers._Run._meta_step
+
+    def killed(self, episodes):
+        if self.step == 7:
+            raise KeyboardInterrupt
+        return meta_step(self, episodes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers._Run, "_meta_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(folder)
+    assert len(losses(folder)) == 7
+    assert go(folder).finished
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_a_truncated_checkpoint_is_passed_over_and_said(undisturbed, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        go(folder)
+    newest = checkpoints.path_of(folder / "checkpoints", 7)
+    newest.write_bytes(newest.read_bytes()[:100])
+    said = []
+
+    class Listening(NullConsole):
+        def warn(self, message):
+            said.append(message)
+
+    assert train(configure(folder), Listening()).finished
+    assert any(newest.name in message and "damaged" in message for message in said)
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    go(folder, "train.steps=6", "eval.final=false")
+    assert go(folder).finished
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_a_changed_configuration_is_refused_with_the_difference(undisturbed):
+    with pytest.raises(CheckpointError, match=r"optim.lr was 0.001, is 0.1.*another run.dir"):
+        go(undisturbed, "optim.lr=0.1")
+    with pytest.raises(CheckpointError, match="domain.shots was 5, is 4"):
+        go(undisturbed, "domain.shots=4")
+    with pytest.raises(CheckpointError, match="train.steps"):
+        go(undisturbed, "train.steps=20", "optim.schedule=cosine")
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(CheckpointError, match="not empty"):
+        go(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_two_trainers_in_one_folder_are_refused(tmp_path):
+    import fcntl
+
+    folder = tmp_path / "run"
+    go(folder, "train.steps=0", "eval.final=false")
+    with open(folder / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="another process trains"):
+            go(folder, "train.steps=0", "eval.final=false")
+
+
+def test_a_checkpoint_of_another_network_is_refused(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("- 8\n  - 8", "- 8\n  - 9"))
+    with pytest.raises(CheckpointError, match="another network: body"):
+        go(folder, "model.hidden=[8, 9]")
+
+
+# --------------------------------------------------------------------------- faults
+
+
+def poison(monkeypatch, bad_steps, batch=3):
+    """NaN in the support inputs of one episode of some meta-steps."""
+    episode = SinusoidDomain.episode
+
+    def poisoned(self, split, index):
+        made = episode(self, split, index)
+        if split == "train" and index // batch in bad_steps and index % batch == 1:
+            made.support.inputs[0] = float("nan")
+        return made
+
+    monkeypatch.setattr(SinusoidDomain, "episode", poisoned)
+
+
+def test_a_non_finite_step_is_skipped_and_counted(tmp_path, monkeypatch):
+    poison(monkeypatch, {2, 3})
+    folder = tmp_path / "run"
+    moved = []
+    apply = strategies.DataParallel.apply
+
+    def watched(self, lr, clip_norm):
+        before = [p.detach().clone() for p in self.model.values]
+        result = apply(self, lr, clip_norm)
+        moved.append(any(not torch.equal(a, b) for a, b in zip(before, self.model.values, strict=True)))
+        return result
+
+    monkeypatch.setattr(strategies.DataParallel, "apply", watched)
+    assert go(folder).finished
+    assert [line["step"] for line in losses(folder) if line["skipped"]] == [3, 4]
+    assert [i + 1 for i, m in enumerate(moved) if not m] == [3, 4]
+    assert checkpoints.load(checkpoints.path_of(folder / "checkpoints", 12)).state["skipped"] == 2
+
+
+def test_too_many_non_finite_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
+    poison(monkeypatch, {5, 6, 7})
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingError, match="3 steps in a row, up to step 8"):
+        go(folder, "train.max_nonfinite=3")
+    assert checkpoints.steps_in(folder / "checkpoints")
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(undisturbed, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    save_file = checkpoints.save_file
+
+    def full(tensors, path, **rest):
+        if "00000008" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save_file(tensors, path, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", full)
+        with pytest.raises(CheckpointError, match=r"No space left.*step 5 stays good"):
+            go(folder)
+    assert go(folder).finished
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_the_world_that_was_asked_for_is_checked(tmp_path):
+    with pytest.raises(WorldError, match="asks for 3 processes, but the world has 1"):
+        go(tmp_path / "run", "parallel.processes=3")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_gpu_is_said(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(WorldError, match="run.device is cuda"):
+        go(tmp_path / "run", "run.device=cuda")
+
+
+# --------------------------------------------------------------------------- methods, evaluation, command line
+
+
+def test_gamma_zero_is_maml_to_the_bit(tmp_path):
+    go(tmp_path / "cml", "method.gamma=0", "eval.final=false")
+    go(tmp_path / "maml", "method.gamma=0", "method.name=maml", "eval.final=false")
+    ours, maml = (checkpoints.load(checkpoints.path_of(tmp_path / n / "checkpoints", 12)).params for n in ("cml", "maml"))
+    assert all(torch.equal(ours[n], maml[n]) for n in maml)
+    assert set(ours) > set(maml)
+    for a, b in zip(losses(tmp_path / "cml"), losses(tmp_path / "maml"), strict=True):
+        assert (a["outer_loss"], a["mse"]) == (b["outer_loss"], b["mse"])
+
+
+def test_engines_train_alike(undisturbed, tmp_path):
+    for engine in ("graph", "adjoint"):
+        go(tmp_path / engine, f"engine.name={engine}", "run.dtype=float64", "eval.final=false", "optim.name=sgd")
+    a, b = (checkpoints.load(checkpoints.path_of(tmp_path / e / "checkpoints", 12)).params for e in ("graph", "adjoint"))
+    assert max((a[n] - b[n]).abs().max().item() for n in a) < 1e-12
+
+
+def test_workers_change_nothing(undisturbed, tmp_path):
+    go(tmp_path / "run", "domain.workers=1")
+    assert losses(tmp_path / "run") == losses(undisturbed)
+
+
+def test_testing_again_gives_the_same_figures(undisturbed, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(undisturbed, folder)
+    before = json.loads((folder / "eval.json").read_text())
+    evaluate_run(str(folder), [], "best", NullConsole())
+    assert json.loads((folder / "eval.json").read_text()) == before
+    evaluate_run(str(folder), ["eval.episodes=9", "eval.co_adapt=released"], "last", NullConsole())
+    after = json.loads((folder / "eval.json").read_text())
+    assert (after["meta"]["episodes"], after["step"], after["co_adapt"]) == (9, 12, "released")
+
+
+def test_run_config_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(CheckpointError, match="no run folder"):
+        run_config(tmp_path, [])
+
+
+def test_command_line_ends_in_one_clear_line(undisturbed, capfd):
+    assert main(["train", "sinusoid", f"run.dir={undisturbed}", "domain.shots=0"]) == ConfigError.exit_code
+    out, err = capfd.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and "domain.shots is 0" in err
+    assert main(["eval", str(undisturbed / "nowhere")]) == 1
+    assert "no run folder" in capfd.readouterr().err
