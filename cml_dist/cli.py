@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--sheet", metavar="PNG", default="contact-sheet.png", help="the picture to write (default contact-sheet.png)"
     )
-    inspect.add_argument("--episodes", type=int, default=1, metavar="N", help="episodes to draw of each split (default 1)")
+    inspect.add_argument("--episodes", type=int, default=1, metavar="N", help="episodes of each split (default 1)")
     inspect.add_argument("--ways", type=int, default=5, metavar="N", help="classes in an episode (default 5)")
     inspect.add_argument("--shots", type=int, default=1, metavar="K", help="support images a class (default 1)")
     inspect.add_argument("--verify", action="store_true", help="also read all shards and compare their checksums")

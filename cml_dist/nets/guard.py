@@ -150,7 +150,8 @@ class _Probe:
     def __init__(self, net: CmlNet, input_shape: tuple[int, ...], output_dim: int, name: str) -> None:
         self.name = name
         self.net = copy.deepcopy(net).to("meta")
-        self.params, self.buffers = _double(net.named_parameters()), _double(net.named_buffers())
+        self.buffers = _double(net.named_buffers())
+        self.params = _away_from_kinks(_double(net.named_parameters()))
         self.learners = ("meta",) if net.colearner is None else ("meta", "co")
         generator = torch.Generator().manual_seed(1)
         device = next(net.parameters()).device
@@ -248,13 +249,30 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def _away_from_kinks(params: Params) -> Params:
+    """The parameters with a tenth of noise.
+
+    Where a ResNet starts its last gain of a block at 0, half of the ReLUs behind it get exactly 0: a kink, at which
+    differences mean nothing.
+    """
+    generator = torch.Generator().manual_seed(2)
+    moved = {}
+    for name, value in params.items():
+        noise = torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
+        moved[name] = value + 0.1 * (_rms(value) + 0.1) * noise
+    return moved
+
+
+def _rms(value: Tensor) -> float:
+    return float(value.square().mean().sqrt())
+
+
 def _relative_direction(params: Params, generator: torch.Generator) -> Params:
     """A random direction in which each parameter tensor moves by its own root mean square (1 where it is zero)."""
     direction = {}
     for name, value in params.items():
-        scale = float(value.square().mean().sqrt()) or 1.0
         noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
-        direction[name] = scale * noise.to(value.device)
+        direction[name] = (_rms(value) or 1.0) * noise.to(value.device)
     return direction
 
 

@@ -56,6 +56,10 @@ def losses(folder):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder / "metrics.jsonl")]
 
 
+def final_params(folder):
+    return checkpoints.load(checkpoints.path_of(folder / "checkpoints", 12)).params
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
@@ -286,7 +290,7 @@ def test_a_missing_gpu_is_said(tmp_path):
 def test_gamma_zero_is_maml_to_the_bit(tmp_path):
     go(tmp_path / "cml", "method.gamma=0", "eval.final=false")
     go(tmp_path / "maml", "method.gamma=0", "method.name=maml", "eval.final=false")
-    ours, maml = (checkpoints.load(checkpoints.path_of(tmp_path / n / "checkpoints", 12)).params for n in ("cml", "maml"))
+    ours, maml = (final_params(tmp_path / name) for name in ("cml", "maml"))
     assert all(torch.equal(ours[n], maml[n]) for n in maml)
     assert set(ours) > set(maml)
     for a, b in zip(losses(tmp_path / "cml"), losses(tmp_path / "maml"), strict=True):
@@ -296,7 +300,7 @@ def test_gamma_zero_is_maml_to_the_bit(tmp_path):
 def test_engines_train_alike(undisturbed, tmp_path):
     for engine in ("graph", "adjoint"):
         go(tmp_path / engine, f"engine.name={engine}", "run.dtype=float64", "eval.final=false", "optim.name=sgd")
-    a, b = (checkpoints.load(checkpoints.path_of(tmp_path / e / "checkpoints", 12)).params for e in ("graph", "adjoint"))
+    a, b = (final_params(tmp_path / engine) for engine in ("graph", "adjoint"))
     assert max((a[n] - b[n]).abs().max().item() for n in a) < 1e-12
 
 

@@ -1,0 +1,117 @@
+"""The command line on real processes: the same run on one and on two, stop and resume, and every rank down on a fault."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from launching import finish, run, start
+
+from cml_dist.telemetry.metrics import read_metrics
+
+FAULTY = str(Path(__file__).with_name("faulty_worker.py"))
+SETTINGS = (
+    "domain.shots=5", "domain.queries=5", "model.hidden=[8, 8]", "method.inner_steps=2", "train.steps=20",
+    "train.episodes_per_step=3", "eval.every=10", "eval.val_episodes=5", "eval.episodes=7", "checkpoint.every=10",
+    "run.dtype=float64", "optim.name=sgd", "run.log_every=5", "parallel.threads=1",
+)  # fmt: skip
+TIMES = ("seconds", "episodes_per_s", "peak_memory_gib")
+
+
+def command(folder: Path, *overrides: str) -> tuple[str, ...]:
+    return ("train", "sinusoid", f"run.dir={folder}", *SETTINGS, *overrides)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    """A run of two processes that nothing disturbed, and what it printed."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    code, out = run(2, "-m", "cml_dist", *command(folder))
+    assert code == 0, out
+    return folder, out
+
+
+def test_two_processes_train_as_one(on_two, tmp_path):
+    code, out = run(1, "-m", "cml_dist", *command(tmp_path / "one"))
+    assert code == 0, out
+    for one, two in zip(lines(tmp_path / "one"), lines(on_two[0]), strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert one[key] == pytest.approx(two[key], rel=1e-9), (one["step"], key)
+    reports = [json.loads((folder / "eval.json").read_text()) for folder in (tmp_path / "one", on_two[0])]
+    for learner in ("meta", "co"):
+        assert reports[0][learner]["mean"] == pytest.approx(reports[1][learner]["mean"], rel=1e-9)
+        assert reports[0][learner]["episodes"] == reports[1][learner]["episodes"] == 7
+
+
+def test_rank_0_alone_speaks(on_two):
+    folder, out = on_two
+    assert "2 processes (ddp), 3 episodes a meta-step: 2 or 1 a process" in out
+    assert out.count("step 20/20") == 1
+    assert out.count("Run folder") == 1
+    assert "Traceback" not in out and "Warning" not in out
+
+
+def test_interrupt_saves_and_resume_is_exact(on_two, tmp_path):
+    folder = tmp_path / "run"
+    process = start(2, "-m", "cml_dist", *command(folder, "train.steps=100000", "eval.every=0"))
+    metrics = folder / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.is_file() and metrics.read_bytes().count(b"\n") >= 5:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out = finish(process, timeout_s=60)
+    assert process.returncode != 0
+    assert "everything is saved" in out and "Run the same command again" in out, out
+    stopped_at = len(lines(folder))
+    code, out = run(2, "-m", "cml_dist", *command(folder, f"train.steps={stopped_at + 5}", "eval.every=0"))
+    assert code == 0, out
+    assert f"Resuming at step {stopped_at}" in out
+    whole = tmp_path / "whole"
+    code, out = run(2, "-m", "cml_dist", *command(whole, f"train.steps={stopped_at + 5}", "eval.every=0"))
+    assert code == 0, out
+    assert lines(folder) == lines(whole)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("data", "error: rank 1: image x.png in shard train-000003.tar cannot be decoded; pack the set again"),
+        ("setup", "error: shard train-000003.tar is missing; copy it to this machine"),
+        ("bug", "RuntimeError: a fault of ours"),
+        ("killed", ""),
+    ],
+)
+def test_a_fault_on_one_rank_ends_all(tmp_path, fault, words):
+    folder = tmp_path / "run"
+    process = start(2, FAULTY, *command(folder, "checkpoint.every=2"), FAULT=fault)
+    out = finish(process, timeout_s=60)  # starting takes most of it; the fault itself ends all within 30 s
+    assert process.returncode != 0, out
+    assert words in out, out
+    if fault != "setup":
+        code, out = run(2, FAULTY, *command(folder, "checkpoint.every=2"), FAULT="")
+        assert code == 0 and "Resuming at step" in out, out
+
+
+def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path):
+    folder = tmp_path / "run"
+    code, out = run(2, FAULTY, *command(folder), FAULT="nan")
+    assert code == 0, out
+    assert [line["step"] for line in lines(folder) if line["skipped"]] == [3]
+    assert lines(folder)[-1]["loss"] is not None
+
+
+def test_another_world_than_asked_for_is_refused(tmp_path):
+    code, out = run(2, "-m", "cml_dist", *command(tmp_path / "run", "parallel.processes=4"))
+    assert code != 0
+    assert "error: parallel.processes asks for 4 processes, but the world has 2" in out
+    assert out.count("error: ") == 1
+    assert not (tmp_path / "run").exists()
