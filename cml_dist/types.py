@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Learner = Literal["meta", "co"]
+"""Who gives the outputs: the meta-learner f_m = (psi, theta) or the co-learner f_c = (psi, phi)."""
+
+BODY, HEAD, COLEARNER = "body", "head", "colearner"
+"""The three parts, and the first component of every canonical parameter name: psi, theta, phi."""
 
 Params = dict[str, Tensor]
 """Parameters by canonical name, e.g. ``body.block1.conv.weight``; the order is the network's own."""

@@ -70,7 +70,7 @@ def make_plan(config: RunConfig, processes: int) -> RunPlan:
     return RunPlan(
         processes=processes,
         strategy=strategy,
-        engine=engine if config.method.order == 2 else "first order (no second pass)",
+        engine=engine if config.method.order == 2 else "first_order",
         episodes_by_rank=tuple(len(share(batch, rank, processes)) for rank in range(processes)),
         steps=steps,
         episodes=steps * batch,
@@ -91,7 +91,7 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
     method = config.method
     batch = config.train.episodes_per_step
     each = sorted(set(plan.episodes_by_rank), reverse=True)
-    steps = f"{plan.inner_steps} inner step{'s' * (plan.inner_steps != 1)} of {method.inner_lr:g}"
+    steps = f"{_count(plan.inner_steps, 'inner step')} of {method.inner_lr:g}"
     return {
         "run": f"{config.run.dir} (seed {config.run.seed})",
         "domain": _domain_words(config),
@@ -102,9 +102,15 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
         f"{batch} episodes a meta-step: {' or '.join(map(str, each))} a process",
         "training": f"{plan.steps:,} meta-steps of {config.optim.name} at {config.optim.lr:g}, "
         f"{plan.episodes:,} episodes",
-        "validation": f"{plan.validations} x {config.eval.val_episodes} episodes; {plan.checkpoints} checkpoints",
-        "test": f"{config.eval.episodes} episodes of {config.eval.split}, {plan.test_inner_steps} inner steps",
+        "validation": f"{plan.validations} x {config.eval.val_episodes} episodes; a checkpoint every "
+        f"{_count(config.checkpoint.every, 'meta-step')}",
+        "test": f"{config.eval.episodes} episodes of {config.eval.split}, "
+        f"{_count(plan.test_inner_steps, 'inner step')}",
     }
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}" + "s" * (number != 1)
 
 
 def _domain_words(config: RunConfig) -> str:

@@ -50,8 +50,11 @@ class ImageSettings(Section):
         ge=0,
         description="keep a decoded split in memory (uint8, each process) up to this size, GiB; else decode in workers",
     )
-    workers: int = Field(
-        0, ge=0, le=64, description="processes a rank that prepare episodes ahead; 0: in the training process"
+    workers: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="processes a rank that prepare episodes ahead; 0: in the training process; null: 0 where the split is in memory, else up to 4",
     )
 
     @field_validator("std")
@@ -84,7 +87,7 @@ class SinusoidConfig(Section):
     shots: int = Field(10, ge=1, le=10_000, description="support points (K)")
     queries: int = Field(10, ge=1, le=10_000, description="query points")
     noise: float = Field(0.0, ge=0, description="standard deviation of Gaussian noise on the targets")
-    workers: int = Field(0, ge=0, le=64, description="processes a rank that prepare episodes ahead")
+    workers: int | None = Field(None, ge=0, le=64, description="processes a rank that prepare episodes ahead; null: 0")
 
 
 DomainConfig = Annotated[GlyphsConfig | ImagesConfig | SinusoidConfig, Field(discriminator="name")]

@@ -57,6 +57,10 @@ class Domain(ABC):
         """Bring a split into memory ahead of its use, where that pays; returns whether it is there."""
         return False
 
+    def suggested_workers(self, split: str) -> int:
+        """Processes that pay to prepare episodes of a split ahead; 0 where an episode costs next to nothing."""
+        return 0
+
     def describe(self) -> dict[str, Any]:
         """What was decided about the data, as JSON: sizes, statistics, what is kept in memory."""
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -172,6 +173,10 @@ class ImageDomain(Domain):
         if split not in self._decoded and self._may_load and self.fits_in_memory(split):
             self._decoded[split] = decode_split(self.shards, split, progress)
         return split in self._decoded
+
+    def suggested_workers(self, split: str) -> int:
+        """None where the split is in memory; else decoding is worth a few processes."""
+        return 0 if self.fits_in_memory(split) else min(4, os.cpu_count() or 1)
 
     def fits_in_memory(self, split: str) -> bool:
         """Whether the decoded split is at most ``settings.memory_gib`` large."""

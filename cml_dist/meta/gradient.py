@@ -14,8 +14,7 @@ from torch import Tensor
 
 from cml_dist.meta.inner import SupportLoss, inner_loop, inner_step
 from cml_dist.meta.problem import Method, Problem, detached, gradients, part_of, used_by
-from cml_dist.nets.network import BODY
-from cml_dist.types import Batch, Episode, Params
+from cml_dist.types import BODY, Batch, Episode, Params
 
 
 @dataclass(frozen=True)

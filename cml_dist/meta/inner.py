@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from cml_dist.meta.problem import Method, Problem, detached, gradients
-from cml_dist.nets.network import BODY, HEAD, Learner
-from cml_dist.types import Episode, Params
+from cml_dist.types import BODY, HEAD, Episode, Learner, Params
 
 SupportLoss = Callable[[Params], Tensor]
 """The support loss as a function of the parameters alone: a scalar."""

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cml_dist.nets.network import BODY, COLEARNER, HEAD, Learner
-from cml_dist.types import Batch, Params
+from cml_dist.types import BODY, COLEARNER, HEAD, Batch, Learner, Params
 
 
 def part_of(name: str) -> str:

@@ -16,7 +16,8 @@ from cml_dist.nets.colearner import GridColearner, MapColearner, TokenColearner,
 from cml_dist.nets.conv4 import Conv4
 from cml_dist.nets.guard import couples_examples, has_batch_norm, prepare_for_second_order
 from cml_dist.nets.mlp import MLP
-from cml_dist.nets.network import BODY, COLEARNER, HEAD, CmlNet
+from cml_dist.nets.network import CmlNet
+from cml_dist.types import BODY, COLEARNER, HEAD
 
 PARTS = (BODY, HEAD, COLEARNER)
 

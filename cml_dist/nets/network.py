@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from torch import Tensor, nn
 
-Learner = Literal["meta", "co"]
-
-BODY, HEAD, COLEARNER = "body", "head", "colearner"
-"""The three parts, and the first component of every canonical parameter name: psi, theta, phi."""
+from cml_dist.types import Learner
 
 
 class CmlNet(nn.Module):

@@ -20,8 +20,8 @@ from torch.func import functional_call
 
 from cml_dist.errors import ConfigError, ModelError
 from cml_dist.nets.guard import couples_examples, prepare_for_second_order
-from cml_dist.nets.network import BODY, CmlNet
-from cml_dist.types import Features, Params
+from cml_dist.nets.network import CmlNet
+from cml_dist.types import BODY, Features, Params
 
 PREFIX = f"{BODY}.model."
 """Canonical names of the backbone's parameters are this, and then timm's own names."""

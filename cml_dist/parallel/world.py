@@ -157,6 +157,7 @@ def set_arithmetic(config: RunConfig, world: World) -> int:
     threads = config.parallel.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
     torch.set_num_threads(threads)  # whatever OMP_NUM_THREADS says
     if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with one of two
         # Some CUDA kernels (pooling, index adds) have no deterministic form: a warning, not a refusal.
         torch.use_deterministic_algorithms(True, warn_only=world.device.type == "cuda")
         torch.backends.cudnn.benchmark = False

@@ -12,10 +12,9 @@ from torch import Tensor
 from cml_dist.domains.base import Domain
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.problem import Method, Problem
-from cml_dist.nets.network import BODY, Learner
 from cml_dist.parallel.world import World
 from cml_dist.run.stream import EpisodeStream
-from cml_dist.types import Episode, Params
+from cml_dist.types import BODY, Episode, Learner, Params
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def evaluate(
     inner_steps: int | None = None,
     co_adapt: str = "eq9",
     dtype: torch.dtype = torch.float32,
-    workers: int = 0,
+    workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, EvalReport]:
     """Score each learner on episodes 0 .. num_episodes - 1 of a split, shared out over the ranks.

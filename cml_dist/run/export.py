@@ -15,10 +15,10 @@ from cml_dist import __version__
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, ModelError
 from cml_dist.meta.problem import part_of
-from cml_dist.nets.network import COLEARNER
 from cml_dist.run.assemble import Parts
 from cml_dist.run.folder import RunFolder, write_json
 from cml_dist.run.report import chosen_checkpoint
+from cml_dist.types import COLEARNER
 
 WEIGHTS, TIMM_WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "timm.safetensors", "model.json", "README.md"
 FORMAT = 1

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +30,6 @@ FREE_KEYS = (
     "eval.final",
 )
 """Settings that a resumed run may change: none of them changes which values are computed, but for rounding."""
-
-PACKAGES = ("torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "safetensors", "pillow")
 
 
 class RunFolder:
@@ -86,8 +82,8 @@ class RunFolder:
                 "set these back to resume it, or choose another run.dir",
             )
 
-    def claim(self, config: RunConfig) -> None:
-        """Create the folder if need be, write the configuration, and keep other trainers out while this process lives.
+    def claim(self) -> None:
+        """Create the folder if need be, and keep other trainers out while this process lives.
 
         Raises:
             CheckpointError: the folder cannot be written, holds something else, or another trainer is at work in it.
@@ -99,7 +95,6 @@ class RunFolder:
             # "a" and not "w": the name of the holder must survive a refused second trainer.
             self._lock = open(self.path / "lock", "a+")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.config_file.write_text(dump_config(config), encoding="utf-8")
         except BlockingIOError as error:
             self.release()
             raise CheckpointError(
@@ -109,6 +104,10 @@ class RunFolder:
             raise CheckpointError(
                 f"cannot write run.dir {self.path}: {error.strerror}", "choose a folder that can be written"
             ) from error
+
+    def begin(self, config: RunConfig) -> None:
+        """Write the configuration: from now on a run lives here. Only once its parts are known to fit together."""
+        write_text(self.config_file, dump_config(config))
 
     def release(self) -> None:
         """Let other trainers in."""
@@ -130,17 +129,6 @@ def differences(then: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    found = {"python": platform.python_version(), "cml_dist": importlib.metadata.version("cml-dist")}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
     """Append one record to a file of JSON lines."""
     with open(path, "a", encoding="utf-8") as file:
@@ -148,7 +136,12 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON under a temporary name and rename it.
+    """Write JSON, see :func:`write_text`."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name and rename it.
 
     Raises:
         CmlError: the file system refused.
@@ -156,7 +149,7 @@ def write_json(path: Path, data: Any) -> None:
     temporary = path.with_name(f".{path.name}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -25,7 +25,8 @@ class EpisodeStream:
     Args:
         domain: makes them.
         split, indices: which ones.
-        workers: processes that make them ahead; 0 makes them here. Never changes an episode.
+        workers: processes that make them ahead; 0 makes them here; None leaves it to the domain. Never changes an
+            episode.
     """
 
     def __init__(
@@ -36,9 +37,11 @@ class EpisodeStream:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        workers: int = 0,
+        workers: int | None = None,
     ) -> None:
         self.domain, self.device, self.dtype = domain, device, dtype
+        if workers is None:
+            workers = domain.suggested_workers(split)
         if workers:
             self._episodes: Iterator[Episode | CmlError] = iter(
                 DataLoader(

@@ -27,10 +27,11 @@ from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.checkpoint import Checkpoint
 from cml_dist.run.evaluator import evaluate
 from cml_dist.run.export import export_run
-from cml_dist.run.folder import RunFolder, append_json_line, versions
+from cml_dist.run.folder import RunFolder, append_json_line
 from cml_dist.run.interrupts import Interrupts
 from cml_dist.run.optim import build_optimizer, learning_rate
 from cml_dist.run.report import learner_name, score_run
+from cml_dist.run.session import session_record, session_rows
 from cml_dist.run.stream import EpisodeStream, rank_share
 from cml_dist.telemetry.console import Console, ResultRow
 from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
@@ -112,7 +113,7 @@ class _Run:
         if self.world.is_main:
             if self.folder.exists:
                 self.folder.check_resumable(self.config)
-            self.folder.claim(self.config)
+            self.folder.claim()
 
     def _resume(self) -> None:
         """Load the newest whole checkpoint, and drop the metrics of steps after it."""
@@ -134,27 +135,10 @@ class _Run:
         """Say and record what will happen here."""
         if not self.world.is_main:
             return
-        counts = {}
-        for name in self.parts.model.names:
-            part = name.partition(".")[0]
-            counts[part] = counts.get(part, 0) + self.parts.model.params()[name].numel()
-        hardware = torch.cuda.get_device_name(self.world.device) if self.world.device.type == "cuda" else "CPU"
-        record = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "step": self.step,
-            "versions": versions(),
-            "hardware": hardware,
-            "threads": self.threads,
-            "parameters": counts,
-            "plan": self.plan.as_dict(),
-            "data": self.parts.domain.describe(),
-        }
+        record = session_record(self.plan, self.parts, self.world, self.threads, self.step)
+        self.folder.begin(self.config)
         append_json_line(self.folder.sessions_file, record)
-        rows = plan_rows(self.config, self.plan)
-        rows["parameters"] = ", ".join(f"{part} {count:,}" for part, count in counts.items())
-        rows["hardware"] = f"{hardware}, {self.threads} CPU threads a process"
-        rows["data"] = _data_words(self.parts.domain.describe())
-        self.console.header("cml-dist train", rows)
+        self.console.header("cml-dist train", {**plan_rows(self.config, self.plan), **session_rows(record)})
 
     def _loop(self) -> bool:
         """All meta-steps that are left. Returns True where someone asked to stop."""
@@ -307,19 +291,6 @@ class _Run:
                 checkpoints.prune(self.folder.checkpoints, self.config.checkpoint.keep_last, keep)
 
         self.world.together(write)
-
-
-def _data_words(described: dict[str, Any]) -> str:
-    """Where the data is kept, for people."""
-    splits = described.get("splits", {})
-    return (
-        ", ".join(
-            f"{split}: {info['images']:,} images of {info['classes']:,} classes, {info['bytes'] / 2**20:.0f} MiB "
-            + ("in memory" if info["kept"] == "memory" else "streamed from disk")
-            for split, info in splits.items()
-        )
-        or "made as it is needed"
-    )
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -21,8 +21,7 @@ from cml_dist.meta.problem import Method, Problem
 from cml_dist.nets import timm_backbone
 from cml_dist.nets.build import build_net
 from cml_dist.nets.guard import couples_examples
-from cml_dist.nets.network import BODY, COLEARNER, HEAD
-from cml_dist.types import Batch, Episode, Params
+from cml_dist.types import BODY, COLEARNER, HEAD, Batch, Episode, Params
 
 WAYS, PER_CLASS = 3, 2
 GAMMA = 0.7

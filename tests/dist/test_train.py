@@ -51,6 +51,18 @@ def test_two_processes_train_as_one(on_two, tmp_path):
         assert reports[0][learner]["episodes"] == reports[1][learner]["episodes"] == 7
 
 
+def test_no_environment_variable_changes_a_result(on_two, tmp_path):
+    meddling = {
+        "OMP_NUM_THREADS": "2",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_DYNAMO_BACKEND": "EAGER",
+    }
+    code, out = run(2, "-m", "cml_dist", *command(tmp_path / "run"), **meddling)
+    assert code == 0, out
+    assert lines(tmp_path / "run") == lines(on_two[0])
+
+
 def test_rank_0_alone_speaks(on_two):
     folder, out = on_two
     assert "2 processes (ddp), 3 episodes a meta-step: 2 or 1 a process" in out

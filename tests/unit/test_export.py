@@ -1,0 +1,150 @@
+"""Export and use: what is written, that phi is gone, and that a loaded learner computes what was tested."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from image_sets import write_set
+from PIL import Image
+from safetensors.torch import load_file
+
+import cml_dist
+from cml_dist.config.load import merge, parse_config
+from cml_dist.domains.build import build_domain
+from cml_dist.errors import CheckpointError, DataError
+from cml_dist.run.finished import export_again
+from cml_dist.run.trainer import train
+from cml_dist.telemetry.console import NullConsole
+
+WAYS, SHOTS, QUERIES = 3, 1, 2
+SETTINGS = {
+    "method": {"inner_lr": 0.1, "inner_steps": 2},
+    "train": {"steps": 2, "episodes_per_step": 1},
+    "eval": {"every": 0, "val_episodes": 2, "episodes": 4, "untrained": False},
+    "parallel": {"threads": 1},
+}
+MODELS = {
+    "conv4": {"backbone": "conv4", "filters": 8},
+    "vit": {"backbone": "test_vit", "colearner": {"depth": 1, "width": 8}},
+    "resnet": {"backbone": "test_resnet", "colearner": {"depth": 1, "width": 8}},
+}
+
+
+@pytest.fixture(scope="module")
+def image_set(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("set") / "packed", images=4, size=32)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def run(request, image_set, tmp_path_factory):
+    """A short run of each kind of backbone: its folder and configuration."""
+    folder = tmp_path_factory.mktemp("runs") / request.param
+    domain = {"name": "images", "root": str(image_set), "ways": WAYS, "shots": SHOTS, "queries": QUERIES}
+    config = parse_config(merge({**SETTINGS, "domain": domain, "model": MODELS[request.param]}, [f"run.dir={folder}"]))
+    threads = torch.get_num_threads()
+    train(config, NullConsole())
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    return folder, config
+
+
+def test_the_colearner_is_gone_and_the_rest_is_there(run):
+    folder, config = run
+    tensors = load_file(folder / "export" / "model.safetensors")
+    assert {name.partition(".")[0] for name in tensors} == {"body", "head"}
+    card = (folder / "export" / "README.md").read_text()
+    assert f"{WAYS}-way {SHOTS}-shot" in card and "cml_dist.load" in card
+    description = json.loads((folder / "export" / "model.json").read_text())
+    report = json.loads((folder / "eval.json").read_text())
+    assert description["eval"]["meta"] == report["meta"]
+
+
+def test_a_loaded_learner_scores_what_the_test_scored(run):
+    """The same episodes as eval.json, but from pixels through the public API alone."""
+    folder, config = run
+    domain = build_domain(config.domain, train_seed=0, eval_seed=config.eval.seed)
+    learner = cml_dist.load(folder)
+    scores = []
+    for index in range(config.eval.episodes):
+        episode = domain.episode("test", index)
+        names = [f"class {label}" for label in episode.support.targets.tolist()]
+        adapted = learner.adapt(list(episode.support.inputs.numpy()), names)
+        predicted = adapted.predict(list(episode.query.inputs.numpy()))
+        truth = [f"class {label}" for label in episode.query.targets.tolist()]
+        scores.append(np.mean([p == t for p, t in zip(predicted, truth, strict=True)]))
+    saved = np.load(folder / "eval_scores.npz")["meta"]
+    assert np.allclose(scores, saved)
+
+
+def test_plain_timm_reads_the_export(run):
+    folder, config = run
+    if config.model.backbone == "conv4":
+        assert not (folder / "export" / "timm.safetensors").exists()
+        return
+    import timm
+
+    description = json.loads((folder / "export" / "model.json").read_text())
+    path = folder / "export" / "timm.safetensors"
+    model = timm.create_model(config.model.backbone, checkpoint_path=str(path), **description["timm"])
+    ours = load_file(folder / "export" / "model.safetensors")
+    state = model.state_dict()
+    for name, value in ours.items():
+        if name.startswith("body.model."):
+            assert torch.equal(state[name.removeprefix("body.model.")], value), name
+    assert torch.equal(model.get_classifier().weight, ours["head.weight"])
+
+
+def test_export_elsewhere_and_of_another_step(run, tmp_path):
+    folder, _ = run
+    export_again(str(folder), [], "last", str(tmp_path / "out"), NullConsole())
+    assert cml_dist.load(tmp_path / "out").ways == WAYS
+    with pytest.raises(CheckpointError, match="keeps no checkpoint '77'"):
+        export_again(str(folder), [], "77", None, NullConsole())
+
+
+def test_images_of_every_kind_are_read_alike(run, tmp_path):
+    folder, _ = run
+    learner = cml_dist.load(folder)
+    array = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    kinds = [array, array.transpose(2, 0, 1), Image.fromarray(array), tmp_path / "a.png", str(tmp_path / "a.png")]
+    read = learner.inputs(kinds)
+    assert all(torch.equal(read[0], one) for one in read)
+    assert learner.inputs([Image.fromarray(array).resize((50, 40))]).shape == (1, 3, 32, 32)
+
+
+def test_bad_input_is_named(run, tmp_path):
+    folder, _ = run
+    learner = cml_dist.load(folder)
+    image = np.zeros((32, 32, 3), np.uint8)
+    with pytest.raises(DataError, match="4 classes were given, the head has 3 outputs"):
+        learner.adapt([image] * 4, [1, 2, 3, 4])
+    with pytest.raises(DataError, match="2 examples came with 1 labels"):
+        learner.adapt([image] * 2, [1])
+    with pytest.raises(DataError, match="float64"):
+        learner.inputs([image.astype(float)])
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="cannot be read"):
+        learner.inputs([tmp_path / "broken.png"])
+    with pytest.raises(CheckpointError, match="no exported model"):
+        cml_dist.load(tmp_path)
+    shutil.copytree(folder / "export", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    with pytest.raises(CheckpointError, match="damaged"):
+        cml_dist.load(tmp_path / "cut")
+
+
+def test_adapting_leaves_the_learner_as_it_is(run):
+    learner = cml_dist.load(run[0])
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(4)]
+    before = learner.adapt(images[:2], ["a", "b"]).probabilities(images)
+    learner.adapt(images[2:], ["x", "y"])
+    after = learner.adapt(images[:2], ["a", "b"]).probabilities(images)
+    assert np.array_equal(before, after)
+    assert before.shape == (4, 2) and np.allclose(before.sum(1), 1, atol=1e-6)
