@@ -22,7 +22,7 @@ REQUIREMENTS = [
     "rich>=13.7",
     "safetensors>=0.4.3",
     "timm>=1.0.9",
-    "torch>=2.4",
+    "torch>=2.6",
     "webdataset>=0.2.86",
 ]
 TEST_REQUIREMENTS = [

@@ -20,6 +20,7 @@ from accelerate.utils import (
 
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CmlError, WorldError
+from cml_dist.parallel.allocator import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -153,9 +154,11 @@ def join_world(config: RunConfig) -> World:
 
 
 def set_arithmetic(config: RunConfig, world: World) -> int:
-    """Fix what changes the bits of a result: threads and kernels. Returns the threads of this process."""
+    """Fix what changes the bits of a result, threads and kernels, and what slows it. Returns this process's threads."""
     threads = config.parallel.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
     torch.set_num_threads(threads)  # whatever OMP_NUM_THREADS says
+    if world.device.type == "cpu":
+        keep_freed_memory()
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with one of two
         # Some CUDA kernels (pooling, index adds) have no deterministic form: a warning, not a refusal.

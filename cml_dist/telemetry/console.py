@@ -328,7 +328,7 @@ def console_for(rank: int) -> Console:
 def _cell(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return text.MISSING if value is None else text.printable(value)
-    return f"{value:,}" if isinstance(value, int) else text.number(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
 def _fields(fields: Mapping[str, object]) -> str:
