@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -152,11 +152,20 @@ def valid_keys(domain: str | None = None) -> dict[str, str]:
     keys: dict[str, str] = {}
     for name, model in _DOMAINS.items():
         if domain in (None, name):
-            keys.update(_keys(model, "domain."))
+            for key, meaning in _keys(model, "domain.").items():
+                keys.setdefault(key, meaning)  # shots of images and of curves: the first says it
+            keys["domain.name"] = " | ".join(_DOMAINS) + "; required"
     for name, info in RunConfig.model_fields.items():
         if name != "domain":
             keys.update(_keys(info.annotation, f"{name}."))
     return keys
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as one would write it in an override."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
 def _keys(model: Any, prefix: str) -> dict[str, str]:
@@ -165,5 +174,7 @@ def _keys(model: Any, prefix: str) -> dict[str, str]:
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             keys.update(_keys(info.annotation, f"{prefix}{name}."))
         else:
-            keys[f"{prefix}{name}"] = info.description or ""
+            default = "required" if info.is_required() else f"default {_as_yaml(info.default)}"
+            choices = " | ".join(str(choice) for choice in get_args(info.annotation) if isinstance(choice, str))
+            keys[f"{prefix}{name}"] = "; ".join(filter(None, (choices, info.description, default)))
     return keys
