@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     TorchDynamoPlugin,
     gather_object,
@@ -122,7 +123,8 @@ def join_world(config: RunConfig) -> World:
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision="no",
-        gradient_accumulation_steps=1,
+        # The plugin and not the number: ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the number, and divides by it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
         kwargs_handlers=[
             InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.parallel.timeout_s)),
