@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -110,11 +111,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{error.filename or 'a file'}: {error.strerror or error}", "mend it, then run the same command"
         )
         return _leave(1)
-    except Exception:
+    except Exception as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and _LOST.search(str(error)):
+            Console().error(f"rank {rank} lost another rank", "that one's own error, above or below, says why")
+            return _leave(1)
         import traceback
 
         traceback.print_exc()
         return _leave(1)
+
+
+_LOST = re.compile(r"gloo|NCCL|ProcessGroup|Connection (closed|reset)|Socket")
+"""How collectives word it when the other side has gone."""
 
 
 def _leave(code: int) -> int:

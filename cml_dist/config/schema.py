@@ -216,7 +216,7 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """The length of the run."""
 
-    steps: int = Field(30_000, ge=0, description="meta-steps")
+    steps: int = Field(30_000, ge=1, description="meta-steps")
     episodes_per_step: int = Field(4, ge=1, le=100_000, description="episodes of a meta-step over all processes (B)")
     max_nonfinite: int = Field(
         10,
@@ -279,7 +279,7 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="initial parameters and training episodes")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and arithmetic")
-    deterministic: bool = Field(True, description="only deterministic kernels (on CPU always so)")
+    deterministic: bool = Field(True, description="only deterministic kernels; on CUDA a few have no such form, which is warned of")
     log_every: int = Field(
         50, ge=1, description="meta-steps between lines where the output is no terminal (metrics.jsonl has every step)"
     )

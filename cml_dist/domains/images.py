@@ -175,7 +175,7 @@ class ImageDomain(Domain):
         return split in self._decoded
 
     def suggested_workers(self, split: str) -> int:
-        """None where the split is in memory; else decoding is worth a few processes."""
+        """0 where the split is in memory; else decoding is worth a few processes."""
         return 0 if self.fits_in_memory(split) else min(4, os.cpu_count() or 1)
 
     def fits_in_memory(self, split: str) -> bool:

@@ -64,10 +64,6 @@ class World:
         torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
         return tensor.item()
 
-    def barrier(self) -> None:
-        """Wait for all ranks. Collective: all ranks."""
-        self.accelerator.wait_for_everyone()
-
     def together(self, work: Callable[[], T]) -> T:
         """Run ``work`` on each rank, and fail on all ranks with the first rank's error if it fails on any.
 
@@ -116,6 +112,12 @@ def join_world(config: RunConfig) -> World:
     use_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
     if config.run.device == "cuda" and use_cpu:
         raise WorldError("run.device is cuda, but torch sees no GPU", "set run.device=auto, or mend the driver")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if not use_cpu and here > gpus:
+        raise WorldError(
+            f"{here} processes were launched on this machine, which has {gpus} GPUs",
+            f"launch with --num_processes {gpus}, or set run.device=cpu",
+        )
     launched = os.environ.get("WORLD_SIZE")
     # Accelerate takes a named backend as a promise that a process group will be there: none for a lone process.
     backend = None if os.environ.get("LOCAL_RANK") is None else "gloo" if use_cpu else "nccl"
@@ -136,6 +138,11 @@ def join_world(config: RunConfig) -> World:
             f"the launcher set up {accelerator.distributed_type.value}, "
             f"but parallel.strategy is {config.parallel.strategy}",
             "use launch/accelerate/cpu.yaml or ddp.yaml",
+        )
+    if (accelerator.device.type == "cpu") != use_cpu:
+        raise WorldError(
+            f"the launcher chose {accelerator.device}, but run.device is {config.run.device}",
+            "unset ACCELERATE_USE_CPU, or set run.device=cpu",
         )
     size = accelerator.num_processes
     for asked, who in ((config.parallel.processes, "parallel.processes"), (launched and int(launched), "WORLD_SIZE")):
@@ -162,7 +169,7 @@ def set_arithmetic(config: RunConfig, world: World) -> int:
     if world.device.type == "cpu":
         keep_freed_memory()
     if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with one of two
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not deterministic
         # Some CUDA kernels (pooling, index adds) have no deterministic form: a warning, not a refusal.
         torch.use_deterministic_algorithms(True, warn_only=world.device.type == "cuda")
         torch.backends.cudnn.benchmark = False

@@ -27,6 +27,10 @@ FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
 
 
+class DamagedCheckpoint(CheckpointError):
+    """Missing, truncated or altered: an older one may do."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """All that a run needs to go on.
@@ -66,7 +70,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     tensors = {f"param/{n}": p for n, p in checkpoint.params.items()}
     tensors |= {f"moment/{n}": m for n, m in checkpoint.moments.items()}
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    meta = {"format": FORMAT, "step": checkpoint.step, "state": checkpoint.state, "sha256": _digest(tensors)}
+    meta = {"format": FORMAT, "step": checkpoint.step, "state": checkpoint.state}
+    meta["sha256"] = _digest(tensors, meta)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata={"cml_dist": json.dumps(meta)})
@@ -89,14 +94,15 @@ def load(path: Path) -> Checkpoint:
     """Read and verify one checkpoint.
 
     Raises:
-        CheckpointError: missing, truncated, altered, or of a newer format.
+        DamagedCheckpoint: missing, truncated or altered.
+        CheckpointError: of another format, or under the name of another step.
     """
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads(file.metadata()["cml_dist"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"checkpoint {path} is missing or damaged ({error})", "delete it; an older one is used"
         ) from error
     if meta.get("format") != FORMAT:
@@ -104,9 +110,13 @@ def load(path: Path) -> Checkpoint:
             f"checkpoint {path} has format {meta.get('format')}, this version reads {FORMAT}",
             "use the version that wrote it",
         )
-    if meta["sha256"] != _digest(tensors):
-        raise CheckpointError(
+    if meta.pop("sha256", None) != _digest(tensors, meta):
+        raise DamagedCheckpoint(
             f"checkpoint {path} is damaged (its contents do not match their SHA-256)", "delete it; an older one is used"
+        )
+    if path.name != path_of(path.parent, meta["step"]).name:
+        raise CheckpointError(
+            f"{path} holds step {meta['step']}", f"rename it to {path_of(path.parent, meta['step']).name}"
         )
     split: dict[str, dict[str, Tensor]] = {"param": {}, "moment": {}}
     for name, tensor in tensors.items():
@@ -125,13 +135,21 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]
     for step in reversed(steps_in(folder)):
         try:
             return load(path_of(folder, step)), faults
-        except CheckpointError as error:
+        except DamagedCheckpoint as error:
             faults.append(error)
     if faults:
         raise CheckpointError(
             f"no checkpoint in {folder} is whole: {faults[0].what}", "restore one, or start in a new run.dir"
         )
     return None, faults
+
+
+def set_aside(folder: Path, after: int) -> None:
+    """Rename the checkpoints after a step, which were found damaged: none may count as one of the newest."""
+    for step in steps_in(folder):
+        if step > after:
+            path = path_of(folder, step)
+            os.replace(path, path.with_name(f"{path.name}.damaged"))
 
 
 def prune(folder: Path, keep_last: int, keep: frozenset[int]) -> None:
@@ -154,9 +172,9 @@ def check_fits(params: Mapping[str, Tensor], expected: Mapping[str, Tensor], pat
             )
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in order of name."""
-    sha = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
+    """SHA-256 over step and state, then names, types, shapes and bytes in order of name."""
+    sha = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())

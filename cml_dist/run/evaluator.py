@@ -38,8 +38,10 @@ class EvalReport:
         n = len(self.scores)
         return 1.96 * self.scores.std(correction=1).item() / math.sqrt(n) if n > 1 else math.nan
 
-    def summary(self) -> dict[str, float | int]:
-        return {"mean": self.mean, "ci95": self.ci95, "episodes": len(self.scores)}
+    def summary(self) -> dict[str, float | int | None]:
+        """For JSON: what is not finite (a diverged learner, the interval of one episode) is null."""
+        numbers = {"mean": self.mean, "ci95": self.ci95}
+        return {k: v if math.isfinite(v) else None for k, v in numbers.items()} | {"episodes": len(self.scores)}
 
 
 def score_episode(
@@ -79,7 +81,8 @@ def evaluate(
 ) -> dict[str, EvalReport]:
     """Score each learner on episodes 0 .. num_episodes - 1 of a split, shared out over the ranks.
 
-    Each episode is scored alone, so the report is the same for any world size. Collective: all ranks.
+    Each episode is scored alone, so the report is the same for any world size, to the bit where each process has as
+    many threads (parallel.threads). Collective: all ranks.
     """
     if inner_steps is not None:
         method = replace(method, inner_steps=inner_steps)

@@ -16,6 +16,7 @@ from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, ModelError
 from cml_dist.meta.problem import part_of
 from cml_dist.run.assemble import Parts
+from cml_dist.run.checkpoint import check_fits, path_of
 from cml_dist.run.folder import RunFolder, write_json
 from cml_dist.run.report import chosen_checkpoint
 from cml_dist.types import COLEARNER
@@ -36,6 +37,8 @@ def export_run(
         CheckpointError: there is no such checkpoint, or the folder cannot be written.
     """
     checkpoint = chosen_checkpoint(folder, which)
+    initial = dict(parts.net.named_parameters())
+    check_fits(checkpoint.params, initial, path_of(folder.checkpoints, checkpoint.step))
     target = Path(to) if to is not None else folder.export
     params = {n: p for n, p in checkpoint.params.items() if part_of(n) != COLEARNER}
     # Constants too: with frozen statistics the network is not whole without them.
@@ -67,9 +70,12 @@ def export_run(
         if for_timm is not None:
             _save_tensors(target / TIMM_WEIGHTS, for_timm[0])
         (target / CARD).write_text(_card(config, description, params), encoding="utf-8")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        for file in target.glob(".*.writing"):
+            file.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"cannot export to {target}: {error.strerror}", "free space or choose another folder with --to"
+            f"cannot export to {target}: {reason}", "free space or choose another folder with --to"
         ) from error
     write_json(target / DESCRIPTION, description)
     return target
@@ -178,8 +184,9 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """psi, theta and constants of an exported model by canonical name, on the CPU."""
+    """psi, theta and constants of an exported model by canonical name, on the CPU; floating ones in float32."""
     try:
-        return load_file(folder / WEIGHTS)
+        tensors = load_file(folder / WEIGHTS)
+        return {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} is missing or damaged ({error})", "export the run again") from error

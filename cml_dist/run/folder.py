@@ -130,18 +130,32 @@ def differences(then: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one record to a file of JSON lines."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """Append one record to a file of JSON lines.
+
+    Raises:
+        CmlError: the file system refused.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+    except OSError as error:
+        raise CmlError(
+            f"cannot write {path}: {error.strerror}", "free space or mend the folder's permissions"
+        ) from error
 
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON, see :func:`write_text`."""
-    write_text(path, json.dumps(data, indent=2) + "\n")
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it.
+    """Write a text file, see :func:`write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name and rename it.
 
     Raises:
         CmlError: the file system refused.
@@ -149,7 +163,7 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.assemble import Parts
 from cml_dist.run.checkpoint import Checkpoint
 from cml_dist.run.evaluator import EvalReport, evaluate
-from cml_dist.run.folder import RunFolder, write_json
+from cml_dist.run.folder import RunFolder, write_bytes, write_json
 from cml_dist.telemetry.console import Console, ResultRow
 from cml_dist.types import Params
 
@@ -39,7 +40,14 @@ def chosen_checkpoint(folder: RunFolder, which: str = "best") -> Checkpoint:
     best = newest.state.get("best")
     if which == "last" or best is None or best["step"] == newest.step:
         return newest
-    return checkpoints.load(checkpoints.path_of(folder.checkpoints, best["step"]))
+    path = checkpoints.path_of(folder.checkpoints, best["step"])
+    try:
+        return checkpoints.load(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the best step's {error.what}",
+            "test or export the newest one instead: cml-dist eval RUN_DIR --checkpoint last",
+        ) from error
 
 
 def score_run(
@@ -77,10 +85,12 @@ def score_run(
         "seed": config.eval.seed,
     }
     if world.is_main:
-        write_json(folder.eval_file, summary)
         arrays = {learner: report.scores.numpy() for learner, report in reports.items()}
         arrays |= {f"untrained_{learner}": report.scores.numpy() for learner, report in floor.items()}
-        np.savez(folder.scores_file, **arrays)
+        scores = io.BytesIO()
+        np.savez(scores, **arrays)
+        write_bytes(folder.scores_file, scores.getvalue())
+        write_json(folder.eval_file, summary)
         rows = [_row(learner_name(config.method.name, learner), report) for learner, report in reports.items()]
         rows += [_row(f"untrained {learner_name(config.method.name, learner)}", r) for learner, r in floor.items()]
         if parts.domain.chance is not None:

@@ -19,7 +19,7 @@ import torch
 
 from cml_dist.config.plan import RunPlan, make_plan, plan_rows, share
 from cml_dist.config.schema import RunConfig
-from cml_dist.errors import TrainingError
+from cml_dist.errors import TrainingError, WorldError
 from cml_dist.parallel.strategy import DataParallel
 from cml_dist.parallel.world import World, join_world, set_arithmetic
 from cml_dist.run import checkpoint as checkpoints
@@ -86,7 +86,7 @@ class _Run:
         world, config = self.world, self.config
         world.together(self._claim)
         with preparing(self.console) as progress:
-            self.parts: Parts = assemble(config, self.plan, world, progress, ("train", "val"))
+            self.parts: Parts = assemble(config, self.plan, world, progress, self._splits())
         self.strategy = DataParallel(world, self.parts.model, build_optimizer(config.optim, self.parts.model))
         self._resume()
         world.together(self._announce)
@@ -101,6 +101,11 @@ class _Run:
         if config.eval.final:
             self._finish()
         return Outcome(self.step, finished=True)
+
+    def _splits(self) -> tuple[str, ...]:
+        """The splits that the run will read: a damaged image is to be found now, and not when training has ended."""
+        used = ("train", "val", *([self.config.eval.split] if self.config.eval.final else []))
+        return tuple(dict.fromkeys(used))
 
     def close(self) -> None:
         """Close the files; the folder is free for another trainer."""
@@ -118,8 +123,17 @@ class _Run:
     def _resume(self) -> None:
         """Load the newest whole checkpoint, and drop the metrics of steps after it."""
         found, faults = self.world.together(lambda: checkpoints.load_newest(self.folder.checkpoints))
+        step = -1 if found is None else found.step
+        if self.world.max(step) != -self.world.max(-step):
+            raise WorldError(
+                f"the processes see different checkpoints in {self.folder.checkpoints} "
+                f"(rank {self.world.rank}: step {step})",
+                "put run.dir on a file system that all machines share",
+            )
         for fault in faults:
             self.console.warn(f"{fault.what}: the one before it is used")
+        if faults and self.world.is_main:
+            checkpoints.set_aside(self.folder.checkpoints, step)
         if found is not None:
             path = checkpoints.path_of(self.folder.checkpoints, found.step)
             self.world.together(lambda: checkpoints.check_fits(found.params, self.strategy.params(), path))

@@ -108,6 +108,8 @@ def test_a_fault_on_one_rank_ends_all(tmp_path, fault, words):
     out = finish(process, timeout_s=60)  # starting takes most of it; the fault itself ends all within 30 s
     assert process.returncode != 0, out
     assert words in out, out
+    if fault in ("data", "setup"):
+        assert 'cli.py", line' not in out, "a traceback of ours beside the clear line"
     if fault != "setup":
         code, out = run(2, FAULTY, *command(folder, "checkpoint.every=2"), FAULT="")
         assert code == 0 and "Resuming at step" in out, out

@@ -18,7 +18,7 @@ from cml_dist.errors import CheckpointError, ConfigError, TrainingError, WorldEr
 from cml_dist.parallel import strategy as strategies
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run import trainer as trainers
-from cml_dist.run.finished import evaluate_run, run_config
+from cml_dist.run.finished import evaluate_run, export_again, run_config
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import NullConsole
 from cml_dist.telemetry.metrics import read_metrics
@@ -168,6 +168,36 @@ def test_a_truncated_checkpoint_is_passed_over_and_said(undisturbed, tmp_path, m
     assert losses(folder) == losses(undisturbed)
 
 
+def test_a_damaged_checkpoint_never_pushes_out_a_good_one(tmp_path, monkeypatch):
+    """With one kept: a damaged step 8 is no longer the newest once step 5 is resumed."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8)
+        go(folder, "checkpoint.keep_last=1", "eval.every=0")
+    good = checkpoints.load(checkpoints.path_of(folder / "checkpoints", 8))
+    checkpoints.save(folder / "checkpoints", checkpoints.Checkpoint(5, good.params, good.moments, good.state))
+    checkpoints.path_of(folder / "checkpoints", 8).write_bytes(b"cut off")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        go(folder, "checkpoint.keep_last=1", "eval.every=0")
+    assert checkpoints.steps_in(folder / "checkpoints") == [6]
+    assert (folder / "checkpoints" / "step-00000008.safetensors.damaged").exists()
+    assert checkpoints.load_newest(folder / "checkpoints")[0].step == 6
+
+
+def test_a_double_precision_run_can_be_used(tmp_path):
+    import cml_dist
+
+    go(tmp_path / "run", "run.dtype=float64", "train.steps=1")
+    x = np.linspace(-1, 1, 5)
+    assert cml_dist.load(tmp_path / "run").adapt(x[:, None], x).predict(x[:, None]).shape == (5, 1)
+
+
+def test_export_refuses_another_network(undisturbed, tmp_path):
+    with pytest.raises(CheckpointError, match="another network"):
+        export_again(str(undisturbed), ["model.hidden=[8, 9]"], "best", str(tmp_path / "out"), NullConsole())
+
+
 def test_a_longer_run_goes_on_from_a_shorter_one(undisturbed, tmp_path):
     folder = tmp_path / "run"
     go(folder, "train.steps=6", "eval.final=false")
@@ -195,11 +225,11 @@ def test_two_trainers_in_one_folder_are_refused(tmp_path):
     import fcntl
 
     folder = tmp_path / "run"
-    go(folder, "train.steps=0", "eval.final=false")
+    go(folder, "train.steps=1", "eval.final=false")
     with open(folder / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(CheckpointError, match="another process trains"):
-            go(folder, "train.steps=0", "eval.final=false")
+            go(folder, "train.steps=1", "eval.final=false")
 
 
 def test_a_checkpoint_of_another_network_is_refused(undisturbed, tmp_path):
