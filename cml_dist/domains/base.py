@@ -61,6 +61,10 @@ class Domain(ABC):
         """Processes that pay to prepare episodes of a split ahead; 0 where an episode costs next to nothing."""
         return 0
 
+    def fingerprint(self) -> str:
+        """A checksum of the data that episodes are made of; empty where nothing but the configuration makes them."""
+        return ""
+
     def describe(self) -> dict[str, Any]:
         """What was decided about the data, as JSON: sizes, statistics, what is kept in memory."""
         return {}

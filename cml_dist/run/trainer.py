@@ -19,7 +19,7 @@ import torch
 
 from cml_dist.config.plan import RunPlan, make_plan, plan_rows, share
 from cml_dist.config.schema import RunConfig
-from cml_dist.errors import TrainingError, WorldError
+from cml_dist.errors import CheckpointError, TrainingError, WorldError
 from cml_dist.parallel.strategy import DataParallel
 from cml_dist.parallel.world import World, join_world, set_arithmetic
 from cml_dist.run import checkpoint as checkpoints
@@ -87,6 +87,7 @@ class _Run:
         world.together(self._claim)
         with preparing(self.console) as progress:
             self.parts: Parts = assemble(config, self.plan, world, progress, self._splits())
+        self.state["data"] = self.parts.domain.fingerprint()
         self.strategy = DataParallel(world, self.parts.model, build_optimizer(config.optim, self.parts.model))
         self._resume()
         world.together(self._announce)
@@ -137,6 +138,7 @@ class _Run:
         if found is not None:
             path = checkpoints.path_of(self.folder.checkpoints, found.step)
             self.world.together(lambda: checkpoints.check_fits(found.params, self.strategy.params(), path))
+            self.world.together(lambda: self._check_data(found))
             self.strategy.load(found.params, found.moments)
             self.step, self.state = found.step, found.state
             self.console.note(f"Resuming at step {self.step} of {self.config.train.steps} from {path}")
@@ -144,6 +146,15 @@ class _Run:
             self.metrics = MetricsWriter(self.folder.metrics_file)
             self.metrics.truncate_after(self.step)
             MetricsWriter(self.folder.validation_file).truncate_after(self.step)
+
+    def _check_data(self, found: Checkpoint) -> None:
+        """Where the set lies may change from start to start, but not what is in it."""
+        then, now = found.state["data"], self.parts.domain.fingerprint()
+        if then != now:
+            raise CheckpointError(
+                f"the data is not that of the run in {self.folder.path} (checksum {then[:12]}, now {now[:12]})",
+                "point domain.root at the same packed set, or choose another run.dir",
+            )
 
     def _announce(self) -> None:
         """Say and record what will happen here."""

@@ -107,6 +107,14 @@ def test_statistics_that_do_not_fit(attempt):
     refused(attempt("domain.mean=[0.5]", "domain.std=[0.5]"), "domain.mean")
 
 
+def test_a_resumed_run_wants_its_own_data(attempt, tmp_path, packed):
+    assert attempt()[0] == 0
+    other = write_set(tmp_path / "other", images=5, size=32)
+    refused(attempt(f"domain.root={other}", "train.steps=4"), "data is not that of the run", "domain.root")
+    packed.rename(tmp_path / "moved")
+    assert attempt(f"domain.root={tmp_path / 'moved'}", "train.steps=4")[0] == 0
+
+
 def test_after_the_mend_the_same_folder_trains(attempt, tmp_path):
     refused(attempt("domain.queries=4"))
     assert attempt()[0] == 0
