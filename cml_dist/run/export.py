@@ -124,8 +124,8 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
         "| | |",
         "|---|---|",
         f"| parameters (body and head; the co-learner is deleted) | {count:,} |",
-        f"| input | {' x '.join(map(str, description['input_shape']))}, {description['preprocessing'] or 'as it is'} |",
-        f"| adaptation | {description['inner_steps']} gradient steps, step size body {description['body_lr']:g}, "
+        f"| input | {' x '.join(map(str, description['input_shape']))}{_normalised(description['preprocessing'])} |",
+        f"| adaptation | {description['inner_steps']} gradient step(s), step size body {description['body_lr']:g}, "
         f"head {description['head_lr']:g} |",
         f"| {description['score']} ({tested['split'] if tested else 'test'} split, 95 % interval over episodes) "
         f"| {rate} |",
@@ -162,6 +162,14 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
                 "",
             ]
     return "\n".join(lines)
+
+
+def _normalised(preprocessing: dict[str, Any]) -> str:
+    """How pixels are normalised, in words."""
+    if not preprocessing:
+        return ""
+    mean, std = (", ".join(f"{x:.4f}" for x in preprocessing[key]) for key in ("mean", "std"))
+    return f", pixels / 255, minus mean {mean}, over std {std}"
 
 
 def read_description(folder: Path) -> dict[str, Any]:
