@@ -72,20 +72,24 @@ def assemble(
     """
     dtype = getattr(torch, config.run.dtype)
 
-    def build() -> tuple[Domain, CmlNet]:
-        domain = build_domain(
-            config.domain,
-            train_seed=config.run.seed,
-            eval_seed=config.eval.seed,
-            progress=progress if world.local_rank == 0 else None,
-        )
+    progress = progress if world.local_rank == 0 else None
+
+    def find_data() -> Domain:
+        seeds = {"train_seed": config.run.seed, "eval_seed": config.eval.seed}
+        return build_domain(config.domain, **seeds, progress=progress)
+
+    def load() -> None:
         for split in splits:
-            domain.load(split, progress if world.local_rank == 0 else None)
+            domain.load(split, progress)
+
+    def make() -> CmlNet:
         net = make_network(config, domain)
         if world.local_rank == 0 and config.method.order == 2:
             check_twice_differentiable(net, domain.input_shape, domain.output_dim, config.model.backbone)
-        return domain, net.to(dtype)
+        return net.to(dtype)
 
-    domain, net = world.main_first(build)
+    domain = world.main_first(find_data)  # fills the cache of embedded or remote data
+    world.together(load)  # every rank decodes at once
+    net = world.main_first(make)  # fills the cache of pre-trained weights
     model = MetaModel(net, domain.loss, domain.score, method_of(config.method), plan.engine)
     return Parts(domain, net, model, dtype)

@@ -78,7 +78,7 @@ class _Run:
         self.threads = set_arithmetic(config, world)
         self.metrics: MetricsWriter | None = None
         self.step = 0
-        self.state: dict[str, Any] = {"best": None, "skipped": 0, "skipped_in_a_row": 0}
+        self.state: dict[str, Any] = {"best": None, "validated": 0, "skipped": 0, "skipped_in_a_row": 0}
 
     # ------------------------------------------------------------------ phases
 
@@ -145,7 +145,7 @@ class _Run:
         if self.world.is_main:
             self.metrics = MetricsWriter(self.folder.metrics_file)
             self.metrics.truncate_after(self.step)
-            MetricsWriter(self.folder.validation_file).truncate_after(self.step)
+            MetricsWriter(self.folder.validation_file).truncate_after(self.state["validated"])
 
     def _check_data(self, found: Checkpoint) -> None:
         """Where the set lies may change from start to start, but not what is in it."""
@@ -181,14 +181,16 @@ class _Run:
         with self.console.training(
             config.train.steps, self.step, score_name=score_name, log_every=config.run.log_every, best=self._best()
         ) as live:
+            self._validate_if_due()
             while self.step < config.train.steps:
                 metrics, stop = self._meta_step(stream.take(mine))
                 live.step(metrics)
-                is_best = self._validation_due() and self._validate()
-                if stop or is_best or self._checkpoint_due():
+                # Saved before a long validation too: who stops or is killed in it loses nothing, and resume runs it.
+                if stop or self._validation_due() or self._checkpoint_due():
                     self._save()
                 if stop and self.step < config.train.steps:
                     return True
+                self._validate_if_due()
         return False
 
     def _finish(self) -> None:
@@ -261,8 +263,16 @@ class _Run:
         for step in range(self.step, self.config.train.steps):
             yield from rank_share(step, batch, self.world.rank, self.world.size)
 
+    def _validate_if_due(self) -> None:
+        """Validate the present step, and keep what came of it; on resume, also what was cut off."""
+        if self._validation_due():
+            self._validate()
+            self._save()
+
     def _validation_due(self) -> bool:
         every = self.config.eval.every
+        if self.state["validated"] == self.step:
+            return False
         return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
 
     def _checkpoint_due(self) -> bool:
@@ -273,8 +283,8 @@ class _Run:
         best = self.state["best"]
         return None if best is None else (best["step"], best["mean"])
 
-    def _validate(self) -> bool:
-        """Score the learner that chooses the best step on the val split; returns whether it is the best so far."""
+    def _validate(self) -> None:
+        """Score the learner that chooses the best step on the val split, and remember the best so far."""
         config, domain = self.config, self.parts.domain
         learner = config.eval.learner
         with self.console.progress("validation", config.eval.val_episodes) as view:
@@ -296,13 +306,13 @@ class _Run:
         sign = 1 if domain.higher_is_better else -1
         is_best = math.isfinite(report.mean) and (best is None or sign * report.mean > sign * best["mean"])
         line = {"step": self.step, "learner": learner, **report.summary()}
+        self.state["validated"] = self.step
         if is_best:
             self.state["best"] = line
         if self.world.is_main:
             append_json_line(self.folder.validation_file, line)
         row = ResultRow(learner_name(config.method.name, learner), report.mean, report.ci95, len(report.scores))
         self.console.validation(self.step, [row], score_name=domain.score_name, best=self._best())
-        return is_best
 
     def _save(self) -> None:
         """One checkpoint by rank 0, and the removal of those no longer kept; fails on all ranks if it fails."""

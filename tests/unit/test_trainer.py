@@ -150,6 +150,27 @@ def test_a_killed_run_loses_only_the_steps_since_its_checkpoint(undisturbed, tmp
     assert losses(folder) == losses(undisturbed)
 
 
+def test_a_run_killed_in_a_validation_loses_nothing(undisturbed, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    evaluate, calls = trainers.evaluate, []
+
+    def killed(*args, **rest):
+        calls.append(1)
+        if len(calls) == 2:  # after step 10
+            raise KeyboardInterrupt
+        return evaluate(*args, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(folder)
+    assert checkpoints.load_newest(folder / "checkpoints")[0].step == 10
+    assert go(folder).finished
+    assert losses(folder) == losses(undisturbed)
+    for name in ("validation.jsonl", "eval.json"):
+        assert (folder / name).read_text() == (undisturbed / name).read_text()
+
+
 def test_a_truncated_checkpoint_is_passed_over_and_said(undisturbed, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
