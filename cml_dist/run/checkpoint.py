@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cml_dist.domains.publish import fsync
 from cml_dist.errors import CheckpointError
 from cml_dist.types import Params
 
@@ -75,9 +76,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata={"cml_dist": json.dumps(meta)})
-        _sync(temporary)
+        fsync(temporary)
         os.replace(temporary, target)
-        _sync(folder)
+        fsync(folder)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -180,11 +181,3 @@ def _digest(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
         sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return sha.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
