@@ -93,7 +93,8 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = build_parser().parse_args(argv)
-    rank = int(os.environ.get("RANK", 0))
+    # A RANK that something else left behind must not silence a lone process.
+    rank = int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
     from cml_dist.telemetry.console import Console, console_for
 
     console = console_for(rank)

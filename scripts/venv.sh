@@ -42,6 +42,8 @@ find_python() {
 
 if [ -e "$begun_mark" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     find_python
+    [ ! -d "$venv" ] || [ -e "$venv/pyvenv.cfg" ] || [ -z "$(ls -A "$venv")" ] ||
+        fail "$venv exists and is no virtual environment; remove it, or choose another: make VENV=..."
     say "Making $venv with $("$python" --version)"
     "$python" -m venv --clear "$venv"
 elif ! supported "$venv/bin/python"; then
