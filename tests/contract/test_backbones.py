@@ -1,4 +1,4 @@
-"""Every family of timm backbones goes through one exact second-order meta-step.
+"""Every family of backbones, timm's and our own, goes through one exact second-order meta-step.
 
 The oracle uses no double backward: central differences of the whole meta-objective, whose inner gradient is an
 ordinary first-order one, in float64. A first-order meta-gradient must fail the same comparison.
@@ -31,6 +31,8 @@ STEPS = (1e-8, 1e-9, 1e-7, 1e-10)
 best of a few counts: none of them can agree with a wrong gradient to 1e-5 by chance."""
 
 MODELS = {
+    "conv4": (32, {}),
+    "mlp": (12, {}),
     "test_resnet": (48, {}),
     "regnetx_002": (48, {}),
     "test_efficientnet": (48, {}),
@@ -46,7 +48,7 @@ MODELS = {
     "levit_128s": (48, {}),
     "edgenext_xx_small": (48, {}),
 }
-"""A small model of each family: an image side in px, and what makes it smaller still."""
+"""A small model of each family: an image side in px (MLP: size of a vector), and what makes it smaller still."""
 
 
 @dataclass
@@ -66,11 +68,12 @@ class Case:
 
 def _case(name: str, monkeypatch: pytest.MonkeyPatch) -> Case:
     side, smaller = MODELS[name]
+    shape = (side,) if name == "mlp" else (3, side, side)
     create_kwargs = timm_backbone._create_kwargs
     monkeypatch.setattr(timm_backbone, "_create_kwargs", lambda *given: {**create_kwargs(*given), **smaller})
     net = build_net(
         ModelConfig(backbone=name, colearner={"depth": 1, "width": 16}),
-        input_shape=(3, side, side),
+        input_shape=shape,
         output_dim=WAYS,
         seed=0,
         colearner=True,
@@ -78,7 +81,7 @@ def _case(name: str, monkeypatch: pytest.MonkeyPatch) -> Case:
     generator = torch.Generator().manual_seed(0)
     targets = torch.arange(WAYS).repeat(PER_CLASS)
     support, query = (
-        (torch.randn(len(targets), 3, side, side, generator=generator, dtype=torch.float64), targets) for _ in range(2)
+        (torch.randn(len(targets), *shape, generator=generator, dtype=torch.float64), targets) for _ in range(2)
     )
     params = {key: value.detach().clone() for key, value in net.named_parameters()}
     for value in params.values():  # away from zero biases and gains, at which whole terms of the gradient vanish
@@ -166,7 +169,5 @@ def test_couples_examples_says_what_the_network_does(name: str, monkeypatch: pyt
     case = _case(name, monkeypatch)
     inputs = case.support[0]
     together = torch.cat(case.outputs(case.params, inputs, "meta", "co"), dim=1)
-    apart = torch.cat(
-        [torch.cat(case.outputs(case.params, chunk, "meta", "co"), dim=1) for chunk in inputs.split(3)]
-    )
+    apart = torch.cat([torch.cat(case.outputs(case.params, chunk, "meta", "co"), dim=1) for chunk in inputs.split(3)])
     assert couples_examples(case.net) == (not torch.allclose(together, apart, rtol=1e-9, atol=1e-9))
