@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cml_dist import __version__
 from cml_dist.errors import CmlError
+from cml_dist.parallel.leave import leave
 
 if TYPE_CHECKING:
     from cml_dist.telemetry.console import Console
@@ -99,40 +100,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     console = console_for(rank)
     try:
-        return COMMANDS[args.command](args, console) or 0
+        return leave(COMMANDS[args.command](args, console) or 0)
     except CmlError as error:
         if rank == 0 or not error.everywhere:
             Console().error(error.what if rank == 0 else f"rank {rank}: {error.what}", error.remedy)
-        return _leave(error.exit_code)
+        return leave(error.exit_code)
     except KeyboardInterrupt:
         console.warn("Interrupted; the last checkpoint is whole, and the same command resumes from it")
-        return _leave(STOPPED)
+        return leave(STOPPED)
     except OSError as error:
         Console().error(
             f"{error.filename or 'a file'}: {error.strerror or error}", "mend it, then run the same command"
         )
-        return _leave(1)
+        return leave(1)
     except Exception as error:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and _LOST.search(str(error)):
             Console().error(f"rank {rank} lost another rank", "that one's own error, above or below, says why")
-            return _leave(1)
+            return leave(1)
         import traceback
 
         traceback.print_exc()
-        return _leave(1)
+        return leave(1)
 
 
 _LOST = re.compile(r"gloo|NCCL|ProcessGroup|Connection (closed|reset)|Socket")
 """How collectives word it when the other side has gone."""
-
-
-def _leave(code: int) -> int:
-    """End at once where other ranks wait: a process group that is torn down in order would wait for them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(code)
-    return code
 
 
 # --------------------------------------------------------------------------- commands

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 
@@ -33,6 +34,8 @@ def faulty_build(cls, config, **rest):
     return build(cls, config, **rest)
 
 
+if FAULT == "teardown":
+    atexit.register(os.abort)  # as torch's gloo threads do, now and then, while the interpreter goes down
 SinusoidDomain.episode = faulty_episode
 SinusoidDomain.build = classmethod(faulty_build)
 sys.exit(main())

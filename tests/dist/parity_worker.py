@@ -14,6 +14,7 @@ from cml_dist.domains.base import Domain, episode_rng
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.problem import Method
 from cml_dist.nets.build import build_net
+from cml_dist.parallel.leave import leave
 from cml_dist.parallel.strategy import DataParallel
 from cml_dist.parallel.world import World, join_world
 from cml_dist.run.optim import build_optimizer
@@ -85,3 +86,4 @@ if __name__ == "__main__":
     if this.is_main:
         torch.save({"world": this.size, "params": result}, sys.argv[1])
     this.close()
+    leave(0)

@@ -123,6 +123,11 @@ def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path):
     assert lines(folder)[-1]["loss"] is not None
 
 
+def test_a_finished_run_is_a_success_however_the_interpreter_goes_down(tmp_path):
+    code, out = run(2, FAULTY, *command(tmp_path / "run"), FAULT="teardown")
+    assert code == 0, out
+
+
 def test_another_world_than_asked_for_is_refused(tmp_path):
     code, out = run(2, "-m", "cml_dist", *command(tmp_path / "run", "parallel.processes=4"))
     assert code != 0
