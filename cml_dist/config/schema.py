@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
     """A group of settings: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _as_list(value: object) -> object:
+    """One term where a list of terms is meant."""
+    return [value] if isinstance(value, str) else value
+
+
+Terms = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_list)]
+"""Which parameters: ``body``, ``head``, ``last:N`` or globs over canonical names (nets/partition.py)."""
 
 
 # --------------------------------------------------------------------------- domain
@@ -120,9 +129,8 @@ class ModelConfig(Section):
         "batch",
         description="BatchNorm: 'batch' statistics of the examples at hand (transductive, as in the paper), or the 'frozen' running statistics of pre-trained weights",
     )
-    trained: tuple[str, ...] = Field(
+    trained: Terms = Field(
         ("body", "head"),
-        min_length=1,
         description="what is meta-trained besides the co-learner: body, head, last:N (the last N blocks of the body) or globs over parameter names; the rest is frozen: constants without gradient, moments or second-order work",
     )
     colearner: ColearnerConfig = ColearnerConfig()
@@ -142,9 +150,8 @@ class MethodConfig(Section):
     body_lr: float | None = Field(
         None, ge=0, le=100, description="step size of the inner loop for the body alone; null: inner_lr"
     )
-    adapts: tuple[str, ...] | None = Field(
+    adapts: Terms | None = Field(
         None,
-        min_length=1,
         description="what adapts in the inner loop, in the words of model.trained (e.g. [head, last:2]); null: all of body and head that is trained",
     )
     gamma: float | None = Field(
@@ -188,7 +195,7 @@ class EngineConfig(Section):
         "auto",
         description="graph: unrolled loop, fastest where it fits; adjoint: memory flat in inner steps; auto: graph for 1 step, else adjoint, and adjoint where the memory budget asks for it",
     )
-    micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] | None = Field(
+    micro_batch: int | str | None = Field(
         "auto",
         description="most examples of an episode that pass through the network at once (adjoint; needs a network whose norms couple no examples); null: all; auto: all that the memory budget holds",
     )
@@ -196,6 +203,14 @@ class EngineConfig(Section):
         "auto",
         description="adjoint: where the adapted parameters of each inner step are kept; auto: device, and cpu where the memory budget asks for it",
     )
+
+
+    @field_validator("micro_batch", mode="before")
+    @classmethod
+    def _a_number_or_auto(cls, value: object) -> object:
+        if value is None or value == "auto" or (type(value) is int and value >= 1):
+            return value
+        raise ValueError(f"{value!r} is no micro-batch: give a number of examples from 1 up, auto or null")
 
 
 class MemoryConfig(Section):

@@ -97,6 +97,7 @@ class MetaModel(nn.Module):
             for term, value in one.terms.items():
                 now = torch.stack([value.double(), torch.ones_like(value, dtype=torch.float64)])
                 sums[term] = sums[term] + now if term in sums else now
+            del one  # or its gradients would stay while the next episode is at its peak
         if "outer_loss" in sums:
             loss = loss + weight * sums["outer_loss"][0]
         if "colearner_loss" in sums and self.method.gamma:
