@@ -47,6 +47,8 @@ def export_run(
     tested = json.loads(folder.eval_file.read_text()) if folder.eval_file.is_file() else None
     if tested is not None and tested["step"] != checkpoint.step:
         tested = None  # figures of another step would be a lie
+    # What does not adapt by the method, or is frozen, does not adapt in use either.
+    adapts = sorted(parts.model.method.rates(list(params)))
     description = {
         "format": FORMAT,
         "cml_dist": __version__,
@@ -59,6 +61,7 @@ def export_run(
         "inner_steps": config.method.inner_steps if config.eval.inner_steps is None else config.eval.inner_steps,
         "body_lr": parts.model.method.body_lr,
         "head_lr": parts.model.method.head_lr,
+        "adapts": adapts,
         "model": config.model.model_dump(mode="json"),
         "step": checkpoint.step,
         "trained_on": config.domain.model_dump(mode="json"),

@@ -18,6 +18,7 @@ FREE_KEYS = (
     "run.log_every",
     "parallel.",
     "engine.",
+    "memory.",
     "checkpoint.",
     "domain.root",
     "domain.cache",

@@ -87,6 +87,7 @@ class _Run:
         world.together(self._claim)
         with preparing(self.console) as progress:
             self.parts: Parts = assemble(config, self.plan, world, progress, self._splits())
+        self.plan = self.parts.plan
         self.state["data"] = self.parts.domain.fingerprint()
         self.strategy = DataParallel(world, self.parts.model, build_optimizer(config.optim, self.parts.model))
         self._resume()
