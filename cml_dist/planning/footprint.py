@@ -74,12 +74,13 @@ def meta_step_footprint(
     - inner steps: every step keeps the same (its graph, or its copy of what adapts) and needs the same besides, save
       the first, which starts from the parameters themselves. So the peak is a straight line from 2 steps on.
     - episodes: the second meets what the first left behind, the third the same again. So two stand for more.
-    - micro-batches: likewise the second and a smaller last one stand for more; only their outputs (a few bytes an
-      example) add up.
+    - micro-batches of ``adjoint``: likewise the second and a smaller last one stand for more; only their outputs (a few
+      bytes an example) add up.
 
     Collective: none.
     """
-    seen = _shortened(episode, micro_batch)
+    # An unrolled graph keeps every micro-batch, so there none may be left out.
+    seen = episode if engine == "graph" and method.order == 2 else _shortened(episode, micro_batch)
     bare = _without_values(net)
     options = {"micro_batch": micro_batch, "autocast": autocast, "path_device": ELSEWHERE if offload_path else None}
     options = {name: value for name, value in options.items() if value is not None}
