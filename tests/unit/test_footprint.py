@@ -50,7 +50,7 @@ def nothing_left_out(monkeypatch):
     """Simulates every step, episode and micro-batch."""
 
     def switch() -> None:
-        monkeypatch.setattr(module, "EXACT_STEPS", (0, 10**6))
+        monkeypatch.setattr(module, "STEPS", 10**6)
         monkeypatch.setattr(module, "_shortened", lambda given, micro_batch: given)
 
     return switch
