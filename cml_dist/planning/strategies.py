@@ -167,9 +167,9 @@ def _moments(strategy: Strategy, model: ModelSize, step: Footprint, world: int) 
     yield "reduction", {**always, **reduced}
 
     if strategy.offload == "none":
-        # Of Adam over lists of tensors: the square roots. ZeRO flattens its gradients once more.
+        # Of Adam over lists of tensors: the square roots. ZeRO flattens the gradients of its part once more.
         temporary = owned if model.moments_per_parameter == 2 else 0
-        gradients = {None: whole, 0: whole, 1: whole + 2 * part, 2: 2 * part, 3: 2 * part}[stage]
+        gradients = 2 * part if partitioned else whole
         yield "update", {**always, "gradients": gradients, "buffers": model.constants + buckets + temporary}
 
 
