@@ -20,9 +20,9 @@ from cml_dist.planning.footprint import Footprint
 REDUCE_BUCKET_ELEMENTS = 500_000_000
 """``reduce_bucket_size`` of the DeepSpeed configuration (its default), in elements, whatever the model's size."""
 
-MULTI_RANK_ALL_REDUCE = True
-"""``use_multi_rank_bucket_allreduce`` (DeepSpeed's default): ZeRO-1 and 2 all-reduce gradients instead of reducing each
-part to its owner, which doubles what a rank sends for them."""
+MULTI_RANK_ALL_REDUCE = False
+"""``use_multi_rank_bucket_allreduce`` of the DeepSpeed configuration: whether ZeRO-1 and 2 all-reduce gradients instead
+of reducing each part to its owner, which would double what a rank sends for them."""
 
 ZERO0_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's fixed bucket where nothing is partitioned (``MEMORY_OPT_ALLREDUCE_SIZE``)."""
