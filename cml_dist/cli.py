@@ -201,13 +201,12 @@ def _plan(args: argparse.Namespace, console: Console) -> None:
 
         print(json.dumps(found.as_dict(), indent=2))
         return
-    how = found.engine + (f", micro-batches of {found.micro_batch}" if found.micro_batch else "")
     console.header(
         "cml-dist plan",
         {
             "model": f"{config.model.backbone}: {found.num_parameters:,} parameters, {found.num_constants:,} constants",
             "inputs": f"{'x'.join(map(str, found.inputs))} ({found.input_source})",
-            "meta-step": f"{how}; inner steps: {config.method.inner_steps}; episodes a rank: {found.episodes_per_rank}",
+            "meta-step": f"inner steps: {config.method.inner_steps}; episodes a rank: {found.episodes_per_rank}",
             "GPUs": f"{found.gpus} of {found.gpu_memory_gib:g} GiB, of which {found.usable_gib:.4g} GiB may be used",
         },
     )
@@ -217,10 +216,10 @@ def _plan(args: argparse.Namespace, console: Console) -> None:
 
     rows = [
         (_strategy_words(row), *(gib(getattr(row, column)) for column in PLAN_COLUMNS[1:]), gib(row.sent))
-        + ("yes" if found.fits(row) else "no", row.moment)
-        for row in found.rows
+        + ("yes" if found.fits(row) else "no", row.moment, str(means))
+        for row, means in zip(found.rows, found.means, strict=True)
     ]
-    columns = (*PLAN_COLUMNS, "sent a step", "fits", "most in")
+    columns = (*PLAN_COLUMNS, "sent a step", "fits", "most in", "meta-gradient by")
     console.table("GiB of each rank at its largest moment", columns, rows)
     console.note(
         "Counted: tensors, and buffers of DeepSpeed and DDP. Not counted: the CUDA context, kernels' workspaces, NCCL, "

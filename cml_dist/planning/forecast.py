@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cml_dist.config.plan import RunPlan, make_plan
+from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
-from cml_dist.meta.problem import Method
 from cml_dist.nets.build import build_net
 from cml_dist.nets.network import CmlNet
 from cml_dist.nets.partition import freeze, select
-from cml_dist.planning.footprint import Footprint, meta_step_footprint
-from cml_dist.planning.strategies import STRATEGIES, ModelSize, RankBudget, Strategy, rank_budget
+from cml_dist.planning.choose import USABLE, Means, MemoryPlanner, Task
+from cml_dist.planning.strategies import STRATEGIES, RankBudget, Strategy
 from cml_dist.run.assemble import method_of
-from cml_dist.run.memory import fit_memory
 from cml_dist.types import Batch, Episode
-
-USABLE = 0.9
-"""The part of a GPU's memory that a run may take: context, workspaces and the allocator's slack need the rest."""
 
 KNOWN_INPUTS = {
     "glyphs": (1, 28, 28),
@@ -48,14 +43,12 @@ LAUNCH_FILES = {
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a domain says about memory: an episode's shapes, and how outputs become losses."""
+class Inputs:
+    """What is known of a domain without its data: shapes, and where they are from."""
 
-    input_shape: tuple[int, ...]
+    shape: tuple[int, ...]
     output_dim: int
-    episode: Episode
-    loss: Callable[[Tensor, Tensor], Tensor]
-    score: Callable[[Tensor, Tensor], Tensor]
+    task: Task
     source: str
 
 
@@ -68,9 +61,9 @@ class Forecast:
         usable_gib: of each GPU: ``memory.budget_gib``, or nine tenths of it.
         inputs, input_source: shape of an input, and how it is known.
         num_parameters, num_constants: elements that are meta-trained, and that are not.
-        engine, micro_batch: how the meta-gradient would be computed.
         episodes_per_rank: of a meta-step, on the busiest rank.
         rows: a budget a strategy.
+        means: how the meta-gradient would be computed under each: the fastest way that fits, else the leanest.
         recommended: number of the row to use, None where nothing fits.
         command: that starts it.
         smallest_gib: the GPU memory with which the leanest strategy would fit.
@@ -83,10 +76,9 @@ class Forecast:
     input_source: str
     num_parameters: int
     num_constants: int
-    engine: str
-    micro_batch: int | None
     episodes_per_rank: int
     rows: tuple[RankBudget, ...]
+    means: tuple[Means, ...]
     recommended: int | None
     command: str | None
     smallest_gib: float
@@ -123,29 +115,33 @@ def forecast(
     Cost: seconds to a minute; memory of Python and torch alone.
     """
     _check(config, gpus, gpu_memory_gib)
-    task = _task(config, image_size, channels)
-    net = _network(config, task)
-    plan, step = _step(config, net, task, method_of(config.method, net), gpus)
-    size = _size(config, net)
+    inputs = _inputs(config, image_size, channels)
+    net = _network(config, inputs)
+    # Strategies are what is compared here; the plan is asked for the rest.
+    parallel = config.parallel.model_copy(update={"strategy": "auto"})
+    plan = make_plan(config.model_copy(update={"parallel": parallel}), gpus)
+    planner = MemoryPlanner(config, plan, net, method_of(config.method, net), inputs.task, on_gpu=True)
     usable = config.memory.budget_gib or USABLE * gpu_memory_gib
     strategies = [s for s in STRATEGIES if (s.name == "single") == (gpus == 1) or (gpus == 1 and s.offload != "none")]
-    rows = tuple(rank_budget(strategy, size, step, gpus) for strategy in strategies)
-    # Fewest bytes first; the order of STRATEGIES decides between equals.
+    leanest = planner.candidates()[-1]
+    means = tuple(planner.choose(s, gpus, int(usable * 2**30))[0] or leanest for s in strategies)
+    rows = tuple(planner.need(s, m, gpus) for s, m in zip(strategies, means, strict=True))
+    # Fewest bytes first, then what computes as a whole; the order of STRATEGIES decides between equals.
     fitting = [n for n, row in enumerate(rows) if row.total <= usable * 2**30 and _can_launch(strategies[n])]
-    recommended = min(fitting, key=lambda n: (rows[n].sent, n), default=None)
-    smallest = min(row.total for row in rows) / 2**30
+    order = planner.candidates().index
+    recommended = min(fitting, key=lambda n: (rows[n].sent, order(means[n]), n), default=None)
+    smallest = min(planner.need(s, leanest, gpus).total for s in strategies) / 2**30
     return Forecast(
         gpus=gpus,
         gpu_memory_gib=gpu_memory_gib,
         usable_gib=usable,
-        inputs=task.input_shape,
-        input_source=task.source,
+        inputs=inputs.shape,
+        input_source=inputs.source,
         num_parameters=sum(p.numel() for p in net.parameters()),
         num_constants=sum(b.numel() for b in net.buffers()),
-        engine=plan.engine,
-        micro_batch=plan.micro_batch,
         episodes_per_rank=max(plan.episodes_by_rank),
         rows=rows,
+        means=means,
         recommended=recommended,
         command=None if recommended is None else _command(strategies[recommended], gpus, words),
         smallest_gib=smallest if config.memory.budget_gib else smallest / USABLE,
@@ -162,9 +158,9 @@ def _check(config: RunConfig, gpus: int, gpu_memory_gib: float) -> None:
         raise ConfigError(f"parallel.processes is {asked}, but --gpus is {gpus}", f"set parallel.processes={gpus}")
 
 
-def _network(config: RunConfig, task: Task) -> CmlNet:
+def _network(config: RunConfig, inputs: Inputs) -> CmlNet:
     """The network without values: pre-trained weights change no size, and are neither read nor fetched."""
-    shape = {"input_shape": task.input_shape, "output_dim": task.output_dim}
+    shape = {"input_shape": inputs.shape, "output_dim": inputs.output_dim}
     colearner = config.method.name == "cml"
     with torch.device("meta"):
         net = build_net(config.model, **shape, seed=0, colearner=colearner, structure_only=True)
@@ -172,43 +168,10 @@ def _network(config: RunConfig, task: Task) -> CmlNet:
     return net.to(getattr(torch, config.run.dtype))
 
 
-def _step(config: RunConfig, net: CmlNet, task: Task, method: Method, gpus: int) -> tuple[RunPlan, Footprint]:
-    """Engine and micro-batch, and what a meta-step takes with them: the one place that chooses them."""
-    # Strategies are what is being compared here; the plan is asked for the rest.
-    parallel = config.parallel.model_copy(update={"strategy": "auto"})
-    plan = fit_memory(config, make_plan(config.model_copy(update={"parallel": parallel}), gpus), net)
-    step = meta_step_footprint(
-        net,
-        task.loss,
-        task.score,
-        method,
-        plan.engine,
-        task.episode,
-        episodes=max(plan.episodes_by_rank),
-        micro_batch=plan.micro_batch,
-        autocast=torch.bfloat16 if config.run.compute == "bfloat16" else None,
-        offload_path=plan.copies == "cpu",
-        scratch=False,
-    )
-    return plan, step
-
-
-def _size(config: RunConfig, net: CmlNet) -> ModelSize:
-    sizes = [p.numel() * p.element_size() for p in net.parameters()]
-    sgd = config.optim.name == "sgd"
-    return ModelSize(
-        parameters=sum(sizes),
-        largest=max(sizes),
-        constants=sum(b.numel() * b.element_size() for b in net.buffers()),
-        moments_per_parameter=(1 if config.optim.momentum else 0) if sgd else 2,
-        element=getattr(torch, config.run.dtype).itemsize,
-    )
-
-
 # --------------------------------------------------------------------------- shapes of an episode
 
 
-def _task(config: RunConfig, image_size: int | None, channels: int | None) -> Task:
+def _inputs(config: RunConfig, image_size: int | None, channels: int | None) -> Inputs:
     domain = config.domain
     dtype = getattr(torch, config.run.dtype)
     if domain.name == "sinusoid":
@@ -218,7 +181,8 @@ def _task(config: RunConfig, image_size: int | None, channels: int | None) -> Ta
             return Batch(_empty(count, 1, dtype=dtype), _empty(count, 1, dtype=dtype))
 
         episode = Episode(points(domain.shots), points(domain.queries), "train", 0)
-        return Task(Sinusoid.input_shape, Sinusoid.output_dim, episode, Sinusoid.loss, Sinusoid.score, "the domain's")
+        task = Task(episode, Sinusoid.loss, Sinusoid.score)
+        return Inputs(Sinusoid.input_shape, Sinusoid.output_dim, task, "the domain's")
     from cml_dist.domains.images import ImageDomain
 
     shape, source = _image_shape(config, image_size, channels)
@@ -228,7 +192,7 @@ def _task(config: RunConfig, image_size: int | None, channels: int | None) -> Ta
         return Batch(_empty(count, *shape, dtype=dtype), _empty(count, dtype=torch.int64))
 
     episode = Episode(images(domain.shots), images(domain.queries), "train", 0)
-    return Task(shape, domain.ways, episode, ImageDomain.loss, ImageDomain.score, source)
+    return Inputs(shape, domain.ways, Task(episode, ImageDomain.loss, ImageDomain.score), source)
 
 
 def _image_shape(config: RunConfig, image_size: int | None, channels: int | None) -> tuple[tuple[int, int, int], str]:

@@ -20,7 +20,7 @@ PACKAGES = ("torch", "torchvision", "timm", "accelerate", "webdataset", "numpy",
 def session_record(plan: RunPlan, parts: Parts, world: World, threads: int, step: int) -> dict[str, Any]:
     """What a line of ``sessions.jsonl`` holds."""
     counts: dict[str, int] = {}
-    for name, value in parts.model.params().items():
+    for name, value in parts.net.named_parameters():
         counts[part_of(name)] = counts.get(part_of(name), 0) + value.numel()
     gpu = world.device.type == "cuda"
     return {

@@ -137,12 +137,11 @@ class _Run:
         if faults and self.world.is_main:
             checkpoints.set_aside(self.folder.checkpoints, step)
         if found is not None:
-            path = checkpoints.path_of(self.folder.checkpoints, found.step)
-            self.world.together(lambda: checkpoints.check_fits(found.params, self.strategy.params(), path))
+            self.world.together(lambda: checkpoints.check_fits(found, self.strategy.saved_layout()))
             self.world.together(lambda: self._check_data(found))
-            self.strategy.load(found.params, found.moments)
+            self.strategy.load(found.read, found.layout)
             self.step, self.state = found.step, found.state
-            self.console.note(f"Resuming at step {self.step} of {self.config.train.steps} from {path}")
+            self.console.note(f"Resuming at step {self.step} of {self.config.train.steps} from {found.path}")
         if self.world.is_main:
             self.metrics = MetricsWriter(self.folder.metrics_file)
             self.metrics.truncate_after(self.step)
@@ -317,16 +316,16 @@ class _Run:
 
     def _save(self) -> None:
         """One checkpoint by rank 0, and the removal of those no longer kept; fails on all ranks if it fails."""
-        checkpoint = Checkpoint(self.step, self.strategy.params(), self.strategy.moments(), self.state)
+        layout, tensors = self.strategy.saved_layout(), self.strategy.saved_tensors()
+        checkpoints.save(self.world, self.folder.checkpoints, self.step, self.state, layout, tensors)
 
-        def write() -> None:
+        def prune() -> None:
             if self.world.is_main:
-                checkpoints.save(self.folder.checkpoints, checkpoint)
                 best = self.state["best"]
                 keep = frozenset() if best is None else frozenset({best["step"]})
                 checkpoints.prune(self.folder.checkpoints, self.config.checkpoint.keep_last, keep)
 
-        self.world.together(write)
+        self.world.together(prune)
 
 
 def _peak_memory_gib(device: torch.device) -> float:
