@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,14 +111,22 @@ def meta_step_footprint(
 
 def _peak(model: MetaModel, episode: Episode, episodes: int, scratch: bool) -> int:
     """Peak of a forward and backward of ``model`` above its parameters and buffers, with one new episode at a time."""
-    with FakeTensorMode():
-        # "cpu" stands for the computing device, whichever it is: an operator's outputs have the same sizes on all.
-        model.values = nn.ParameterList(nn.Parameter(_storageless(p)) for p in model.values)
+    # On the meta device all tensors are alike, which is fastest. A fake CPU is for what asks where a tensor is:
+    # autocast, and copies elsewhere. Either stands for the computing device: outputs have the same sizes on all.
+    (problem,) = model._problem
+    fake = problem.autocast is not None or model.path_device is not None
+    device = torch.device("cpu" if fake else "meta")
+
+    def storageless(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    with FakeTensorMode() if fake else nullcontext():
+        model.values = nn.ParameterList(nn.Parameter(storageless(p)) for p in model.values)
         for name, buffer in list(model.named_buffers()):
-            setattr(model, name, _storageless(buffer))
-        with LiveBytes(scratch) as live:
+            setattr(model, name, storageless(buffer))
+        with LiveBytes(scratch, elsewhere=ELSEWHERE if fake else None) as live:
             live.standing([*model.parameters(), *model.buffers()])
-            made: Iterator[Episode] = (_copied(episode) for _ in range(episodes))
+            made: Iterator[Episode] = (_mapped(episode, storageless) for _ in range(episodes))
             loss, _ = model(made, 1.0)
             loss.backward()
     return live.peak
@@ -131,20 +140,16 @@ def _without_values(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, stand_ins)
 
 
-def _storageless(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-
-
 def _map_batch(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     return Batch(change(batch.inputs), change(batch.targets))
 
 
-def _copied(episode: Episode) -> Episode:
+def _mapped(episode: Episode, change: Callable[[Tensor], Tensor]) -> Episode:
     return replace(
         episode,
-        support=_map_batch(episode.support, _storageless),
-        query=_map_batch(episode.query, _storageless),
-        context={name: _storageless(value) for name, value in episode.context.items()},
+        support=_map_batch(episode.support, change),
+        query=_map_batch(episode.query, change),
+        context={name: change(value) for name, value in episode.context.items()},
     )
 
 

@@ -16,28 +16,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 ELSEWHERE = torch.device("meta")
-"""Stands, in a simulation, for memory that is not the computing device's (where adapted copies may be kept)."""
+"""Stands, where a fake CPU is the computing device, for memory that is not its own (e.g. of offloaded copies)."""
 
 
 class LiveBytes(TorchDispatchMode):
     """Counts live storages of the tensors that operators return inside the context.
 
-    Use it inside a ``FakeTensorMode`` (nothing is computed), or with real tensors (then their memory is counted).
+    Use it with tensors on the meta device or inside a ``FakeTensorMode`` (nothing is computed), or with real ones.
 
     Args:
         scratch: also count, while it runs, what a CPU kernel takes besides its outputs (:func:`scratch_bytes`).
+        elsewhere: a device whose tensors do not count.
 
     Attributes:
         live, peak: bytes now, and at most; without those of :meth:`standing` tensors.
         peak_operator: the operator that reached the peak.
     """
 
-    def __init__(self, scratch: bool = False) -> None:
+    def __init__(self, scratch: bool = False, elsewhere: torch.device | None = None) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
         self.peak_operator = ""
         self._scratch = scratch
+        self._elsewhere = elsewhere
         self._known: dict[int, Any] = {}  # storage -> what keeps or watches it
 
     def standing(self, tensors: Iterable[Tensor]) -> None:
@@ -49,7 +51,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
-            if isinstance(value, Tensor) and value.device != ELSEWHERE:
+            if isinstance(value, Tensor) and value.device != self._elsewhere:
                 self._watch(value.untyped_storage())
         held = self.live + (scratch_bytes(func, args, result) if self._scratch else 0)
         if held > self.peak:

@@ -168,3 +168,12 @@ def test_a_process_needs_what_was_predicted():
     case = ("conv4", 84, 1, "graph", None)
     measured = bench["in_fresh_process"](*case, "given back")["gib"]
     assert bench["predict"](*case)["gib"] == pytest.approx(measured, rel=0.15)
+
+
+def test_a_fake_cpu_and_the_meta_device_say_the_same(monkeypatch):
+    """Autocast and offloading need tensors that know where they are; all else runs on the meta device."""
+    on_meta = predicted("adjoint", micro_batch=7)
+    monkeypatch.setattr(module, "ELSEWHERE", torch.device("cpu"))
+    monkeypatch.setattr(module, "LiveBytes", lambda scratch, elsewhere: LiveBytes(scratch))
+    on_fake_cpu = predicted("adjoint", micro_batch=7, offload_path=True)  # to where they are
+    assert on_fake_cpu.peak + 2 * (on_meta.adapted // METHOD.inner_steps) == on_meta.peak
