@@ -25,10 +25,10 @@ def measure(order: int, images: int, checkpointing: bool) -> dict[str, float]:
 
     from cml_dist.config.schema import ModelConfig
     from cml_dist.nets.build import build_net
-    from cml_dist.parallel.allocator import keep_freed_memory
+    from cml_dist.parallel.allocator import give_back_freed_memory
 
     torch.set_num_threads(2)
-    keep_freed_memory()
+    give_back_freed_memory()
     config = ModelConfig(backbone="vit_tiny_patch16_224", colearner={"depth": 0})
     net = build_net(config, input_shape=(3, 224, 224), output_dim=5, seed=0, colearner=False)
     net.body.model.set_grad_checkpointing(checkpointing)

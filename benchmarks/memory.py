@@ -65,11 +65,11 @@ def measure(backbone: str, pixels: int, steps: int, engine: str, micro_batch: in
     from cml_dist.meta.model import MetaModel
     from cml_dist.meta.problem import Method
     from cml_dist.nets.build import build_net
-    from cml_dist.parallel.allocator import keep_freed_memory
+    from cml_dist.parallel.allocator import give_back_freed_memory
     from cml_dist.types import Batch, Episode
 
     torch.set_num_threads(threads)
-    keep_freed_memory()
+    give_back_freed_memory()  # what is measured is the tensors, not a fragmented heap
     shape = (3, pixels, pixels)
     config = ModelConfig(backbone=backbone, colearner={"depth": 2 if backbone == "conv4" else 1})
     net = build_net(config, input_shape=shape, output_dim=WAYS, seed=0, colearner=True)

@@ -14,6 +14,7 @@ from cml_dist.errors import CmlError
 from cml_dist.parallel.leave import leave
 
 if TYPE_CHECKING:
+    from cml_dist.planning.strategies import RankBudget
     from cml_dist.telemetry.console import Console
 
 DESCRIPTION = "Distributed meta-training with Cooperative Meta-Learning (CML): exact meta-gradients on many devices."
@@ -40,6 +41,15 @@ def build_parser() -> argparse.ArgumentParser:
     config.add_argument("config", metavar="CONFIG", nargs="?", help=CONFIG_HELP)
     config.add_argument("--keys", action="store_true", help="list every setting with its meaning")
     _overrides(config)
+
+    plan = commands.add_parser("plan", help="memory and traffic of every strategy, before anything runs; no GPU needed")
+    plan.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the run, on all machines together")
+    plan.add_argument("--gpu-memory-gib", type=float, required=True, metavar="GIB", help="memory of one GPU, e.g. 80")
+    plan.add_argument("--image-size", type=int, metavar="PIXELS", help="height and width (default: of the image set)")
+    plan.add_argument("--channels", type=int, choices=[1, 3], help="1 for grey, 3 for RGB (default: of the image set)")
+    plan.add_argument("--json", action="store_true", help="print everything as JSON, memory in bytes")
+    _overrides(plan)
 
     evaluate = commands.add_parser("eval", help="test a run: CML and CML-dagger with 95 %% intervals")
     evaluate.add_argument("run_dir", metavar="RUN_DIR", help="the folder of a run (its run.dir)")
@@ -93,7 +103,7 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    args = _parsed(argv)
     # A RANK that something else left behind must not silence a lone process.
     rank = int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
     from cml_dist.telemetry.console import Console, console_for
@@ -121,6 +131,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         traceback.print_exc()
         return leave(1)
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, with overrides also after options (argparse takes them in one place alone)."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    strays = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strays or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 _LOST = re.compile(r"gloo|NCCL|ProcessGroup|Connection (closed|reset)|Socket")
@@ -155,6 +177,63 @@ def _config(args: argparse.Namespace, console: Console) -> None:
     config = load_config(args.config, args.overrides)
     console.header("cml-dist config", plan_rows(config, make_plan(config, expected_processes(config))))
     print(dump_config(config), end="")
+
+
+PLAN_COLUMNS = ("strategy", "parameters", "gradients", "moments", "adapted", "activations", "buffers", "total", "host")
+
+
+def _plan(args: argparse.Namespace, console: Console) -> None:
+    from cml_dist.config.load import load_config
+
+    config = load_config(args.config, args.overrides)
+    from cml_dist.planning.forecast import forecast
+
+    found = forecast(
+        config,
+        args.gpus,
+        args.gpu_memory_gib,
+        image_size=args.image_size,
+        channels=args.channels,
+        words=[args.config, *args.overrides],
+    )
+    if args.json:
+        import json
+
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    console.header(
+        "cml-dist plan",
+        {
+            "model": f"{config.model.backbone}: {found.num_parameters:,} parameters, {found.num_constants:,} constants",
+            "inputs": f"{'x'.join(map(str, found.inputs))} ({found.input_source})",
+            "meta-step": f"inner steps: {config.method.inner_steps}; episodes a rank: {found.episodes_per_rank}",
+            "GPUs": f"{found.gpus} of {found.gpu_memory_gib:g} GiB, of which {found.usable_gib:.4g} GiB may be used",
+        },
+    )
+
+    def gib(size: int) -> str:
+        return f"{size / 2**30:.2f}"
+
+    rows = [
+        (_strategy_words(row), *(gib(getattr(row, column)) for column in PLAN_COLUMNS[1:]), gib(row.sent))
+        + ("yes" if found.fits(row) else "no", row.moment, str(means))
+        for row, means in zip(found.rows, found.means, strict=True)
+    ]
+    columns = (*PLAN_COLUMNS, "sent a step", "fits", "most in", "meta-gradient by")
+    console.table("GiB of each rank at its largest moment", columns, rows)
+    console.note(
+        "Counted: tensors, and buffers of DeepSpeed and DDP. Not counted: the CUDA context, kernels' workspaces, NCCL, "
+        "slack of the allocator. Moments include the master copy; activations are of second order"
+    )
+    if found.command is None:
+        console.note(f"Nothing fits: the leanest strategy needs GPUs of {found.smallest_gib:.3g} GiB")
+    else:
+        console.note(f"Recommended: {_strategy_words(found.rows[found.recommended])}")
+        print(found.command)
+
+
+def _strategy_words(row: RankBudget) -> str:
+    return row.strategy + {"none": "", "optimizer": " offload", "all": " offload all"}[row.offload]
 
 
 def _eval(args: argparse.Namespace, console: Console) -> None:
@@ -236,7 +315,7 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     console.note(f"Contact sheet: {found.sheet}")
 
 
-COMMANDS = {"train": _train, "config": _config, "eval": _eval, "export": _export, "data": _data}
+COMMANDS = {"train": _train, "config": _config, "plan": _plan, "eval": _eval, "export": _export, "data": _data}
 
 if __name__ == "__main__":
     sys.exit(main())

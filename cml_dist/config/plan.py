@@ -39,6 +39,7 @@ class RunPlan:
     test_inner_steps: int
     micro_batch: int | None = None
     copies: str = "device"
+    offload: str = "none"
     memory: str = ""
 
     def as_dict(self) -> dict[str, Any]:

@@ -215,10 +215,12 @@ class ImageDomain(Domain):
         std = torch.tensor(self._std, dtype=dtype, device=pixels.device).view(-1, 1, 1)
         return (pixels.to(dtype) / 255 - mean) / std
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    @staticmethod
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs, targets)
 
-    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    @staticmethod
+    def score(outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs.detach().argmax(dim=-1) == targets).to(outputs.dtype).mean()
 
     def fingerprint(self) -> str:

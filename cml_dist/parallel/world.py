@@ -21,7 +21,7 @@ from accelerate.utils import (
 
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CmlError, WorldError
-from cml_dist.parallel.allocator import keep_freed_memory
+from cml_dist.parallel.allocator import give_back_freed_memory, keep_freed_memory
 
 T = TypeVar("T")
 
@@ -167,7 +167,8 @@ def set_arithmetic(config: RunConfig, world: World) -> int:
     threads = config.parallel.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
     torch.set_num_threads(threads)  # whatever OMP_NUM_THREADS says
     if world.device.type == "cpu":
-        keep_freed_memory()
+        # A budget is kept only by a process that holds no more than its tensors do.
+        (keep_freed_memory if config.memory.budget_gib is None else give_back_freed_memory)()
     if config.run.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS is not deterministic
         # Some CUDA kernels (pooling, index adds) have no deterministic form: a warning, not a refusal.

@@ -16,8 +16,8 @@ from cml_dist.meta.problem import Method
 from cml_dist.planning.live_bytes import ELSEWHERE, LiveBytes
 from cml_dist.types import Batch, Episode
 
-EXACT_STEPS = 2, 3
-"""Inner steps that are simulated; the peak at more of them lies on their straight line (see `meta_step_footprint`)."""
+STEPS = 2
+"""Inner steps that are simulated; from there the peak is a straight line (see `meta_step_footprint`)."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,18 @@ def meta_step_footprint(
     Cost: seconds, whatever the number of inner steps, episodes and micro-batches; a simulation is exact in each of
     them because the loops repeat themselves:
 
-    - inner steps: every step keeps the same (its graph, or its copy of what adapts) and needs the same besides, save
-      the first, which starts from the parameters themselves. So the peak is a straight line from 2 steps on.
+    - inner steps: every step keeps the same and needs the same besides, save the first, which starts from the
+      parameters themselves. So the peak is a straight line from 2 steps on. A step keeps its copy of what adapts in
+      ``adjoint``, nothing at first order or with the copies elsewhere, and in ``graph`` what a third step shows.
     - episodes: the second meets what the first left behind, the third the same again. So two stand for more.
-    - micro-batches: likewise the second and a smaller last one stand for more; only their outputs (a few bytes an
-      example) add up.
+    - micro-batches of ``adjoint``: likewise the second and a smaller last one stand for more; only their outputs (a few
+      bytes an example) add up.
 
     Collective: none.
     """
-    seen = _shortened(episode, micro_batch)
+    # An unrolled graph keeps every micro-batch, so there none may be left out.
+    unrolled = engine == "graph" and method.order == 2
+    seen = episode if unrolled else _shortened(episode, micro_batch)
     bare = _without_values(net)
     options = {"micro_batch": micro_batch, "autocast": autocast, "path_device": ELSEWHERE if offload_path else None}
     options = {name: value for name, value in options.items() if value is not None}
@@ -88,18 +91,18 @@ def meta_step_footprint(
         model = MetaModel(bare, loss, score, replace(method, inner_steps=steps), engine, **options)
         return _peak(model, seen, min(episodes, 2), scratch)
 
-    steps, (first, second) = method.inner_steps, EXACT_STEPS
-    if steps <= second:
-        whole = peak(steps)
-    else:
-        start = peak(first)
-        whole = start + (peak(second) - start) * (steps - first)
     sizes = {name: _bytes(p) for name, p in bare.named_parameters()}
     adapts = sum(sizes[name] for name in method.rates(list(sizes)))
+    steps = method.inner_steps
+    whole = peak(min(steps, STEPS))
+    keeps_path = not unrolled and not offload_path and method.order == 2
+    if steps > STEPS:
+        a_step = peak(STEPS + 1) - whole if unrolled else adapts if keeps_path else 0
+        whole += a_step * (steps - STEPS)
     parts = {
         "episode": _size(seen),
         "gradients": sum(sizes.values()),
-        "adapted": adapts * min(steps, 1 if offload_path or method.order == 1 else steps),
+        "adapted": adapts * (steps if unrolled or keeps_path else min(steps, 1)),
     }
     activations = whole - sum(parts.values())
     return Footprint(**{**parts, "episode": _size(episode)}, activations=activations)

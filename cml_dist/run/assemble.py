@@ -18,7 +18,7 @@ from cml_dist.nets.guard import check_twice_differentiable
 from cml_dist.nets.network import CmlNet
 from cml_dist.nets.partition import freeze, select
 from cml_dist.parallel.world import World
-from cml_dist.run.memory import fit_memory
+from cml_dist.planning.choose import Task, autocast_type, fit_memory
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def assemble(
     world.together(load)  # every rank decodes at once
     net = world.main_first(make)  # fills the cache of pre-trained weights
     method = world.together(lambda: method_of(config.method, net))
-    plan = world.together(lambda: fit_memory(config, plan, net))
+    task = world.together(lambda: _task(domain, dtype))
+    plan = world.together(lambda: fit_memory(config, plan, net, method, task, world.device))
     model = MetaModel(
         net,
         domain.loss,
@@ -111,7 +112,13 @@ def assemble(
         method,
         plan.engine,
         micro_batch=plan.micro_batch,
-        autocast=torch.bfloat16 if config.run.compute == "bfloat16" else None,
+        autocast=autocast_type(config),
         path_device=torch.device("cpu") if plan.copies == "cpu" else None,
     )
     return Parts(domain, net, model, dtype, plan)
+
+
+def _task(domain: Domain, dtype: torch.dtype) -> Task:
+    """A domain's shapes and losses, for the memory budget."""
+    episode = domain.prepare(domain.episode("train", 0), torch.device("cpu"), dtype)
+    return Task(episode, domain.loss, domain.score)

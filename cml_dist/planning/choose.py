@@ -1,0 +1,200 @@
+"""The means that a memory budget allows: engine, micro-batch, and where the adapted copies lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from cml_dist.config.plan import RunPlan
+from cml_dist.config.schema import RunConfig
+from cml_dist.errors import ConfigError
+from cml_dist.meta.problem import Method
+from cml_dist.nets.guard import couples_examples
+from cml_dist.nets.network import CmlNet
+from cml_dist.planning.footprint import Footprint, meta_step_footprint
+from cml_dist.planning.strategies import ModelSize, RankBudget, Strategy, rank_budget
+from cml_dist.types import Episode
+
+USABLE = 0.9
+"""The part of a GPU's memory that a run may take: context, workspaces and the allocator's slack need the rest."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """How a meta-step is computed, as far as memory goes; the value is the same for all."""
+
+    engine: str
+    micro_batch: int | None
+    copies: str
+
+    def __str__(self) -> str:
+        pieces = "whole" if self.micro_batch is None else f"in micro-batches of {self.micro_batch}"
+        return f"{self.engine} {pieces}" + (", copies on the CPU" if self.copies == "cpu" else "")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a domain says about memory: an episode's shapes, and how outputs become losses."""
+
+    episode: Episode
+    loss: Callable[[Tensor, Tensor], Tensor]
+    score: Callable[[Tensor, Tensor], Tensor]
+
+
+class MemoryPlanner:
+    """What a rank needs with any means under any strategy, and the first means that a budget allows.
+
+    Args:
+        config: the run's.
+        plan: its plan so far.
+        net: the network, on any device, also ``meta``.
+        method, task: what is computed.
+        on_gpu: whether the computing device has memory of its own. On the CPU offloading moves nothing out of the
+            budget, and convolutions take scratch besides.
+
+    Raises:
+        ConfigError: micro-batches were asked for, and the network couples examples.
+    """
+
+    def __init__(
+        self, config: RunConfig, plan: RunPlan, net: CmlNet, method: Method, task: Task, *, on_gpu: bool
+    ) -> None:
+        self.config, self.plan, self.net, self.method, self.task, self.on_gpu = config, plan, net, method, task, on_gpu
+        self.coupled = couples_examples(net)
+        if plan.micro_batch is not None and self.coupled:
+            raise ConfigError(
+                f"engine.micro_batch is {plan.micro_batch}, but model.backbone {config.model.backbone} couples "
+                "examples of a batch by BatchNorm's batch statistics: parts of a batch would have others",
+                "set engine.micro_batch=auto, or model.norm=frozen with pre-trained weights, or choose a backbone with "
+                "LayerNorm or GroupNorm",
+            )
+        self.footprint = lru_cache(maxsize=None)(self._footprint)
+
+    def need(self, strategy: Strategy, means: Means, world: int) -> RankBudget:
+        """What a rank needs."""
+        return rank_budget(strategy, model_size(self.config, self.net), self.footprint(means), world)
+
+    def bytes_needed(self, strategy: Strategy, means: Means, world: int) -> int:
+        """What counts against the budget."""
+        need = self.need(strategy, means, world)
+        return need.total + (0 if self.on_gpu else need.host)
+
+    def candidates(self) -> list[Means]:
+        """Every means that the configuration leaves open, from the fastest to the leanest."""
+        engine, plan = self.config.engine, self.plan
+        first = Means(plan.engine, plan.micro_batch, plan.copies)
+        if plan.engine == "graph" and engine.name != "auto":
+            return [first]
+        found = [first]
+        lean = "adjoint" if plan.engine == "graph" else plan.engine
+        sizes = self._micro_batches() if engine.micro_batch == "auto" and not self.coupled else [plan.micro_batch]
+        found += [Means(lean, size, plan.copies) for size in [plan.micro_batch, *sizes]]
+        if self.on_gpu and engine.copies == "auto" and lean == "adjoint" and plan.inner_steps > 1:
+            found += [Means(lean, size, "cpu") for size in sizes]
+        return list(dict.fromkeys(found))
+
+    def choose(self, strategy: Strategy, world: int, budget: int) -> tuple[Means | None, int]:
+        """The fastest means inside a budget of ``budget`` bytes, or None; and the bytes it (or the leanest) needs."""
+        found = self.candidates()
+        low, high = 0, len(found) - 1  # each needs less than the one before, so the first that fits is found by halving
+        while low < high:
+            middle = (low + high) // 2 if low else 0  # most runs fit as they are: ask for that first
+            if self.bytes_needed(strategy, found[middle], world) <= budget:
+                high = middle
+            else:
+                low = middle + 1
+        need = self.bytes_needed(strategy, found[low], world)
+        return (found[low] if need <= budget else None), need
+
+    def _micro_batches(self) -> list[int]:
+        """Halves of the larger set, down to one example."""
+        size = max(len(self.task.episode.support.targets), len(self.task.episode.query.targets))
+        sizes = []
+        while size > 1:
+            size = (size + 1) // 2
+            sizes.append(size)
+        return sizes
+
+    def _footprint(self, means: Means) -> Footprint:
+        return meta_step_footprint(
+            self.net,
+            self.task.loss,
+            self.task.score,
+            self.method,
+            means.engine,
+            self.task.episode,
+            episodes=max(self.plan.episodes_by_rank),
+            micro_batch=means.micro_batch,
+            autocast=autocast_type(self.config),
+            offload_path=means.copies == "cpu" and self.on_gpu,
+            scratch=not self.on_gpu,
+        )
+
+
+def fit_memory(
+    config: RunConfig, plan: RunPlan, net: CmlNet, method: Method, task: Task, device: torch.device
+) -> RunPlan:
+    """The plan with the fastest means that stay inside the memory budget, and the reason in words.
+
+    Raises:
+        ConfigError: nothing fits (with the smallest budget that would), or micro-batches of a network that couples
+            examples.
+
+    Cost: nothing without a budget, else a few seconds for each means that is tried. Collective: none; every rank finds
+    the same.
+    """
+    planner = MemoryPlanner(config, plan, net, method, task, on_gpu=device.type == "cuda")
+    budget = memory_budget(config, device)
+    if budget is None:
+        return plan
+    strategy = Strategy(plan.strategy, plan.offload)
+    means, need = planner.choose(strategy, plan.processes, budget)
+    if means is None:
+        raise ConfigError(
+            f"nothing fits into {budget / 2**30:.2f} GiB a process: the leanest, {planner.candidates()[-1]} under "
+            f"{strategy}, needs {need / 2**30:.2f} GiB",
+            f"set memory.budget_gib to {_round_up(need):.2f} or more, or a ZeRO strategy, fewer trained or adapting "
+            "parameters (model.trained, method.adapts)",
+        )
+    words = f"{need / 2**30:.2f} of {budget / 2**30:.2f} GiB a process with {means}"
+    first = planner.candidates()[0]
+    if means != first:
+        words += f" ({first} would need {planner.bytes_needed(strategy, first, plan.processes) / 2**30:.2f})"
+    return replace(plan, engine=means.engine, micro_batch=means.micro_batch, copies=means.copies, memory=words)
+
+
+def memory_budget(config: RunConfig, device: torch.device) -> int | None:
+    """Bytes that a process may use, None for no limit.
+
+    The GPU's whole memory counts and not what is free just now: a run that is resumed must choose the same again.
+    """
+    if config.memory.budget_gib is not None:
+        return int(config.memory.budget_gib * 2**30)
+    return int(USABLE * torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+
+
+def autocast_type(config: RunConfig) -> torch.dtype | None:
+    """The type of the arithmetic inside the network, None for that of the parameters."""
+    return torch.bfloat16 if config.run.compute == "bfloat16" else None
+
+
+def model_size(config: RunConfig, net: CmlNet) -> ModelSize:
+    """What the strategies share out."""
+    dtype = getattr(torch, config.run.dtype)
+    sizes = [p.numel() * dtype.itemsize for p in net.parameters()]
+    sgd = config.optim.name == "sgd"
+    return ModelSize(
+        parameters=sum(sizes),
+        largest=max(sizes),
+        constants=sum(b.numel() * b.element_size() for b in net.buffers()),
+        moments_per_parameter=(1 if config.optim.momentum else 0) if sgd else 2,
+        element=dtype.itemsize,
+    )
+
+
+def _round_up(size: int) -> float:
+    return -(-size * 100 // 2**30) / 100

@@ -1,0 +1,244 @@
+"""Know before you run: a configuration's memory and traffic under every strategy, without data, weights or a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cml_dist.config.plan import make_plan
+from cml_dist.config.schema import RunConfig
+from cml_dist.errors import ConfigError
+from cml_dist.nets.build import build_net
+from cml_dist.nets.network import CmlNet
+from cml_dist.nets.partition import freeze, select
+from cml_dist.planning.choose import USABLE, Means, MemoryPlanner, Task
+from cml_dist.planning.strategies import STRATEGIES, RankBudget, Strategy
+from cml_dist.run.assemble import method_of
+from cml_dist.types import Batch, Episode
+
+KNOWN_INPUTS = {
+    "glyphs": (1, 28, 28),
+    "omniglot": (1, 28, 28),
+    "cifar_fs": (3, 32, 32),
+    "fc100": (3, 32, 32),
+    "mini_imagenet": (3, 84, 84),
+}
+"""Channels, height and width in which these sets are commonly packed."""
+
+LAUNCH_FILES = {
+    Strategy("ddp"): "ddp",
+    Strategy("zero1"): "zero1",
+    Strategy("zero2"): "zero2",
+    Strategy("zero3"): "zero3",
+    Strategy("zero2", "optimizer"): "zero2-offload",
+    Strategy("zero3", "optimizer"): "zero3-offload",
+    Strategy("zero3", "all"): "zero3-offload",
+}
+"""What may be recommended. ZeRO-0 is DDP's arithmetic in DeepSpeed's hands: a check, not a means."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of a domain without its data: shapes, and where they are from."""
+
+    shape: tuple[int, ...]
+    output_dim: int
+    task: Task
+    source: str
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would need on each rank.
+
+    Attributes:
+        gpus, gpu_memory_gib: what was asked about.
+        usable_gib: of each GPU: ``memory.budget_gib``, or nine tenths of it.
+        inputs, input_source: shape of an input, and how it is known.
+        num_parameters, num_constants: elements that are meta-trained, and that are not.
+        episodes_per_rank: of a meta-step, on the busiest rank.
+        rows: a budget a strategy.
+        means: how the meta-gradient would be computed under each: the fastest way that fits, else the leanest.
+        recommended: number of the row to use, None where nothing fits.
+        command: that starts it.
+        smallest_gib: the GPU memory with which the leanest strategy would fit.
+    """
+
+    gpus: int
+    gpu_memory_gib: float
+    usable_gib: float
+    inputs: tuple[int, ...]
+    input_source: str
+    num_parameters: int
+    num_constants: int
+    episodes_per_rank: int
+    rows: tuple[RankBudget, ...]
+    means: tuple[Means, ...]
+    recommended: int | None
+    command: str | None
+    smallest_gib: float
+
+    def fits(self, row: RankBudget) -> bool:
+        return row.total <= self.usable_gib * 2**30
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; memory in bytes."""
+        rows = [{**asdict(row), "total": row.total, "fits": self.fits(row)} for row in self.rows]
+        return {**asdict(self), "rows": rows}
+
+
+def forecast(
+    config: RunConfig,
+    gpus: int,
+    gpu_memory_gib: float,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    words: Sequence[str] = (),
+) -> Forecast:
+    """Every strategy's budget for ``config`` on ``gpus`` GPUs, and the fastest one that fits.
+
+    Args:
+        gpus: the world size.
+        gpu_memory_gib: of one GPU.
+        image_size, channels: of the images; None: those of the packed set, or the usual ones of the named set.
+        words: configuration and overrides as they were typed, for the command.
+
+    Raises:
+        ConfigError: the size of the images is not known; ``parallel.processes`` asks for another world.
+
+    Cost: seconds to a minute; memory of Python and torch alone.
+    """
+    _check(config, gpus, gpu_memory_gib)
+    inputs = _inputs(config, image_size, channels)
+    net = _network(config, inputs)
+    # Strategies are what is compared here; the plan is asked for the rest.
+    parallel = config.parallel.model_copy(update={"strategy": "auto"})
+    plan = make_plan(config.model_copy(update={"parallel": parallel}), gpus)
+    planner = MemoryPlanner(config, plan, net, method_of(config.method, net), inputs.task, on_gpu=True)
+    usable = config.memory.budget_gib or USABLE * gpu_memory_gib
+    strategies = [s for s in STRATEGIES if (s.name == "single") == (gpus == 1) or (gpus == 1 and s.offload != "none")]
+    leanest = planner.candidates()[-1]
+    means = tuple(planner.choose(s, gpus, int(usable * 2**30))[0] or leanest for s in strategies)
+    rows = tuple(planner.need(s, m, gpus) for s, m in zip(strategies, means, strict=True))
+    # Fewest bytes first, then what computes as a whole; the order of STRATEGIES decides between equals.
+    fitting = [n for n, row in enumerate(rows) if row.total <= usable * 2**30 and _can_launch(strategies[n])]
+    order = planner.candidates().index
+    recommended = min(fitting, key=lambda n: (rows[n].sent, order(means[n]), n), default=None)
+    smallest = min(planner.need(s, leanest, gpus).total for s in strategies) / 2**30
+    return Forecast(
+        gpus=gpus,
+        gpu_memory_gib=gpu_memory_gib,
+        usable_gib=usable,
+        inputs=inputs.shape,
+        input_source=inputs.source,
+        num_parameters=sum(p.numel() for p in net.parameters()),
+        num_constants=sum(b.numel() for b in net.buffers()),
+        episodes_per_rank=max(plan.episodes_by_rank),
+        rows=rows,
+        means=means,
+        recommended=recommended,
+        command=None if recommended is None else _command(strategies[recommended], gpus, words),
+        smallest_gib=smallest if config.memory.budget_gib else smallest / USABLE,
+    )
+
+
+def _check(config: RunConfig, gpus: int, gpu_memory_gib: float) -> None:
+    if gpus < 1:
+        raise ConfigError(f"--gpus is {gpus}", "give the number of GPUs, 1 or more")
+    if not gpu_memory_gib > 0:
+        raise ConfigError(f"--gpu-memory-gib is {gpu_memory_gib:g}", "give the memory of one GPU in GiB, above 0")
+    asked = config.parallel.processes
+    if asked not in (None, gpus):
+        raise ConfigError(f"parallel.processes is {asked}, but --gpus is {gpus}", f"set parallel.processes={gpus}")
+
+
+def _network(config: RunConfig, inputs: Inputs) -> CmlNet:
+    """The network without values: pre-trained weights change no size, and are neither read nor fetched."""
+    shape = {"input_shape": inputs.shape, "output_dim": inputs.output_dim}
+    colearner = config.method.name == "cml"
+    with torch.device("meta"):
+        net = build_net(config.model, **shape, seed=0, colearner=colearner, structure_only=True)
+    freeze(net, select(net, config.model.trained, "model.trained"))
+    return net.to(getattr(torch, config.run.dtype))
+
+
+# --------------------------------------------------------------------------- shapes of an episode
+
+
+def _inputs(config: RunConfig, image_size: int | None, channels: int | None) -> Inputs:
+    domain = config.domain
+    dtype = getattr(torch, config.run.dtype)
+    if domain.name == "sinusoid":
+        from cml_dist.domains.sinusoid import SinusoidDomain as Sinusoid
+
+        def points(count: int) -> Batch:
+            return Batch(_empty(count, 1, dtype=dtype), _empty(count, 1, dtype=dtype))
+
+        episode = Episode(points(domain.shots), points(domain.queries), "train", 0)
+        task = Task(episode, Sinusoid.loss, Sinusoid.score)
+        return Inputs(Sinusoid.input_shape, Sinusoid.output_dim, task, "the domain's")
+    from cml_dist.domains.images import ImageDomain
+
+    shape, source = _image_shape(config, image_size, channels)
+
+    def images(each: int) -> Batch:
+        count = each * domain.ways
+        return Batch(_empty(count, *shape, dtype=dtype), _empty(count, dtype=torch.int64))
+
+    episode = Episode(images(domain.shots), images(domain.queries), "train", 0)
+    return Inputs(shape, domain.ways, Task(episode, ImageDomain.loss, ImageDomain.score), source)
+
+
+def _image_shape(config: RunConfig, image_size: int | None, channels: int | None) -> tuple[tuple[int, int, int], str]:
+    """(channels, height, width), and how it is known."""
+    name, root = config.domain.name, config.domain.root
+    if image_size is not None and channels is not None:
+        return (channels, image_size, image_size), "as given"
+    if name != "glyphs" and root is not None and os.path.isdir(root):
+        from cml_dist.domains.shard_reader import ShardSet
+
+        shards = ShardSet.open(root)
+        shape, source = (shards.channels, *shards.image_size), f"of the set in {root}"
+        shards.close()
+    elif name in KNOWN_INPUTS:
+        shape, source = KNOWN_INPUTS[name], f"usual for {name}"
+    else:
+        raise ConfigError(
+            f"the size of the images is not known: domain.name is {name}, and domain.root {root} is no folder here",
+            "give --image-size PIXELS and --channels 1 or 3, or a domain.root that is here",
+        )
+    if image_size is not None or channels is not None:
+        size = shape[1:] if image_size is None else (image_size, image_size)
+        return (channels or shape[0], *size), f"as given, else {source}"
+    return shape, source
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+# --------------------------------------------------------------------------- the command
+
+
+def _can_launch(strategy: Strategy) -> bool:
+    return strategy.name == "single" or strategy in LAUNCH_FILES
+
+
+def _command(strategy: Strategy, gpus: int, words: Sequence[str]) -> str:
+    import shlex
+
+    ours = [f"parallel.strategy={strategy.name}"]
+    if strategy.stage in (2, 3):
+        ours.append(f"parallel.offload={strategy.offload}")
+    theirs = [word for word in words if word.partition("=")[0] not in ("parallel.strategy", "parallel.offload")]
+    rest = shlex.join([*theirs, *ours])
+    if strategy.name == "single":
+        return f"cml-dist train {rest}"
+    file = f"launch/accelerate/{LAUNCH_FILES[strategy]}.yaml"
+    return f"accelerate launch --config_file {file} --num_processes {gpus} -m cml_dist train {rest}"

@@ -1,0 +1,191 @@
+"""Memory and traffic of a rank under each strategy: arithmetic over what DeepSpeed 0.19.8 and DDP allocate. No torch.
+
+A meta-step has three moments, and a rank needs the largest of them:
+
+- *inner loop*: the meta-gradient is computed; the optimizer's state and whatever a strategy keeps for good is there.
+- *reduction*: the whole meta-gradient (a value that the inner loop has left, so all at once) meets the buckets.
+- *update*: the optimizer's temporaries.
+
+Not counted: the CUDA context and kernels' workspaces (0.5 to 2 GiB), what the caching allocator keeps in pieces that do
+not fit, NCCL's own buffers, and what happens once before training (loading, flattening).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cml_dist.planning.footprint import Footprint
+
+REDUCE_BUCKET_ELEMENTS = 500_000_000
+"""``reduce_bucket_size`` of the DeepSpeed configuration (its default), in elements, whatever the model's size."""
+
+MULTI_RANK_ALL_REDUCE = True
+"""``use_multi_rank_bucket_allreduce`` (DeepSpeed's default): ZeRO-1 and 2 all-reduce gradients instead of reducing each
+part to its owner, which doubles what a rank sends for them."""
+
+ZERO0_BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's fixed bucket where nothing is partitioned (``MEMORY_OPT_ALLREDUCE_SIZE``)."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to carry the meta-gradient, as ``parallel.strategy`` and ``parallel.offload`` name it."""
+
+    name: str
+    offload: str = "none"
+
+    @property
+    def stage(self) -> int | None:
+        """The ZeRO stage, None without DeepSpeed."""
+        return int(self.name[-1]) if self.name.startswith("zero") else None
+
+    def __str__(self) -> str:
+        return self.name + {"none": "", "optimizer": " + optimizer offload", "all": " + all offloaded"}[self.offload]
+
+
+STRATEGIES = (
+    Strategy("single"),
+    Strategy("ddp"),
+    Strategy("zero0"),
+    Strategy("zero1"),
+    Strategy("zero2"),
+    Strategy("zero3"),
+    Strategy("zero2", "optimizer"),
+    Strategy("zero3", "optimizer"),
+    Strategy("zero3", "all"),
+)
+"""From fast to slow where the bytes sent are equal: what leaves the GPU comes last."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Bytes of what a strategy shares out.
+
+    Attributes:
+        parameters: all that is meta-trained.
+        largest: the largest single one.
+        constants: buffers and frozen weights; each rank holds them all.
+        moments_per_parameter: copies that the optimizer keeps: 2 for Adam, 1 for SGD with momentum, 0 without.
+        element: bytes of an element.
+    """
+
+    parameters: int
+    largest: int
+    constants: int
+    moments_per_parameter: int
+    element: int = 4
+
+
+@dataclass(frozen=True)
+class RankBudget:
+    """Memory of one rank at its largest moment, and its traffic, in bytes.
+
+    Attributes:
+        strategy, offload: as in the configuration.
+        moment: ``inner loop``, ``reduction`` or ``update``: when the rank needs most.
+        parameters: whole parameters, and under ZeRO-3 this rank's part of them besides.
+        gradients: the accumulated meta-gradient, and what a strategy keeps of the reduced one.
+        moments: the optimizer's, and the master copy of this rank's part that ZeRO-1 and 2 update.
+        adapted, activations: see :class:`Footprint`; the episode is among the activations.
+        buffers: constants of the network, reduction buckets, temporaries.
+        host: on the CPU, for a rank, because of offloading.
+        sent: bytes that a rank sends in a meta-step (ring collectives).
+    """
+
+    strategy: str
+    offload: str
+    moment: str
+    parameters: int
+    gradients: int
+    moments: int
+    adapted: int
+    activations: int
+    buffers: int
+    host: int
+    sent: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.moments + self.adapted + self.activations + self.buffers
+
+
+def rank_budget(strategy: Strategy, model: ModelSize, step: Footprint, world: int) -> RankBudget:
+    """What one of ``world`` ranks needs.
+
+    Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/engine.py; torch's DDP.
+    """
+    moments = list(_moments(strategy, model, step, world))
+    largest = max(moments, key=lambda moment: sum(moment[1].values()))
+    parts = {"adapted": 0, "activations": 0, **largest[1]}
+    host, sent = _host(strategy, model, world), _sent(strategy, model, world)
+    return RankBudget(strategy.name, strategy.offload, largest[0], **parts, host=host, sent=sent)
+
+
+def _moments(strategy: Strategy, model: ModelSize, step: Footprint, world: int) -> Iterator[tuple[str, dict[str, int]]]:
+    whole, stage = model.parameters, strategy.stage
+    part = -(-whole // world)
+    partitioned = stage in (1, 2, 3)
+    owned = part if partitioned else whole
+
+    parameters, kept_gradients, buckets = whole, 0, 0
+    moments = model.moments_per_parameter * owned
+    if stage in (1, 2):
+        moments += part  # cloned from the flat parameters, also where these are float32 already
+    if stage == 3:
+        # The inner loop works on gathered, whole parameters; the part is updated in place (no master copy).
+        parameters = whole + (0 if strategy.offload == "all" else part)
+        kept_gradients = part
+        buckets = REDUCE_BUCKET_ELEMENTS * model.element  # allocated for good
+    if strategy.offload != "none":
+        moments = kept_gradients = 0
+    if strategy.name == "ddp":
+        kept_gradients = whole  # DDP's buckets, which later are .grad
+
+    always = {"parameters": parameters, "moments": moments}
+    yield (
+        "inner loop",
+        {
+            **always,
+            "gradients": step.gradients + kept_gradients,
+            "adapted": step.adapted,
+            "activations": step.activations + step.episode,
+            "buffers": model.constants + buckets,
+        },
+    )
+
+    reduced = {"gradients": whole + kept_gradients, "buffers": model.constants + buckets}
+    if stage == 0:
+        reduced["buffers"] += min(whole, ZERO0_BUCKET_ELEMENTS * model.element)  # a bucket, flattened
+    elif stage in (1, 2):
+        # The bucket has its configured size, whatever the model's; gradients of its own part are copied out of it.
+        reduced["buffers"] += REDUCE_BUCKET_ELEMENTS * model.element
+        reduced["gradients"] += part if strategy.offload == "none" else 0
+        reduced["buffers"] += model.largest if strategy.offload != "none" else 0
+    elif stage == 3:
+        reduced["buffers"] += min(whole, buckets)  # flattened for the reduce-scatter
+    yield "reduction", {**always, **reduced}
+
+    if strategy.offload == "none":
+        # Of Adam over lists of tensors: the square roots. ZeRO flattens its gradients once more.
+        temporary = owned if model.moments_per_parameter == 2 else 0
+        gradients = {None: whole, 0: whole, 1: whole + 2 * part, 2: 2 * part, 3: 2 * part}[stage]
+        yield "update", {**always, "gradients": gradients, "buffers": model.constants + buckets + temporary}
+
+
+def _host(strategy: Strategy, model: ModelSize, world: int) -> int:
+    if strategy.offload == "none":
+        return 0
+    part = -(-model.parameters // world)
+    # Moments, the copy that is updated, its gradient, and the buffer that gradients (3) or new values (2) pass through.
+    host = (model.moments_per_parameter + 3) * part
+    if strategy.stage == 2:
+        host += model.largest
+    return host + (part if strategy.offload == "all" else 0)
+
+
+def _sent(strategy: Strategy, model: ModelSize, world: int) -> int:
+    """A ring moves (N - 1) / N of the bytes for a reduce-scatter or an all-gather, and twice that for an all-reduce."""
+    passes = {None: 2, 0: 2, 1: 1 + 1 + MULTI_RANK_ALL_REDUCE, 2: 1 + 1 + MULTI_RANK_ALL_REDUCE, 3: 2 + 1}
+    # ZeRO-3 gathers before the forward and before the backward pass, and scatters the gradient.
+    return passes[strategy.stage] * model.parameters * (world - 1) // world
