@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launching import run
 
-WORKER = str(Path(__file__).with_name("checkpoint_worker.py"))
+WORKER = str(Path(__file__).with_name("save_worker.py"))
 ONE, TWO = "step-00000001.safetensors", "step-00000002.safetensors"
 
 
@@ -22,7 +22,8 @@ def test_gathered_tensors_arrive_and_a_full_disk_on_rank_0_is_heard_by_all(tmp_p
 
 
 def test_a_fault_in_the_gathering_of_one_rank_ends_all(tmp_path):
-    code, out = run(2, WORKER, str(tmp_path), "gather", timeout_s=90)  # the group's own time-out is 10 s; starting takes the rest
+    # The group's own time-out is 10 s; starting takes the rest.
+    code, out = run(2, WORKER, str(tmp_path), "gather", timeout_s=90)
     assert code != 0
     assert "a fault of ours" in out and "reads step" not in out, out
     assert not (tmp_path / TWO).exists()
