@@ -231,6 +231,15 @@ def layout_of(net: nn.Module) -> Layout:
     return {f"param/{name}": (p.dtype, tuple(p.shape)) for name, p in net.named_parameters()}
 
 
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over name and bytes of each tensor; empty for none."""
+    named = sorted(tensors)
+    sha = hashlib.sha256()
+    for name, tensor in named:
+        sha.update(name.encode() + _sha256(tensor))
+    return sha.hexdigest() if named else ""
+
+
 def _metadata(meta: Mapping[str, Any], sha256: str) -> dict[str, str]:
     return {"cml_dist": json.dumps({**meta, "sha256": sha256})}
 

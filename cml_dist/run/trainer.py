@@ -89,6 +89,8 @@ class _Run:
             self.parts: Parts = assemble(config, self.plan, world, progress, self._splits())
         self.plan = self.parts.plan
         self.state["data"] = self.parts.domain.fingerprint()
+        # Frozen weights and statistics are in no checkpoint: they must be the same at each start.
+        self.state["constants"] = checkpoints.fingerprint(self.parts.net.named_buffers())
         self.strategy = DataParallel(world, self.parts.model, build_optimizer(config.optim, self.parts.model))
         self._resume()
         world.together(self._announce)
@@ -140,7 +142,7 @@ class _Run:
             self.world.together(lambda: checkpoints.check_fits(found, self.strategy.saved_layout()))
             self.world.together(lambda: self._check_data(found))
             self.strategy.load(found.read, found.layout)
-            self.step, self.state = found.step, found.state
+            self.step, self.state = found.step, {**self.state, **found.state}
             self.console.note(f"Resuming at step {self.step} of {self.config.train.steps} from {found.path}")
         if self.world.is_main:
             self.metrics = MetricsWriter(self.folder.metrics_file)
@@ -154,6 +156,11 @@ class _Run:
             raise CheckpointError(
                 f"the data is not that of the run in {self.folder.path} (checksum {then[:12]}, now {now[:12]})",
                 "point domain.root at the same packed set, or choose another run.dir",
+            )
+        if found.state.get("constants", self.state["constants"]) != self.state["constants"]:
+            raise CheckpointError(
+                f"the frozen weights or statistics are not those of the run in {self.folder.path}",
+                "give model.pretrained the weight file that it was started with, or choose another run.dir",
             )
 
     def _announce(self) -> None:
