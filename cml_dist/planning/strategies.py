@@ -20,9 +20,9 @@ from cml_dist.planning.footprint import Footprint
 REDUCE_BUCKET_ELEMENTS = 500_000_000
 """``reduce_bucket_size`` of the DeepSpeed configuration (its default), in elements, whatever the model's size."""
 
-MULTI_RANK_ALL_REDUCE = True
-"""``use_multi_rank_bucket_allreduce`` (DeepSpeed's default): ZeRO-1 and 2 all-reduce gradients instead of reducing each
-part to its owner, which doubles what a rank sends for them."""
+MULTI_RANK_ALL_REDUCE = False
+"""``use_multi_rank_bucket_allreduce`` of the DeepSpeed configuration: whether ZeRO-1 and 2 all-reduce gradients instead
+of reducing each part to its owner, which would double what a rank sends for them."""
 
 ZERO0_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's fixed bucket where nothing is partitioned (``MEMORY_OPT_ALLREDUCE_SIZE``)."""
@@ -167,9 +167,9 @@ def _moments(strategy: Strategy, model: ModelSize, step: Footprint, world: int) 
     yield "reduction", {**always, **reduced}
 
     if strategy.offload == "none":
-        # Of Adam over lists of tensors: the square roots. ZeRO flattens its gradients once more.
+        # Of Adam over lists of tensors: the square roots. ZeRO flattens the gradients of its part once more.
         temporary = owned if model.moments_per_parameter == 2 else 0
-        gradients = {None: whole, 0: whole, 1: whole + 2 * part, 2: 2 * part, 3: 2 * part}[stage]
+        gradients = 2 * part if partitioned else whole
         yield "update", {**always, "gradients": gradients, "buffers": model.constants + buckets + temporary}
 
 

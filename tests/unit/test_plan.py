@@ -1,0 +1,192 @@
+"""``cml-dist plan``: the arithmetic of each strategy, what is recommended, and bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+
+import pytest
+from image_sets import write_set
+
+from cml_dist.cli import main
+from cml_dist.planning import strategies
+from cml_dist.planning.footprint import Footprint
+from cml_dist.planning.strategies import STRATEGIES, ModelSize, Strategy, rank_budget
+
+P, WORLD, BUCKET = 8_000, 4, 1_200
+PART = P // WORLD
+ADAM = ModelSize(parameters=P, largest=500, constants=70, moments_per_parameter=2, element=4)
+STEP = Footprint(episode=11, gradients=P, adapted=3 * P, activations=100_000)
+
+
+@pytest.fixture(autouse=True)
+def _small_buckets(monkeypatch):
+    monkeypatch.setattr(strategies, "REDUCE_BUCKET_ELEMENTS", BUCKET // 4)
+
+
+def budget(name: str, offload: str = "none", model: ModelSize = ADAM, step: Footprint = STEP, world: int = WORLD):
+    return rank_budget(Strategy(name, offload), model, step, world)
+
+
+# --------------------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize(
+    ("name", "offload", "parameters", "gradients", "moments", "buckets", "host"),
+    [
+        ("single", "none", P, P, 2 * P, 0, 0),
+        ("ddp", "none", P, P + P, 2 * P, 0, 0),  # the value, and DDP's buckets
+        ("zero0", "none", P, P, 2 * P, 0, 0),
+        ("zero1", "none", P, P, 2 * PART + PART, 0, 0),  # the part's master copy
+        ("zero2", "none", P, P, 2 * PART + PART, 0, 0),
+        ("zero2", "optimizer", P, P, 0, 0, 2 * PART + 3 * PART + 500),
+        ("zero3", "none", P + PART, P + PART, 2 * PART, BUCKET, 0),
+        ("zero3", "optimizer", P + PART, P, 0, BUCKET, 2 * PART + 3 * PART),
+        ("zero3", "all", P, P, 0, BUCKET, 2 * PART + 4 * PART),
+    ],
+)
+def test_memory_in_the_inner_loop(name, offload, parameters, gradients, moments, buckets, host):
+    found = budget(name, offload, world=1 if name == "single" else WORLD)
+    assert found.moment == "inner loop"
+    assert (found.parameters, found.gradients, found.moments) == (parameters, gradients, moments)
+    assert (found.adapted, found.activations) == (3 * P, 100_011)
+    assert (found.buffers, found.host) == (70 + buckets, host)
+    assert found.total == parameters + gradients + moments + 3 * P + 100_011 + 70 + buckets
+
+
+def test_memory_where_the_reduction_is_the_largest_moment():
+    """What benchmarks/zero_memory.py counts of DeepSpeed itself, or a bit more: it frees the value bucket by bucket."""
+    tiny = Footprint(episode=0, gradients=P, adapted=0, activations=0)
+    zero0 = budget("zero0", step=tiny, world=2)
+    assert (zero0.moment, zero0.total - 70) == ("reduction", 5 * P)  # ZeRO-0 has a bucket size of its own
+    zero2 = budget("zero2", step=tiny, world=2)
+    # Parameters, 3 halves of optimizer state, the value; the bucket at its configured size; the own half copied out.
+    assert (zero2.moment, zero2.total - 70) == ("reduction", P + 3 * P // 2 + P + BUCKET + P // 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"), [("single", 0), ("ddp", 2), ("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero3", 3)]
+)
+def test_bytes_that_a_rank_sends(name, passes):
+    world = 1 if name == "single" else WORLD
+    assert budget(name, world=world).sent == passes * P * (world - 1) // world
+
+
+def test_without_momentum_sgd_has_no_moments():
+    sgd = ModelSize(P, 500, 70, moments_per_parameter=0)
+    assert budget("ddp", model=sgd).moments == 0
+    assert budget("zero1", model=sgd).moments == PART
+
+
+# --------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def plan(capfd):
+    """Runs ``cml-dist plan``; returns (exit code, standard output, standard error)."""
+
+    def go(*words: str) -> tuple[int, str, str]:
+        code = main(["plan", *words])
+        return code, *capfd.readouterr()
+
+    return go
+
+
+def forecast(plan, *words: str) -> dict:
+    code, out, err = plan(*words, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_the_table_has_every_strategy_and_ends_in_a_command_that_trains_it(plan):
+    code, out, err = plan("omniglot", "--gpus", "4", "--gpu-memory-gib", "24", "train.steps=7")
+    assert (code, err) == (0, "")
+    for words in ("ddp", "zero0", "zero1", "zero2", "zero3", "zero2 offload", "zero3 offload", "zero3 offload all"):
+        assert re.search(rf"^ *{words} +\d", out, re.MULTILINE), words
+    assert "1x28x28 (usual for omniglot)" in out
+    assert out.splitlines()[-1] == (
+        "accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 4 -m cml_dist train omniglot "
+        "train.steps=7 parallel.strategy=ddp"
+    )
+
+
+def test_one_gpu_is_no_world(plan):
+    found = forecast(plan, "sinusoid", "--gpus", "1", "--gpu-memory-gib", "1")
+    assert [row["strategy"] for row in found["rows"]][0] == "single"
+    assert found["command"] == "cml-dist train sinusoid parallel.strategy=single"
+    assert all(row["sent"] == 0 for row in found["rows"])
+
+
+def test_recommends_the_fewest_bytes_sent_among_what_fits(plan):
+    words = ["cifar_fs", "--gpus", "8", "model.filters=512", "model.colearner.depth=0", "engine.name=graph"]
+    found = forecast(plan, *words, "--gpu-memory-gib", "80")
+    totals = {(row["strategy"], row["offload"]): row["total"] for row in found["rows"]}
+    assert found["rows"][found["recommended"]]["strategy"] == "ddp"
+    # Between what ZeRO-2 needs and what DDP needs.
+    assert totals["zero2", "none"] < totals["ddp", "none"]
+    between = (totals["zero2", "none"] + totals["ddp", "none"]) / 2 / 2**30
+    found = forecast(plan, *words, "--gpu-memory-gib", "80", f"memory.budget_gib={between:.6f}")
+    assert found["rows"][found["recommended"]]["strategy"] in ("zero1", "zero2")
+    assert "parallel.strategy=zero" in found["command"]
+    assert all(row["fits"] == (row["total"] <= between * 2**30 + 1e3) for row in found["rows"])
+
+
+def test_where_nothing_fits_the_smallest_memory_that_would_is_said(plan):
+    words = ["mini_imagenet", "--gpus", "2", "engine.name=graph"]
+    found = forecast(plan, *words, "--gpu-memory-gib", "0.1")
+    assert found["recommended"] is None and found["command"] is None
+    code, out, _ = plan(*words, "--gpu-memory-gib", "0.1")
+    assert code == 0 and "Nothing fits" in out and f"{found['smallest_gib']:.3g} GiB" in out
+    assert forecast(plan, *words, "--gpu-memory-gib", str(found["smallest_gib"] * 1.001))["recommended"] is not None
+
+
+def test_the_packed_set_says_the_size_of_its_images(plan, tmp_path):
+    root = write_set(tmp_path / "packed", images=4, size=40)
+    words = ["omniglot", "--gpus", "2", "--gpu-memory-gib", "8", f"domain.root={root}"]
+    found = forecast(plan, *words)
+    assert found["inputs"][1:] == [40, 40] and str(root) in found["input_source"]
+    assert forecast(plan, *words, "--image-size", "64", "--channels", "3")["inputs"] == [3, 64, 64]
+
+
+def test_vit_base_is_answered_without_weights(plan):
+    """86 million parameters at 224 px: neither their values (0.33 GiB) nor an activation are ever in memory."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    words = ["mini_imagenet", "--image-size", "224", "model.backbone=vit_base_patch16_224", "method.inner_steps=5"]
+    found = forecast(plan, *words, "--gpus", "16", "--gpu-memory-gib", "80", "model.pretrained=true")
+    assert found["num_parameters"] == pytest.approx(86e6, rel=0.01)
+    ddp = found["rows"][0]
+    assert ddp["parameters"] == 4 * found["num_parameters"]
+    assert ddp["adapted"] == pytest.approx(5 * ddp["parameters"], rel=0.01)
+    assert 5 * 2**30 < ddp["activations"] < 50 * 2**30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 0.3 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "remedy"),
+    [
+        (["images", "domain.root=nowhere"], "the size of the images is not known", "--image-size"),
+        (["mini_imagenet", "model.backbone=vit_huge_nothing"], "neither conv4, mlp nor", "nearest"),
+        (["mini_imagenet", "--image-size", "8"], "too small for the four poolings", "16"),
+        (["mini_imagenet", "parallel.processes=3"], "parallel.processes is 3, but --gpus is 2", "=2"),
+        (["mini_imagenet", "modle.backbone=conv4"], "modle is not a setting", "did you mean"),
+    ],
+)
+def test_bad_input_is_one_line(plan, tmp_path, words, what, remedy):
+    if words[0] == "images":
+        words[0] = str(tmp_path / "images.yaml")
+        (tmp_path / "images.yaml").write_text("domain: {name: images, root: x}\n")
+    code, out, err = plan(*words, "--gpus", "2", "--gpu-memory-gib", "8")
+    assert code != 0 and out == ""
+    assert len(err.splitlines()) == 1 and what in err and remedy in err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--gpus", "0"), ("--gpu-memory-gib", "0"), ("--gpu-memory-gib", "nan")])
+def test_numbers_out_of_range_are_refused(plan, option, value):
+    given = {"--gpus": "2", "--gpu-memory-gib": "8", option: value}
+    code, _, err = plan("omniglot", *(word for pair in given.items() for word in pair))
+    assert code == 2 and option in err
+
+
+def test_strategies_are_named_once():
+    assert len({str(strategy) for strategy in STRATEGIES}) == len(STRATEGIES)
