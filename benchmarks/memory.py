@@ -1,68 +1,191 @@
-"""Peak memory and seconds of one meta-step, each case in a fresh process: engines, inner steps, episodes.
+"""Peak memory and seconds of one meta-gradient, each case in a fresh process: backbones, engines, steps, micro-batches.
 
-    python benchmarks/memory.py
+    python benchmarks/memory.py                                  # the table of benchmarks/2026-11-25-memory.md
+    python benchmarks/memory.py --only vit_tiny_patch16_224 --threads 1
 
-Memory is the largest resident set above its level after the model is built (the first line of the table says what that
-level is); Conv-4 at 84 px, 5-way 5-shot, 15 queries a class, one thread, on the CPU.
+Memory is the largest resident set above its level after the model is built. ``unroll`` is what one would write without
+this package: a plain loop of ``torch.autograd.grad(..., create_graph=True)`` over one copy of the network, all graphs
+alive until the outer backward; ``checkpoint`` is the same with a non-reentrant checkpoint round each inner step. 5-way
+5-shot, 15 queries a class, CML with a co-learner of depth 1, on the CPU. Gradients of one backbone and number of steps
+are compared with the first case that ran: the last column is the relative distance (float32).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 CASES = [
-    ("graph", 1, 1),
-    ("adjoint", 1, 1),
-    ("graph", 5, 1),
-    ("adjoint", 5, 1),
-    ("graph", 1, 4),
-    ("adjoint", 5, 4),
+    # backbone, pixels, inner steps, engine, micro-batch, episodes
+    ("conv4", 84, 1, "unroll", 0, 1),
+    ("conv4", 84, 1, "graph", 0, 1),
+    ("conv4", 84, 1, "adjoint", 0, 1),
+    ("conv4", 84, 5, "unroll", 0, 1),
+    ("conv4", 84, 5, "adjoint", 0, 1),
+    ("conv4", 84, 5, "adjoint", 0, 4),
+    ("resnet18", 84, 1, "unroll", 0, 1),
+    ("resnet18", 84, 1, "adjoint", 0, 1),
+    ("resnet18", 84, 5, "unroll", 0, 1),
+    ("resnet18", 84, 5, "adjoint", 0, 1),
+    ("vit_tiny_patch16_224", 224, 1, "unroll", 0, 1),
+    ("vit_tiny_patch16_224", 224, 1, "adjoint", 0, 1),
+    ("vit_tiny_patch16_224", 224, 1, "adjoint", 5, 1),
+    ("vit_tiny_patch16_224", 224, 1, "adjoint", 1, 1),
+    ("vit_tiny_patch16_224", 224, 5, "unroll", 0, 1),
+    ("vit_tiny_patch16_224", 224, 5, "checkpoint", 0, 1),
+    ("vit_tiny_patch16_224", 224, 5, "adjoint", 0, 1),
+    ("vit_tiny_patch16_224", 224, 5, "adjoint", 5, 1),
+    ("vit_tiny_patch16_224", 224, 5, "adjoint", 3, 1),
+    ("vit_tiny_patch16_224", 224, 5, "adjoint", 1, 1),
+    ("vit_small_patch16_224", 224, 1, "unroll", 0, 1),
+    ("vit_small_patch16_224", 224, 1, "adjoint", 0, 1),
+    ("vit_small_patch16_224", 224, 1, "adjoint", 5, 1),
+    ("vit_small_patch16_224", 224, 1, "adjoint", 1, 1),
+    ("vit_small_patch16_224", 224, 5, "adjoint", 0, 1),
+    ("vit_small_patch16_224", 224, 5, "adjoint", 5, 1),
+    ("vit_small_patch16_224", 224, 5, "adjoint", 3, 1),
+    ("vit_small_patch16_224", 224, 5, "adjoint", 1, 1),
+    ("vit_base_patch16_224", 224, 5, "adjoint", 5, 1),
 ]
+WAYS, SHOTS, QUERIES = 5, 5, 15
+INNER_LR = 0.01
 
 
-def measure(engine: str, inner_steps: int, episodes: int) -> dict[str, float]:
-    """Run in a fresh process: one meta-step, after the level has been taken."""
+def measure(backbone: str, pixels: int, steps: int, engine: str, micro_batch: int, episodes: int, threads: int) -> dict:
+    """Run in a fresh process: one meta-gradient, after the level has been taken."""
     import torch
 
     from cml_dist.config.schema import ModelConfig
     from cml_dist.meta.model import MetaModel
     from cml_dist.meta.problem import Method
     from cml_dist.nets.build import build_net
+    from cml_dist.parallel.allocator import keep_freed_memory
     from cml_dist.types import Batch, Episode
 
-    torch.set_num_threads(1)
-    shape, ways, shots, queries = (3, 84, 84), 5, 5, 15
-    net = build_net(ModelConfig(), input_shape=shape, output_dim=ways, seed=0, colearner=True)
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    shape = (3, pixels, pixels)
+    config = ModelConfig(backbone=backbone, colearner={"depth": 2 if backbone == "conv4" else 1})
+    net = build_net(config, input_shape=shape, output_dim=WAYS, seed=0, colearner=True)
 
     def score(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return (outputs.argmax(1) == targets).float().mean()
 
-    model = MetaModel(net, torch.nn.functional.cross_entropy, score, Method(inner_steps, 0.01, 0.01, 1.0), engine)
+    def batch(generator: torch.Generator, count: int) -> Batch:
+        inputs = torch.randn(count * WAYS, *shape, generator=generator)
+        return Batch(inputs, torch.arange(WAYS).repeat_interleave(count))
 
-    def batch(count: int) -> Batch:
-        return Batch(torch.randn(count * ways, *shape), torch.arange(ways).repeat_interleave(count))
+    def episode(index: int) -> Episode:
+        generator = torch.Generator().manual_seed(index)
+        return Episode(batch(generator, SHOTS), batch(generator, QUERIES), "train", index)
 
-    made = (Episode(batch(shots), batch(queries), "train", index) for index in range(episodes))
-    level = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if engine in ("unroll", "checkpoint"):
+        work = _unroll(net, steps, checkpoint=engine == "checkpoint")
+    else:
+        method = Method(steps, INNER_LR, INNER_LR, 1.0)
+        loss = torch.nn.functional.cross_entropy
+        model = MetaModel(net, loss, score, method, engine, micro_batch=micro_batch or None)
+        del net
+
+        def work(made):
+            model(made, 1 / episodes)[0].backward()
+            return [p.grad for p in model.values]
+
+    made = (episode(index) for index in range(episodes))
+    level = _resident_kib("VmRSS")
     started = time.perf_counter()
-    loss, _ = model(made, 1 / episodes)
-    loss.backward()
+    grads = work(made)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"level_gib": level / 2**20, "above_gib": (peak - level) / 2**20, "seconds": seconds}
+    whole = torch.cat([g.flatten() for g in grads])
+    return {"level_gib": level / 2**20, "above_gib": (peak - level) / 2**20, "seconds": seconds}, whole
+
+
+def _unroll(net, steps: int, *, checkpoint: bool):
+    """MAML and the co-learner as one differentiable expression: the full unroll, nothing of the package's core."""
+    import torch
+    from torch.func import functional_call
+    from torch.utils.checkpoint import checkpoint as recompute
+
+    params = dict(net.named_parameters())
+    adapting = [n for n in params if not n.startswith("colearner.")]
+
+    def inner_step(support, *fast):
+        with torch.enable_grad():
+            (outputs,) = functional_call(net, dict(zip(adapting, fast, strict=True)), (support.inputs,))
+            loss = torch.nn.functional.cross_entropy(outputs, support.targets)
+            grads = torch.autograd.grad(loss, fast, create_graph=True)
+        return tuple(p - INNER_LR * g for p, g in zip(fast, grads, strict=True))
+
+    def work(made):
+        for episode in made:
+            fast = tuple(params[n] for n in adapting)
+            for _ in range(steps):
+                step = (episode.support, *fast)
+                fast = recompute(inner_step, *step, use_reentrant=False) if checkpoint else inner_step(*step)
+            state = {**params, **dict(zip(adapting, fast, strict=True))}
+            outputs = functional_call(net, state, (episode.query.inputs,), {"learners": ("meta", "co")})
+            loss = sum(torch.nn.functional.cross_entropy(out, episode.query.targets) for out in outputs)
+            grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+        return grads
+
+    return work
+
+
+def _resident_kib(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Peak memory and seconds of one meta-gradient, fresh process each.")
+    parser.add_argument("--only", help="backbones whose name contains this")
+    parser.add_argument("--steps", type=int, help="only this number of inner steps")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--case", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--grads", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        import torch
+
+        backbone, pixels, steps, engine, micro_batch, episodes = args.case
+        numbers, grads = measure(
+            backbone, int(pixels), int(steps), engine, int(micro_batch), int(episodes), args.threads
+        )
+        torch.save(grads, args.grads)
+        print(json.dumps(numbers))
+        return
+    print("| backbone | px | K | engine | micro-batch | episodes | GiB above the model | s | distance |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    references: dict[tuple, object] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for case in CASES:
+            wanted = (not args.only or args.only in case[0]) and args.steps in (None, case[2])
+            if wanted:
+                _row(case, args.threads, Path(folder) / "grads.pt", references)
+
+
+def _row(case: tuple, threads: int, path: Path, references: dict) -> None:
+    import torch
+
+    command = [sys.executable, __file__, "--threads", str(threads), "--grads", str(path), "--case", *map(str, case)]
+    out = subprocess.run(command, capture_output=True, text=True)
+    backbone, pixels, steps, engine, micro_batch, episodes = case
+    row = f"| {backbone} | {pixels} | {steps} | {engine} | {micro_batch or 'all'} | {episodes} |"
+    if out.returncode:
+        print(f"{row} failed ({out.returncode}) | | |", flush=True)
+        return
+    got, grads = json.loads(out.stdout.splitlines()[-1]), torch.load(path)
+    first = references.setdefault((backbone, pixels, steps, episodes), grads)
+    distance = "-" if first is grads else f"{((grads - first).norm() / first.norm()).item():.0e}"
+    print(f"{row} {got['above_gib']:.2f} | {got['seconds']:.1f} | {distance} |", flush=True)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
-        sys.exit()
-    print("| engine | inner steps | episodes | peak above the built model, GiB | seconds |\n|---|---|---|---|---|")
-    for case in CASES:
-        out = subprocess.run([sys.executable, __file__, *map(str, case)], check=True, capture_output=True, text=True)
-        got = json.loads(out.stdout.splitlines()[-1])
-        print(f"| {case[0]} | {case[1]} | {case[2]} | {got['above_gib']:.2f} | {got['seconds']:.1f} |", flush=True)
-    print(f"\nLevel of the built model: {got['level_gib']:.2f} GiB")
+    main()

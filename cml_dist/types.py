@@ -18,6 +18,10 @@ BODY, HEAD, COLEARNER = "body", "head", "colearner"
 Params = dict[str, Tensor]
 """Parameters by canonical name, e.g. ``body.block1.conv.weight``; the order is the network's own."""
 
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Type and shape of tensors that may not exist yet, by name. A checkpoint's names are ``param/<canonical name>`` and
+``moment/<key>/<canonical name>``, with torch's own key of the optimizer's state (``exp_avg``, ``step``, ...)."""
+
 
 @dataclass(frozen=True)
 class Batch:

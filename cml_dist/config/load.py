@@ -128,7 +128,7 @@ def _fault(error: Mapping[str, Any]) -> tuple[str, str]:
         return f"{key} is {value!r}, but it is a section", f"set its keys, e.g. {key}.name=..."
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
-        return f"{key}: {message}", ""
+        return f"{key}: {message}" if key else message, ""
     near = difflib.get_close_matches(str(value), _literals(error), n=1)
     remedy = message[:1].lower() + message[1:]
     remedy = remedy.replace("input should", f"{key} should", 1)

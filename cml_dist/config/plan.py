@@ -19,6 +19,9 @@ class RunPlan:
         processes: the world size N.
         episodes_by_rank: episodes of a meta-step that each rank runs.
         engine: how the meta-gradient is computed.
+        micro_batch: most examples that pass through the network at once; None: all of a set.
+        copies: where ``adjoint`` keeps the adapted parameters of each step: ``device`` or ``cpu``.
+        memory: what was found out about memory, and what was chosen for it, in words; empty without a budget.
         strategy: ``single``, ``ddp``, or ``zero0`` to ``zero3``.
         offload: what lies on the CPU: ``none``, ``optimizer`` or ``all``.
         steps, episodes: meta-steps of the whole run, and training episodes in all.
@@ -37,6 +40,9 @@ class RunPlan:
     inner_steps: int
     test_inner_steps: int
     offload: str = "none"
+    micro_batch: int | None = None
+    copies: str = "device"
+    memory: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,10 +62,10 @@ def make_plan(config: RunConfig, processes: int) -> RunPlan:
         ConfigError: a strategy that this world cannot carry.
     """
     strategy, offload = resolve_strategy(config, processes)
-    engine = config.engine.name
+    engine, micro_batch = config.engine.name, config.engine.micro_batch
     if engine == "auto":
         # One inner step has one graph: nothing to save. More steps: memory stays flat, for one more pass a step.
-        engine = "graph" if config.method.inner_steps <= 1 else "adjoint"
+        engine = "graph" if config.method.inner_steps <= 1 and not isinstance(micro_batch, int) else "adjoint"
     steps, every = config.train.steps, config.eval.every
     batch = config.train.episodes_per_step
     test_steps = config.eval.inner_steps
@@ -75,6 +81,8 @@ def make_plan(config: RunConfig, processes: int) -> RunPlan:
         inner_steps=config.method.inner_steps,
         test_inner_steps=config.method.inner_steps if test_steps is None else test_steps,
         offload=offload,
+        micro_batch=micro_batch if isinstance(micro_batch, int) else None,
+        copies="cpu" if config.engine.copies == "cpu" else "device",
     )
 
 
@@ -133,12 +141,20 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
     batch = config.train.episodes_per_step
     each = sorted(set(plan.episodes_by_rank), reverse=True)
     steps = f"{_count(plan.inner_steps, 'inner step')} of {method.inner_lr:g}"
+    if method.adapts is not None:
+        steps += f" on {', '.join(method.adapts)}"
     return {
         "run": f"{config.run.dir} (seed {config.run.seed})",
         "domain": _domain_words(config),
-        "model": config.model.backbone + (f", co-learner depth {config.model.colearner.depth}" if method.gamma else ""),
+        "model": config.model.backbone
+        + (f", co-learner depth {config.model.colearner.depth}" if method.gamma else "")
+        + (f", trained: {', '.join(config.model.trained)}" if config.model.trained != ("body", "head") else ""),
         "method": f"{method.name}: {steps}, gamma {method.gamma:g}, order {method.order}",
-        "engine": plan.engine,
+        "engine": plan.engine
+        + (f", micro-batches of {_count(plan.micro_batch, 'example')}" if plan.micro_batch else "")
+        + (", copies on the CPU" if plan.copies == "cpu" else "")
+        + (", bfloat16 inside the network" if config.run.compute == "bfloat16" else ""),
+        **({"memory": plan.memory} if plan.memory else {}),
         "world": f"{plan.processes} process{'es' * (plan.processes != 1)} ({_strategy_words(plan)}), "
         f"{batch} episodes a meta-step: {' or '.join(map(str, each))} a process",
         "training": f"{plan.steps:,} meta-steps of {config.optim.name} at {config.optim.lr:g}, "

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
     """A group of settings: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _as_list(value: object) -> object:
+    """One term where a list of terms is meant."""
+    return [value] if isinstance(value, str) else value
+
+
+Terms = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_list)]
+"""Which parameters: ``body``, ``head``, ``last:N`` or globs over canonical names (nets/partition.py)."""
 
 
 # --------------------------------------------------------------------------- domain
@@ -120,6 +129,10 @@ class ModelConfig(Section):
         "batch",
         description="BatchNorm: 'batch' statistics of the examples at hand (transductive, as in the paper), or the 'frozen' running statistics of pre-trained weights",
     )
+    trained: Terms = Field(
+        ("body", "head"),
+        description="what is meta-trained besides the co-learner: body, head, last:N (the last N blocks of the body) or globs over parameter names; the rest is frozen: constants without gradient, moments or second-order work",
+    )
     colearner: ColearnerConfig = ColearnerConfig()
 
 
@@ -136,6 +149,10 @@ class MethodConfig(Section):
     )
     body_lr: float | None = Field(
         None, ge=0, le=100, description="step size of the inner loop for the body alone; null: inner_lr"
+    )
+    adapts: Terms | None = Field(
+        None,
+        description="what adapts in the inner loop, in the words of model.trained (e.g. [head, last:2]); null: all of body and head that is trained",
     )
     gamma: float | None = Field(
         None,
@@ -176,7 +193,33 @@ class EngineConfig(Section):
 
     name: Literal["auto", "graph", "adjoint"] = Field(
         "auto",
-        description="graph: unrolled loop, fastest where it fits; adjoint: memory flat in inner steps; auto: graph for 1 step, else adjoint",
+        description="graph: unrolled loop, fastest where it fits; adjoint: memory flat in inner steps; auto: graph for 1 step, else adjoint, and adjoint where the memory budget asks for it",
+    )
+    micro_batch: int | str | None = Field(
+        "auto",
+        description="most examples of an episode that pass through the network at once (adjoint; needs a network whose norms couple no examples); null: all; auto: all that the memory budget holds",
+    )
+    copies: Literal["auto", "device", "cpu"] = Field(
+        "auto",
+        description="adjoint: where the adapted parameters of each inner step are kept; auto: device, and cpu where the memory budget asks for it",
+    )
+
+
+    @field_validator("micro_batch", mode="before")
+    @classmethod
+    def _a_number_or_auto(cls, value: object) -> object:
+        if value is None or value == "auto" or (type(value) is int and value >= 1):
+            return value
+        raise ValueError(f"{value!r} is no micro-batch: give a number of examples from 1 up, auto or null")
+
+
+class MemoryConfig(Section):
+    """What the trainer may use; ``auto`` settings are chosen to stay inside it."""
+
+    budget_gib: float | None = Field(
+        None,
+        gt=0,
+        description="memory of each process for parameters, gradients, moments, copies and activations, GiB (on the CPU without the interpreter and its libraries); null: 90 % of the GPU, no limit on the CPU",
     )
 
 
@@ -287,10 +330,31 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="initial parameters and training episodes")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and arithmetic")
+    compute: Literal["dtype", "bfloat16"] = Field(
+        "dtype",
+        description="arithmetic inside the network: run.dtype, or bfloat16 by autocast; parameters, adapted ones too, losses and moments stay float32",
+    )
     deterministic: bool = Field(True, description="only deterministic kernels; on CUDA a few have no such form, which is warned of")
     log_every: int = Field(
         50, ge=1, description="meta-steps between lines where the output is no terminal (metrics.jsonl has every step)"
     )
+
+
+    @field_validator("compute", mode="before")
+    @classmethod
+    def _no_fp16(cls, value: object) -> object:
+        if value in ("float16", "fp16", "half"):
+            raise ValueError(
+                "float16 overflows in second-order gradients, whose loss scaling would have to stand inside the graph; "
+                "use bfloat16, which has float32's range"
+            )
+        return {"bf16": "bfloat16", "float32": "dtype", "fp32": "dtype"}.get(value, value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _autocast_from_float32(self) -> RunSection:
+        if self.compute == "bfloat16" and self.dtype != "float32":
+            raise ValueError(f"compute is bfloat16, but dtype is {self.dtype}: set run.dtype=float32, or run.compute=dtype")
+        return self
 
 
 class RunConfig(Section):
@@ -300,6 +364,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     method: MethodConfig = MethodConfig.model_validate({})
     engine: EngineConfig = EngineConfig()
+    memory: MemoryConfig = MemoryConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -312,5 +377,13 @@ class RunConfig(Section):
         if self.eval.learner == "co" and self.method.name != "cml":
             raise ValueError(
                 f"eval.learner is co, but method.name {self.method.name} has no co-learner: set eval.learner=meta"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> RunConfig:
+        if self.engine.name == "graph" and isinstance(self.engine.micro_batch, int):
+            raise ValueError(
+                "engine.micro_batch is set, but engine.name graph keeps the whole loop in memory: set engine.name=adjoint"
             )
         return self

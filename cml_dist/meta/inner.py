@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 
-from torch import Tensor
+import torch
 
-from cml_dist.meta.problem import Method, Problem, detached, gradients
+from cml_dist.meta.problem import Method, Problem, SupportLoss, accumulate, detached, gradients, used_by
 from cml_dist.types import BODY, HEAD, Episode, Learner, Params
-
-SupportLoss = Callable[[Params], Tensor]
-"""The support loss as a function of the parameters alone: a scalar."""
 
 
 def inner_step(params: Params, rates: Mapping[str, float], loss: SupportLoss, *, create_graph: bool) -> Params:
@@ -19,26 +17,70 @@ def inner_step(params: Params, rates: Mapping[str, float], loss: SupportLoss, *,
     Args:
         params: all parameters by name; those in ``rates`` require grad.
         rates: step size by name, of the parameters that adapt; all others are passed on as they are.
-        loss: the support loss as a function of ``params``.
+        loss: the support loss as terms of ``params``.
         create_graph: keep the graph, so that the step can itself be differentiated.
 
     Returns:
         All parameters after the step.
 
-    Source: CML (UAI 2024), eq. 5.
+    Cost: without a graph, memory of one term. Source: CML (UAI 2024), eq. 5.
     """
-    grads = gradients(loss(params), {n: params[n] for n in rates}, create_graph=create_graph)
-    # Out of place on purpose: gradients may share storage, and params are the caller's.
-    return {**params, **{n: params[n] - rate * grads[n] for n, rate in rates.items()}}
+    adapting = {n: params[n] for n in rates}
+    after = params
+    for term in loss:
+        grads = gradients(term(params), adapting, create_graph=create_graph)
+        # Out of place on purpose: gradients may share storage, and params are the caller's.
+        after = {**after, **{n: after[n] - rate * grads[n] for n, rate in rates.items()}}
+        if not create_graph:
+            after = detached(after)
+    return after
 
 
-def inner_loop(params: Params, rates: Mapping[str, float], loss: SupportLoss, steps: int) -> list[Params]:
-    """The path theta_0 .. theta_K of the inner loop as values, without a graph (K + 1 entries)."""
-    path = [detached(params)]
+def pull_back_step(theta: Params, rates: Mapping[str, float], loss: SupportLoss, outer: Params) -> None:
+    """Turn ``outer``, a gradient at ``inner_step(theta)``, into the gradient at ``theta``; in place.
+
+    The transposed Jacobian of the step: lambda - H alpha lambda, where H has the rows of all parameters that the
+    support loss depends on: those that do not adapt pass unchanged *and* shape the step.
+
+    Args:
+        theta: parameters before the step, as values.
+        outer: gradient by name; the caller's own tensors, overwritten.
+
+    Cost: one Hessian-vector product a term (reverse over reverse), memory of one term's graph, three copies of the
+    parameters that adapt and one of all.
+    """
+    used = used_by("meta", list(theta))  # the support loss never sees phi
+    vector = {n: -rate * outer[n] for n, rate in rates.items()}
+    for term in loss:
+        leaves = detached(theta, requires_grad=True)
+        grads = gradients(term(leaves), {n: leaves[n] for n in rates}, create_graph=True)
+        curved = [n for n, grad in grads.items() if grad.requires_grad]  # the others are constants
+        if not curved:
+            continue
+        through = torch.autograd.grad(
+            [grads[n] for n in curved],
+            [leaves[n] for n in used],
+            [vector[n] for n in curved],
+            materialize_grads=True,
+        )
+        del grads, leaves
+        accumulate(outer, dict(zip(used, through, strict=True)))
+
+
+def inner_loop(params: Params, rates: Mapping[str, float], loss: SupportLoss, steps: int) -> Iterator[Params]:
+    """theta_0 .. theta_K as values, without a graph (K + 1 of them; each is the caller's to keep or to drop)."""
+    theta = detached(params)
+    yield theta
     for _ in range(steps if rates else 0):
-        leaves = {n: p.detach().requires_grad_(n in rates) for n, p in path[-1].items()}
-        path.append(detached(inner_step(leaves, rates, loss, create_graph=False)))
-    return path
+        leaves = {n: p.detach().requires_grad_(n in rates) for n, p in theta.items()}
+        theta = inner_step(leaves, rates, loss, create_graph=False)
+        yield theta
+
+
+def last(path: Iterator[Params]) -> Params:
+    """The end of an inner loop, with no more than two of its points in memory."""
+    (theta,) = deque(path, maxlen=1)
+    return theta
 
 
 def adapt(
@@ -55,8 +97,5 @@ def adapt(
         learner: whose support loss is descended: ``meta`` (eq. 8) or ``co`` (eq. 9, where phi stays frozen).
         parts: what adapts; for eq. 9 only the body.
     """
-
-    def loss(p: Params) -> Tensor:
-        return problem.support_loss(p, episode.support, episode.context, learner)
-
-    return inner_loop(params, method.rates(list(params), parts), loss, method.inner_steps)[-1]
+    loss = problem.support_loss(episode.support, episode.context, learner)
+    return last(inner_loop(params, method.rates(list(params), parts), loss, method.inner_steps))

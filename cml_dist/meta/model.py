@@ -23,6 +23,8 @@ class MetaModel(nn.Module):
         loss, score: the domain's, see :class:`Problem`.
         method: what the meta-gradient is.
         engine: how it is computed, ``graph`` or ``adjoint``.
+        micro_batch, autocast: see :class:`Problem`.
+        path_device: see :func:`meta_gradient`.
     """
 
     def __init__(
@@ -32,6 +34,10 @@ class MetaModel(nn.Module):
         score: Callable[[Tensor, Tensor], Tensor],
         method: Method,
         engine: str,
+        *,
+        micro_batch: int | None = None,
+        autocast: torch.dtype | None = None,
+        path_device: torch.device | None = None,
     ) -> None:
         super().__init__()
         named = dict(net.named_parameters())
@@ -41,9 +47,10 @@ class MetaModel(nn.Module):
         self.constant_names: tuple[str, ...] = tuple(n for n, _ in net.named_buffers())
         for number, (_, buffer) in enumerate(net.named_buffers()):
             self.register_buffer(f"constant_{number}", buffer.detach().clone())
-        self._problem = (Problem(net, loss, score, {}),)
+        self._problem = (Problem(net, loss, score, {}, micro_batch, autocast),)
         self.method = method
         self.engine = engine
+        self.path_device = path_device
 
     @property
     def problem(self) -> Problem:
@@ -76,12 +83,21 @@ class MetaModel(nn.Module):
         loss = torch.zeros((), dtype=torch.float64, device=totals[0].device)
         sums: dict[str, Tensor] = {}
         for episode in episodes:
-            one = meta_gradient(params, episode, problem, self.method, self.engine, diagnose=episode.index in diagnose)
+            one = meta_gradient(
+                params,
+                episode,
+                problem,
+                self.method,
+                self.engine,
+                diagnose=episode.index in diagnose,
+                path_device=self.path_device,
+            )
             for total, name in zip(totals, self.names, strict=True):
                 total.add_(one.grads[name], alpha=weight)
             for term, value in one.terms.items():
                 now = torch.stack([value.double(), torch.ones_like(value, dtype=torch.float64)])
                 sums[term] = sums[term] + now if term in sums else now
+            del one  # or its gradients would stay while the next episode is at its peak
         if "outer_loss" in sums:
             loss = loss + weight * sums["outer_loss"][0]
         if "colearner_loss" in sums and self.method.gamma:
@@ -100,4 +116,5 @@ class _Deliver(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: Tensor):
         grads, ctx.grads = ctx.grads, None
-        return None, None, *(g * scale.to(g) for g in grads)
+        # In place: the totals are nobody else's, and a second copy of them would be the largest thing in memory here.
+        return None, None, *(g.mul_(scale.to(g)) for g in grads)

@@ -17,6 +17,11 @@ def group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(groups, channels)
 
 
+def block_names(net: nn.Module) -> list[list[str]]:
+    """Names of the parameters of each of a module's children, in order."""
+    return [[f"{child}.{name}" for name, _ in module.named_parameters()] for child, module in net.named_children()]
+
+
 class ConvBlock(nn.Module):
     """3x3 convolution (same size), norm, ReLU.
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cml_dist.errors import ModelError
-from cml_dist.nets.blocks import ConvBlock, batch_norm
+from cml_dist.nets.blocks import ConvBlock, batch_norm, block_names
 from cml_dist.types import Features
 
 NUM_BLOCKS = 4
@@ -43,6 +43,10 @@ class Conv4(nn.Module):
         shrink = 2 ** (NUM_BLOCKS - 1)
         self.tap_shape = (filters, height // shrink, width // shrink)
         self.pooled_dim = filters * (height // MIN_SIDE) * (width // MIN_SIDE)
+
+    def blocks(self) -> list[list[str]]:
+        """Names of the parameters of each block, first to last."""
+        return block_names(self)
 
     def forward(self, inputs: Tensor) -> Features:
         """Features of images ``[N, C, H, W]``."""

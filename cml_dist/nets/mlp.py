@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cml_dist.nets.blocks import block_names
 from cml_dist.types import Features
 
 
@@ -26,6 +27,10 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes[:-1], sizes[1:], strict=True))
         self.tap_shape = (hidden[-1],)
         self.pooled_dim = hidden[-1]
+
+    def blocks(self) -> list[list[str]]:
+        """Names of the parameters of each layer, first to last."""
+        return [[f"layers.{name}" for name in names] for names in block_names(self.layers)]
 
     def forward(self, inputs: Tensor) -> Features:
         """Features of vectors ``[N, input_dim]``."""

@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers import config as timm_config
-from timm.models import load_pretrained, load_state_dict
+from timm.models import group_parameters, load_pretrained, load_state_dict
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -59,6 +59,20 @@ class TimmBackbone(nn.Module):
         self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
         self.initial_buffers = _TimmBuffers({key: value.clone() for key, value in self.model.named_buffers()})
         self.tap_shape, self.pooled_dim = self._probe(input_shape)
+
+    def blocks(self) -> list[list[str]]:
+        """Names of the parameters of each block, first to last, as timm groups them (the stem is the first).
+
+        Raises:
+            ConfigError: this model does not say how it is divided.
+        """
+        try:
+            groups = group_parameters(self.model, self.model.group_matcher(coarse=False))
+        except (AttributeError, NotImplementedError) as error:
+            raise ConfigError(
+                f"model.backbone {self.name} does not say what its blocks are", "use globs over names instead of last:N"
+            ) from error
+        return [[f"model.{name}" for name in names] for names in groups.values()]
 
     def forward(self, inputs: Tensor) -> Features:
         """Features of images ``[N, C, H, W]``."""

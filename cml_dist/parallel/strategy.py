@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from cml_dist.meta.model import MetaModel
 from cml_dist.parallel.world import World
-from cml_dist.types import Episode, Params
+from cml_dist.types import Episode, Layout, Params
 
 
 class DataParallel:
@@ -26,10 +26,13 @@ class DataParallel:
         self.world = world
         self.model = model.to(world.device)
         self.optimizer = optimizer
+        self._wrap()
+
+    def _wrap(self) -> None:
         with warnings.catch_warnings():
             # Newer torch has another name for it, older has only this one; Accelerate knows only this one too.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-            self._wrapped = world.accelerator.prepare_model(self.model)
+            self._wrapped = self.world.accelerator.prepare_model(self.model)
 
     def gradient(
         self, episodes: Iterable[Episode], num_global: int, diagnose: frozenset[int] = frozenset()
@@ -45,8 +48,11 @@ class DataParallel:
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss, sums = self._wrapped(episodes, self.world.size / num_global, diagnose)
-        self.world.accelerator.backward(loss)
+        self._backward(loss)
         return sums
+
+    def _backward(self, loss: Tensor) -> None:
+        self.world.accelerator.backward(loss)
 
     def apply(self, lr: float, clip_norm: float | None) -> tuple[float, bool]:
         """One outer step with the gradient in ``.grad``; skipped, on all ranks alike, where it is not finite.
@@ -69,28 +75,48 @@ class DataParallel:
         """All meta-parameters by canonical name, whole, on this device."""
         return self.model.params()
 
-    def moments(self) -> dict[str, Tensor]:
-        """The optimizer's state as ``key/canonical name`` -> tensor."""
-        state = {}
-        for name, value in zip(self.model.names, self.model.values, strict=True):
-            for key, moment in self.optimizer.state.get(value, {}).items():
-                if moment is not None:
-                    state[f"{key}/{name}"] = torch.as_tensor(moment)
-        return state
+    def saved_layout(self) -> Layout:
+        """Type and shape of all that :meth:`saved_tensors` will give, in its order. Collective: none."""
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._saved()}
 
-    def load(self, params: Params, moments: dict[str, Tensor]) -> None:
-        """Take over parameters and moments by canonical name."""
+    def saved_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters, then moments, each whole and on the CPU; made when it is asked for.
+
+        Cost: one tensor. Collective: all ranks iterate to the end (other strategies gather).
+        """
+        return ((name, tensor.cpu()) for name, tensor in self._saved())
+
+    def load(self, read: Callable[[str], Tensor], names: Collection[str]) -> None:
+        """Take over parameters and moments.
+
+        Args:
+            read: gives a tensor, whole and on the CPU, by its name in the checkpoint.
+            names: of all that the checkpoint holds.
+
+        Cost: one tensor. Collective: none.
+        """
+        values = dict(zip(self.model.names, self.model.values, strict=True))
         with torch.no_grad():
-            for name, value in zip(self.model.names, self.model.values, strict=True):
-                value.copy_(params[name])
-        numbers = {name: number for number, name in enumerate(self._optimizer_order())}
+            for name, value in values.items():
+                value.copy_(read(f"param/{name}"))
+        numbers = {id(p): i for i, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"])}
         state: dict[int, dict[str, Tensor]] = {}
-        for key_and_name, moment in moments.items():
-            key, _, name = key_and_name.partition("/")
-            state.setdefault(numbers[name], {})[key] = moment.clone()
+        for full_name in names:
+            kind, _, rest = full_name.partition("/")
+            if kind == "moment":
+                key, _, name = rest.partition("/")
+                moment = read(full_name)
+                # At once to where torch would put it (a step count stays on the CPU): not all of them on the CPU first.
+                moment = moment if key == "step" else moment.to(values[name].device)
+                state.setdefault(numbers[id(values[name])], {})[key] = moment
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
-    def _optimizer_order(self) -> list[str]:
-        """Canonical names in the order in which the optimizer numbers its parameters."""
-        names = {id(value): name for name, value in zip(self.model.names, self.model.values, strict=True)}
-        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+    def _saved(self) -> Iterator[tuple[str, Tensor]]:
+        """What is saved, where it lies."""
+        values = dict(zip(self.model.names, self.model.values, strict=True))
+        for name, value in values.items():
+            yield f"param/{name}", value.detach()
+        for name, value in values.items():
+            for key, moment in sorted(self.optimizer.state.get(value, {}).items()):
+                if moment is not None:
+                    yield f"moment/{key}/{name}", torch.as_tensor(moment)

@@ -16,7 +16,9 @@ from cml_dist.meta.problem import Method
 from cml_dist.nets.build import build_net
 from cml_dist.nets.guard import check_twice_differentiable
 from cml_dist.nets.network import CmlNet
+from cml_dist.nets.partition import freeze, select
 from cml_dist.parallel.world import World
+from cml_dist.run.memory import fit_memory
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,24 @@ class Parts:
     Attributes:
         net: with its initial values, on the CPU; kept for its structure (export needs it).
         model: owns the parameters.
+        plan: with engine, micro-batch and copies as the memory budget decided.
     """
 
     domain: Domain
     net: CmlNet
     model: MetaModel
     dtype: torch.dtype
+    plan: RunPlan
 
 
-def method_of(config: MethodConfig) -> Method:
-    """The numbers of the method."""
+def method_of(config: MethodConfig, net: CmlNet) -> Method:
+    """The numbers of the method, with the parameters of ``net`` that adapt.
+
+    Raises:
+        ConfigError: ``method.adapts`` names what the network has not, or has not as something trained.
+    """
     return Method(
+        adapts=None if config.adapts is None else frozenset(select(net, config.adapts, "method.adapts")),
         inner_steps=config.inner_steps,
         body_lr=config.inner_lr if config.body_lr is None else config.body_lr,
         head_lr=config.inner_lr if config.head_lr is None else config.head_lr,
@@ -47,13 +56,15 @@ def method_of(config: MethodConfig) -> Method:
 
 def make_network(config: RunConfig, domain: Domain) -> CmlNet:
     """The network that a configuration names, for a domain's inputs and outputs; a pure function of ``run.seed``."""
-    return build_net(
+    net = build_net(
         config.model,
         input_shape=domain.input_shape,
         output_dim=domain.output_dim,
         seed=config.run.seed,
         colearner=config.method.name == "cml",
     )
+    freeze(net, select(net, config.model.trained, "model.trained"))
+    return net
 
 
 def assemble(
@@ -91,5 +102,16 @@ def assemble(
     domain = world.main_first(find_data)  # fills the cache of embedded or remote data
     world.together(load)  # every rank decodes at once
     net = world.main_first(make)  # fills the cache of pre-trained weights
-    model = MetaModel(net, domain.loss, domain.score, method_of(config.method), plan.engine)
-    return Parts(domain, net, model, dtype)
+    method = world.together(lambda: method_of(config.method, net))
+    plan = world.together(lambda: fit_memory(config, plan, net))
+    model = MetaModel(
+        net,
+        domain.loss,
+        domain.score,
+        method,
+        plan.engine,
+        micro_batch=plan.micro_batch,
+        autocast=torch.bfloat16 if config.run.compute == "bfloat16" else None,
+        path_device=torch.device("cpu") if plan.copies == "cpu" else None,
+    )
+    return Parts(domain, net, model, dtype, plan)

@@ -1,7 +1,8 @@
 """Checkpoints: one file each, whole or not there, independent of strategy and world size.
 
 ``checkpoints/step-00000500.safetensors`` holds ``param/<canonical name>`` and ``moment/<key>/<canonical name>``; its
-metadata the step, the run's state, and a SHA-256 of all tensors, which loading verifies.
+metadata the step, the run's state, and a SHA-256 of all tensors, which loading verifies. Files are written and read
+tensor by tensor: whatever the size of the model, one tensor is in memory here.
 """
 
 from __future__ import annotations
@@ -10,21 +11,23 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cml_dist.domains.publish import fsync
 from cml_dist.errors import CheckpointError
-from cml_dist.types import Params
+from cml_dist.parallel.world import World
+from cml_dist.run.safetensors_stream import StreamReader, StreamWriter, tensor_bytes
+from cml_dist.types import Layout, Params
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1, still read, differs in its SHA-256 alone: there it ran over the tensors' bytes, and not their digests."""
+
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
 
 
@@ -32,21 +35,34 @@ class DamagedCheckpoint(CheckpointError):
     """Missing, truncated or altered: an older one may do."""
 
 
-@dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on.
+    """A checkpoint that was verified; its tensors are read by name, when they are asked for.
+
+    It keeps its file open: what is read is what was verified, even if the file is pruned or replaced meanwhile.
 
     Attributes:
+        path: the file.
         step: meta-steps done.
-        params: psi, theta and phi by canonical name.
-        moments: the optimizer's state as ``key/canonical name``.
         state: small JSON values: the best validation so far, counters.
+        layout: type and shape of every tensor.
     """
 
-    step: int
-    params: Params
-    moments: dict[str, Tensor]
-    state: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, path: Path, file: StreamReader, meta: Mapping[str, Any]) -> None:
+        self.path, self._file = path, file
+        self.step: int = meta["step"]
+        self.state: dict[str, Any] = meta["state"]
+        self.layout: Layout = file.layout
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU. Raises DamagedCheckpoint where the disk no longer gives it."""
+        with _damage_named(self.path):
+            return self._file.read(name)
+
+    def params(self, names: Collection[str] | None = None) -> Params:
+        """Parameters by canonical name, on the CPU: those in ``names``, or all; no moments are read."""
+        if names is None:
+            names = [n.removeprefix("param/") for n in self.layout if n.startswith("param/")]
+        return {name: self.read(f"param/{name}") for name in names}
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -60,70 +76,94 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(m.group(1)) for m in map(_NAME.fullmatch, os.listdir(folder)) if m)
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> Path:
+def save(
+    world: World, folder: Path, step: int, state: dict[str, Any], layout: Layout, tensors: Iterable[tuple[str, Tensor]]
+) -> Path:
     """Write a checkpoint under a temporary name, sync it, and rename it: a reader sees all of it or nothing.
+
+    Args:
+        world: its rank 0 writes.
+        layout: what ``tensors`` will bring (``strategy.saved_layout()``).
+        tensors: (name, whole tensor on the CPU), made one at a time (``strategy.saved_tensors()``).
 
     Raises:
         CheckpointError: the file system refused (full, read-only); older checkpoints are untouched.
+
+    Cost: one tensor. Collective: all ranks, and all raise it if rank 0 cannot write. An error in ``tensors`` itself is
+    raised where it happens and at once, since the other ranks then wait in a collective of theirs.
     """
-    target = path_of(folder, checkpoint.step)
+    tensors = iter(tensors)
+    fault: CheckpointError | None = None
+    if world.is_main:
+        try:
+            _write(folder, step, state, layout, tensors)
+        except CheckpointError as error:
+            fault = error
+    # The other ranks, and rank 0 after a fault: each tensor is gathered by all, also where nobody writes it any more.
+    deque(tensors, maxlen=0)
+
+    def tell() -> None:
+        if fault is not None:
+            raise fault
+
+    world.together(tell)
+    return path_of(folder, step)
+
+
+def _write(
+    folder: Path, step: int, state: dict[str, Any], layout: Layout, tensors: Iterator[tuple[str, Tensor]]
+) -> None:
+    """Rank 0's part of :func:`save`. Leaves ``tensors`` where it stands if the file system refuses."""
+    target = path_of(folder, step)
     temporary = target.with_name(f".{target.name}.writing")
-    tensors = {f"param/{n}": p for n, p in checkpoint.params.items()}
-    tensors |= {f"moment/{n}": m for n, m in checkpoint.moments.items()}
-    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    meta = {"format": FORMAT, "step": checkpoint.step, "state": checkpoint.state}
-    meta["sha256"] = _digest(tensors, meta)
+    meta = {"format": FORMAT, "step": step, "state": state}
+    digests: dict[str, bytes] = {}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"cml_dist": json.dumps(meta)})
-        fsync(temporary)
-        os.replace(temporary, target)
-        fsync(folder)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        last = steps_in(folder)
-        kept = f"the checkpoint of step {last[-1]} stays good" if last else "there is no earlier checkpoint"
-        raise CheckpointError(
-            f"cannot save {target}: {reason} ({kept})",
-            "free space or mend the folder's permissions, then run the same command",
-        ) from error
-    return target
+        with _refusal_named(target):
+            folder.mkdir(parents=True, exist_ok=True)
+            writer = StreamWriter(temporary, layout, _metadata(meta, "0" * 64))
+        with writer:
+            for name, tensor in tensors:
+                digests[name] = _sha256(tensor)
+                with _refusal_named(target):
+                    writer.put(name, tensor)
+                del tensor  # or it would live on while the next one is made
+            with _refusal_named(target):
+                writer.finish(_metadata(meta, _digest(meta, layout, digests.__getitem__)))
+        with _refusal_named(target):
+            fsync(temporary)
+            os.replace(temporary, target)
+            fsync(folder)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def load(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint.
+    """Open and verify one checkpoint, tensor by tensor.
 
     Raises:
         DamagedCheckpoint: missing, truncated or altered.
         CheckpointError: of another format, or under the name of another step.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads(file.metadata()["cml_dist"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DamagedCheckpoint(
-            f"checkpoint {path} is missing or damaged ({error})", "delete it; an older one is used"
-        ) from error
-    if meta.get("format") != FORMAT:
+    with _damage_named(path):
+        file = StreamReader(path)
+        meta = json.loads(file.metadata["cml_dist"])
+        version, expected = meta["format"], meta.pop("sha256", None)
+    if version not in (1, FORMAT):
         raise CheckpointError(
-            f"checkpoint {path} has format {meta.get('format')}, this version reads {FORMAT}",
-            "use the version that wrote it",
+            f"checkpoint {path} has format {version}, this version reads {FORMAT}", "use the version that wrote it"
         )
-    if meta.pop("sha256", None) != _digest(tensors, meta):
-        raise DamagedCheckpoint(
-            f"checkpoint {path} is damaged (its contents do not match their SHA-256)", "delete it; an older one is used"
-        )
+    content = tensor_bytes if version == 1 else _sha256
+    with _damage_named(path):
+        if _digest(meta, file.layout, lambda name: content(file.read(name))) != expected:
+            raise ValueError("its contents do not match their SHA-256")
     if path.name != path_of(path.parent, meta["step"]).name:
         raise CheckpointError(
             f"{path} holds step {meta['step']}", f"rename it to {path_of(path.parent, meta['step']).name}"
         )
-    split: dict[str, dict[str, Tensor]] = {"param": {}, "moment": {}}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition("/")
-        split[kind][rest] = tensor
-    return Checkpoint(meta["step"], split["param"], split["moment"], meta["state"])
+    return Checkpoint(path, file, meta)
 
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
@@ -160,24 +200,68 @@ def prune(folder: Path, keep_last: int, keep: frozenset[int]) -> None:
             path_of(folder, step).unlink(missing_ok=True)
 
 
-def check_fits(params: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse a checkpoint whose parameters are not those of the configured network, naming the first that differs."""
-    for name in [*expected, *params]:
-        have = tuple(params[name].shape) if name in params else None
-        want = tuple(expected[name].shape) if name in expected else None
+def check_fits(checkpoint: Checkpoint, expected: Layout) -> None:
+    """Refuse a checkpoint whose parameters are not those of the configured network, naming the first that differs.
+
+    Args:
+        expected: ``strategy.saved_layout()``, or that of a network (:func:`layout_of`); only parameters are compared.
+    """
+    for name in [*expected, *checkpoint.layout]:
+        if not name.startswith("param/"):
+            continue
+        have, want = (layout[name][1] if name in layout else None for layout in (checkpoint.layout, expected))
         if have != want:
             raise CheckpointError(
-                f"{path} is of another network: {name} has shape {have or 'none'} in the file, "
-                f"{want or 'none'} in the configuration",
+                f"{checkpoint.path} is of another network: {name.removeprefix('param/')} has shape "
+                f"{'none' if have is None else have} in the file, {'none' if want is None else want} in the "
+                "configuration",
                 "use the configuration that made it, or another run.dir",
             )
 
 
-def _digest(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
-    """SHA-256 over step and state, then names, types, shapes and bytes in order of name."""
+def layout_of(net: nn.Module) -> Layout:
+    """What a checkpoint of a network's parameters holds of them."""
+    return {f"param/{name}": (p.dtype, tuple(p.shape)) for name, p in net.named_parameters()}
+
+
+def _metadata(meta: Mapping[str, Any], sha256: str) -> dict[str, str]:
+    return {"cml_dist": json.dumps({**meta, "sha256": sha256})}
+
+
+def _digest(meta: Mapping[str, Any], layout: Layout, content: Callable[[str], bytes | memoryview]) -> str:
+    """SHA-256 over format, step and state, then name, type, shape and ``content`` of each tensor in order of name."""
     sha = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    for name in sorted(layout):
+        dtype, shape = layout[name]
+        sha.update(f"{name}|{dtype}|{shape}|".encode())
+        sha.update(content(name))
     return sha.hexdigest()
+
+
+def _sha256(tensor: Tensor) -> bytes:
+    """A digest of its own for each tensor: they come in the strategy's order, and are put together in that of names."""
+    return hashlib.sha256(tensor_bytes(tensor)).digest()
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn what a damaged file does to its reader into DamagedCheckpoint."""
+    try:
+        yield
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        fault = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
+        raise DamagedCheckpoint(f"checkpoint {path} is {fault}", "delete it; an older one is used") from error
+
+
+@contextmanager
+def _refusal_named(target: Path) -> Iterator[None]:
+    """Turn what the file system says to a writer into CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        last = steps_in(target.parent)
+        kept = f"the checkpoint of step {last[-1]} stays good" if last else "there is no earlier checkpoint"
+        raise CheckpointError(
+            f"cannot save {target}: {error.strerror or error} ({kept})",
+            "free space or mend the folder's permissions, then run the same command",
+        ) from error

@@ -58,9 +58,7 @@ def score_episode(
         adapted = adapt(params, episode, problem, method, learner="co", parts=(BODY,))
     else:
         adapted = adapt(params, episode, problem, method)
-    with torch.no_grad():
-        (outputs,) = problem.outputs(adapted, episode.query, (learner,), episode.context)
-        return problem.score(outputs, episode.query.targets)
+    return problem.query_score(adapted, episode.query, episode.context, learner)
 
 
 def evaluate(

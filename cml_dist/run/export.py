@@ -16,7 +16,7 @@ from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, ModelError
 from cml_dist.meta.problem import part_of
 from cml_dist.run.assemble import Parts
-from cml_dist.run.checkpoint import check_fits, path_of
+from cml_dist.run.checkpoint import check_fits, layout_of
 from cml_dist.run.folder import RunFolder, write_json
 from cml_dist.run.report import chosen_checkpoint
 from cml_dist.types import COLEARNER
@@ -37,16 +37,17 @@ def export_run(
         CheckpointError: there is no such checkpoint, or the folder cannot be written.
     """
     checkpoint = chosen_checkpoint(folder, which)
-    initial = dict(parts.net.named_parameters())
-    check_fits(checkpoint.params, initial, path_of(folder.checkpoints, checkpoint.step))
+    check_fits(checkpoint, layout_of(parts.net))
     target = Path(to) if to is not None else folder.export
-    params = {n: p for n, p in checkpoint.params.items() if part_of(n) != COLEARNER}
+    params = checkpoint.params([n for n, _ in parts.net.named_parameters() if part_of(n) != COLEARNER])
     # Constants too: with frozen statistics the network is not whole without them.
     tensors = {**params, **{n: b for n, b in parts.net.named_buffers() if part_of(n) != COLEARNER}}
     for_timm = _as_timm_model(config, parts, params)
     tested = json.loads(folder.eval_file.read_text()) if folder.eval_file.is_file() else None
     if tested is not None and tested["step"] != checkpoint.step:
         tested = None  # figures of another step would be a lie
+    # What does not adapt by the method, or is frozen, does not adapt in use either.
+    adapts = sorted(parts.model.method.rates(list(params)))
     description = {
         "format": FORMAT,
         "cml_dist": __version__,
@@ -59,6 +60,7 @@ def export_run(
         "inner_steps": config.method.inner_steps if config.eval.inner_steps is None else config.eval.inner_steps,
         "body_lr": parts.model.method.body_lr,
         "head_lr": parts.model.method.head_lr,
+        "adapts": adapts,
         "model": config.model.model_dump(mode="json"),
         "step": checkpoint.step,
         "trained_on": config.domain.model_dump(mode="json"),

@@ -26,7 +26,7 @@ def run_config(run_dir: str | Path, overrides: Sequence[str]) -> RunConfig:
     data = RunFolder(run_dir).read_config().model_dump(mode="json")
     # The folder may have been moved, and a test may use another world than training did.
     data["run"]["dir"] = str(run_dir)
-    data["parallel"]["processes"] = None
+    data["parallel"] |= {"processes": None, "strategy": "auto", "offload": "auto", "deepspeed": None}
     return parse_config(merge(data, overrides), source=f"{run_dir}/config.yaml")
 
 
@@ -35,10 +35,9 @@ def evaluate_run(run_dir: str, overrides: Sequence[str], which: str, console: Co
     config = run_config(run_dir, overrides)
     world = join_world(config)
     set_arithmetic(config, world)
-    plan = make_plan(config, world.size)
     with preparing(console) as progress:
-        parts = assemble(config, plan, world, progress)
-    summary = score_run(config, plan, parts, RunFolder(run_dir), world, console, which)
+        parts = assemble(config, make_plan(config, world.size), world, progress)
+    summary = score_run(config, parts.plan, parts, RunFolder(run_dir), world, console, which)
     world.close()
     return summary
 

@@ -90,7 +90,13 @@ class Learner:
             targets = torch.tensor([classes.index(label) for label in labels])
         support = Batch(inputs, targets.to(self.device))
         steps = self.description["inner_steps"] if inner_steps is None else inner_steps
-        method = Method(steps, self.description["body_lr"], self.description["head_lr"])
+        adapts = self.description.get("adapts")  # older exports: all of body and head
+        method = Method(
+            steps,
+            self.description["body_lr"],
+            self.description["head_lr"],
+            adapts=None if adapts is None else frozenset(adapts),
+        )
         adapted = adapt(self._params, Episode(support, support, "test", 0), self._problem, method)
         return AdaptedLearner(self, adapted, classes)
 

@@ -64,13 +64,10 @@ def score_run(
     Collective: all ranks.
     """
     checkpoint = world.together(lambda: chosen_checkpoint(folder, which))
+    world.together(lambda: checkpoints.check_fits(checkpoint, checkpoints.layout_of(parts.net)))
+    params = world.together(checkpoint.params)
+    reports = _score(config, plan, parts, world, console, params, "Testing")
     initial = {n: p.detach() for n, p in parts.net.named_parameters()}
-    world.together(
-        lambda: checkpoints.check_fits(
-            checkpoint.params, initial, checkpoints.path_of(folder.checkpoints, checkpoint.step)
-        )
-    )
-    reports = _score(config, plan, parts, world, console, checkpoint.params, "Testing")
     floor = _score(config, plan, parts, world, console, initial, "Testing untrained") if config.eval.untrained else {}
     summary: dict[str, Any] = {learner: report.summary() for learner, report in reports.items()}
     summary |= {

@@ -14,13 +14,13 @@ from cml_dist.meta.problem import part_of
 from cml_dist.parallel.world import World
 from cml_dist.run.assemble import Parts
 
-PACKAGES = ("torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "safetensors", "pillow")
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy", "safetensors", "pillow")
 
 
 def session_record(plan: RunPlan, parts: Parts, world: World, threads: int, step: int) -> dict[str, Any]:
     """What a line of ``sessions.jsonl`` holds."""
     counts: dict[str, int] = {}
-    for name, value in parts.model.params().items():
+    for name, value in parts.net.named_parameters():
         counts[part_of(name)] = counts.get(part_of(name), 0) + value.numel()
     gpu = world.device.type == "cuda"
     return {

@@ -8,6 +8,7 @@ more a step in ``world.sum`` and ``world.max`` (terms of the metrics, the wish t
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import time
@@ -20,16 +21,17 @@ import torch
 from cml_dist.config.plan import RunPlan, make_plan, plan_rows, share
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, TrainingError, WorldError
-from cml_dist.parallel.strategy import DataParallel
+from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
 from cml_dist.parallel.world import World, join_world, set_arithmetic
+from cml_dist.parallel.zero import build_strategy
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.checkpoint import Checkpoint
 from cml_dist.run.evaluator import evaluate
 from cml_dist.run.export import export_run
-from cml_dist.run.folder import RunFolder, append_json_line
+from cml_dist.run.folder import RunFolder, append_json_line, write_text
 from cml_dist.run.interrupts import Interrupts
-from cml_dist.run.optim import build_optimizer, learning_rate
+from cml_dist.run.optim import learning_rate
 from cml_dist.run.report import learner_name, score_run
 from cml_dist.run.session import session_record, session_rows
 from cml_dist.run.stream import EpisodeStream, rank_share
@@ -87,8 +89,9 @@ class _Run:
         world.together(self._claim)
         with preparing(self.console) as progress:
             self.parts: Parts = assemble(config, self.plan, world, progress, self._splits())
+        self.plan = self.parts.plan
         self.state["data"] = self.parts.domain.fingerprint()
-        self.strategy = DataParallel(world, self.parts.model, build_optimizer(config.optim, self.parts.model))
+        self.strategy = build_strategy(config, self.plan, world, self.parts.model)
         self._resume()
         world.together(self._announce)
         with Interrupts() as self.interrupts:
@@ -136,12 +139,11 @@ class _Run:
         if faults and self.world.is_main:
             checkpoints.set_aside(self.folder.checkpoints, step)
         if found is not None:
-            path = checkpoints.path_of(self.folder.checkpoints, found.step)
-            self.world.together(lambda: checkpoints.check_fits(found.params, self.strategy.params(), path))
+            self.world.together(lambda: checkpoints.check_fits(found, self.strategy.saved_layout()))
             self.world.together(lambda: self._check_data(found))
-            self.strategy.load(found.params, found.moments)
+            self.strategy.load(found.read, found.layout)
             self.step, self.state = found.step, found.state
-            self.console.note(f"Resuming at step {self.step} of {self.config.train.steps} from {path}")
+            self.console.note(f"Resuming at step {self.step} of {self.config.train.steps} from {found.path}")
         if self.world.is_main:
             self.metrics = MetricsWriter(self.folder.metrics_file)
             self.metrics.truncate_after(self.step)
@@ -162,6 +164,9 @@ class _Run:
             return
         record = session_record(self.plan, self.parts, self.world, self.threads, self.step)
         self.folder.begin(self.config)
+        if zero_stage(self.plan.strategy) is not None:
+            dictionary = json.dumps(deepspeed_config(self.config, self.plan), indent=2)
+            write_text(self.folder.deepspeed_file, dictionary + "\n")
         append_json_line(self.folder.sessions_file, record)
         self.console.header("cml-dist train", {**plan_rows(self.config, self.plan), **session_rows(record)})
 
@@ -316,16 +321,16 @@ class _Run:
 
     def _save(self) -> None:
         """One checkpoint by rank 0, and the removal of those no longer kept; fails on all ranks if it fails."""
-        checkpoint = Checkpoint(self.step, self.strategy.params(), self.strategy.moments(), self.state)
+        layout, tensors = self.strategy.saved_layout(), self.strategy.saved_tensors()
+        checkpoints.save(self.world, self.folder.checkpoints, self.step, self.state, layout, tensors)
 
-        def write() -> None:
+        def prune() -> None:
             if self.world.is_main:
-                checkpoints.save(self.folder.checkpoints, checkpoint)
                 best = self.state["best"]
                 keep = frozenset() if best is None else frozenset({best["step"]})
                 checkpoints.prune(self.folder.checkpoints, self.config.checkpoint.keep_last, keep)
 
-        self.world.together(write)
+        self.world.together(prune)
 
 
 def _peak_memory_gib(device: torch.device) -> float:

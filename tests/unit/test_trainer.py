@@ -16,6 +16,7 @@ from cml_dist.config.load import merge, parse_config
 from cml_dist.domains.sinusoid import SinusoidDomain
 from cml_dist.errors import CheckpointError, ConfigError, TrainingError, WorldError
 from cml_dist.parallel import strategy as strategies
+from cml_dist.parallel.world import World
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run import trainer as trainers
 from cml_dist.run.finished import evaluate_run, export_again, run_config
@@ -32,6 +33,7 @@ BASE = {
     "checkpoint": {"every": 4},
     "parallel": {"threads": 1},
 }
+ALONE = World(accelerator=None, rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 TIMES = ("seconds", "episodes_per_s", "peak_memory_gib")
 
 
@@ -57,7 +59,7 @@ def losses(folder):
 
 
 def final_params(folder):
-    return checkpoints.load(checkpoints.path_of(folder / "checkpoints", 12)).params
+    return checkpoints.load(checkpoints.path_of(folder / "checkpoints", 12)).params()
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +126,8 @@ def test_resume_is_exact(undisturbed, tmp_path, monkeypatch, step):
     assert not (folder / "eval.json").exists()
     assert go(folder).finished
     assert losses(folder) == losses(undisturbed)
-    last = checkpoints.path_of(folder / "checkpoints", 12)
-    ours, theirs = checkpoints.load(last), checkpoints.load(checkpoints.path_of(undisturbed / "checkpoints", 12))
-    assert all(torch.equal(ours.params[n], theirs.params[n]) for n in theirs.params)
-    assert all(torch.equal(ours.moments[n], theirs.moments[n]) for n in theirs.moments)
+    ours, theirs = (checkpoints.path_of(run / "checkpoints", 12).read_bytes() for run in (folder, undisturbed))
+    assert ours == theirs
     assert json.loads((folder / "eval.json").read_text()) == json.loads((undisturbed / "eval.json").read_text())
 
 
@@ -196,7 +196,8 @@ def test_a_damaged_checkpoint_never_pushes_out_a_good_one(tmp_path, monkeypatch)
         stop_after(patch, 8)
         go(folder, "checkpoint.keep_last=1", "eval.every=0")
     good = checkpoints.load(checkpoints.path_of(folder / "checkpoints", 8))
-    checkpoints.save(folder / "checkpoints", checkpoints.Checkpoint(5, good.params, good.moments, good.state))
+    tensors = ((name, good.read(name)) for name in good.layout)
+    checkpoints.save(ALONE, folder / "checkpoints", 5, good.state, good.layout, tensors)
     checkpoints.path_of(folder / "checkpoints", 8).write_bytes(b"cut off")
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
@@ -307,15 +308,15 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(undisturbed, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    save_file = checkpoints.save_file
+    replace = os.replace
 
-    def full(tensors, path, **rest):
-        if "00000008" in str(path):
+    def full(source, target):
+        if "step-00000008" in str(target):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save_file(tensors, path, **rest)
+        replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save_file", full)
+        patch.setattr(checkpoints.os, "replace", full)
         with pytest.raises(CheckpointError, match=r"No space left.*step 5 stays good"):
             go(folder)
     assert go(folder).finished

@@ -1,0 +1,99 @@
+"""One full second-order meta-step of CML on ViT-B/16 (86 M parameters), K = 5, and a check of its gradient.
+
+    python benchmarks/vit_base.py            # the step: largest resident memory of the process, seconds
+    python benchmarks/vit_base.py --check    # in float64, on a copy cut down to two blocks: directional differences
+
+5-way 5-shot, 15 queries a class, 224 px, adjoint in micro-batches of 5, SGD as the outer optimizer, on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+
+import torch
+
+from cml_dist.config.schema import ModelConfig
+from cml_dist.meta.gradient import meta_gradient
+from cml_dist.meta.inner import adapt
+from cml_dist.meta.model import MetaModel
+from cml_dist.meta.problem import Method, Problem
+from cml_dist.nets.build import build_net
+from cml_dist.parallel.allocator import keep_freed_memory
+from cml_dist.types import Batch, Episode
+
+WAYS, SHOTS, QUERIES, STEPS, MICRO_BATCH = 5, 5, 15, 5, 5
+SHAPE = (3, 224, 224)
+
+
+def score(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (outputs.argmax(1) == targets).float().mean()
+
+
+def episode(dtype: torch.dtype) -> Episode:
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(count: int) -> Batch:
+        labels = torch.arange(WAYS).repeat_interleave(count)
+        return Batch(torch.randn(count * WAYS, *SHAPE, generator=generator, dtype=dtype), labels)
+
+    return Episode(batch(SHOTS), batch(QUERIES), "train", 0)
+
+
+def network():
+    config = ModelConfig(backbone="vit_base_patch16_224", colearner={"depth": 1})
+    return build_net(config, input_shape=SHAPE, output_dim=WAYS, seed=0, colearner=True)
+
+
+def step() -> None:
+    net = network()
+    loss = torch.nn.functional.cross_entropy
+    model = MetaModel(net, loss, score, Method(STEPS, 0.01, 0.01, 1.0), "adjoint", micro_batch=MICRO_BATCH)
+    del net
+    optimizer = torch.optim.SGD(model.values, lr=1e-3)
+    level = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    value, sums = model([episode(torch.float32)], 1.0)
+    value.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.values])
+    optimizer.step()
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    count = sum(p.numel() for p in model.values)
+    print(f"parameters {count:,}; outer loss {sums['outer_loss'][0]:.4f}; gradient norm {norm:.4f}")
+    print(f"resident: {level / 2**20:.2f} GiB after building, {peak / 2**20:.2f} GiB at most; {seconds:.0f} s")
+
+
+def check() -> None:
+    net = network()
+    net.body.model.blocks = net.body.model.blocks[:2]
+    net = net.double()
+    problem = Problem(net, torch.nn.functional.cross_entropy, score, dict(net.named_buffers()), MICRO_BATCH)
+    params = {n: p.detach().clone() for n, p in net.named_parameters()}
+    method, made = Method(STEPS, 0.01, 0.01, 1.0), episode(torch.float64)
+    grads = meta_gradient(params, made, problem, method, "adjoint").grads
+
+    def objective(at: dict) -> float:
+        adapted = adapt(at, made, problem, method)
+        with torch.no_grad():
+            outputs = problem.outputs(adapted, made.query, problem.learners, {})
+            return sum(torch.nn.functional.cross_entropy(out, made.query.targets) for out in outputs).item()
+
+    generator = torch.Generator().manual_seed(1)
+    for number in range(3):
+        # Each tensor moves by its own size: a direction of unit noise would leave the region where differences hold.
+        noise = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in params.items()}
+        direction = {n: v * params[n].square().mean().sqrt().clamp_min(0.01) for n, v in noise.items()}
+        eps = 1e-4
+        ahead, behind = (objective({n: p + s * eps * direction[n] for n, p in params.items()}) for s in (1, -1))
+        slope, ours = (ahead - behind) / (2 * eps), sum((grads[n] * direction[n]).sum() for n in params).item()
+        print(f"direction {number}: {ours:.12f} by the gradient, {slope:.12f} by differences", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    torch.set_num_threads(2)
+    keep_freed_memory()
+    check() if parser.parse_args().check else step()

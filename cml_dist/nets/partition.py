@@ -1,0 +1,70 @@
+"""Parts of a network by name: which parameters adapt in the inner loop, and which are meta-trained at all."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from cml_dist.errors import ConfigError
+from cml_dist.nets.network import CmlNet
+from cml_dist.types import BODY, COLEARNER, HEAD
+
+_LAST = re.compile(r"last:(\d+)")
+
+
+def select(net: CmlNet, terms: Sequence[str], key: str) -> list[str]:
+    """Canonical names that a list of terms selects, in the network's own order.
+
+    Args:
+        net: the network.
+        terms: each ``body``, ``head``, ``last:N`` (the last N blocks of the body, with what follows them) or a glob
+            over canonical names, e.g. ``body.model.blocks.1?.*``. The co-learner is never selected.
+        key: the setting that holds the terms, for messages.
+
+    Raises:
+        ConfigError: a term that selects nothing, with the nearest names; or more blocks than there are.
+    """
+    names = [n for n, _ in net.named_parameters() if not n.startswith(f"{COLEARNER}.")]
+    chosen: set[str] = set()
+    for term in terms:
+        found = _found(net, names, term, key)
+        if not found:
+            near = difflib.get_close_matches(term, [BODY, HEAD, *names], n=3, cutoff=0.3)
+            raise ConfigError(
+                f"{key} has {term!r}, which selects no parameter of the network",
+                f"use body, head, last:N or a glob over names such as {', '.join(near or names[:3])}",
+            )
+        chosen.update(found)
+    return [n for n in names if n in chosen]
+
+
+def _found(net: CmlNet, names: list[str], term: str, key: str) -> list[str]:
+    if term in (BODY, HEAD):
+        return [n for n in names if n.startswith(f"{term}.")]
+    last = _LAST.fullmatch(term)
+    if last is None:
+        return [n for n in names if fnmatchcase(n, term)]
+    blocks, count = net.body.blocks(), int(last.group(1))
+    if not 1 <= count <= len(blocks):
+        raise ConfigError(
+            f"{key} has {term}, but the body has {len(blocks)} blocks", f"use last:1 to last:{len(blocks)}"
+        )
+    return [f"{BODY}.{n}" for block in blocks[-count:] for n in block]
+
+
+def freeze(net: CmlNet, trained: Sequence[str]) -> None:
+    """Make constants (buffers) of all parameters of body and head but those in ``trained``, in place.
+
+    A constant has no gradient, no optimizer state and no fast weight; what lies below every parameter that is left
+    builds no graph.
+    """
+    kept = set(trained)
+    for name, value in list(net.named_parameters()):
+        if name in kept or name.startswith(f"{COLEARNER}."):
+            continue
+        owner_name, _, own = name.rpartition(".")
+        owner = net.get_submodule(owner_name)
+        del owner._parameters[own]
+        owner.register_buffer(own, value.detach().clone())

@@ -1,0 +1,167 @@
+"""The memory of a meta-step: the real :class:`MetaModel` runs on tensors without storage. No weights, no arithmetic."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cml_dist.meta.model import MetaModel
+from cml_dist.meta.problem import Method
+from cml_dist.planning.live_bytes import ELSEWHERE, LiveBytes
+from cml_dist.types import Batch, Episode
+
+EXACT_STEPS = 2, 3
+"""Inner steps that are simulated; the peak at more of them lies on their straight line (see `meta_step_footprint`)."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a meta-step holds at its peak on one rank, above parameters and buffers.
+
+    Attributes:
+        episode: inputs and targets of one episode.
+        gradients: the accumulated meta-gradient (it becomes ``.grad``).
+        adapted: adapted parameters along the inner loop, as far as they are kept on the computing device.
+        activations: all the rest: saved tensors of first and second order, temporaries, kernels' scratch.
+    """
+
+    episode: int
+    gradients: int
+    adapted: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        return self.episode + self.gradients + self.adapted + self.activations
+
+
+def meta_step_footprint(
+    net: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    score: Callable[[Tensor, Tensor], Tensor],
+    method: Method,
+    engine: str,
+    episode: Episode,
+    *,
+    episodes: int = 1,
+    micro_batch: int | None = None,
+    autocast: torch.dtype | None = None,
+    offload_path: bool = False,
+    scratch: bool = True,
+) -> Footprint:
+    """Peak memory of forward and backward of :class:`MetaModel`, without running it.
+
+    Args:
+        net: the network, on any device, ``meta`` too; only its structure, shapes and types count.
+        loss, score: the domain's.
+        method: inner steps, rates, order.
+        engine: ``graph`` or ``adjoint``.
+        episode: an episode as the domain prepares it, on any device; only shapes and types count.
+        episodes: of a meta-step on this rank.
+        micro_batch, autocast: see :class:`cml_dist.meta.problem.Problem`.
+        offload_path: the adapted copies are kept off the computing device.
+        scratch: count what convolutions of the CPU take besides (a GPU's own workspaces are not counted).
+
+    Cost: seconds, whatever the number of inner steps, episodes and micro-batches; a simulation is exact in each of
+    them because the loops repeat themselves:
+
+    - inner steps: every step keeps the same (its graph, or its copy of what adapts) and needs the same besides, save
+      the first, which starts from the parameters themselves. So the peak is a straight line from 2 steps on.
+    - episodes: the second meets what the first left behind, the third the same again. So two stand for more.
+    - micro-batches: likewise the second and a smaller last one stand for more; only their outputs (a few bytes an
+      example) add up.
+
+    Collective: none.
+    """
+    seen = _shortened(episode, micro_batch)
+    bare = _without_values(net)
+    options = {"micro_batch": micro_batch, "autocast": autocast, "path_device": ELSEWHERE if offload_path else None}
+    options = {name: value for name, value in options.items() if value is not None}
+
+    def peak(steps: int) -> int:
+        model = MetaModel(bare, loss, score, replace(method, inner_steps=steps), engine, **options)
+        return _peak(model, seen, min(episodes, 2), scratch)
+
+    steps, (first, second) = method.inner_steps, EXACT_STEPS
+    if steps <= second:
+        whole = peak(steps)
+    else:
+        start = peak(first)
+        whole = start + (peak(second) - start) * (steps - first)
+    sizes = {name: _bytes(p) for name, p in bare.named_parameters()}
+    adapts = sum(sizes[name] for name in method.rates(list(sizes)))
+    parts = {
+        "episode": _size(seen),
+        "gradients": sum(sizes.values()),
+        "adapted": adapts * min(steps, 1 if offload_path or method.order == 1 else steps),
+    }
+    activations = whole - sum(parts.values())
+    return Footprint(**{**parts, "episode": _size(episode)}, activations=activations)
+
+
+def _peak(model: MetaModel, episode: Episode, episodes: int, scratch: bool) -> int:
+    """Peak of a forward and backward of ``model`` above its parameters and buffers, with one new episode at a time."""
+    with FakeTensorMode():
+        # "cpu" stands for the computing device, whichever it is: an operator's outputs have the same sizes on all.
+        model.values = nn.ParameterList(nn.Parameter(_storageless(p)) for p in model.values)
+        for name, buffer in list(model.named_buffers()):
+            setattr(model, name, _storageless(buffer))
+        with LiveBytes(scratch) as live:
+            live.standing([*model.parameters(), *model.buffers()])
+            made: Iterator[Episode] = (_copied(episode) for _ in range(episodes))
+            loss, _ = model(made, 1.0)
+            loss.backward()
+    return live.peak
+
+
+def _without_values(net: nn.Module) -> nn.Module:
+    """A copy of a network on the ``meta`` device that never holds its values."""
+    stand_ins: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in net.buffers()}
+    for p in net.parameters():
+        stand_ins[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    return copy.deepcopy(net, stand_ins)
+
+
+def _storageless(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+def _map_batch(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    return Batch(change(batch.inputs), change(batch.targets))
+
+
+def _copied(episode: Episode) -> Episode:
+    return replace(
+        episode,
+        support=_map_batch(episode.support, _storageless),
+        query=_map_batch(episode.query, _storageless),
+        context={name: _storageless(value) for name, value in episode.context.items()},
+    )
+
+
+def _shortened(episode: Episode, micro_batch: int | None) -> Episode:
+    """The episode with at most two whole micro-batches and the smaller last one in each set."""
+
+    def shorter(batch: Batch) -> Batch:
+        count = len(batch.targets)
+        if micro_batch is None or count <= 3 * micro_batch:
+            return batch
+        kept = 2 * micro_batch + count % micro_batch
+        return _map_batch(batch, lambda values: values[:1].expand(kept, *values.shape[1:]))
+
+    return replace(episode, support=shorter(episode.support), query=shorter(episode.query))
+
+
+def _size(episode: Episode) -> int:
+    tensors = [episode.support.inputs, episode.support.targets, episode.query.inputs, episode.query.targets]
+    return sum(_bytes(tensor) for tensor in [*tensors, *episode.context.values()])
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,93 @@
+"""The bytes that a computation holds at its peak, found by running it on tensors without storage.
+
+No model of memory: the code itself runs, its autograd graphs keep what they keep, and each storage is counted from the
+operator that makes it until nothing refers to it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+ELSEWHERE = torch.device("meta")
+"""Stands, in a simulation, for memory that is not the computing device's (where adapted copies may be kept)."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts live storages of the tensors that operators return inside the context.
+
+    Use it inside a ``FakeTensorMode`` (nothing is computed), or with real tensors (then their memory is counted).
+
+    Args:
+        scratch: also count, while it runs, what a CPU kernel takes besides its outputs (:func:`scratch_bytes`).
+
+    Attributes:
+        live, peak: bytes now, and at most; without those of :meth:`standing` tensors.
+        peak_operator: the operator that reached the peak.
+    """
+
+    def __init__(self, scratch: bool = False) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self.peak_operator = ""
+        self._scratch = scratch
+        self._known: dict[int, Any] = {}  # storage -> what keeps or watches it
+
+    def standing(self, tensors: Iterable[Tensor]) -> None:
+        """Leave out storages that were there before (parameters); they must outlive the context."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._known[storage._cdata] = storage
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor) and value.device != ELSEWHERE:
+                self._watch(value.untyped_storage())
+        held = self.live + (scratch_bytes(func, args, result) if self._scratch else 0)
+        if held > self.peak:
+            self.peak, self.peak_operator = held, str(func)
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def released(_: weakref.ref) -> None:
+            self.live -= size
+            del self._known[key]
+
+        self.live += size
+        self._known[key] = weakref.ref(storage, released)
+
+
+def scratch_bytes(func: torch._ops.OpOverload, args: tuple, result: Any) -> int:
+    """Bytes that the CPU kernel of an operator takes besides its inputs and outputs.
+
+    oneDNN convolves in layouts of its own and keeps a reordered copy of each operand meanwhile; images of up to 4
+    channels it reads as they are. All other operators of the networks here work in their outputs (measured, operator by
+    operator, in benchmarks/2026-11-25-plan.md).
+    """
+    if func is torch.ops.aten.convolution.default:
+        inputs, weight = args[:2]
+        return _copy_of_maps(inputs) + _bytes(weight) + _bytes(result)
+    if func is torch.ops.aten.convolution_backward.default:
+        grad, inputs, weight = args[:3]
+        return _bytes(grad) + _copy_of_maps(inputs) + _bytes(weight)
+    return 0
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _copy_of_maps(inputs: Tensor) -> int:
+    return _bytes(inputs) if inputs.shape[1] > 4 else 0

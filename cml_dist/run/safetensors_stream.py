@@ -1,0 +1,169 @@
+"""The safetensors format, one tensor at a time: a file larger than memory can be written and read.
+
+A file is the length of the header (8 bytes), the header (JSON: type, shape and place of each tensor, and metadata), and
+the bytes of the tensors. The header follows from names, types and shapes alone, so it can be laid out before the
+first tensor exists. Files are those that the safetensors library would write, to the byte.
+
+Reading is done here too, since the library maps the file: every page that was read then counts as this process's
+resident memory (measured: 604 MB for a file of 600 MB), which a memory budget must not see.
+
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cml_dist.types import Layout
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
+"""In the library's order: tensors lie in descending order of type, so that each is aligned to its elements."""
+
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
+
+
+class StreamWriter:
+    """Writes a file into which tensors are put one by one, in any order, each at the place laid out for it.
+
+    Use it as a context manager, and call :meth:`finish`: before that, the file has no header.
+
+    Args:
+        path: written anew.
+        layout: type and shape of every tensor that will be put.
+        metadata: of the length that :meth:`finish` will write; what is known only then may hold a placeholder.
+    """
+
+    def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str]) -> None:
+        self._layout, self._waiting = layout, set(layout)
+        self._offsets = _offsets(layout)
+        self._header_size = len(_header(layout, metadata))
+        # Unbuffered: a full disk is an error of the write that met it, and never one of a later close.
+        self._file = open(path, "wb", buffering=0)
+
+    def __enter__(self) -> StreamWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, which is on the CPU. Raises OSError where the file system refuses."""
+        assert name in self._waiting, f"{name} was not laid out, or comes twice"
+        have, want = (tensor.dtype, tuple(tensor.shape)), self._layout[name]
+        assert have == want, f"{name} is {have}, but was laid out as {want}"
+        self._write(self._header_size + self._offsets[name][0], tensor_bytes(tensor))
+        self._waiting.remove(name)
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Write the header. Raises OSError where the file system refuses."""
+        assert not self._waiting, f"never put: {sorted(self._waiting)}"
+        header = _header(self._layout, metadata)
+        assert len(header) == self._header_size, "the metadata is not as long as was said"
+        self._write(0, memoryview(header))
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        self._file.seek(offset)
+        while data:
+            data = data[self._file.write(data) :]  # a single write ends at 2 GiB
+
+
+class StreamReader:
+    """Reads tensors of a safetensors file by name; the file stays open, so it may be renamed or deleted meanwhile.
+
+    Attributes:
+        layout: type and shape of every tensor, in order of name.
+        metadata: the file's.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no whole safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb")
+        weakref.finalize(self, self._file.close)
+        size = self._file.seek(0, 2)
+        self._file.seek(0)
+        length = int.from_bytes(self._file.read(8), "little")
+        self._data = 8 + length
+        if size < 8 or self._data > size:
+            raise ValueError("the file ends within its header")
+        entries = json.loads(self._file.read(length))
+        try:
+            self.metadata: dict[str, str] = entries.pop("__metadata__", {})
+            entries = dict(sorted(entries.items()))
+            self.layout: Layout = {n: (DTYPES[e["dtype"]], tuple(e["shape"])) for n, e in entries.items()}
+            self._offsets = {n: tuple(e["data_offsets"]) for n, e in entries.items()}
+            whole = sum(map(_size, self.layout.values())) == size - self._data and all(
+                all(type(n) is int and n >= 0 for n in self.layout[name][1])
+                and 0 <= begin <= end <= size - self._data
+                and end - begin == _size(self.layout[name])
+                for name, (begin, end) in self._offsets.items()
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"no safetensors header ({error})") from error
+        if not whole:
+            raise ValueError("the file is shorter or longer than its header says")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU, with memory of its own. Raises ValueError where the file has become shorter."""
+        dtype, shape = self.layout[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        self._file.seek(self._data + self._offsets[name][0])
+        data = tensor_bytes(tensor)
+        if self._file.readinto(data) != len(data):
+            raise ValueError(f"the file ends within {name}")
+        return tensor
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor as the format has them: row-major, little-endian. No copy where it is contiguous."""
+    assert sys.byteorder == "little", "safetensors are little-endian"
+    if tensor.numel() == 0:
+        return memoryview(bytearray())
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _size(entry: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    dtype, shape = entry
+    return math.prod(shape) * dtype.itemsize
+
+
+def _offsets(layout: Layout) -> dict[str, tuple[int, int]]:
+    """(begin, end) of each tensor in bytes after the header, in the order of the file."""
+    offsets, end = {}, 0
+    for name in sorted(layout, key=lambda n: (-_RANKS[layout[n][0]], n)):
+        begin, end = end, end + _size(layout[name])
+        offsets[name] = (begin, end)
+    return offsets
+
+
+def _header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
+    """The length and the JSON, padded so that the tensors begin at a multiple of 8."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    for name, offsets in _offsets(layout).items():
+        dtype, shape = layout[name]
+        entries[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

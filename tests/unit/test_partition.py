@@ -1,0 +1,122 @@
+"""Parts of a network by name: what adapts, what is trained, and what a frozen part costs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cml_dist
+from cml_dist.config.load import parse_config
+from cml_dist.config.schema import ModelConfig
+from cml_dist.errors import CmlError, ConfigError
+from cml_dist.nets.build import build_net
+from cml_dist.nets.partition import freeze, select
+from cml_dist.run.trainer import train
+from cml_dist.telemetry.console import Console
+
+
+def net_of(backbone: str, shape=(3, 32, 32)):
+    return build_net(ModelConfig(backbone=backbone), input_shape=shape, output_dim=3, seed=0, colearner=True)
+
+
+def test_terms_select_by_part_block_and_glob():
+    net = net_of("conv4")
+    names = [n for n, _ in net.named_parameters() if not n.startswith("colearner.")]
+    assert select(net, ("body", "head"), "x") == names
+    assert select(net, ("head", "last:1"), "x") == [n for n in names if n.startswith(("body.block4.", "head."))]
+    assert select(net, ("body.block?.conv.weight",), "x") == [f"body.block{i}.conv.weight" for i in range(1, 5)]
+    assert not any(n.startswith("colearner") for n in select(net, ("*",), "x"))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "block"), [("test_vit", "body.model.blocks.5."), ("test_resnet", "body.model.layer4.0.")]
+)
+def test_the_last_block_of_a_timm_model(backbone, block):
+    chosen = select(net_of(backbone), ("last:1",), "x")
+    assert [n for n in chosen if n.startswith(block)]
+    assert all(n.startswith((block, "body.model.norm.")) for n in chosen)
+
+
+@pytest.mark.parametrize(
+    ("term", "words"),
+    [
+        ("boddy", "nearest|body"),
+        ("last:9", "the body has 4 blocks"),
+        ("body.blok1.*", "block1"),
+        ("colearner", "no param"),
+    ],
+)
+def test_a_term_that_selects_nothing_is_refused(term, words):
+    with pytest.raises(ConfigError, match=words):
+        select(net_of("conv4"), (term,), "method.adapts")
+
+
+def test_what_is_frozen_becomes_a_constant():
+    net = net_of("test_vit")
+    before = dict(net.named_parameters())
+    freeze(net, select(net, ("head", "last:2"), "x"))
+    left, constants = dict(net.named_parameters()), dict(net.named_buffers())
+    assert {n for n in left if n.startswith("body.")} == set(select(net_of("test_vit"), ("last:2",), "x"))
+    assert set(before) == set(left) | set(constants)
+    for name in constants:
+        assert torch.equal(constants[name], before[name])
+    # What lies below every trained parameter builds no graph.
+    features = net.body.model.patch_embed(torch.randn(2, 3, 32, 32))
+    assert not features.requires_grad
+
+
+SETTINGS = {
+    "domain": {"name": "sinusoid", "shots": 5, "queries": 5},
+    "model": {"backbone": "mlp", "hidden": [8, 8], "trained": ["head", "last:1"]},
+    "method": {"inner_steps": 2, "adapts": ["head"]},
+    "train": {"steps": 4, "episodes_per_step": 2},
+    "eval": {"val_episodes": 2, "episodes": 3, "every": 0},
+}
+
+
+def test_a_run_with_frozen_and_adapting_parts(tmp_path):
+    """Trained, exported and loaded again: the frozen part is that of the start, and only the head adapts."""
+    config = parse_config({**SETTINGS, "run": {"dir": str(tmp_path / "run")}})
+    assert train(config, Console()).finished
+    net = build_net(config.model, input_shape=(1,), output_dim=1, seed=0, colearner=True)
+    start, exported = dict(net.named_parameters()), load_file(tmp_path / "run" / "export" / "model.safetensors")
+    moved = {n for n in exported if not torch.equal(exported[n], start[n])}
+    assert moved == {"body.layers.1.weight", "body.layers.1.bias", "head.weight", "head.bias"}
+    assert json.loads((tmp_path / "run" / "export" / "model.json").read_text())["adapts"] == [
+        "head.bias",
+        "head.weight",
+    ]
+    learner = cml_dist.load(tmp_path / "run")
+    adapted = learner.adapt([[0.0], [1.0]], [0.5, 1.0])
+    changed = {n for n, p in adapted._params.items() if not torch.equal(p, exported[n])}
+    assert changed == {"head.weight", "head.bias"}
+
+
+def test_resume_refuses_other_parts(tmp_path):
+    run = {"run": {"dir": str(tmp_path / "run")}}
+    train(parse_config({**SETTINGS, **run}), Console())
+    other = {**SETTINGS, "model": {**SETTINGS["model"], "trained": ["head"]}, **run}
+    with pytest.raises(CmlError, match="model.trained was"):
+        train(parse_config(other), Console())
+
+
+def test_what_adapts_must_be_trained(tmp_path):
+    other = {**SETTINGS, "method": {"adapts": ["body"]}, "model": {**SETTINGS["model"], "trained": ["head"]}}
+    with pytest.raises(ConfigError, match="method.adapts has 'body', which selects no parameter"):
+        train(parse_config({**other, "run": {"dir": str(tmp_path / "run")}}), Console())
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_micro_batches_are_refused_where_a_norm_couples_examples(tmp_path):
+    config = parse_config(
+        {
+            "domain": {"name": "glyphs"},
+            "engine": {"name": "adjoint", "micro_batch": 5},
+            "run": {"dir": str(tmp_path / "run")},
+        }
+    )
+    with pytest.raises(ConfigError, match="couples examples"):
+        train(config, Console())
