@@ -7,7 +7,8 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -128,25 +129,9 @@ def join_world(config: RunConfig) -> World:
     launched = os.environ.get("WORLD_SIZE")
     plan = make_plan(config, int(launched or 1))
     by_deepspeed = zero_stage(plan.strategy) is not None
-    plugin = None
-    if by_deepspeed:
-        plugin = _deepspeed_plugin(deepspeed_config(config, plan), use_cpu)
-    # Accelerate takes a named backend as a promise that a process group will be there: none for a lone process.
-    backend = None if os.environ.get("LOCAL_RANK") is None else "gloo" if use_cpu else "nccl"
-    # Everything that Accelerate would read from environment variables is said here: none may change a result.
-    accelerator = Accelerator(
-        # DeepSpeed's world on CPUs is not Accelerate's: cpu=True would leave DeepSpeed out, silently.
-        cpu=use_cpu and not by_deepspeed,
-        mixed_precision="no",
-        # The plugin and not the number: ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the number, and divides by it.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dynamo_plugin=TorchDynamoPlugin(backend="no"),
-        deepspeed_plugin=plugin,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.parallel.timeout_s)),
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-        ],
-    )
+    with _environment_for_deepspeed(use_cpu) if by_deepspeed else nullcontext():
+        plugin = _deepspeed_plugin(deepspeed_config(config, plan)) if by_deepspeed else None
+        accelerator = _accelerator(config, use_cpu, plugin)
     plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in ((DistributedType.DEEPSPEED,) if by_deepspeed else plain):
         raise WorldError(
@@ -176,8 +161,62 @@ def join_world(config: RunConfig) -> World:
     )
 
 
-def _deepspeed_plugin(dictionary: dict[str, Any], use_cpu: bool) -> DeepSpeedPlugin:
-    """DeepSpeed made ready before it is imported, and Accelerate's plugin with our dictionary.
+def _accelerator(config: RunConfig, use_cpu: bool, plugin: DeepSpeedPlugin | None) -> Accelerator:
+    """Accelerate, told all that it would read from environment variables: none of them may change a result."""
+    # Accelerate takes a named backend as a promise that a process group will be there: none for a lone process.
+    backend = None if os.environ.get("LOCAL_RANK") is None else "gloo" if use_cpu else "nccl"
+    return Accelerator(
+        # DeepSpeed's world on CPUs is not Accelerate's: cpu=True would leave DeepSpeed out, silently.
+        cpu=use_cpu and plugin is None,
+        mixed_precision="no",
+        # The plugin and not the number: ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the number, and divides by it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        deepspeed_plugin=plugin,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.parallel.timeout_s)),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+    )
+
+
+@contextmanager
+def _environment_for_deepspeed(use_cpu: bool) -> Iterator[None]:
+    """What Accelerate and DeepSpeed learn from the environment alone, said while they start.
+
+    Afterwards Accelerate's variables are the launcher's again: the plan is read from them.
+    """
+    ours = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_USE_CPU": None,  # would leave DeepSpeed out, silently
+        "ACCELERATE_TORCH_DEVICE": "cpu" if use_cpu else None,  # cpu also on a machine that has GPUs
+    }
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ["DS_ACCELERATOR"] = "cpu" if use_cpu else "cuda"
+    if os.environ.get("LOCAL_RANK") is None:  # DeepSpeed has no world without a launcher: this process becomes one
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    try:
+        _set_environment(ours)
+        yield
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _deepspeed_plugin(dictionary: dict[str, Any]) -> DeepSpeedPlugin:
+    """Accelerate's plugin with our dictionary.
 
     Raises:
         WorldError: DeepSpeed is not installed.
@@ -188,20 +227,6 @@ def _deepspeed_plugin(dictionary: dict[str, Any], use_cpu: bool) -> DeepSpeedPlu
                 f"parallel.strategy is one of DeepSpeed's, but {package} is not installed",
                 "pip install 'cml-dist[deepspeed]', or set parallel.strategy=ddp",
             )
-    # Accelerate and DeepSpeed learn these from the environment alone. Whatever stood there is overruled.
-    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE"):
-        os.environ.pop(name, None)
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    os.environ["DS_ACCELERATOR"] = "cpu" if use_cpu else "cuda"
-    if use_cpu:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # also on a machine that has GPUs
-    if os.environ.get("LOCAL_RANK") is None:  # DeepSpeed has no world without a launcher: this process becomes one
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-        os.environ |= {name: str(value) for name, value in alone.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     _import_deepspeed()
     return DeepSpeedPlugin(
         hf_ds_config=dictionary,
