@@ -79,7 +79,8 @@ def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
-            f"the DeepSpeed file {path} cannot be read: {error.strerror}", "mend parallel.deepspeed or the launcher's file"
+            f"the DeepSpeed file {path} cannot be read: {error.strerror}",
+            "mend parallel.deepspeed or the launcher's file",
         ) from error
     except ValueError as error:
         raise ConfigError(f"the DeepSpeed file {path} is no JSON: {error}", "mend it") from error
@@ -101,7 +102,7 @@ def _offload(source: str, stage: int, optimizer: str, params: str) -> str:
     for what, device in (("offload_optimizer", optimizer), ("offload_param", params)):
         if device not in ("none", "cpu"):
             raise ConfigError(
-                f"{source} sets {what} to {device}, which is not supported here", f"set its device to cpu or none"
+                f"{source} sets {what} to {device}, which is not supported here", "set its device to cpu or none"
             )
     if params == "cpu" and optimizer != "cpu":
         raise ConfigError(
@@ -117,26 +118,23 @@ def _check_accelerate(source: str, config: RunConfig, environment: Mapping[str, 
     ``zero3_init_flag`` and ``zero3_save_16bit_model`` concern models of transformers and pass: the network is built
     on every rank, and checkpoints and exports gather the parameters themselves.
     """
-    clip = environment.get("ACCELERATE_GRADIENT_CLIPPING", "auto").lower()
-    asked = (
-        ("gradient_clipping", clip, clip in NOT_SAID or float(clip) == (config.optim.clip_norm or 0.0), "optim.clip_norm"),
-        *(
-            (name, value, value in (*NOT_SAID, *ours), remedy)
-            for name, value, ours, remedy in (
-                (
-                    "gradient_accumulation_steps",
-                    environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto").lower(),
-                    ("1",),
-                    "train.episodes_per_step",
-                ),
-                ("mixed_precision", environment.get("ACCELERATE_MIXED_PRECISION", "no").lower(), ("no",), "run.dtype"),
-                ("deepspeed_moe_layer_cls_names", environment.get("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", ""), (), ""),
-            )
-        ),
-    )
-    for name, value, fits, setting in asked:
-        if not fits:
+    ours = {  # variable -> (its name in the file, what the run does, where the run says so)
+        "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", str(config.optim.clip_norm or 0.0), "optim.clip_norm"),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "1", "train.episodes_per_step"),
+        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "no", "run.compute"),
+        "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": ("deepspeed_moe_layer_cls_names", "none", "model.backbone"),
+    }
+    for variable, (name, here, setting) in ours.items():
+        asked = environment.get(variable, "auto").lower()
+        if asked not in NOT_SAID and not _same(asked, here):
             raise ConfigError(
-                f"{source} sets {name} to {value}, which contradicts the run",
-                f"drop it there{f' and set {setting} in the configuration' if setting else ''}",
+                f"{source} sets {name} to {asked}, but the run has {here}", f"drop it there; {setting} decides it here"
             )
+
+
+def _same(one: str, two: str) -> bool:
+    """Equal as numbers, or as words."""
+    try:
+        return float(one) == float(two)
+    except ValueError:
+        return one == two

@@ -122,10 +122,10 @@ def resolve_strategy(config: RunConfig, processes: int) -> tuple[str, str]:
             f"parallel.offload is {offload}, which {strategy} does not have",
             f"set parallel.strategy={able[-1]}, or parallel.offload=none",
         )
-    if strategy in ("zero1", "zero2", "zero3") and config.run.dtype != "float32":
+    if strategy.startswith("zero") and config.run.dtype != "float32":
         raise ConfigError(
-            f"run.dtype is {config.run.dtype}, but DeepSpeed keeps the parameters that {strategy} updates in float32",
-            "set run.dtype=float32, or parallel.strategy=ddp (or zero0)",
+            f"run.dtype is {config.run.dtype}, but DeepSpeed reduces and updates in float32 ({strategy})",
+            "set run.dtype=float32, or parallel.strategy=ddp",
         )
     return strategy, offload
 

@@ -50,6 +50,10 @@ def deepspeed_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
     if stage == 3:
         zero["reduce_scatter"] = True
         zero["stage3_gather_16bit_weights_on_model_save"] = False  # checkpoints gather tensor by tensor instead
+        # A meta-step needs all parameters from its start to its end. So they are all shared out (small ones would stay
+        # whole, and be gathered one by one), gathered at once, and kept from the forward to the backward.
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 10**12}
+        zero["stage3_max_reuse_distance"] = 10**12
     pinned = {"device": "cpu", "pin_memory": config.run.device != "cpu"}
     if plan.offload in ("optimizer", "all"):
         zero["offload_optimizer"] = dict(pinned)

@@ -43,8 +43,6 @@ class ZeroReplicated(DataParallel):
 
     def _wrap(self) -> None:
         self._wrapped = _prepare(self.world, self.model, self.optimizer)
-        # Its reduction casts to this type, float32 by default: float64 would lose half of its digits.
-        self._wrapped.communication_data_type = self.model.values[0].dtype
 
     def _backward(self, loss: Tensor) -> None:
         self._wrapped.backward(loss)  # reduces; apply() steps, and not the engine
@@ -170,7 +168,8 @@ class Zero:
 
     def _flats(self) -> list[Tensor]:
         """The partitions that the optimizer updates on this rank."""
-        return self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
+        zero = self._zero
+        return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
 
     def _pieces(self, value: Tensor) -> list[Piece]:
         """This rank's part of a parameter: none or one piece."""

@@ -37,7 +37,8 @@ class RunFolder:
     """Paths of a run, and its identity.
 
     Layout: ``config.yaml`` (resolved), ``deepspeed.json`` (of the last start under a ZeRO strategy), ``sessions.jsonl``
-    (versions and hardware of each start), ``metrics.jsonl``, ``validation.jsonl``, ``checkpoints/``, ``eval.json`` + ``eval_scores.npz``, ``export/``.
+    (versions and hardware of each start), ``metrics.jsonl``, ``validation.jsonl``, ``checkpoints/``, ``eval.json`` +
+    ``eval_scores.npz``, ``export/``.
     """
 
     def __init__(self, path: str | Path) -> None:
