@@ -25,7 +25,13 @@ REQUIREMENTS = [
     "torch>=2.6",
     "webdataset>=0.2.86",
 ]
+# DeepSpeed through Accelerate, whose plugin imports transformers. Nothing is compiled: no ninja, no CUDA toolkit.
+DEEPSPEED_REQUIREMENTS = [
+    "deepspeed>=0.19.8",
+    "transformers>=4.46",
+]
 TEST_REQUIREMENTS = [
+    *DEEPSPEED_REQUIREMENTS,
     "pytest>=8.2",
     "pytest-timeout>=2.3",
     "ruff>=0.6",
@@ -61,6 +67,6 @@ setup(
     include_package_data=False,
     zip_safe=False,
     install_requires=REQUIREMENTS,
-    extras_require={"test": TEST_REQUIREMENTS},
+    extras_require={"deepspeed": DEEPSPEED_REQUIREMENTS, "test": TEST_REQUIREMENTS},
     entry_points={"console_scripts": ["cml-dist = cml_dist.cli:main"]},
 )

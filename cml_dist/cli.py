@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -40,6 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", help="check a configuration and print what would happen")
     config.add_argument("config", metavar="CONFIG", nargs="?", help=CONFIG_HELP)
     config.add_argument("--keys", action="store_true", help="list every setting with its meaning")
+    config.add_argument(
+        "--deepspeed", action="store_true", help="print the DeepSpeed dictionary (JSON) of a zero0 to zero3 strategy"
+    )
     _overrides(config)
 
     plan = commands.add_parser("plan", help="memory and traffic of every strategy, before anything runs; no GPU needed")
@@ -168,6 +172,7 @@ def _train(args: argparse.Namespace, console: Console) -> int:
 def _config(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.config.load import dump_config, load_config, valid_keys
     from cml_dist.config.plan import expected_processes, make_plan, plan_rows
+    from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
 
     if args.keys:
         console.table("Settings", ("key", "meaning"), list(valid_keys().items()))
@@ -175,7 +180,13 @@ def _config(args: argparse.Namespace, console: Console) -> None:
     if args.config is None:
         raise CmlError("no configuration was named", "cml-dist config CONFIG, or cml-dist config --keys")
     config = load_config(args.config, args.overrides)
-    console.header("cml-dist config", plan_rows(config, make_plan(config, expected_processes(config))))
+    plan = make_plan(config, expected_processes(config))
+    if zero_stage(plan.strategy) is not None or args.deepspeed:
+        dictionary = deepspeed_config(config, plan)  # also a check of the user's own file
+    if args.deepspeed:
+        print(json.dumps(dictionary, indent=2))
+        return
+    console.header("cml-dist config", plan_rows(config, plan))
     print(dump_config(config), end="")
 
 

@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cml_dist.config.launcher import deepspeed_request
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
 
@@ -21,7 +22,8 @@ class RunPlan:
         micro_batch: most examples that pass through the network at once; None: all of a set.
         copies: where ``adjoint`` keeps the adapted parameters of each step: ``device`` or ``cpu``.
         memory: what was found out about memory, and what was chosen for it, in words; empty without a budget.
-        strategy: ``single`` or ``ddp``.
+        strategy: ``single``, ``ddp``, or ``zero0`` to ``zero3``.
+        offload: what lies on the CPU: ``none``, ``optimizer`` or ``all``.
         steps, episodes: meta-steps of the whole run, and training episodes in all.
         validations: how often the run validates.
         inner_steps, test_inner_steps: gradient steps on a support set, in training and at test.
@@ -59,14 +61,7 @@ def make_plan(config: RunConfig, processes: int) -> RunPlan:
     Raises:
         ConfigError: a strategy that this world cannot carry.
     """
-    strategy = config.parallel.strategy
-    if strategy == "auto":
-        strategy = "ddp" if processes > 1 else "single"
-    if strategy == "single" and processes > 1:
-        raise ConfigError(
-            f"parallel.strategy is single, but {processes} processes run",
-            "set parallel.strategy=ddp, or launch one process",
-        )
+    strategy, offload = resolve_strategy(config, processes)
     engine, micro_batch = config.engine.name, config.engine.micro_batch
     if engine == "auto":
         # One inner step has one graph: nothing to save. More steps: memory stays flat, for one more pass a step.
@@ -85,9 +80,54 @@ def make_plan(config: RunConfig, processes: int) -> RunPlan:
         checkpoints=steps // config.checkpoint.every + (steps % config.checkpoint.every > 0),
         inner_steps=config.method.inner_steps,
         test_inner_steps=config.method.inner_steps if test_steps is None else test_steps,
+        offload=offload,
         micro_batch=micro_batch if isinstance(micro_batch, int) else None,
         copies="cpu" if config.engine.copies == "cpu" else "device",
     )
+
+
+def resolve_strategy(config: RunConfig, processes: int) -> tuple[str, str]:
+    """(strategy, offload) of a world of ``processes``: what was asked for, and what the launcher set up.
+
+    Raises:
+        ConfigError: the two contradict each other, or DeepSpeed cannot do it.
+    """
+    strategy, offload = config.parallel.strategy, config.parallel.offload
+    request = deepspeed_request(config)
+    if request is None:
+        if strategy == "auto":
+            strategy = "ddp" if processes > 1 else "single"
+        offload = "none" if offload == "auto" else offload
+    else:
+        theirs = f"zero{request.stage}"
+        if strategy not in ("auto", theirs):
+            raise ConfigError(
+                f"parallel.strategy is {strategy}, but {request.source} sets up DeepSpeed's {theirs}",
+                f"set parallel.strategy=auto or {theirs}, or use another file",
+            )
+        if offload not in ("auto", request.offload):
+            raise ConfigError(
+                f"parallel.offload is {offload}, but {request.source} offloads {request.offload}",
+                f"set parallel.offload=auto or {request.offload}, or mend the file",
+            )
+        strategy, offload = theirs, request.offload
+    if strategy == "single" and processes > 1:
+        raise ConfigError(
+            f"parallel.strategy is single, but {processes} processes run",
+            "set parallel.strategy=ddp, or launch one process",
+        )
+    able = {"optimizer": ("zero2", "zero3"), "all": ("zero3",)}.get(offload)
+    if able is not None and strategy not in able:
+        raise ConfigError(
+            f"parallel.offload is {offload}, which {strategy} does not have",
+            f"set parallel.strategy={able[-1]}, or parallel.offload=none",
+        )
+    if strategy.startswith("zero") and config.run.dtype != "float32":
+        raise ConfigError(
+            f"run.dtype is {config.run.dtype}, but DeepSpeed reduces and updates in float32 ({strategy})",
+            "set run.dtype=float32, or parallel.strategy=ddp",
+        )
+    return strategy, offload
 
 
 def expected_processes(config: RunConfig) -> int:
@@ -115,7 +155,7 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
         + (", copies on the CPU" if plan.copies == "cpu" else "")
         + (", bfloat16 inside the network" if config.run.compute == "bfloat16" else ""),
         **({"memory": plan.memory} if plan.memory else {}),
-        "world": f"{plan.processes} process{'es' * (plan.processes != 1)} ({plan.strategy}), "
+        "world": f"{plan.processes} process{'es' * (plan.processes != 1)} ({_strategy_words(plan)}), "
         f"{batch} episodes a meta-step: {' or '.join(map(str, each))} a process",
         "training": f"{plan.steps:,} meta-steps of {config.optim.name} at {config.optim.lr:g}, "
         f"{plan.episodes:,} episodes",
@@ -124,6 +164,11 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
         "test": f"{config.eval.episodes} episodes of {config.eval.split}, "
         f"{_count(plan.test_inner_steps, 'inner step')}",
     }
+
+
+def _strategy_words(plan: RunPlan) -> str:
+    parts = {"optimizer": ", optimizer on the CPU", "all": ", optimizer and parameters on the CPU"}
+    return plan.strategy + parts.get(plan.offload, "")
 
 
 def _count(number: int, thing: str) -> str:

@@ -303,8 +303,16 @@ class CheckpointConfig(Section):
 class ParallelConfig(Section):
     """Who carries the meta-gradient."""
 
-    strategy: Literal["auto", "single", "ddp"] = Field(
-        "auto", description="auto: ddp on more than one process, else single"
+    strategy: Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3"] = Field(
+        "auto",
+        description="auto: what the launcher set up (DeepSpeed with its stage; else ddp, or single for one process); zero1 shares out the optimizer's state, zero2 gradients too, zero3 parameters too",
+    )
+    offload: Literal["auto", "none", "optimizer", "all"] = Field(
+        "auto",
+        description="what lies on the CPU: the optimizer's state (zero2, zero3) or all, with the parameters (zero3); auto: what the launcher or parallel.deepspeed says, else none",
+    )
+    deepspeed: str | None = Field(
+        None, description="a DeepSpeed file (JSON) of your own, whose tuning is taken over; null: the launcher's, or none"
     )
     processes: int | None = Field(
         None, ge=1, description="processes that must be there; null: as many as the launcher started"

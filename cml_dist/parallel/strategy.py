@@ -26,10 +26,13 @@ class DataParallel:
         self.world = world
         self.model = model.to(world.device)
         self.optimizer = optimizer
+        self._wrap()
+
+    def _wrap(self) -> None:
         with warnings.catch_warnings():
             # Newer torch has another name for it, older has only this one; Accelerate knows only this one too.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-            self._wrapped = world.accelerator.prepare_model(self.model)
+            self._wrapped = self.world.accelerator.prepare_model(self.model)
 
     def gradient(
         self, episodes: Iterable[Episode], num_global: int, diagnose: frozenset[int] = frozenset()
@@ -45,8 +48,11 @@ class DataParallel:
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss, sums = self._wrapped(episodes, self.world.size / num_global, diagnose)
-        self.world.accelerator.backward(loss)
+        self._backward(loss)
         return sums
+
+    def _backward(self, loss: Tensor) -> None:
+        self.world.accelerator.backward(loss)
 
     def apply(self, lr: float, clip_norm: float | None) -> tuple[float, bool]:
         """One outer step with the gradient in ``.grad``; skipped, on all ranks alike, where it is not finite.

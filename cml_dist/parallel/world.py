@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
-from collections.abc import Callable
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
@@ -19,9 +25,11 @@ from accelerate.utils import (
     gather_object,
 )
 
+from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CmlError, WorldError
 from cml_dist.parallel.allocator import give_back_freed_memory, keep_freed_memory
+from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
 
 T = TypeVar("T")
 
@@ -119,25 +127,16 @@ def join_world(config: RunConfig) -> World:
             f"launch with --num_processes {gpus}, or set run.device=cpu",
         )
     launched = os.environ.get("WORLD_SIZE")
-    # Accelerate takes a named backend as a promise that a process group will be there: none for a lone process.
-    backend = None if os.environ.get("LOCAL_RANK") is None else "gloo" if use_cpu else "nccl"
-    # Everything that Accelerate would read from environment variables is said here: none may change a result.
-    accelerator = Accelerator(
-        cpu=use_cpu,
-        mixed_precision="no",
-        # The plugin and not the number: ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the number, and divides by it.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dynamo_plugin=TorchDynamoPlugin(backend="no"),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.parallel.timeout_s)),
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-        ],
-    )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+    plan = make_plan(config, int(launched or 1))
+    by_deepspeed = zero_stage(plan.strategy) is not None
+    with _environment_for_deepspeed(use_cpu) if by_deepspeed else nullcontext():
+        plugin = _deepspeed_plugin(deepspeed_config(config, plan)) if by_deepspeed else None
+        accelerator = _accelerator(config, use_cpu, plugin)
+    plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in ((DistributedType.DEEPSPEED,) if by_deepspeed else plain):
         raise WorldError(
-            f"the launcher set up {accelerator.distributed_type.value}, "
-            f"but parallel.strategy is {config.parallel.strategy}",
-            "use launch/accelerate/cpu.yaml or ddp.yaml",
+            f"the launcher set up {accelerator.distributed_type.value}, but the strategy is {plan.strategy}",
+            "use a file of launch/accelerate",
         )
     if (accelerator.device.type == "cpu") != use_cpu:
         raise WorldError(
@@ -160,6 +159,97 @@ def join_world(config: RunConfig) -> World:
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if size > 1 else 1,
         device=accelerator.device,
     )
+
+
+def _accelerator(config: RunConfig, use_cpu: bool, plugin: DeepSpeedPlugin | None) -> Accelerator:
+    """Accelerate, told all that it would read from environment variables: none of them may change a result."""
+    # Accelerate takes a named backend as a promise that a process group will be there: none for a lone process.
+    backend = None if os.environ.get("LOCAL_RANK") is None else "gloo" if use_cpu else "nccl"
+    return Accelerator(
+        # DeepSpeed's world on CPUs is not Accelerate's: cpu=True would leave DeepSpeed out, silently.
+        cpu=use_cpu and plugin is None,
+        mixed_precision="no",
+        # The plugin and not the number: ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the number, and divides by it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        deepspeed_plugin=plugin,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.parallel.timeout_s)),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+    )
+
+
+@contextmanager
+def _environment_for_deepspeed(use_cpu: bool) -> Iterator[None]:
+    """What Accelerate and DeepSpeed learn from the environment alone, said while they start.
+
+    Afterwards Accelerate's variables are the launcher's again: the plan is read from them.
+    """
+    ours = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_USE_CPU": None,  # would leave DeepSpeed out, silently
+        "ACCELERATE_TORCH_DEVICE": "cpu" if use_cpu else None,  # cpu also on a machine that has GPUs
+    }
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ["DS_ACCELERATOR"] = "cpu" if use_cpu else "cuda"
+    if os.environ.get("LOCAL_RANK") is None:  # DeepSpeed has no world without a launcher: this process becomes one
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    try:
+        _set_environment(ours)
+        yield
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _deepspeed_plugin(dictionary: dict[str, Any]) -> DeepSpeedPlugin:
+    """Accelerate's plugin with our dictionary.
+
+    Raises:
+        WorldError: DeepSpeed is not installed.
+    """
+    for package in ("deepspeed", "transformers"):  # Accelerate's plugin imports the latter, whatever the model
+        if importlib.util.find_spec(package) is None:
+            raise WorldError(
+                f"parallel.strategy is one of DeepSpeed's, but {package} is not installed",
+                "pip install 'cml-dist[deepspeed]', or set parallel.strategy=ddp",
+            )
+    _import_deepspeed()
+    return DeepSpeedPlugin(
+        hf_ds_config=dictionary,
+        gradient_accumulation_steps=1,
+        gradient_clipping=dictionary["gradient_clipping"],
+        zero_stage=dictionary["zero_optimization"]["stage"],
+        zero3_init_flag=False,  # the network is built whole on every rank, and then shared out
+    )
+
+
+def _import_deepspeed() -> None:
+    """Import DeepSpeed so that it compiles nothing and says nothing but errors.
+
+    Its communication layer builds a C++ operator on CPUs when it starts, for minutes, which serves inference alone;
+    and its CPU optimizers, which would be built for offload, do not run here. With no operator counted as compatible
+    it does without. There is nothing to build, ahead or in between, and no lock to wait for.
+    """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own imports
+        import deepspeed
+    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.utils.logger.setLevel(logging.ERROR)
 
 
 def set_arithmetic(config: RunConfig, world: World) -> int:

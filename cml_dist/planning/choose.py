@@ -155,9 +155,9 @@ def fit_memory(
     means, need = planner.choose(strategy, plan.processes, budget)
     if means is None:
         raise ConfigError(
-            f"nothing fits into {budget / 2**30:.2f} GiB a process: the leanest, {planner.candidates()[-1]} under "
-            f"{strategy}, needs {need / 2**30:.2f} GiB",
-            f"set memory.budget_gib to {_round_up(need):.2f} or more, or a ZeRO strategy, fewer trained or adapting "
+            f"nothing fits into {budget / 2**30:.3f} GiB a process: the leanest, {planner.candidates()[-1]} under "
+            f"{strategy}, needs {_rounded_up(need):.3f} GiB",
+            f"set memory.budget_gib to {_rounded_up(need):.3f} or more, or a ZeRO strategy, fewer trained or adapting "
             "parameters (model.trained, method.adapts)",
         )
     words = f"{need / 2**30:.2f} of {budget / 2**30:.2f} GiB a process with {means}"
@@ -196,5 +196,6 @@ def model_size(config: RunConfig, net: CmlNet) -> ModelSize:
     )
 
 
-def _round_up(size: int) -> float:
-    return -(-size * 100 // 2**30) / 100
+def _rounded_up(size: int) -> float:
+    """Bytes as GiB to three decimals, never too few."""
+    return -(-size * 1000 // 2**30) / 1000

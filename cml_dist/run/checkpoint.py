@@ -29,6 +29,7 @@ FORMAT = 2
 """Format 1, still read, differs in its SHA-256 alone: there it ran over the tensors' bytes, and not their digests."""
 
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
+_TEMPORARY = ".{}.writing"
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -84,7 +85,8 @@ def save(
     Args:
         world: its rank 0 writes.
         layout: what ``tensors`` will bring (``strategy.saved_layout()``).
-        tensors: (name, whole tensor on the CPU), made one at a time (``strategy.saved_tensors()``).
+        tensors: (name, whole tensor on the CPU), made one at a time (``strategy.saved_tensors()``); on other ranks
+            than 0 they are asked for and not looked at.
 
     Raises:
         CheckpointError: the file system refused (full, read-only); older checkpoints are untouched.
@@ -115,7 +117,7 @@ def _write(
 ) -> None:
     """Rank 0's part of :func:`save`. Leaves ``tensors`` where it stands if the file system refuses."""
     target = path_of(folder, step)
-    temporary = target.with_name(f".{target.name}.writing")
+    temporary = target.with_name(_TEMPORARY.format(target.name))
     meta = {"format": FORMAT, "step": step, "state": state}
     digests: dict[str, bytes] = {}
     try:
@@ -194,7 +196,12 @@ def set_aside(folder: Path, after: int) -> None:
 
 
 def prune(folder: Path, keep_last: int, keep: frozenset[int]) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints and those of the steps in ``keep``."""
+    """Delete all but the newest ``keep_last`` checkpoints and those of the steps in ``keep``.
+
+    Also what killed writers left half-written: only the one trainer of a run folder writes there, and it is here now.
+    """
+    for leftover in folder.glob(_TEMPORARY.format("*")):
+        leftover.unlink(missing_ok=True)
     for step in steps_in(folder)[:-keep_last]:
         if step not in keep:
             path_of(folder, step).unlink(missing_ok=True)
@@ -222,6 +229,15 @@ def check_fits(checkpoint: Checkpoint, expected: Layout) -> None:
 def layout_of(net: nn.Module) -> Layout:
     """What a checkpoint of a network's parameters holds of them."""
     return {f"param/{name}": (p.dtype, tuple(p.shape)) for name, p in net.named_parameters()}
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over name and bytes of each tensor; empty for none."""
+    named = sorted(tensors)
+    sha = hashlib.sha256()
+    for name, tensor in named:
+        sha.update(name.encode() + _sha256(tensor))
+    return sha.hexdigest() if named else ""
 
 
 def _metadata(meta: Mapping[str, Any], sha256: str) -> dict[str, str]:

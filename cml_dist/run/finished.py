@@ -26,7 +26,7 @@ def run_config(run_dir: str | Path, overrides: Sequence[str]) -> RunConfig:
     data = RunFolder(run_dir).read_config().model_dump(mode="json")
     # The folder may have been moved, and a test may use another world than training did.
     data["run"]["dir"] = str(run_dir)
-    data["parallel"]["processes"] = None
+    data["parallel"] |= {"processes": None, "strategy": "auto", "offload": "auto", "deepspeed": None}
     return parse_config(merge(data, overrides), source=f"{run_dir}/config.yaml")
 
 

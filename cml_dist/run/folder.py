@@ -36,13 +36,15 @@ FREE_KEYS = (
 class RunFolder:
     """Paths of a run, and its identity.
 
-    Layout: ``config.yaml`` (resolved), ``sessions.jsonl`` (versions and hardware of each start), ``metrics.jsonl``,
-    ``validation.jsonl``, ``checkpoints/``, ``eval.json`` + ``eval_scores.npz``, ``export/``.
+    Layout: ``config.yaml`` (resolved), ``deepspeed.json`` (of the last start under a ZeRO strategy), ``sessions.jsonl``
+    (versions and hardware of each start), ``metrics.jsonl``, ``validation.jsonl``, ``checkpoints/``, ``eval.json`` +
+    ``eval_scores.npz``, ``export/``.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
+        self.deepspeed_file = self.path / "deepspeed.json"
         self.sessions_file = self.path / "sessions.jsonl"
         self.metrics_file = self.path / "metrics.jsonl"
         self.validation_file = self.path / "validation.jsonl"

@@ -14,7 +14,7 @@ from cml_dist.meta.problem import part_of
 from cml_dist.parallel.world import World
 from cml_dist.run.assemble import Parts
 
-PACKAGES = ("torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "safetensors", "pillow")
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy", "safetensors", "pillow")
 
 
 def session_record(plan: RunPlan, parts: Parts, world: World, threads: int, step: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ more a step in ``world.sum`` and ``world.max`` (terms of the metrics, the wish t
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import time
@@ -20,16 +21,17 @@ import torch
 from cml_dist.config.plan import RunPlan, make_plan, plan_rows, share
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, TrainingError, WorldError
-from cml_dist.parallel.strategy import DataParallel
+from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
 from cml_dist.parallel.world import World, join_world, set_arithmetic
+from cml_dist.parallel.zero import build_strategy
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.checkpoint import Checkpoint
 from cml_dist.run.evaluator import evaluate
 from cml_dist.run.export import export_run
-from cml_dist.run.folder import RunFolder, append_json_line
+from cml_dist.run.folder import RunFolder, append_json_line, write_text
 from cml_dist.run.interrupts import Interrupts
-from cml_dist.run.optim import build_optimizer, learning_rate
+from cml_dist.run.optim import learning_rate
 from cml_dist.run.report import learner_name, score_run
 from cml_dist.run.session import session_record, session_rows
 from cml_dist.run.stream import EpisodeStream, rank_share
@@ -89,7 +91,9 @@ class _Run:
             self.parts: Parts = assemble(config, self.plan, world, progress, self._splits())
         self.plan = self.parts.plan
         self.state["data"] = self.parts.domain.fingerprint()
-        self.strategy = DataParallel(world, self.parts.model, build_optimizer(config.optim, self.parts.model))
+        # Frozen weights and statistics are in no checkpoint: they must be the same at each start.
+        self.state["constants"] = checkpoints.fingerprint(self.parts.net.named_buffers())
+        self.strategy = build_strategy(config, self.plan, world, self.parts.model)
         self._resume()
         world.together(self._announce)
         with Interrupts() as self.interrupts:
@@ -140,7 +144,7 @@ class _Run:
             self.world.together(lambda: checkpoints.check_fits(found, self.strategy.saved_layout()))
             self.world.together(lambda: self._check_data(found))
             self.strategy.load(found.read, found.layout)
-            self.step, self.state = found.step, found.state
+            self.step, self.state = found.step, {**self.state, **found.state}
             self.console.note(f"Resuming at step {self.step} of {self.config.train.steps} from {found.path}")
         if self.world.is_main:
             self.metrics = MetricsWriter(self.folder.metrics_file)
@@ -155,6 +159,11 @@ class _Run:
                 f"the data is not that of the run in {self.folder.path} (checksum {then[:12]}, now {now[:12]})",
                 "point domain.root at the same packed set, or choose another run.dir",
             )
+        if found.state.get("constants", self.state["constants"]) != self.state["constants"]:
+            raise CheckpointError(
+                f"the frozen weights or statistics are not those of the run in {self.folder.path}",
+                "give model.pretrained the weight file that it was started with, or choose another run.dir",
+            )
 
     def _announce(self) -> None:
         """Say and record what will happen here."""
@@ -162,6 +171,9 @@ class _Run:
             return
         record = session_record(self.plan, self.parts, self.world, self.threads, self.step)
         self.folder.begin(self.config)
+        if zero_stage(self.plan.strategy) is not None:
+            dictionary = json.dumps(deepspeed_config(self.config, self.plan), indent=2)
+            write_text(self.folder.deepspeed_file, dictionary + "\n")
         append_json_line(self.folder.sessions_file, record)
         self.console.header("cml-dist train", {**plan_rows(self.config, self.plan), **session_rows(record)})
 

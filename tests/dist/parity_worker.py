@@ -1,15 +1,26 @@
-"""Run by every rank of a launch: a few meta-steps of each case of the parity matrix; rank 0 saves the parameters."""
+"""Run by every rank of a launch: a few meta-steps of each case of the parity matrix; rank 0 saves what came of them.
+
+Starting processes costs most, so one launch runs all cases of its world size; between strategies the ranks meet anew.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
+import os
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from cml_dist.config.load import parse_config
-from cml_dist.config.schema import ModelConfig, OptimConfig
+from cml_dist.config.plan import make_plan
+from cml_dist.config.schema import ModelConfig, RunConfig
 from cml_dist.domains.base import Domain, episode_rng
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.problem import Method
@@ -17,7 +28,7 @@ from cml_dist.nets.build import build_net
 from cml_dist.parallel.leave import leave
 from cml_dist.parallel.strategy import DataParallel
 from cml_dist.parallel.world import World, join_world
-from cml_dist.run.optim import build_optimizer
+from cml_dist.parallel.zero import Zero, build_strategy
 from cml_dist.run.stream import EpisodeStream, rank_share
 from cml_dist.types import Batch, Episode
 
@@ -28,9 +39,52 @@ NETS = {
 }
 ENGINES = ("graph", "adjoint")
 EPISODES = (1, 4, 5)
-"""Of a meta-step over all ranks: fewer than ranks, as many, and numbers that no world size here divides."""
+"""Of a meta-step over all ranks, in float64: fewer than ranks, as many, and numbers that no world size here divides."""
+PER_RANK = {2: (2, 4, 6, 5), 4: (4, 5)}
+"""Of a meta-step over all ranks, in float32 by world size: 1, 2 and 3 a rank, and uneven."""
+ZERO = {
+    2: ("zero0", "zero1", "zero2", "zero2+optimizer", "zero3", "zero3+optimizer", "zero3+all"),
+    4: ("zero1", "zero3"),
+}
 STEPS = 2
 WAYS = 3
+LR = 1e-2
+# Adam divides by the root of the squared gradient plus eps: with eps far above the rounding noise of a gradient whose
+# true value is zero (a bias before BatchNorm), float32 can be compared.
+ADAM = {"name": "adamw", "lr": LR, "weight_decay": 0.1, "eps": 1e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One trajectory; ``key`` names it in the results."""
+
+    strategy: str
+    dtype: str
+    net: str
+    engine: str
+    episodes: int
+    optimizer: str = "sgd"
+
+    @property
+    def key(self) -> str:
+        return "/".join((self.strategy, self.dtype, self.net, self.engine, str(self.episodes), self.optimizer))
+
+
+def cases(world: int) -> Iterator[Case]:
+    """All of a world size, those of one strategy after another."""
+    plain = "single" if world == 1 else "ddp"
+    for net, engine, episodes in itertools.product(NETS, ENGINES, EPISODES):
+        yield Case(plain, "float64", net, engine, episodes)
+    if world == 1:
+        for net, engine, episodes in itertools.product(NETS, ENGINES, (2, 4, 5, 6)):
+            yield Case(plain, "float32", net, engine, episodes)
+        yield Case(plain, "float32", "conv4", "graph", 5, "adamw")
+        yield Case("zero3+all", "float32", "conv4", "graph", 5, "adamw")  # no launcher, and still DeepSpeed
+    for strategy in ZERO.get(world, ()):
+        nets = NETS if world == 2 else ("vit",)
+        for net, engine, episodes in itertools.product(nets, ENGINES, PER_RANK[world]):
+            yield Case(strategy, "float32", net, engine, episodes)
+        yield Case(strategy, "float32", "conv4", "graph", 5, "adamw")
 
 
 class RandomImages(Domain):
@@ -48,7 +102,10 @@ class RandomImages(Domain):
         return Episode(batch(WAYS), batch(2 * WAYS), split, index)
 
     def prepare(self, episode: Episode, device: torch.device, dtype: torch.dtype) -> Episode:
-        return episode.to(device)
+        def move(batch: Batch) -> Batch:
+            return Batch(batch.inputs.to(device, dtype), batch.targets.to(device))
+
+        return Episode(move(episode.support), move(episode.query), episode.split, episode.index)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(outputs, targets)
@@ -57,33 +114,177 @@ class RandomImages(Domain):
         return (outputs.argmax(1) == targets).double().mean()
 
 
-def train(world: World, net_name: str, engine: str, batch: int, optimizer: str) -> dict[str, Tensor]:
-    """Parameters after a few meta-steps in float64."""
-    model_config, shape = NETS[net_name]
+def config_of(strategy: str, dtype: str, optimizer: str) -> RunConfig:
+    name, _, offload = strategy.partition("+")
+    return parse_config(
+        {
+            "domain": {"name": "sinusoid"},
+            "optim": ADAM if optimizer == "adamw" else {"name": optimizer, "lr": LR},
+            "parallel": {"strategy": name, "offload": offload or "none"},
+            "run": {"dtype": dtype},
+        }
+    )
+
+
+def join(config: RunConfig) -> World:
+    """Meet the other ranks, also for a second time in one process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return join_world(config)
+
+
+def prepare(world: World, case: Case) -> tuple[RunConfig, RandomImages, DataParallel | Zero]:
+    config = config_of(case.strategy, case.dtype, case.optimizer)
+    model_config, shape = NETS[case.net]
     domain = RandomImages(shape)
-    net = build_net(model_config, input_shape=shape, output_dim=WAYS, seed=0, colearner=True).double()
-    model = MetaModel(net, domain.loss, domain.score, Method(2, 0.1, 0.2, gamma=0.7), engine)
-    config = OptimConfig(name=optimizer, lr=1e-2)
-    strategy = DataParallel(world, model, build_optimizer(config, model))
-    for step in range(STEPS):
-        indices = rank_share(step, batch, world.rank, world.size)
-        stream = EpisodeStream(domain, "train", indices, device=world.device, dtype=torch.float64)
-        strategy.gradient(stream, batch)
-        _, taken = strategy.apply(config.lr, clip_norm=0.5)
-        assert taken
-    return {name: value.clone() for name, value in strategy.params().items()}
+    net = build_net(model_config, input_shape=shape, output_dim=WAYS, seed=0, colearner=True)
+    net = net.to(getattr(torch, case.dtype))
+    # Small inner steps in float32: what rounding does to a meta-gradient grows with them.
+    inner_lr = 0.1 if case.dtype == "float64" else 0.01
+    model = MetaModel(net, domain.loss, domain.score, Method(2, inner_lr, 2 * inner_lr, gamma=0.7), case.engine)
+    return config, domain, build_strategy(config, make_plan(config, world.size), world, model)
 
 
-def matrix(world: World) -> dict[str, dict[str, Tensor]]:
-    cases = itertools.product(NETS, ENGINES, EPISODES, ("sgd",))
-    return {"/".join(map(str, case)): train(world, *case) for case in cases}
+def steps(
+    world: World, case: Case, domain: RandomImages, strategy: DataParallel | Zero, first: int, count: int
+) -> list[tuple[float, bool]]:
+    """Some meta-steps; what each returned."""
+    told = []
+    for step in range(first, first + count):
+        indices = rank_share(step, case.episodes, world.rank, world.size)
+        dtype = getattr(torch, case.dtype)
+        stream = EpisodeStream(domain, "train", indices, device=world.device, dtype=dtype)
+        strategy.gradient(stream, case.episodes)
+        told.append(strategy.apply(LR, clip_norm=0.5))
+    return told
+
+
+def train(world: World, case: Case) -> dict[str, Tensor]:
+    """Parameters after a few meta-steps, and as ``norms`` what was reported of the gradient."""
+    _, domain, strategy = prepare(world, case)
+    told = steps(world, case, domain, strategy, 0, STEPS)
+    assert all(taken for _, taken in told)
+    norms = torch.tensor([norm for norm, _ in told], dtype=torch.float64)
+    return {name: value.clone() for name, value in strategy.params().items()} | {"norms": norms}
+
+
+def save(world: World, case: Case) -> dict[str, Tensor]:
+    """All that a checkpoint would hold after a few meta-steps."""
+    _, domain, strategy = prepare(world, case)
+    assert strategy.saved_layout().keys() == {f"param/{name}" for name in strategy.params()}  # no moments yet
+    steps(world, case, domain, strategy, 0, STEPS)
+    return saved(world, strategy)
+
+
+def saved(world: World, strategy: DataParallel | Zero) -> dict[str, Tensor]:
+    tensors = dict(strategy.saved_tensors())
+    layout = strategy.saved_layout()
+    assert list(tensors) == list(layout)
+    if world.is_main:
+        assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == layout
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def resume(world: World, case: Case, state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint would hold right after loading one, and after a further step."""
+    _, domain, strategy = prepare(world, case)
+    strategy.load(state.__getitem__, state.keys())
+    loaded = saved(world, strategy)
+    steps(world, case, domain, strategy, STEPS, 1)
+    return {"loaded": loaded, "further": saved(world, strategy)}
+
+
+def skip(world: World, case: Case) -> dict[str, Tensor]:
+    """One step, one whose gradient is NaN on the last rank alone, one more; and the same without the NaN."""
+    found = {}
+    for bad in (True, False):
+        _, domain, strategy = prepare(world, case)
+        steps(world, case, domain, strategy, 0, 1)
+        if bad:
+            before = saved(world, strategy)
+            episode = domain.prepare(domain.episode("train", 0), world.device, torch.float32)
+            if world.rank == world.size - 1:
+                episode.query.inputs[0] = float("nan")
+            strategy.gradient(iter([episode]), world.size)
+            norm, taken = strategy.apply(LR, clip_norm=0.5)
+            assert not taken and not math.isfinite(norm), (norm, taken)
+            after = saved(world, strategy)
+            assert all(torch.equal(before[name], after[name]) for name in before), "a skipped step left its mark"
+        steps(world, case, domain, strategy, 1, 1)
+        found[bad] = saved(world, strategy)
+    return {name: torch.stack([found[True][name], found[False][name]]) for name in found[True]}
+
+
+def collectives(world: World, case: Case) -> dict[str, list[int]]:
+    """Numbers of elements that each collective of a meta-step carried on this rank, by kind.
+
+    The fourth step: DeepSpeed gathers ZeRO-3's parameters one by one until it has recorded how they are used. Sizes are
+    those of the whole: what is reduced, or what is there after gathering.
+    """
+    _, domain, strategy = prepare(world, case)
+    steps(world, case, domain, strategy, 0, 3)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        steps(world, case, domain, strategy, 3, 1)
+    found: dict[str, list[int]] = {}
+    for event in recorded.events():
+        kind, at = {
+            "gloo:all_reduce": ("all_reduce", 0),
+            "gloo:reduce": ("reduce", 0),
+            "c10d::_allgather_base_": ("all_gather", 0),
+            "c10d::_reduce_scatter_base_": ("reduce_scatter", 1),
+            "gloo:broadcast": ("broadcast", 0),
+            "gloo:send": ("send", 0),
+        }.get(event.name, ("", 0))
+        if kind:
+            shape = event.input_shapes[at] if event.input_shapes else []
+            found.setdefault(kind, []).append(torch.Size(shape).numel())
+    for numel in found.get("reduce_scatter", ()):
+        found["all_reduce"].remove(numel)  # by which gloo carries it out
+    found["elements"] = [sum(torch.Size(shape).numel() for _, shape in strategy.saved_layout().values())]
+    return found
+
+
+COUNTED = Case("", "float32", "vit", "graph", 2)
+RESUMED = Case("", "float32", "conv4", "adjoint", 5, "adamw")
+RESUMED_BY = {1: ("single",), 2: ("ddp", "zero0", "zero2+optimizer", "zero3"), 4: ("zero1",)}
+"""Who loads, by world size, what zero3 with all on the CPU has saved on 2 ranks."""
+
+
+def main(out: Path) -> None:
+    results: dict[str, dict] = {"params": {}, "resumed": {}, "skipped": {}, "collectives": {}}
+    joined, world = None, None
+
+    def meet(case: Case) -> World:
+        nonlocal joined, world
+        # The dictionary of DeepSpeed belongs to a world; it is the same for all cases of a strategy.
+        if joined != (case.strategy, case.optimizer):
+            joined, world = (case.strategy, case.optimizer), join(config_of(case.strategy, case.dtype, case.optimizer))
+        return world
+
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    for case in cases(size):
+        results["params"][case.key] = train(meet(case), case)
+    state_file = out.with_name("state.pt")
+    if size == 2:
+        for strategy in ("ddp", *ZERO[2]):
+            case = replace(COUNTED, strategy=strategy)
+            results["collectives"][strategy] = collectives(meet(case), case)
+            case = replace(RESUMED, strategy=strategy)
+            results["skipped"][strategy] = skip(meet(case), case)
+        case = replace(RESUMED, strategy="zero3+all")
+        state = save(meet(case), case)
+        if world.is_main:
+            torch.save(state, state_file)
+        world.together(lambda: None)
+    results["state"] = state = torch.load(state_file)
+    for strategy in RESUMED_BY[size]:
+        case = replace(RESUMED, strategy=strategy)
+        results["resumed"][strategy] = resume(meet(case), case, state)
+    if world.is_main:
+        torch.save({"world": size, **results}, out)
+    world.close()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    this = join_world(parse_config({"domain": {"name": "sinusoid"}}))
-    result = matrix(this)
-    if this.is_main:
-        torch.save({"world": this.size, "params": result}, sys.argv[1])
-    this.close()
+    main(Path(sys.argv[1]))
     leave(0)

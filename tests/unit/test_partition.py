@@ -120,3 +120,26 @@ def test_micro_batches_are_refused_where_a_norm_couples_examples(tmp_path):
     )
     with pytest.raises(ConfigError, match="couples examples"):
         train(config, Console())
+
+
+def test_resume_refuses_other_frozen_weights(tmp_path):
+    """Frozen weights are in no checkpoint, so the file that they come from must still be the same."""
+    timm = pytest.importorskip("timm")
+    settings = {
+        "domain": {"name": "glyphs", "ways": 3, "queries": 2},
+        "method": {"inner_steps": 1},
+        "train": {"steps": 2, "episodes_per_step": 1},
+        "eval": {"val_episodes": 1, "every": 0, "final": False},
+        "run": {"dir": str(tmp_path / "run")},
+    }
+    weights = tmp_path / "weights.pth"
+    model = {"backbone": "test_resnet", "pretrained": str(weights), "norm": "frozen", "trained": ["head", "last:1"]}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_resnet").state_dict(), weights)
+        config = parse_config({**settings, "model": model, "train": {"steps": 2 + seed, "episodes_per_step": 1}})
+        if seed == 0:
+            assert train(config, Console()).finished
+        else:
+            with pytest.raises(CmlError, match="frozen weights or statistics are not those"):
+                train(config, Console())

@@ -1,0 +1,153 @@
+"""The means that a memory budget allows: chosen, named, kept, and the same gradient."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cml_dist.config.load import parse_config
+from cml_dist.config.plan import make_plan
+from cml_dist.errors import ConfigError
+from cml_dist.meta.model import MetaModel
+from cml_dist.meta.problem import Method
+from cml_dist.nets.build import build_net
+from cml_dist.planning.choose import Means, MemoryPlanner, Task, fit_memory, model_size
+from cml_dist.planning.live_bytes import LiveBytes
+from cml_dist.planning.strategies import Strategy
+from cml_dist.types import Batch, Episode
+
+SHAPE, WAYS = (3, 64, 64), 4
+CPU, SINGLE = torch.device("cpu"), Strategy("single")
+
+
+def settings(backbone="test_vit2", steps=2, **sections):
+    data = {
+        "domain": {"name": "images", "root": "unused", "ways": WAYS},
+        "model": {"backbone": backbone, "colearner": {"depth": 1, "width": 8}},
+        "method": {"inner_steps": steps},
+        "optim": {"name": "sgd"},
+    }
+    return parse_config({**data, **sections})
+
+
+def made(config, dtype=torch.float32):
+    net = build_net(config.model, input_shape=SHAPE, output_dim=WAYS, seed=0, colearner=True).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(each):
+        inputs = torch.randn(each * WAYS, *SHAPE, generator=generator, dtype=dtype)
+        return Batch(inputs, torch.arange(WAYS).repeat_interleave(each))
+
+    episode = Episode(batch(2), batch(4), "train", 0)
+    task = Task(episode, torch.nn.functional.cross_entropy, lambda o, t: (o.argmax(1) == t).float().mean())
+    return net, task, Method(config.method.inner_steps, 0.1, 0.1, gamma=0.7)
+
+
+def fit(config, budget_gib=None):
+    net, task, method = made(config)
+    if budget_gib is not None:
+        config = config.model_copy(update={"memory": config.memory.model_copy(update={"budget_gib": budget_gib})})
+    return fit_memory(config, make_plan(config, 1), net, method, task, CPU)
+
+
+def planner_of(config, on_gpu=False):
+    net, task, method = made(config)
+    return MemoryPlanner(config, make_plan(config, 1), net, method, task, on_gpu=on_gpu)
+
+
+def gib(planner, means):
+    return planner.bytes_needed(SINGLE, means, 1) / 2**30
+
+
+def test_without_a_budget_nothing_is_chosen():
+    config = settings()
+    assert fit(config) == make_plan(config, 1)
+
+
+def test_candidates_go_from_whole_to_one_example_and_then_off_the_gpu():
+    found = planner_of(settings(steps=1)).candidates()
+    assert [m.engine for m in found[:2]] == ["graph", "adjoint"]
+    assert [m.micro_batch for m in found] == [None, None, 8, 4, 2, 1]
+    on_gpu = planner_of(settings(steps=3), on_gpu=True).candidates()
+    assert [m.copies for m in on_gpu] == ["device"] * 5 + ["cpu"] * 4
+
+
+def test_each_candidate_needs_less_than_the_one_before():
+    """What the search by halving rests on."""
+    planner = planner_of(settings(steps=3), on_gpu=True)
+    needs = [gib(planner, means) for means in planner.candidates()]
+    for copies in ("device", "cpu"):
+        these = [n for n, m in zip(needs, planner.candidates(), strict=True) if m.copies == copies]
+        assert these == sorted(these, reverse=True)
+    assert needs[-1] < needs[-5], "keeping the copies elsewhere saves something"
+
+
+def test_the_largest_micro_batch_that_fits_is_taken_and_the_reason_said():
+    planner = planner_of(settings())
+    needs = {m.micro_batch: gib(planner, m) for m in planner.candidates()}
+    plan = fit(settings(), (needs[4] + needs[8]) / 2)
+    assert (plan.engine, plan.micro_batch) == ("adjoint", 4)
+    assert "in micro-batches of 4" in plan.memory and "adjoint whole would need" in plan.memory
+    assert fit(settings(), 1.0).micro_batch is None
+
+
+def test_what_was_asked_for_by_name_stays():
+    with pytest.raises(ConfigError, match="graph whole under single"):
+        fit(settings(engine={"name": "graph"}), 0.001)
+    with pytest.raises(ConfigError, match="micro-batches of 4 under single"):
+        fit(settings(engine={"name": "adjoint", "micro_batch": 4}), 0.001)
+
+
+def test_a_budget_that_nothing_fits_names_the_smallest_that_would():
+    with pytest.raises(ConfigError, match="nothing fits into 0.001 GiB") as refused:
+        fit(settings(), 0.001)
+    smallest = float(re.search(r"memory.budget_gib to ([\d.]+) or more", str(refused.value)).group(1))
+    assert fit(settings(), smallest).micro_batch in (1, 2)
+    with pytest.raises(ConfigError, match="nothing fits"):
+        fit(settings(), smallest - 0.001)
+
+
+def test_batch_statistics_are_never_split():
+    config = settings("test_resnet")
+    assert all(m.micro_batch is None for m in planner_of(config).candidates())
+    with pytest.raises(ConfigError, match="couples examples"):
+        fit(settings("test_resnet", engine={"name": "adjoint", "micro_batch": 2}))
+
+
+@pytest.mark.parametrize("part", [0.5, 1.0])
+def test_the_run_stays_inside_its_budget(part):
+    """The bytes of real tensors in a real meta-step, counted as they come and go."""
+    config = settings()
+    net, task, method = made(config)
+    planner = planner_of(config)
+    least, most = (gib(planner, planner.candidates()[n]) for n in (-1, 0))
+    budget = least + part * (most - least)
+    plan = fit(config, budget)
+    model = MetaModel(net, task.loss, task.score, method, plan.engine, micro_batch=plan.micro_batch)
+    with LiveBytes() as live:
+        live.standing([*model.parameters(), *model.buffers(), task.episode.support.inputs, task.episode.query.inputs])
+        model([task.episode], 1.0)[0].backward()
+    size = model_size(config, net)
+    assert live.peak + size.parameters + size.constants <= budget * 2**30
+    assert (plan.micro_batch is None) == (part == 1.0)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_any_means_gives_the_same_gradient(steps):
+    config = settings(steps=steps, run={"dtype": "float64"})
+    net, task, method = made(config, torch.float64)
+    task = replace(task, score=lambda o, t: (o.argmax(1) == t).double().mean())
+    found = {}
+    for means in planner_of(config, on_gpu=True).candidates():
+        path = CPU if means.copies == "cpu" else None
+        model = MetaModel(
+            net, task.loss, task.score, method, means.engine, micro_batch=means.micro_batch, path_device=path
+        )
+        model([task.episode], 1.0)[0].backward()
+        found[means] = torch.cat([p.grad.flatten() for p in model.values])
+    reference = found[Means("graph" if steps == 1 else "adjoint", None, "device")]
+    for means, grad in found.items():
+        assert (grad - reference).norm() / reference.norm() < 1e-12, str(means)
