@@ -188,6 +188,7 @@ def _environment_for_deepspeed(use_cpu: bool) -> Iterator[None]:
     """
     ours = {
         "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_CONFIG_DS_FIELDS": None,  # of the Accelerate file, which our dictionary already answers
         "ACCELERATE_USE_CPU": None,  # would leave DeepSpeed out, silently
         "ACCELERATE_TORCH_DEVICE": "cpu" if use_cpu else None,  # cpu also on a machine that has GPUs
     }
@@ -248,6 +249,9 @@ def _import_deepspeed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own imports
         import deepspeed
+    # Newer torch has other names for two collectives that DeepSpeed calls.
+    calls = "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=calls, category=FutureWarning)
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.utils.logger.setLevel(logging.ERROR)
 
