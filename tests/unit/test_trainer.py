@@ -339,14 +339,18 @@ def test_a_missing_gpu_is_said(tmp_path):
 # --------------------------------------------------------------------------- methods, evaluation, command line
 
 
-def test_gamma_zero_is_maml_to_the_bit(tmp_path):
-    go(tmp_path / "cml", "method.gamma=0", "eval.final=false")
-    go(tmp_path / "maml", "method.gamma=0", "method.name=maml", "eval.final=false")
+@pytest.mark.parametrize("clip_norm", ["null", "0.1"])
+def test_gamma_zero_is_maml_to_the_bit(tmp_path, clip_norm):
+    """Also where clipping is at work: phi's gradient of zeros must not change the bits of the norm."""
+    settings = ("method.gamma=0", "model.hidden=[8, 8, 8, 8]", "eval.final=false", f"optim.clip_norm={clip_norm}")
+    go(tmp_path / "cml", *settings)
+    go(tmp_path / "maml", *settings, "method.name=maml")
     ours, maml = (final_params(tmp_path / name) for name in ("cml", "maml"))
     assert all(torch.equal(ours[n], maml[n]) for n in maml)
     assert set(ours) > set(maml)
     for a, b in zip(losses(tmp_path / "cml"), losses(tmp_path / "maml"), strict=True):
-        assert (a["outer_loss"], a["mse"]) == (b["outer_loss"], b["mse"])
+        assert (a["outer_loss"], a["mse"], a["grad_norm"]) == (b["outer_loss"], b["mse"], b["grad_norm"])
+        assert a["grad_norm"] > 0.1
 
 
 def test_engines_train_alike(undisturbed, tmp_path):
