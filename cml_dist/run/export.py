@@ -18,7 +18,8 @@ from cml_dist.meta.problem import part_of
 from cml_dist.run.assemble import Parts
 from cml_dist.run.checkpoint import check_fits, layout_of
 from cml_dist.run.folder import RunFolder, write_json
-from cml_dist.run.report import chosen_checkpoint
+from cml_dist.run.report import choose_checkpoint, overrides_of
+from cml_dist.telemetry.console import Console
 from cml_dist.types import COLEARNER
 
 WEIGHTS, TIMM_WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "timm.safetensors", "model.json", "README.md"
@@ -26,7 +27,12 @@ FORMAT = 1
 
 
 def export_run(
-    config: RunConfig, parts: Parts, folder: RunFolder, which: str = "best", to: str | Path | None = None
+    config: RunConfig,
+    parts: Parts,
+    folder: RunFolder,
+    console: Console,
+    which: str = "best",
+    to: str | Path | None = None,
 ) -> Path:
     """Write the learner of a checkpoint to a folder; returns it.
 
@@ -36,7 +42,9 @@ def export_run(
     Raises:
         CheckpointError: there is no such checkpoint, or the folder cannot be written.
     """
-    checkpoint = chosen_checkpoint(folder, which)
+    choice = choose_checkpoint(folder, which)
+    choice.say(console)
+    checkpoint = choice.checkpoint
     check_fits(checkpoint, layout_of(parts.net))
     target = Path(to) if to is not None else folder.export
     params = checkpoint.params([n for n, _ in parts.net.named_parameters() if part_of(n) != COLEARNER])
@@ -44,8 +52,9 @@ def export_run(
     tensors = {**params, **{n: b for n, b in parts.net.named_buffers() if part_of(n) != COLEARNER}}
     for_timm = _as_timm_model(config, parts, params)
     tested = json.loads(folder.eval_file.read_text()) if folder.eval_file.is_file() else None
-    if tested is not None and tested["step"] != checkpoint.step:
-        tested = None  # figures of another step would be a lie
+    overrides = overrides_of(config, parts, folder, checkpoint)
+    if tested is not None and (tested["step"] != checkpoint.step or tested.get("overrides") or overrides):
+        tested = None  # figures of another step or task would be a lie
     # What does not adapt by the method, or is frozen, does not adapt in use either.
     adapts = sorted(parts.model.method.rates(list(params)))
     description = {
@@ -111,7 +120,6 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
     """The model card."""
     count = sum(p.numel() for p in params.values())
     tested = description["eval"]
-    rate = f"{tested['meta']['mean']:.4f} +- {tested['meta']['ci95']:.4f}" if tested else "not tested"
     domain = config.domain
     task = f"{domain.ways}-way {domain.shots}-shot" if domain.name != "sinusoid" else f"{domain.shots}-point regression"
     lines = [
@@ -129,8 +137,7 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
         f"| input | {' x '.join(map(str, description['input_shape']))}{_normalised(description['preprocessing'])} |",
         f"| adaptation | {description['inner_steps']} gradient step(s), step size body {description['body_lr']:g}, "
         f"head {description['head_lr']:g} |",
-        f"| {description['score']} ({tested['split'] if tested else 'test'} split, 95 % interval over episodes) "
-        f"| {rate} |",
+        f"| {description['score']}{_figure(tested)} |",
         f"| meta-training | {description['step']:,} meta-steps of {config.train.episodes_per_step} episodes, "
         f"seed {config.run.seed} |",
         "",
@@ -164,6 +171,15 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
                 "",
             ]
     return "\n".join(lines)
+
+
+def _figure(tested: dict[str, Any] | None) -> str:
+    """What was measured on how many episodes, and the figure; a diverged learner's is no number."""
+    if tested is None:
+        return " | not tested"
+    meta = tested["meta"]
+    mean, ci95 = ("not finite" if meta[key] is None else f"{meta[key]:.4f}" for key in ("mean", "ci95"))
+    return f" ({meta['episodes']:,} episodes of the {tested['split']} split, 95 % interval) | {mean} +- {ci95}"
 
 
 def _normalised(preprocessing: dict[str, Any]) -> str:

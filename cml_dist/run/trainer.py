@@ -195,12 +195,12 @@ class _Run:
 
     def _finish(self) -> None:
         """Test the best step (and the untrained network), and export it."""
-        score_run(self.config, self.plan, self.parts, self.folder, self.world, self.console)
-        self.world.together(self._export)
+        tested = score_run(self.config, self.plan, self.parts, self.folder, self.world, self.console)
+        self.world.together(lambda: self._export(tested["step"]))
 
-    def _export(self) -> None:
+    def _export(self, step: int) -> None:
         if self.world.is_main:
-            made = export_run(self.config, self.parts, self.folder)
+            made = export_run(self.config, self.parts, self.folder, self.console, str(step))
             self.console.note(f"Exported model: {made}")
             self.console.note(f"Run folder: {self.folder.path}")
 

@@ -80,6 +80,17 @@ def stop_after(monkeypatch, step):
     monkeypatch.setattr(trainers._Run, "_meta_step", interrupted)
 
 
+class Listening(NullConsole):
+    """Keeps the warnings."""
+
+    def __init__(self):
+        super().__init__()
+        self.warnings = []
+
+    def warn(self, message):
+        self.warnings.append(message)
+
+
 # --------------------------------------------------------------------------- what a run leaves
 
 
@@ -178,14 +189,9 @@ def test_a_truncated_checkpoint_is_passed_over_and_said(undisturbed, tmp_path, m
         go(folder)
     newest = checkpoints.path_of(folder / "checkpoints", 7)
     newest.write_bytes(newest.read_bytes()[:100])
-    said = []
-
-    class Listening(NullConsole):
-        def warn(self, message):
-            said.append(message)
-
-    assert train(configure(folder), Listening()).finished
-    assert any(newest.name in message and "damaged" in message for message in said)
+    console = Listening()
+    assert train(configure(folder), console).finished
+    assert any(newest.name in message and "damaged" in message for message in console.warnings)
     assert losses(folder) == losses(undisturbed)
 
 
@@ -371,9 +377,77 @@ def test_testing_again_gives_the_same_figures(undisturbed, tmp_path):
     before = json.loads((folder / "eval.json").read_text())
     evaluate_run(str(folder), [], "best", NullConsole())
     assert json.loads((folder / "eval.json").read_text()) == before
+    assert not (folder / "evals").exists()
+
+
+def test_a_test_with_other_settings_leaves_the_runs_own_figures(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    before = (folder / "eval.json").read_bytes(), (folder / "eval_scores.npz").read_bytes()
     evaluate_run(str(folder), ["eval.episodes=9", "eval.co_adapt=released"], "last", NullConsole())
-    after = json.loads((folder / "eval.json").read_text())
-    assert (after["meta"]["episodes"], after["step"], after["co_adapt"]) == (9, 12, "released")
+    name = "checkpoint=last,eval.episodes=9,eval.co_adapt=released"
+    report = json.loads((folder / "evals" / f"{name}.json").read_text())
+    assert (report["meta"]["episodes"], report["step"], report["chosen"]) == (9, 12, "last")
+    assert report["overrides"] == {"eval.episodes": 9, "eval.co_adapt": "released"}
+    assert len(np.load(folder / "evals" / f"{name}.npz")["meta"]) == 9
+    assert ((folder / "eval.json").read_bytes(), (folder / "eval_scores.npz").read_bytes()) == before
+
+
+def exported(folder, *overrides, which="best"):
+    export_again(str(folder), overrides, which, str(folder / "out"), NullConsole())
+    return json.loads((folder / "out" / "model.json").read_text())["eval"], (folder / "out" / "README.md").read_text()
+
+
+def test_a_card_claims_a_figure_only_for_the_task_that_was_tested(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    own = json.loads((folder / "eval.json").read_text())
+    evaluate_run(str(folder), ["domain.shots=3"], "best", NullConsole())
+    figures, card = exported(folder)
+    assert figures["meta"] == own["meta"]
+    assert f"(6 episodes of the test split, 95 % interval) | {own['meta']['mean']:.4f} +-" in card
+    for figures, card in (exported(folder, "domain.shots=3"), exported(folder, "eval.inner_steps=4")):
+        assert figures is None and "| not tested |" in card
+    own["overrides"] = {"domain.shots": 3}
+    (folder / "eval.json").write_text(json.dumps(own))
+    assert exported(folder)[0] is None
+
+
+def test_what_is_damaged_is_passed_over_and_said_by_eval_and_export(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    kept = checkpoints.steps_in(folder / "checkpoints")
+    newest = checkpoints.path_of(folder / "checkpoints", kept[-1])
+    newest.write_bytes(newest.read_bytes()[:-8])
+    console = Listening()
+    report = evaluate_run(str(folder), [], "last", console)
+    assert (report["step"], report["chosen"]) == (kept[-2], "last")
+    export_again(str(folder), [], "last", str(tmp_path / "out"), console)
+    assert json.loads((tmp_path / "out" / "model.json").read_text())["step"] == kept[-2]
+    assert len(console.warnings) == 2
+    assert all(newest.name in w and "damaged" in w and f"step {kept[-2]} is used" in w for w in console.warnings)
+
+
+def test_without_a_validated_step_the_newest_is_called_last(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        go(folder)
+    assert evaluate_run(str(folder), [], "best", NullConsole())["chosen"] == "last"
+    assert json.loads((folder / "eval.json").read_text())["chosen"] == "last"
+
+
+def test_a_missing_best_step_is_passed_over_and_said(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    newest = checkpoints.load_newest(folder / "checkpoints")[0]
+    tensors = ((name, newest.read(name)) for name in newest.layout)
+    state = {**newest.state, "best": {**newest.state["best"], "step": 2}}
+    checkpoints.save(ALONE, folder / "checkpoints", 13, state, newest.layout, tensors)
+    console = Listening()
+    report = evaluate_run(str(folder), [], "best", console)
+    assert (report["step"], report["chosen"]) == (13, "last")
+    assert len(console.warnings) == 1 and "step-00000002.safetensors is missing" in console.warnings[0]
 
 
 def test_run_config_refuses_what_is_no_run(tmp_path):
