@@ -59,6 +59,11 @@ class RunFolder:
         """Whether a run lives here."""
         return self.config_file.is_file()
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to resume from."""
+        return any(self.checkpoints.glob("step-*.safetensors"))
+
     def read_config(self) -> RunConfig:
         """The configuration that the run was started with.
 
