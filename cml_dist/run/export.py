@@ -73,6 +73,7 @@ def export_run(
         "model": config.model.model_dump(mode="json"),
         "step": checkpoint.step,
         "trained_on": config.domain.model_dump(mode="json"),
+        "image_set": parts.domain.describe().get("name"),
         "eval": tested and {"meta": tested["meta"], "split": tested["split"], "score": tested["score"]},
     }
     try:
@@ -121,13 +122,14 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
     count = sum(p.numel() for p in params.values())
     tested = description["eval"]
     domain = config.domain
+    name = description["image_set"] or domain.name
     task = f"{domain.ways}-way {domain.shots}-shot" if domain.name != "sinusoid" else f"{domain.shots}-point regression"
     lines = [
         "---",
         "library_name: cml_dist",
         "tags: [meta-learning, few-shot, maml]",
         "---",
-        f"# {config.model.backbone}, meta-trained with {config.method.name.upper()} on {domain.name}",
+        f"# {config.model.backbone}, meta-trained with {config.method.name.upper()} on {name}",
         "",
         f"A learner for {task} tasks: adapt it on a few labelled examples, then predict.",
         "",

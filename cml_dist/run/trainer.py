@@ -31,7 +31,7 @@ from cml_dist.run.folder import RunFolder, append_json_line
 from cml_dist.run.interrupts import Interrupts
 from cml_dist.run.optim import build_optimizer, learning_rate
 from cml_dist.run.report import learner_name, score_run
-from cml_dist.run.session import session_record, session_rows
+from cml_dist.run.session import session_record, session_rows, set_rows, set_warning
 from cml_dist.run.stream import EpisodeStream, rank_share
 from cml_dist.telemetry.console import Console, ResultRow
 from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
@@ -163,7 +163,10 @@ class _Run:
         record = session_record(self.plan, self.parts, self.world, self.threads, self.step)
         self.folder.begin(self.config)
         append_json_line(self.folder.sessions_file, record)
-        self.console.header("cml-dist train", {**plan_rows(self.config, self.plan), **session_rows(record)})
+        rows = {**plan_rows(self.config, self.plan), **session_rows(record), **set_rows(self.config, self.parts)}
+        self.console.header("cml-dist train", rows)
+        if (warning := set_warning(self.config, self.parts)) is not None:
+            self.console.warn(warning)
 
     def _loop(self) -> bool:
         """All meta-steps that are left. Returns True where someone asked to stop."""
