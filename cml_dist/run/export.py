@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cml_dist import __version__
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, ModelError
 from cml_dist.meta.problem import part_of
+from cml_dist.nets.guard import has_batch_norm
 from cml_dist.run.assemble import Parts
 from cml_dist.run.checkpoint import check_fits, layout_of
 from cml_dist.run.folder import RunFolder, write_json
 from cml_dist.run.report import choose_checkpoint, overrides_of
+from cml_dist.run.safetensors_stream import StreamWriter
 from cml_dist.telemetry.console import Console
 from cml_dist.types import COLEARNER
 
@@ -81,11 +83,12 @@ def export_run(
         _save_tensors(target / WEIGHTS, tensors)
         if for_timm is not None:
             _save_tensors(target / TIMM_WEIGHTS, for_timm[0])
-        (target / CARD).write_text(_card(config, description, params), encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+        card = _card(config, description, params, has_batch_norm(parts.net) and config.model.norm == "batch")
+        (target / CARD).write_text(card, encoding="utf-8")
+    except OSError as error:
         for file in target.glob(".*.writing"):
             file.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or error
+        reason = error.strerror or error
         raise CheckpointError(
             f"cannot export to {target}: {reason}", "free space or choose another folder with --to"
         ) from error
@@ -95,7 +98,11 @@ def export_run(
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.writing")
-    save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, temporary)
+    # Not by the library's save_file, which makes files that nobody but their owner may read, whatever the umask.
+    with StreamWriter(temporary, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, {}) as writer:
+        for name, tensor in tensors.items():
+            writer.put(name, tensor.cpu())
+        writer.finish({})
     os.replace(temporary, path)
 
 
@@ -117,13 +124,20 @@ def _as_timm_model(
     return state, {"num_classes": parts.domain.output_dim, **kwargs}
 
 
-def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tensor]) -> str:
-    """The model card."""
+def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tensor], batch_statistics: bool) -> str:
+    """The model card.
+
+    Args:
+        batch_statistics: whether the network has BatchNorms that use them.
+    """
     count = sum(p.numel() for p in params.values())
     tested = description["eval"]
     domain = config.domain
     name = description["image_set"] or domain.name
     task = f"{domain.ways}-way {domain.shots}-shot" if domain.name != "sinusoid" else f"{domain.shots}-point regression"
+    use = ("support_images, support_labels", "query_images")
+    if domain.name == "sinusoid":
+        use = ("support_inputs, support_targets", "query_inputs")
     lines = [
         "---",
         "library_name: cml_dist",
@@ -147,11 +161,11 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
         "import cml_dist",
         "",
         'learner = cml_dist.load("path/of/this/folder")',
-        "predicted = learner.adapt(support_images, support_labels).predict(query_images)",
+        f"predicted = learner.adapt({use[0]}).predict({use[1]})",
         "```",
         "",
     ]
-    if config.model.norm == "batch":
+    if batch_statistics:
         lines += [
             "BatchNorm uses the statistics of the images at hand, as in training: predict the query images of a task "
             "together, not one by one.",
@@ -167,7 +181,7 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
             "```",
             "",
         ]
-        if config.model.norm == "batch":
+        if batch_statistics:
             lines += [
                 "Plain timm uses running statistics, which meta-training does not keep: adapt or re-estimate them.",
                 "",
@@ -198,6 +212,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no exported model is there.
     """
+    if not folder.exists():
+        raise CheckpointError(f"there is no {folder}", "give a run folder, or one that cml-dist export wrote")
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
