@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
         self._lock: Any = None
+        self._made: list[Path] = []  # folders that claim() made, innermost first
 
     @property
     def exists(self) -> bool:
@@ -112,14 +114,18 @@ class RunFolder:
             CheckpointError: the folder cannot be written, holds something else, or another trainer is at work in it.
         """
         try:
+            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.exists and any(p.name != "lock" for p in self.path.iterdir()):
                 raise CheckpointError(f"run.dir {self.path} is not empty and holds no run", "choose another run.dir")
             # "a" and not "w": the name of the holder must survive a refused second trainer.
             self._lock = open(self.path / "lock", "a+")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / "lock")):
+                raise BlockingIOError  # a run that never began removed this file, and another has made a new one
         except BlockingIOError as error:
-            self.release()
+            self._lock.close()
+            self._lock = None  # release() must not take the other's away
             raise CheckpointError(
                 f"another process trains in run.dir {self.path}", "wait for it, stop it, or choose another run.dir"
             ) from error
@@ -133,10 +139,16 @@ class RunFolder:
         write_text(self.config_file, dump_config(config))
 
     def release(self) -> None:
-        """Let other trainers in."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Let other trainers in; of a run that never began nothing is left."""
+        if self._lock is None:
+            return
+        if not self.exists:
+            with suppress(OSError):  # where something else lies in the folder, it stays
+                (self.path / "lock").unlink()
+                for folder in self._made:
+                    folder.rmdir()
+        self._lock.close()
+        self._lock = None
 
 
 def differences(then: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -104,8 +104,16 @@ def test_images_too_small_for_the_network(attempt, tmp_path, packed):
     refused(attempt(f"domain.root={small}"), "8x8", "conv4")
 
 
-def test_unknown_backbone_and_its_nearest_names(attempt):
-    refused(attempt("model.backbone=resnet81"), "resnet81", "resnet")
+def test_unknown_backbone_and_its_nearest_names(attempt, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    refused(attempt("model.backbone=resnet81", f"run.dir={tmp_path}/runs/new/a"), "resnet81", "resnet")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "config.yaml"])  # nothing of a run
+
+
+def test_a_folder_that_was_there_stays(attempt, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(attempt("model.backbone=resnet81", f"run.dir={tmp_path}/empty"), "resnet81")
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_vectors_do_not_fit_an_image_network(attempt):

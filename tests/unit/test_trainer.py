@@ -252,15 +252,20 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_two_trainers_in_one_folder_are_refused(tmp_path):
+@pytest.mark.parametrize("begun", [True, False])
+def test_two_trainers_in_one_folder_are_refused(tmp_path, begun):
     import fcntl
 
     folder = tmp_path / "run"
-    go(folder, "train.steps=1", "eval.final=false")
-    with open(folder / "lock") as lock:
+    if begun:
+        go(folder, "train.steps=1", "eval.final=false")
+    else:
+        folder.mkdir()
+    with open(folder / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(CheckpointError, match="another process trains"):
             go(folder, "train.steps=1", "eval.final=false")
+    assert (folder / "lock").exists()  # the other's
 
 
 def test_a_checkpoint_of_another_network_is_refused(undisturbed, tmp_path):
