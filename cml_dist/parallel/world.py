@@ -117,6 +117,7 @@ def join_world(config: RunConfig) -> World:
         WorldError: fewer or more processes than ``parallel.processes`` or the launcher's WORLD_SIZE; or a launcher
             that set up something else than plain data parallelism.
     """
+    _refuse_launch_of_one()
     use_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
     if config.run.device == "cuda" and use_cpu:
         raise WorldError("run.device is cuda, but torch sees no GPU", "set run.device=auto, or mend the driver")
@@ -254,6 +255,17 @@ def _import_deepspeed() -> None:
     warnings.filterwarnings("ignore", message=calls, category=FutureWarning)
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.utils.logger.setLevel(logging.ERROR)
+
+
+def _refuse_launch_of_one() -> None:
+    """``accelerate launch --cpu --num_processes 2`` starts one process alone; this is all it tells of the other."""
+    launched = "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    if launched and not any(name in os.environ for name in sizes):
+        raise WorldError(
+            "several processes were asked for, but accelerate launch started one (it takes --cpu for one process)",
+            "launch with accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes N -m cml_dist ...",
+        )
 
 
 def set_arithmetic(config: RunConfig, world: World) -> int:
