@@ -48,7 +48,7 @@ def test_the_dictionary_says_what_the_run_does(stage):
     assert made["zero_optimization"]["stage"] == stage
     assert (made["train_batch_size"], made["gradient_accumulation_steps"], made["gradient_clipping"]) == (2, 1, 2.0)
     assert not made["fp16"]["enabled"] and not made["bf16"]["enabled"]
-    assert made["zero_force_ds_cpu_optimizer"] is False, "Accelerate would put DeepSpeed's Adam in any optimizer's place"
+    assert made["zero_force_ds_cpu_optimizer"] is False, "Accelerate would put DeepSpeed's Adam in its place"
     assert "optimizer" not in made and "scheduler" not in made
     assert "offload_optimizer" not in made["zero_optimization"]
     json.dumps(made)
