@@ -36,7 +36,7 @@ LAUNCH_FILES = {
     Strategy("zero2"): "zero2",
     Strategy("zero3"): "zero3",
     Strategy("zero2", "optimizer"): "zero2-offload",
-    Strategy("zero3", "optimizer"): "zero3-offload",
+    Strategy("zero3", "optimizer"): "zero3-offload",  # and an option, see _command
     Strategy("zero3", "all"): "zero3-offload",
 }
 """What may be recommended. ZeRO-0 is DDP's arithmetic in DeepSpeed's hands: a check, not a means."""
@@ -66,7 +66,7 @@ class Forecast:
         means: how the meta-gradient would be computed under each: the fastest way that fits, else the leanest.
         recommended: number of the row to use, None where nothing fits.
         command: that starts it.
-        smallest_gib: the GPU memory with which the leanest strategy would fit.
+        smallest_gib: the GPU memory (or budget) with which the leanest strategy would fit, where nothing fits.
     """
 
     gpus: int
@@ -81,7 +81,7 @@ class Forecast:
     means: tuple[Means, ...]
     recommended: int | None
     command: str | None
-    smallest_gib: float
+    smallest_gib: float | None
 
     def fits(self, row: RankBudget) -> bool:
         return row.total <= self.usable_gib * 2**30
@@ -118,7 +118,7 @@ def forecast(
     inputs = _inputs(config, image_size, channels)
     net = _network(config, inputs)
     # Strategies are what is compared here; the plan is asked for the rest.
-    parallel = config.parallel.model_copy(update={"strategy": "auto"})
+    parallel = config.parallel.model_copy(update={"strategy": "auto", "offload": "auto"})
     plan = make_plan(config.model_copy(update={"parallel": parallel}), gpus)
     planner = MemoryPlanner(config, plan, net, method_of(config.method, net), inputs.task, on_gpu=True)
     usable = config.memory.budget_gib or USABLE * gpu_memory_gib
@@ -127,10 +127,13 @@ def forecast(
     means = tuple(planner.choose(s, gpus, int(usable * 2**30))[0] or leanest for s in strategies)
     rows = tuple(planner.need(s, m, gpus) for s, m in zip(strategies, means, strict=True))
     # Fewest bytes first, then what computes as a whole; the order of STRATEGIES decides between equals.
-    fitting = [n for n, row in enumerate(rows) if row.total <= usable * 2**30 and _can_launch(strategies[n])]
+    fitting = [n for n, row in enumerate(rows) if row.total <= usable * 2**30 and _can_launch(strategies[n], config)]
     order = planner.candidates().index
     recommended = min(fitting, key=lambda n: (rows[n].sent, order(means[n]), n), default=None)
-    smallest = min(planner.need(s, leanest, gpus).total for s in strategies) / 2**30
+    smallest = None
+    if recommended is None:
+        smallest = min(planner.need(s, leanest, gpus).total for s in strategies) / 2**30
+        smallest /= 1 if config.memory.budget_gib else USABLE
     return Forecast(
         gpus=gpus,
         gpu_memory_gib=gpu_memory_gib,
@@ -144,7 +147,7 @@ def forecast(
         means=means,
         recommended=recommended,
         command=None if recommended is None else _command(strategies[recommended], gpus, words),
-        smallest_gib=smallest if config.memory.budget_gib else smallest / USABLE,
+        smallest_gib=smallest,
     )
 
 
@@ -226,7 +229,9 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
 # --------------------------------------------------------------------------- the command
 
 
-def _can_launch(strategy: Strategy) -> bool:
+def _can_launch(strategy: Strategy, config: RunConfig) -> bool:
+    if strategy.stage is not None and config.run.dtype != "float32":
+        return False  # DeepSpeed reduces and updates in float32
     return strategy.name == "single" or strategy in LAUNCH_FILES
 
 
@@ -241,4 +246,6 @@ def _command(strategy: Strategy, gpus: int, words: Sequence[str]) -> str:
     if strategy.name == "single":
         return f"cml-dist train {rest}"
     file = f"launch/accelerate/{LAUNCH_FILES[strategy]}.yaml"
+    if strategy == Strategy("zero3", "optimizer"):
+        file += " --offload_param_device none"
     return f"accelerate launch --config_file {file} --num_processes {gpus} -m cml_dist train {rest}"

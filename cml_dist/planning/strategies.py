@@ -21,10 +21,6 @@ from cml_dist.planning.footprint import Footprint
 REDUCE_BUCKET_ELEMENTS = BUCKET_ELEMENTS
 """``reduce_bucket_size`` of the DeepSpeed configuration (its default), in elements, whatever the model's size."""
 
-MULTI_RANK_ALL_REDUCE = False
-"""``use_multi_rank_bucket_allreduce`` of the DeepSpeed configuration: whether ZeRO-1 and 2 all-reduce gradients instead
-of reducing each part to its owner, which would double what a rank sends for them."""
-
 ZERO0_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's fixed bucket where nothing is partitioned (``MEMORY_OPT_ALLREDUCE_SIZE``)."""
 
@@ -56,7 +52,7 @@ STRATEGIES = (
     Strategy("zero3", "optimizer"),
     Strategy("zero3", "all"),
 )
-"""From fast to slow where the bytes sent are equal: what leaves the GPU comes last."""
+"""From fast to slow: all send the same number of bytes, but in more and more pieces; what leaves the GPU comes last."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ def rank_budget(strategy: Strategy, model: ModelSize, step: Footprint, world: in
     moments = list(_moments(strategy, model, step, world))
     largest = max(moments, key=lambda moment: sum(moment[1].values()))
     parts = {"adapted": 0, "activations": 0, **largest[1]}
-    host, sent = _host(strategy, model, world), _sent(strategy, model, world)
+    host, sent = _host(strategy, model, world), _sent(model, world)
     return RankBudget(strategy.name, strategy.offload, largest[0], **parts, host=host, sent=sent)
 
 
@@ -185,8 +181,12 @@ def _host(strategy: Strategy, model: ModelSize, world: int) -> int:
     return host + (part if strategy.offload == "all" else 0)
 
 
-def _sent(strategy: Strategy, model: ModelSize, world: int) -> int:
-    """A ring moves (N - 1) / N of the bytes for a reduce-scatter or an all-gather, and twice that for an all-reduce."""
-    passes = {None: 2, 0: 2, 1: 1 + 1 + MULTI_RANK_ALL_REDUCE, 2: 1 + 1 + MULTI_RANK_ALL_REDUCE, 3: 2 + 1}
-    # ZeRO-3 gathers before the forward and before the backward pass, and scatters the gradient.
-    return passes[strategy.stage] * model.parameters * (world - 1) // world
+def _sent(model: ModelSize, world: int) -> int:
+    """Two passes of a ring, (N - 1) / N of the parameters' bytes each, under every strategy.
+
+    An all-reduce is a reduce-scatter and an all-gather (DDP, ZeRO-0). ZeRO-1 and 2 reduce each part of the gradient to
+    its owner and gather the new parameters; ZeRO-3 scatters the gradient and gathers parameters once, before the
+    forward (counted in tests/dist/test_parity.py; it rests on ``use_multi_rank_bucket_allreduce`` and
+    ``stage3_max_live_parameters`` of the DeepSpeed configuration).
+    """
+    return 2 * model.parameters * (world - 1) // world

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shlex
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from image_sets import write_set
 
 from cml_dist.cli import main
+from cml_dist.config.load import load_config
+from cml_dist.config.plan import make_plan
+from cml_dist.parallel.deepspeed_config import deepspeed_config
 from cml_dist.planning import strategies
 from cml_dist.planning.footprint import Footprint
-from cml_dist.planning.strategies import STRATEGIES, ModelSize, Strategy, rank_budget
+from cml_dist.planning.strategies import REDUCE_BUCKET_ELEMENTS, STRATEGIES, ModelSize, Strategy, rank_budget
 
+ROOT = Path(__file__).resolve().parents[2]
 P, WORLD, BUCKET = 8_000, 4, 1_200
 PART = P // WORLD
 ADAM = ModelSize(parameters=P, largest=500, constants=70, moments_per_parameter=2, element=4)
@@ -65,12 +72,23 @@ def test_memory_where_the_reduction_is_the_largest_moment():
     assert (zero2.moment, zero2.total - 70) == ("reduction", P + 3 * P // 2 + P + BUCKET + P // 2)
 
 
-@pytest.mark.parametrize(
-    ("name", "passes"), [("single", 0), ("ddp", 2), ("zero0", 2), ("zero1", 2), ("zero2", 2), ("zero3", 3)]
-)
-def test_bytes_that_a_rank_sends(name, passes):
-    world = 1 if name == "single" else WORLD
-    assert budget(name, world=world).sent == passes * P * (world - 1) // world
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_bytes_that_a_rank_sends(strategy):
+    assert budget(strategy.name, strategy.offload, world=1).sent == 0
+    assert budget(strategy.name, strategy.offload).sent == 2 * P * 3 // 4
+
+
+def test_deepspeed_is_configured_as_the_arithmetic_says():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = load_config("omniglot", [])
+    for stage in (1, 2, 3):
+        plan = replace(make_plan(config, 1), strategy=f"zero{stage}", processes=2)
+        zero = deepspeed_config(config, plan)["zero_optimization"]
+        made = DeepSpeedZeroConfig(**zero)
+        assert made.reduce_bucket_size == REDUCE_BUCKET_ELEMENTS and not made.overlap_comm
+        assert made.contiguous_gradients and made.reduce_scatter
+        assert stage == 3 or not made.use_multi_rank_bucket_allreduce
 
 
 def test_without_momentum_sgd_has_no_moments():
@@ -130,6 +148,38 @@ def test_recommends_the_fewest_bytes_sent_among_what_fits(plan):
     assert found["rows"][found["recommended"]]["strategy"] in ("zero1", "zero2")
     assert "parallel.strategy=zero" in found["command"]
     assert all(row["fits"] == (row["total"] <= between * 2**30 + 1e3) for row in found["rows"])
+
+
+def test_in_double_precision_deepspeed_is_not_recommended(plan):
+    words = ["cifar_fs", "--gpus", "8", "--gpu-memory-gib", "80", "model.filters=512", "engine.name=graph"]
+    totals = {row["strategy"]: row["total"] for row in forecast(plan, *words, "run.dtype=float64")["rows"][:4]}
+    between = (totals["zero2"] + totals["ddp"]) / 2 / 2**30
+    assert forecast(plan, *words, "run.dtype=float64", f"memory.budget_gib={between:.6f}")["recommended"] is None
+
+
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s.name != "single"], ids=str)
+def test_every_command_starts_what_it_says(strategy, monkeypatch):
+    """The options and the Accelerate file together set up the stage and the offload that the run is told."""
+    import yaml
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    from cml_dist.planning.forecast import LAUNCH_FILES, _command
+
+    if strategy not in LAUNCH_FILES:
+        pytest.skip("never recommended")
+    words = shlex.split(_command(strategy, 2, ["omniglot", "train.steps=7"]))
+    file = ROOT / words[words.index("--config_file") + 1]
+    words[words.index("--config_file") + 1] = str(file)
+    assert yaml.safe_load(file.read_text())["distributed_type"] in ("MULTI_GPU", "DEEPSPEED")
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words[2:]))
+    told = dict(word.split("=") for word in args.training_script_args if word.startswith("parallel."))
+    if strategy.stage is None:
+        assert told == {"parallel.strategy": "ddp"} and not args.use_deepspeed
+        return
+    assert args.use_deepspeed and f"zero{args.zero_stage}" == told["parallel.strategy"]
+    devices = args.offload_optimizer_device, args.offload_param_device
+    says = {("none", "none"): "none", ("cpu", "none"): "optimizer", ("cpu", "cpu"): "all"}[devices]
+    assert says == told.get("parallel.offload", "none") == strategy.offload
 
 
 def test_where_nothing_fits_the_smallest_memory_that_would_is_said(plan):
