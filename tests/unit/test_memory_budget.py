@@ -151,3 +151,19 @@ def test_any_means_gives_the_same_gradient(steps):
     reference = found[Means("graph" if steps == 1 else "adjoint", None, "device")]
     for means, grad in found.items():
         assert (grad - reference).norm() / reference.norm() < 1e-12, str(means)
+
+
+@pytest.mark.parametrize("engine", ["graph", "adjoint"])
+def test_memory_is_flat_in_episodes(engine):
+    """The second episode meets the sums that the first left behind, and no later one meets more."""
+    config = settings()
+    net, task, method = made(config)
+    peaks = []
+    for count in (2, 5):
+        model = MetaModel(net, task.loss, task.score, method, engine)
+        with LiveBytes() as live:
+            live.standing([*model.parameters(), *model.buffers()])
+            made_episodes = (replace(task.episode, index=index) for index in range(count))
+            model(made_episodes, 1.0)[0].backward()
+        peaks.append(live.peak)
+    assert peaks[1] == peaks[0]
