@@ -12,6 +12,7 @@ import torch
 from launching import run
 from parity_worker import ENGINES, EPISODES, FURTHER, NETS, PER_RANK, RESUMED_BY, ZERO
 
+pytestmark = pytest.mark.timeout(1800)  # whichever test comes first waits for the workers
 WORKER = str(Path(__file__).with_name("parity_worker.py"))
 WORLDS = (2, 1, 4)
 """2 first: it saves the state that the others load."""
@@ -26,7 +27,7 @@ def results(tmp_path_factory):
     found = {}
     for world in WORLDS:
         path = folder / f"world-{world}.pt"
-        code, out = run(world, WORKER, str(path), timeout_s=420, TORCH_EXTENSIONS_DIR=str(compiled))
+        code, out = run(world, WORKER, str(path), timeout_s=600, TORCH_EXTENSIONS_DIR=str(compiled))
         assert code == 0, out
         assert "[INFO]" not in out and "[WARNING]" not in out, "DeepSpeed speaks on the terminal"
         found[world] = torch.load(path)
@@ -40,7 +41,6 @@ def largest_difference(a, b):
     return max((a[name].double() - b[name].double()).abs().max().item() for name in b)
 
 
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("episodes", EPISODES)
