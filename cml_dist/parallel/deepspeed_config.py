@@ -75,6 +75,7 @@ def deepspeed_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
         # torch's own optimizer steps on the partitions, also on those that lie on the CPU: the one that was asked for.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
         "zero_optimization": zero,

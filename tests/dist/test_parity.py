@@ -12,6 +12,7 @@ import torch
 from launching import run
 from parity_worker import ENGINES, EPISODES, FURTHER, NETS, PER_RANK, RESUMED_BY, ZERO
 
+pytestmark = pytest.mark.timeout(1800)  # whichever test comes first waits for the workers
 WORKER = str(Path(__file__).with_name("parity_worker.py"))
 WORLDS = (2, 1, 4)
 """2 first: it saves the state that the others load."""
@@ -26,7 +27,7 @@ def results(tmp_path_factory):
     found = {}
     for world in WORLDS:
         path = folder / f"world-{world}.pt"
-        code, out = run(world, WORKER, str(path), timeout_s=420, TORCH_EXTENSIONS_DIR=str(compiled))
+        code, out = run(world, WORKER, str(path), timeout_s=600, TORCH_EXTENSIONS_DIR=str(compiled))
         assert code == 0, out
         assert "[INFO]" not in out and "[WARNING]" not in out, "DeepSpeed speaks on the terminal"
         found[world] = torch.load(path)
@@ -40,7 +41,6 @@ def largest_difference(a, b):
     return max((a[name].double() - b[name].double()).abs().max().item() for name in b)
 
 
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("episodes", EPISODES)
@@ -48,7 +48,7 @@ def test_any_world_and_engine_ends_at_the_same_parameters(results, net, engine, 
     reference = results[1]["params"][f"single/float64/{net}/graph/{episodes}-{episodes}/sgd"]
     for world, strategy in ((1, "single"), (2, "ddp"), (4, "ddp")):
         there = results[world]["params"][f"{strategy}/float64/{net}/{engine}/{episodes}-{episodes}/sgd"]
-        assert largest_difference(there, reference) < 1e-10, world
+        assert largest_difference(without_norms(there), without_norms(reference)) < 1e-10, world
 
 
 @pytest.mark.parametrize(("world", "strategy"), MATRIX)
@@ -59,7 +59,7 @@ def test_zero_ends_at_the_parameters_of_one_process(results, world, strategy, en
     for net in NETS if world == 2 else ("vit",):
         reference = results[1]["params"][f"single/float32/{net}/{engine}/{episodes}/sgd"]
         there = results[world]["params"][f"{strategy}/float32/{net}/{engine}/{episodes}/sgd"]
-        assert (there["norms"] / reference["norms"] - 1).abs().max() < 1e-5, net
+        assert (there["norms"] / reference["norms"] - 1)[0].abs() < 1e-5, net  # later ones see other decisions of ReLUs
         assert largest_difference(without_norms(there), without_norms(reference)) < 1e-6, net
 
 
@@ -77,7 +77,9 @@ def test_the_matrix_can_tell_runs_apart(results):
     params = results[2]["params"]
     for net in NETS:
         one, two = (params[f"ddp/float64/{net}/adjoint/{n}-{n}/sgd"] for n in (1, 4))
-        assert largest_difference(one, two) > 1e-4
+        assert largest_difference(without_norms(one), without_norms(two)) > 1e-4
+        one, two = (results[1]["params"][f"single/float32/{net}/graph/{n}/sgd"] for n in ("4-5", "2-4-6-5"))
+        assert largest_difference(without_norms(one), without_norms(two)) > 2e-5
     sgd, adamw = (params[f"zero2/float32/conv4/graph/{name}"] for name in ("2-4-6-5/sgd", "5-5/adamw"))
     assert largest_difference(without_norms(sgd), without_norms(adamw)) > 1e-3
 
