@@ -22,6 +22,11 @@ DESCRIPTION = "Distributed meta-training with Cooperative Meta-Learning (CML): e
 CONFIG_HELP = "a YAML file, or the short name of a shipped recipe (glyphs, omniglot, cifar_fs, mini_imagenet, sinusoid)"
 STOPPED = 130
 """Exit code of a run that was asked to stop and saved: the shell's own for Ctrl-C."""
+INTERRUPTED = {
+    "eval": "Interrupted; nothing was left half",
+    "pack": "Interrupted; nothing was left half",
+    "export": "Interrupted; run the same command again before the exported model is used",
+}
 OVERRIDE_HELP = "settings that replace the file's, e.g. train.steps=2000 run.dir=runs/a (all: cml-dist config --keys)"
 
 
@@ -93,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDE_HELP)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDE_HELP)
 
 
 def _checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Console().error(error.what if rank == 0 else f"rank {rank}: {error.what}", error.remedy)
         return leave(error.exit_code)
     except KeyboardInterrupt:
-        console.warn("Interrupted; the last checkpoint is whole, and the same command resumes from it")
+        console.warn(INTERRUPTED.get(getattr(args, "data_command", args.command), "Interrupted"))
         return leave(STOPPED)
     except OSError as error:
         Console().error(
@@ -163,10 +168,18 @@ def _train(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.config.load import load_config
 
     config = load_config(args.config, args.overrides)
-    from cml_dist.run.trainer import train
+    try:
+        from cml_dist.run.trainer import train
 
-    # Stopped and saved is not finished: a script that goes on with `&&` must be able to tell.
-    return 0 if train(config, console).finished else STOPPED
+        # Stopped and saved is not finished: a script that goes on with `&&` must be able to tell.
+        return 0 if train(config, console).finished else STOPPED
+    except KeyboardInterrupt:
+        from cml_dist.run.folder import RunFolder
+
+        if not RunFolder(config.run.dir).has_checkpoint:
+            raise
+        console.warn("Interrupted; the last checkpoint is whole, and the same command resumes from it")
+        return STOPPED
 
 
 def _config(args: argparse.Namespace, console: Console) -> None:
@@ -175,7 +188,11 @@ def _config(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
 
     if args.keys:
-        console.table("Settings", ("key", "meaning"), list(valid_keys().items()))
+        if console.interactive:
+            console.table("Settings", ("key", "meaning"), list(valid_keys().items()))
+        else:  # for grep
+            for key, meaning in valid_keys().items():
+                console.note(f"{key}  {meaning}")
         return
     if args.config is None:
         raise CmlError("no configuration was named", "cml-dist config CONFIG, or cml-dist config --keys")

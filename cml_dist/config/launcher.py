@@ -13,6 +13,8 @@ from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
 
 NOT_SAID = ("", "auto", "none")
+IN_A_DEEPSPEED_FILE = ("zero_stage", "offload_optimizer_device", "offload_param_device", "gradient_clipping")
+"""What an Accelerate file cannot say where it names a DeepSpeed file."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,15 @@ def deepspeed_request(config: RunConfig, environment: Mapping[str, str] | None =
             f"parallel.deepspeed is {own}, but the launcher hands over {given}",
             "name one of the two: drop parallel.deepspeed, or deepspeed_config_file from the Accelerate file",
         )
+    source = "the launcher's Accelerate file"
+    if launched:
+        _check_accelerate(source, config, environment)
+    if given not in NOT_SAID:
+        beside = set(environment.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")) & set(IN_A_DEEPSPEED_FILE)
+        if beside:
+            raise ConfigError(
+                f"{source} names {given} and sets {sorted(beside)[0]} beside it", "say it in the DeepSpeed file alone"
+            )
     file = own if own is not None else given if given not in NOT_SAID else None
     if file is not None:
         settings = read_deepspeed_file(file)
@@ -61,8 +72,6 @@ def deepspeed_request(config: RunConfig, environment: Mapping[str, str] | None =
         )
     if not launched:
         return None
-    source = "the launcher's Accelerate file"
-    _check_accelerate(source, config, environment)
     stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
     optimizer = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none").lower()
     params = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none").lower()

@@ -61,7 +61,7 @@ def merge(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
                     f"set it whole: {'.'.join(sections[: depth + 1])}=...",
                 )
         if isinstance(target.get(last), dict) and not isinstance(value, dict):
-            raise ConfigError(f"override {override!r}: {key} is a section", f"set one of its keys, e.g. {key}.name=...")
+            raise ConfigError(f"override {override!r}: {key} is a section", f"set one of its keys, {_example(key)}")
         target[last] = value
     return merged
 
@@ -125,7 +125,7 @@ def _fault(error: Mapping[str, Any]) -> tuple[str, str]:
             f" (nearest: {near[0]})" if near else ""
         )
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{key} is {value!r}, but it is a section", f"set its keys, e.g. {key}.name=..."
+        return f"{key} is {value!r}, but it is a section", f"set its keys, {_example(key)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{key}: {message}" if key else message, ""
@@ -133,6 +133,11 @@ def _fault(error: Mapping[str, Any]) -> tuple[str, str]:
     remedy = message[:1].lower() + message[1:]
     remedy = remedy.replace("input should", f"{key} should", 1)
     return f"{key} is {value!r}", remedy + (f" (nearest: {near[0]})" if near else "")
+
+
+def _example(section: str) -> str:
+    """A key of a section, for a remedy."""
+    return f"e.g. {next(key for key in valid_keys() if key.startswith(f'{section}.'))}=..."
 
 
 def _literals(error: Mapping[str, Any]) -> list[str]:
@@ -149,12 +154,11 @@ _DOMAINS: dict[str, type[BaseModel]] = {
 
 def valid_keys(domain: str | None = None) -> dict[str, str]:
     """Every setting as ``section.key`` -> its description, with those of one domain (default: of all)."""
-    keys: dict[str, str] = {}
+    keys = {"domain.name": " | ".join(_DOMAINS) + "; required"}
     for name, model in _DOMAINS.items():
         if domain in (None, name):
             for key, meaning in _keys(model, "domain.").items():
                 keys.setdefault(key, meaning)  # shots of images and of curves: the first says it
-            keys["domain.name"] = " | ".join(_DOMAINS) + "; required"
     for name, info in RunConfig.model_fields.items():
         if name != "domain":
             keys.update(_keys(info.annotation, f"{name}."))
@@ -176,5 +180,8 @@ def _keys(model: Any, prefix: str) -> dict[str, str]:
         else:
             default = "required" if info.is_required() else f"default {_as_yaml(info.default)}"
             choices = " | ".join(str(choice) for choice in get_args(info.annotation) if isinstance(choice, str))
-            keys[f"{prefix}{name}"] = "; ".join(filter(None, (choices, info.description, default)))
+            description = info.description or ""
+            if info.default is None and "null: " in description:  # already there, with what it means
+                description, default = description.replace("null: ", "default null: "), ""
+            keys[f"{prefix}{name}"] = "; ".join(filter(None, (choices, description, default)))
     return keys

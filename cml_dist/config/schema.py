@@ -57,7 +57,7 @@ class ImageSettings(Section):
     memory_gib: float = Field(
         4.0,
         ge=0,
-        description="keep a decoded split in memory (uint8, each process) up to this size, GiB; else decode in workers",
+        description="keep a decoded split in memory (uint8, in each process) up to this size, GiB, and half of the free memory for all; else decode in workers",
     )
     workers: int | None = Field(
         None,

@@ -11,17 +11,20 @@ from cml_dist.errors import ConfigError
 if TYPE_CHECKING:
     from cml_dist.domains.shard_format import Progress
 
-Builder = Callable[[Any, int, int, "Progress | None"], Domain]
-"""``builder(config, train_seed, eval_seed, progress)``"""
+Builder = Callable[[Any, int, int, int, "Progress | None"], Domain]
+"""``builder(config, train_seed, eval_seed, processes, progress)``"""
 
 
-def build_domain(config: Any, *, train_seed: int, eval_seed: int, progress: Progress | None = None) -> Domain:
+def build_domain(
+    config: Any, *, train_seed: int, eval_seed: int, processes: int = 1, progress: Progress | None = None
+) -> Domain:
     """The domain that the configuration names.
 
     Args:
         config: the ``domain`` section, one of ``config.schema.DomainConfig``.
         train_seed: chooses the training episodes.
         eval_seed: chooses the val and test episodes.
+        processes: how many on this machine hold the same data: they share its memory.
         progress: called as ``progress(done, total, what)`` while data are made, fetched or decoded.
 
     Raises:
@@ -33,27 +36,29 @@ def build_domain(config: Any, *, train_seed: int, eval_seed: int, progress: Prog
     builder = DOMAINS.get(config.name)
     if builder is None:
         raise ConfigError(f"domain.name is {config.name!r}", f"use one of {', '.join(DOMAINS)}")
-    return builder(config, train_seed, eval_seed, progress)
+    return builder(config, train_seed, eval_seed, processes, progress)
 
 
 # Each builder imports its module when it is called, so that a run loads no more than its own domain.
 
 
-def _build_glyphs(config: Any, train_seed: int, eval_seed: int, progress: Progress | None) -> Domain:
+def _build_glyphs(config: Any, train_seed: int, eval_seed: int, processes: int, progress: Progress | None) -> Domain:
     from cml_dist.domains.glyphs import ensure_glyphs
     from cml_dist.domains.images import ImageDomain
 
     root = str(ensure_glyphs(config.root, progress))
-    return ImageDomain.build(config, train_seed=train_seed, eval_seed=eval_seed, root=root, progress=progress)
+    seeds = {"train_seed": train_seed, "eval_seed": eval_seed}
+    return ImageDomain.build(config, **seeds, root=root, processes=processes, progress=progress)
 
 
-def _build_images(config: Any, train_seed: int, eval_seed: int, progress: Progress | None) -> Domain:
+def _build_images(config: Any, train_seed: int, eval_seed: int, processes: int, progress: Progress | None) -> Domain:
     from cml_dist.domains.images import ImageDomain
 
-    return ImageDomain.build(config, train_seed=train_seed, eval_seed=eval_seed, root=config.root, progress=progress)
+    seeds = {"train_seed": train_seed, "eval_seed": eval_seed}
+    return ImageDomain.build(config, **seeds, root=config.root, processes=processes, progress=progress)
 
 
-def _build_sinusoid(config: Any, train_seed: int, eval_seed: int, progress: Progress | None) -> Domain:
+def _build_sinusoid(config: Any, train_seed: int, eval_seed: int, processes: int, progress: Progress | None) -> Domain:
     from cml_dist.domains.sinusoid import SinusoidDomain
 
     return SinusoidDomain.build(config, train_seed=train_seed, eval_seed=eval_seed)

@@ -18,6 +18,7 @@ from cml_dist.config.schema import ImageSettings
 from cml_dist.domains import augment
 from cml_dist.domains.base import SPLITS, Domain, episode_rng
 from cml_dist.domains.decoded import decode_split
+from cml_dist.domains.free_memory import available_bytes
 from cml_dist.domains.image_checks import check_splits, normalisation, num_classes
 from cml_dist.domains.sampling import draw, split_turns, turned_classes
 from cml_dist.domains.shard_format import Progress
@@ -32,9 +33,9 @@ class ImageDomain(Domain):
     """N-way K-shot episodes over the classes of a packed image set.
 
     Labels are ``0..ways-1`` in the order in which the classes were drawn; support and query are ordered class by class.
-    A split is decoded once and kept as uint8 where it fits ``settings.memory_gib``; else each episode decodes its own
-    images. Either way an episode is the same. The object can be pickled and forked; decoded splits are inherited by a
-    fork, and not pickled.
+    A split is decoded once and kept as uint8 where it fits ``settings.memory_gib`` and this process's part of half the
+    memory that is free now; else each episode decodes its own images. Either way an episode is the same. The object can
+    be pickled and forked; decoded splits are inherited by a fork, and not pickled.
 
     Args:
         shards: the packed set.
@@ -42,6 +43,7 @@ class ImageDomain(Domain):
         train_seed: chooses the episodes of ``train``.
         eval_seed: chooses the episodes of ``val`` and ``test``.
         splits: the splits that will be used; each is checked.
+        processes: how many on this machine keep the same data.
 
     Raises:
         DataError: if a split has too few classes or a class too few images (named).
@@ -59,6 +61,7 @@ class ImageDomain(Domain):
         train_seed: int,
         eval_seed: int,
         splits: Sequence[str] = SPLITS,
+        processes: int = 1,
     ) -> None:
         self.shards = shards
         self.settings = settings
@@ -73,6 +76,7 @@ class ImageDomain(Domain):
         self._starts = {split: np.cumsum(sizes) - sizes for split, sizes in self._sizes.items()}
         self._decoded: dict[str, np.ndarray] = {}
         self._may_load = True
+        self._kept = self._choose_kept(available_bytes() // 2 // processes)
 
     @classmethod
     def build(
@@ -83,6 +87,7 @@ class ImageDomain(Domain):
         eval_seed: int,
         root: str | None = None,
         splits: Sequence[str] = SPLITS,
+        processes: int = 1,
         progress: Progress | None = None,
     ) -> ImageDomain:
         """The domain over the set at ``root``.
@@ -93,6 +98,7 @@ class ImageDomain(Domain):
             eval_seed: chooses the episodes of ``val`` and ``test``.
             root: folder or URL of the set; None: ``config.root``.
             splits: the splits that will be used; each is checked.
+            processes: how many on this machine keep the same data.
             progress: called with bytes done and total while a remote set is downloaded.
 
         Raises:
@@ -102,7 +108,7 @@ class ImageDomain(Domain):
         if root is None:
             raise ConfigError("domain.root is not set", "give the folder or URL of a packed set")
         shards = ShardSet.open(root, cache=getattr(config, "cache", None), progress=progress)
-        return cls(shards, config, train_seed=train_seed, eval_seed=eval_seed, splits=splits)
+        return cls(shards, config, train_seed=train_seed, eval_seed=eval_seed, splits=splits, processes=processes)
 
     # ------------------------------------------------------------------ episodes
 
@@ -180,8 +186,17 @@ class ImageDomain(Domain):
         return 0 if self.fits_in_memory(split) else min(4, os.cpu_count() or 1)
 
     def fits_in_memory(self, split: str) -> bool:
-        """Whether the decoded split is at most ``settings.memory_gib`` large."""
-        return self._decoded_bytes(split) <= self.settings.memory_gib * _GIB
+        """Whether the decoded split is kept in memory."""
+        return self._kept[split]
+
+    def _choose_kept(self, room: int) -> dict[str, bool]:
+        """Which splits are kept: each of at most ``settings.memory_gib``, all of at most ``room`` bytes, in order."""
+        kept = {}
+        for split in self.splits:
+            size = self._decoded_bytes(split)
+            kept[split] = size <= min(self.settings.memory_gib * _GIB, room)
+            room -= size * kept[split]
+        return kept
 
     def _decoded_bytes(self, split: str) -> int:
         return self.shards.num_images(split) * int(np.prod(self.input_shape))

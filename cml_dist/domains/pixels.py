@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cml_dist.errors import DataError
 
@@ -27,7 +27,9 @@ def open_image(data: bytes, what: str) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         image.load()
     except Exception as error:  # Pillow raises many kinds for damaged files, SyntaxError and struct.error among them
-        raise DataError(f"{what} cannot be decoded ({error})", "replace or remove this image") from error
+        # Pillow's own words for the first name the buffer in memory, by its address.
+        reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{what} cannot be decoded ({reason})", "replace or remove this image") from error
     return image
 
 

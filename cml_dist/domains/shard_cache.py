@@ -123,6 +123,10 @@ def _stream(url: str) -> Iterator[bytes]:
         raise
     except FileNotFoundError as error:
         raise DataError(f"{url} does not exist", "check domain.root, or pack and upload the set again") from error
+    except ImportError as error:  # fsspec knows the protocol, and says which package does the work
+        package = re.search(r'[Ii]nstall (\w+)|"(\w+)" to be installed', str(error))
+        remedy = f"pip install {package[1] or package[2]}" if package else "install it"
+        raise DataError(f"{url} cannot be fetched: {error}", remedy) from error
     except Exception as error:  # each protocol has its own errors
         raise DataError(
             f"{url} cannot be fetched ({type(error).__name__}: {error})", "check the address, access and network"

@@ -9,10 +9,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.file_download import repo_folder_name
 from timm.layers import config as timm_config
 from timm.models import group_parameters, load_pretrained, load_state_dict
 from torch import Tensor, nn
@@ -22,6 +25,8 @@ from cml_dist.errors import ConfigError, ModelError
 from cml_dist.nets.guard import couples_examples, prepare_for_second_order
 from cml_dist.nets.network import CmlNet
 from cml_dist.types import BODY, Features, Params
+
+HUB_TIMEOUT_S = 10.0
 
 PREFIX = f"{BODY}.model."
 """Canonical names of the backbone's parameters are this, and then timm's own names."""
@@ -131,12 +136,15 @@ def _create_kwargs(name: str, input_shape: tuple[int, int, int]) -> dict[str, An
 
 def _create(name: str, pretrained: bool | str, **kwargs: Any) -> nn.Module:
     from_hub = pretrained is True
-    if from_hub and not getattr(timm.get_pretrained_cfg(name, allow_unregistered=True), "has_weights", None):
+    published = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if from_hub and not getattr(published, "has_weights", None):
         raise ConfigError(
             f"model.pretrained is true, but timm has no published weights for {name}",
             "set model.pretrained=false, or to the path of a local weight file",
         )
     try:
+        if from_hub and published.hf_hub_id:
+            _reach_hub(published.hf_hub_id.partition("@")[0])
         with _without_fused_attention():
             model = timm.create_model(name, pretrained=from_hub, **kwargs)
     except Exception as error:  # timm and its download clients raise of every kind
@@ -152,6 +160,17 @@ def _create(name: str, pretrained: bool | str, **kwargs: Any) -> nn.Module:
     if isinstance(pretrained, str):
         _load_file(model, name, pretrained, kwargs["in_chans"])
     return model
+
+
+def _reach_hub(repo: str) -> None:
+    """Ask the hub once, and fail soon: its client would try each file six times, and say so. What is cached needs none.
+
+    Raises:
+        Exception: of any kind, where the hub is not there or has no such weights.
+    """
+    cached = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "snapshots")
+    if not any(cached.glob("*/*")):
+        HfApi().model_info(repo, timeout=HUB_TIMEOUT_S)
 
 
 def _load_file(model: nn.Module, name: str, path: str, channels: int) -> None:

@@ -28,6 +28,10 @@ TUNING = {
 }  # fmt: skip
 """Settings of a user's file that are taken over, by section: none changes what is computed, but for rounding."""
 
+BUCKET_ELEMENTS = 50_000_000
+"""Elements that are reduced or gathered at a time. DeepSpeed allocates a whole bucket (0.2 GB), whatever the model has;
+its own default takes 2 GB. A larger parameter is reduced by itself."""
+
 
 def deepspeed_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
     """The dictionary that DeepSpeed gets for a run with a strategy of ``zero0`` to ``zero3``.
@@ -44,9 +48,13 @@ def deepspeed_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
             f"the strategy is {plan.strategy}, which does without DeepSpeed", "set parallel.strategy=zero2 (or 0, 1, 3)"
         )
     zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": False}
+    # Elements that are reduced at once, held in a buffer of that size from the start (DeepSpeed's default takes 2 GB).
+    zero["reduce_bucket_size"] = 50_000_000
     if stage in (1, 2):
         # Each part of the gradient goes to the one rank that owns it. DeepSpeed's default sends all of it to all.
         zero |= {"reduce_scatter": True, "use_multi_rank_bucket_allreduce": False}
+    if stage > 0:
+        zero |= {"reduce_bucket_size": BUCKET_ELEMENTS, "allgather_bucket_size": BUCKET_ELEMENTS}
     if stage == 3:
         zero["reduce_scatter"] = True
         zero["stage3_gather_16bit_weights_on_model_save"] = False  # checkpoints gather tensor by tensor instead

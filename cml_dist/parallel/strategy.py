@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cml_dist.meta.model import MetaModel
+from cml_dist.parallel.norm import global_norm
 from cml_dist.parallel.world import World
 from cml_dist.types import Episode, Layout, Params
 
@@ -60,16 +62,15 @@ class DataParallel:
         Returns:
             (global L2 norm before clipping, whether the step was taken).
         """
-        grads = [p.grad for p in self.model.values if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if not torch.isfinite(norm):
-            return norm.item(), False
+        norm = global_norm(p.grad for p in self.model.values if p.grad is not None)
+        if not math.isfinite(norm):
+            return norm, False
         if clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.values, clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.model.values, clip_norm, torch.tensor(norm, dtype=torch.float64))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        return norm.item(), True
+        return norm, True
 
     def params(self) -> Params:
         """All meta-parameters by canonical name, whole, on this device."""

@@ -117,6 +117,7 @@ def join_world(config: RunConfig) -> World:
         WorldError: fewer or more processes than ``parallel.processes`` or the launcher's WORLD_SIZE; or a launcher
             that set up something else than plain data parallelism.
     """
+    _refuse_launch_of_one()
     use_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
     if config.run.device == "cuda" and use_cpu:
         raise WorldError("run.device is cuda, but torch sees no GPU", "set run.device=auto, or mend the driver")
@@ -188,6 +189,7 @@ def _environment_for_deepspeed(use_cpu: bool) -> Iterator[None]:
     """
     ours = {
         "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_CONFIG_DS_FIELDS": None,  # of the Accelerate file, which our dictionary already answers
         "ACCELERATE_USE_CPU": None,  # would leave DeepSpeed out, silently
         "ACCELERATE_TORCH_DEVICE": "cpu" if use_cpu else None,  # cpu also on a machine that has GPUs
     }
@@ -248,8 +250,22 @@ def _import_deepspeed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own imports
         import deepspeed
+    # Newer torch has other names for two collectives that DeepSpeed calls.
+    calls = "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=calls, category=FutureWarning)
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.utils.logger.setLevel(logging.ERROR)
+
+
+def _refuse_launch_of_one() -> None:
+    """``accelerate launch --cpu --num_processes 2`` starts one process alone; this is all it tells of the other."""
+    launched = "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    if launched and not any(name in os.environ for name in sizes):
+        raise WorldError(
+            "several processes were asked for, but accelerate launch started one (it takes --cpu for one process)",
+            "launch with accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes N -m cml_dist ...",
+        )
 
 
 def set_arithmetic(config: RunConfig, world: World) -> int:

@@ -92,7 +92,7 @@ class Zero:
             group["lr"] = lr
         self._engine.step()
         taken = self._engine.was_step_applied()
-        norm = float(self._zero._global_grad_norm)
+        norm = float(self._engine.get_global_grad_norm())
         if taken != math.isfinite(norm):
             raise AssertionError(f"DeepSpeed's norm is {norm}, but the step was {'taken' if taken else 'skipped'}")
         return norm, taken

@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cml_dist.parallel.deepspeed_config import BUCKET_ELEMENTS
 from cml_dist.planning.footprint import Footprint
 
-REDUCE_BUCKET_ELEMENTS = 500_000_000
+REDUCE_BUCKET_ELEMENTS = BUCKET_ELEMENTS
 """``reduce_bucket_size`` of the DeepSpeed configuration (its default), in elements, whatever the model's size."""
 
 ZERO0_BUCKET_ELEMENTS = 500_000_000

@@ -87,7 +87,7 @@ def assemble(
 
     def find_data() -> Domain:
         seeds = {"train_seed": config.run.seed, "eval_seed": config.eval.seed}
-        return build_domain(config.domain, **seeds, progress=progress)
+        return build_domain(config.domain, **seeds, processes=world.local_size, progress=progress)
 
     def load() -> None:
         for split in splits:

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cml_dist import __version__
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, ModelError
 from cml_dist.meta.problem import part_of
+from cml_dist.nets.guard import has_batch_norm
 from cml_dist.run.assemble import Parts
 from cml_dist.run.checkpoint import check_fits, layout_of
 from cml_dist.run.folder import RunFolder, write_json
-from cml_dist.run.report import chosen_checkpoint
+from cml_dist.run.report import choose_checkpoint, overrides_of
+from cml_dist.run.safetensors_stream import StreamWriter
+from cml_dist.telemetry.console import Console
 from cml_dist.types import COLEARNER
 
 WEIGHTS, TIMM_WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "timm.safetensors", "model.json", "README.md"
@@ -26,7 +29,12 @@ FORMAT = 1
 
 
 def export_run(
-    config: RunConfig, parts: Parts, folder: RunFolder, which: str = "best", to: str | Path | None = None
+    config: RunConfig,
+    parts: Parts,
+    folder: RunFolder,
+    console: Console,
+    which: str = "best",
+    to: str | Path | None = None,
 ) -> Path:
     """Write the learner of a checkpoint to a folder; returns it.
 
@@ -36,7 +44,9 @@ def export_run(
     Raises:
         CheckpointError: there is no such checkpoint, or the folder cannot be written.
     """
-    checkpoint = chosen_checkpoint(folder, which)
+    choice = choose_checkpoint(folder, which)
+    choice.say(console)
+    checkpoint = choice.checkpoint
     check_fits(checkpoint, layout_of(parts.net))
     target = Path(to) if to is not None else folder.export
     params = checkpoint.params([n for n, _ in parts.net.named_parameters() if part_of(n) != COLEARNER])
@@ -44,8 +54,9 @@ def export_run(
     tensors = {**params, **{n: b for n, b in parts.net.named_buffers() if part_of(n) != COLEARNER}}
     for_timm = _as_timm_model(config, parts, params)
     tested = json.loads(folder.eval_file.read_text()) if folder.eval_file.is_file() else None
-    if tested is not None and tested["step"] != checkpoint.step:
-        tested = None  # figures of another step would be a lie
+    overrides = overrides_of(config, parts, folder, checkpoint)
+    if tested is not None and (tested["step"] != checkpoint.step or tested.get("overrides") or overrides):
+        tested = None  # figures of another step or task would be a lie
     # What does not adapt by the method, or is frozen, does not adapt in use either.
     adapts = sorted(parts.model.method.rates(list(params)))
     description = {
@@ -64,6 +75,7 @@ def export_run(
         "model": config.model.model_dump(mode="json"),
         "step": checkpoint.step,
         "trained_on": config.domain.model_dump(mode="json"),
+        "image_set": parts.domain.describe().get("name"),
         "eval": tested and {"meta": tested["meta"], "split": tested["split"], "score": tested["score"]},
     }
     try:
@@ -71,11 +83,12 @@ def export_run(
         _save_tensors(target / WEIGHTS, tensors)
         if for_timm is not None:
             _save_tensors(target / TIMM_WEIGHTS, for_timm[0])
-        (target / CARD).write_text(_card(config, description, params), encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+        card = _card(config, description, params, has_batch_norm(parts.net) and config.model.norm == "batch")
+        (target / CARD).write_text(card, encoding="utf-8")
+    except OSError as error:
         for file in target.glob(".*.writing"):
             file.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or error
+        reason = error.strerror or error
         raise CheckpointError(
             f"cannot export to {target}: {reason}", "free space or choose another folder with --to"
         ) from error
@@ -85,7 +98,11 @@ def export_run(
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.writing")
-    save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, temporary)
+    # Not by the library's save_file, which makes files that nobody but their owner may read, whatever the umask.
+    with StreamWriter(temporary, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, {}) as writer:
+        for name, tensor in tensors.items():
+            writer.put(name, tensor.cpu())
+        writer.finish({})
     os.replace(temporary, path)
 
 
@@ -107,19 +124,26 @@ def _as_timm_model(
     return state, {"num_classes": parts.domain.output_dim, **kwargs}
 
 
-def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tensor]) -> str:
-    """The model card."""
+def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tensor], batch_statistics: bool) -> str:
+    """The model card.
+
+    Args:
+        batch_statistics: whether the network has BatchNorms that use them.
+    """
     count = sum(p.numel() for p in params.values())
     tested = description["eval"]
-    rate = f"{tested['meta']['mean']:.4f} +- {tested['meta']['ci95']:.4f}" if tested else "not tested"
     domain = config.domain
+    name = description["image_set"] or domain.name
     task = f"{domain.ways}-way {domain.shots}-shot" if domain.name != "sinusoid" else f"{domain.shots}-point regression"
+    use = ("support_images, support_labels", "query_images")
+    if domain.name == "sinusoid":
+        use = ("support_inputs, support_targets", "query_inputs")
     lines = [
         "---",
         "library_name: cml_dist",
         "tags: [meta-learning, few-shot, maml]",
         "---",
-        f"# {config.model.backbone}, meta-trained with {config.method.name.upper()} on {domain.name}",
+        f"# {config.model.backbone}, meta-trained with {config.method.name.upper()} on {name}",
         "",
         f"A learner for {task} tasks: adapt it on a few labelled examples, then predict.",
         "",
@@ -129,8 +153,7 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
         f"| input | {' x '.join(map(str, description['input_shape']))}{_normalised(description['preprocessing'])} |",
         f"| adaptation | {description['inner_steps']} gradient step(s), step size body {description['body_lr']:g}, "
         f"head {description['head_lr']:g} |",
-        f"| {description['score']} ({tested['split'] if tested else 'test'} split, 95 % interval over episodes) "
-        f"| {rate} |",
+        f"| {description['score']}{_figure(tested)} |",
         f"| meta-training | {description['step']:,} meta-steps of {config.train.episodes_per_step} episodes, "
         f"seed {config.run.seed} |",
         "",
@@ -138,11 +161,11 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
         "import cml_dist",
         "",
         'learner = cml_dist.load("path/of/this/folder")',
-        "predicted = learner.adapt(support_images, support_labels).predict(query_images)",
+        f"predicted = learner.adapt({use[0]}).predict({use[1]})",
         "```",
         "",
     ]
-    if config.model.norm == "batch":
+    if batch_statistics:
         lines += [
             "BatchNorm uses the statistics of the images at hand, as in training: predict the query images of a task "
             "together, not one by one.",
@@ -158,12 +181,21 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
             "```",
             "",
         ]
-        if config.model.norm == "batch":
+        if batch_statistics:
             lines += [
                 "Plain timm uses running statistics, which meta-training does not keep: adapt or re-estimate them.",
                 "",
             ]
     return "\n".join(lines)
+
+
+def _figure(tested: dict[str, Any] | None) -> str:
+    """What was measured on how many episodes, and the figure; a diverged learner's is no number."""
+    if tested is None:
+        return " | not tested"
+    meta = tested["meta"]
+    mean, ci95 = ("not finite" if meta[key] is None else f"{meta[key]:.4f}" for key in ("mean", "ci95"))
+    return f" ({meta['episodes']:,} episodes of the {tested['split']} split, 95 % interval) | {mean} +- {ci95}"
 
 
 def _normalised(preprocessing: dict[str, Any]) -> str:
@@ -180,6 +212,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no exported model is there.
     """
+    if not folder.exists():
+        raise CheckpointError(f"there is no {folder}", "give a run folder, or one that cml-dist export wrote")
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

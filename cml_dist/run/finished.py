@@ -31,7 +31,7 @@ def run_config(run_dir: str | Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def evaluate_run(run_dir: str, overrides: Sequence[str], which: str, console: Console) -> dict:
-    """Test a run's checkpoint and write ``eval.json``. Collective: all ranks."""
+    """Test a run's checkpoint and write its figures (:func:`score_run`). Collective: all ranks."""
     config = run_config(run_dir, overrides)
     world = join_world(config)
     set_arithmetic(config, world)
@@ -51,7 +51,7 @@ def export_again(run_dir: str, overrides: Sequence[str], which: str, to: str | N
 
     def write() -> None:
         if world.is_main:
-            made = export_run(config, parts, RunFolder(run_dir), which, to)
+            made = export_run(config, parts, RunFolder(run_dir), console, which, to)
             console.note(f"Exported model: {made}")
 
     world.together(write)

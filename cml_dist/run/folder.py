@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from cml_dist.config.load import dump_config, flatten, parse_config, read_yaml
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, CmlError
 
-FREE_KEYS = (
+NEUTRAL_KEYS = (
     "run.dir",
     "run.device",
     "run.log_every",
@@ -25,12 +28,12 @@ FREE_KEYS = (
     "domain.memory_gib",
     "domain.workers",
     "train.max_nonfinite",
-    "eval.episodes",
-    "eval.split",
-    "eval.untrained",
     "eval.final",
 )
-"""Settings that a resumed run may change: none of them changes which values are computed, but for rounding."""
+"""Settings that change no value that is computed, but for rounding."""
+
+FREE_KEYS = (*NEUTRAL_KEYS, "eval.episodes", "eval.split", "eval.untrained")
+"""Settings that a resumed run may change: no step of its training depends on them."""
 
 
 class RunFolder:
@@ -38,7 +41,7 @@ class RunFolder:
 
     Layout: ``config.yaml`` (resolved), ``deepspeed.json`` (of the last start under a ZeRO strategy), ``sessions.jsonl``
     (versions and hardware of each start), ``metrics.jsonl``, ``validation.jsonl``, ``checkpoints/``, ``eval.json`` +
-    ``eval_scores.npz``, ``export/``.
+    ``eval_scores.npz``, ``evals/``, ``export/``.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -53,11 +56,17 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
         self._lock: Any = None
+        self._made: list[Path] = []  # folders that claim() made, innermost first
 
     @property
     def exists(self) -> bool:
         """Whether a run lives here."""
         return self.config_file.is_file()
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to resume from."""
+        return any(self.checkpoints.glob("step-*.safetensors"))
 
     def read_config(self) -> RunConfig:
         """The configuration that the run was started with.
@@ -77,13 +86,28 @@ class RunFolder:
         Raises:
             CheckpointError: naming each setting with its value then and now.
         """
-        changes = differences(self.read_config(), config)
-        if changes:
-            shown = ", ".join(f"{key} was {then!r}, is {now!r}" for key, (then, now) in changes.items())
+        changed = differences(self.read_config(), config)
+        if changed:
+            shown = ", ".join(f"{key} was {then!r}, is {now!r}" for key, (then, now) in changed.items())
             raise CheckpointError(
                 f"{self.path} holds a run of another configuration: {shown}",
                 "set these back to resume it, or choose another run.dir",
             )
+
+    def test_overrides(self, config: RunConfig) -> dict[str, Any]:
+        """The settings by which a test under ``config`` is another than the run's own, with their values."""
+        return {key: now for key, (_, now) in changes(self.read_config(), config, NEUTRAL_KEYS).items()}
+
+    def eval_files(self, overrides: dict[str, Any], which: str) -> tuple[Path, Path]:
+        """Where the summary and the scores of a test go: the run's own figures are overwritten by no other test."""
+        asked = {**({} if which == "best" else {"checkpoint": which}), **overrides}
+        if not asked:
+            return self.eval_file, self.scores_file
+        name = ",".join(f"{key}={value}" for key, value in asked.items())
+        safe = re.sub(r"[^\w.,=+-]", "_", name)
+        if safe != name or len(safe) > 100:  # two settings may look alike now
+            safe = f"{safe[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return self.path / "evals" / f"{safe}.json", self.path / "evals" / f"{safe}.npz"
 
     def claim(self) -> None:
         """Create the folder if need be, and keep other trainers out while this process lives.
@@ -92,14 +116,18 @@ class RunFolder:
             CheckpointError: the folder cannot be written, holds something else, or another trainer is at work in it.
         """
         try:
+            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.exists and any(p.name != "lock" for p in self.path.iterdir()):
                 raise CheckpointError(f"run.dir {self.path} is not empty and holds no run", "choose another run.dir")
             # "a" and not "w": the name of the holder must survive a refused second trainer.
             self._lock = open(self.path / "lock", "a+")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / "lock")):
+                raise BlockingIOError  # a run that never began removed this file, and another has made a new one
         except BlockingIOError as error:
-            self.release()
+            self._lock.close()
+            self._lock = None  # release() must not take the other's away
             raise CheckpointError(
                 f"another process trains in run.dir {self.path}", "wait for it, stop it, or choose another run.dir"
             ) from error
@@ -113,18 +141,29 @@ class RunFolder:
         write_text(self.config_file, dump_config(config))
 
     def release(self) -> None:
-        """Let other trainers in."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Let other trainers in; of a run that never began nothing is left."""
+        if self._lock is None:
+            return
+        if not self.exists:
+            with suppress(OSError):  # where something else lies in the folder, it stays
+                (self.path / "lock").unlink()
+                for folder in self._made:
+                    folder.rmdir()
+        self._lock.close()
+        self._lock = None
 
 
 def differences(then: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Settings that differ and may not, as key -> (then, now)."""
-    old, new = flatten(then.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     free = FREE_KEYS
     if now.optim.schedule in ("constant", "step"):
         free += ("train.steps",)  # with these schedules the length changes no step
+    return changes(then, now, free)
+
+
+def changes(then: RunConfig, now: RunConfig, free: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, as key -> (then, now), without those that begin with one of ``free``."""
+    old, new = flatten(then.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     return {
         key: (old.get(key), new.get(key))
         for key in {**old, **new}

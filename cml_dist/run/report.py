@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,40 @@ from cml_dist.errors import CheckpointError
 from cml_dist.parallel.world import World
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.assemble import Parts
-from cml_dist.run.checkpoint import Checkpoint
+from cml_dist.run.checkpoint import Checkpoint, DamagedCheckpoint
 from cml_dist.run.evaluator import EvalReport, evaluate
 from cml_dist.run.folder import RunFolder, write_bytes, write_json
 from cml_dist.telemetry.console import Console, ResultRow
 from cml_dist.types import Params
 
 
-def chosen_checkpoint(folder: RunFolder, which: str = "best") -> Checkpoint:
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint that a test or an export uses.
+
+    Attributes:
+        checkpoint: verified.
+        how: ``best`` (by validation), ``last``, or the step that was asked for.
+        passed_over: faults of better or newer checkpoints, which are damaged.
+    """
+
+    checkpoint: Checkpoint
+    how: str
+    passed_over: tuple[CheckpointError, ...] = ()
+
+    def say(self, console: Console) -> None:
+        """Warn of what was passed over."""
+        for fault in self.passed_over:
+            console.warn(f"{fault.what}: step {self.checkpoint.step} is used ({self.how})")
+
+
+def choose_checkpoint(folder: RunFolder, which: str = "best") -> Choice:
     """The checkpoint of the best validation (``best``), the newest (``last``), or of a step (its number).
 
+    Where ``best`` has none (never validated, or damaged) it is the newest, which then is called ``last``.
+
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, or none that is whole.
     """
     if which not in ("best", "last"):
         if not which.isdigit() or int(which) not in checkpoints.steps_in(folder.checkpoints):
@@ -33,21 +55,29 @@ def chosen_checkpoint(folder: RunFolder, which: str = "best") -> Checkpoint:
                 f"{folder.path} keeps no checkpoint {which!r}",
                 f"use best, last, or one of the steps {checkpoints.steps_in(folder.checkpoints)}",
             )
-        return checkpoints.load(checkpoints.path_of(folder.checkpoints, int(which)))
-    newest, _ = checkpoints.load_newest(folder.checkpoints)
+        return Choice(checkpoints.load(checkpoints.path_of(folder.checkpoints, int(which))), which)
+    newest, faults = checkpoints.load_newest(folder.checkpoints)
     if newest is None:
         raise CheckpointError(f"{folder.path} has no checkpoint yet", "train it first: cml-dist train")
     best = newest.state.get("best")
-    if which == "last" or best is None or best["step"] == newest.step:
-        return newest
-    path = checkpoints.path_of(folder.checkpoints, best["step"])
-    try:
-        return checkpoints.load(path)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"the best step's {error.what}",
-            "test or export the newest one instead: cml-dist eval RUN_DIR --checkpoint last",
-        ) from error
+    if which == "best" and best is not None:
+        if best["step"] == newest.step:
+            return Choice(newest, "best", tuple(faults))
+        try:
+            path = checkpoints.path_of(folder.checkpoints, best["step"])
+            return Choice(checkpoints.load(path), "best", tuple(faults))
+        except DamagedCheckpoint as error:
+            faults.append(error)
+    return Choice(newest, "last", tuple(faults))
+
+
+def overrides_of(config: RunConfig, parts: Parts, folder: RunFolder, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Settings by which figures under ``config`` are not the run's own, also where ``domain.root`` is of other data."""
+    changed = folder.test_overrides(config)
+    data = parts.domain.fingerprint()
+    if checkpoint.state.get("data", data) != data:
+        changed["domain.root"] = getattr(config.domain, "root", None)
+    return changed
 
 
 def score_run(
@@ -59,11 +89,16 @@ def score_run(
     console: Console,
     which: str = "best",
 ) -> dict[str, Any]:
-    """Test a run's checkpoint, write ``eval.json`` and the per-episode scores, and show the table.
+    """Test a run's checkpoint, write summary and per-episode scores, and show the table.
+
+    They go to ``eval.json`` and ``eval_scores.npz`` where settings and checkpoint are the run's own, and else to files
+    in ``evals/`` that are named by what is not.
 
     Collective: all ranks.
     """
-    checkpoint = world.together(lambda: chosen_checkpoint(folder, which))
+    choice = world.together(lambda: choose_checkpoint(folder, which))
+    choice.say(console)
+    checkpoint = choice.checkpoint
     world.together(lambda: checkpoints.check_fits(checkpoint, checkpoints.layout_of(parts.net)))
     params = world.together(checkpoint.params)
     reports = _score(config, plan, parts, world, console, params, "Testing")
@@ -76,7 +111,8 @@ def score_run(
         "score": parts.domain.score_name,
         "split": config.eval.split,
         "step": checkpoint.step,
-        "chosen": which,
+        "chosen": choice.how,
+        "overrides": world.together(lambda: overrides_of(config, parts, folder, checkpoint)),
         "inner_steps": plan.test_inner_steps,
         "co_adapt": config.eval.co_adapt,
         "seed": config.eval.seed,
@@ -86,14 +122,17 @@ def score_run(
         arrays |= {f"untrained_{learner}": report.scores.numpy() for learner, report in floor.items()}
         scores = io.BytesIO()
         np.savez(scores, **arrays)
-        write_bytes(folder.scores_file, scores.getvalue())
-        write_json(folder.eval_file, summary)
+        summary_file, scores_file = folder.eval_files(summary["overrides"], which)
+        write_bytes(scores_file, scores.getvalue())
+        write_json(summary_file, summary)
         rows = [_row(learner_name(config.method.name, learner), report) for learner, report in reports.items()]
         rows += [_row(f"untrained {learner_name(config.method.name, learner)}", r) for learner, r in floor.items()]
         if parts.domain.chance is not None:
             rows.append(ResultRow("chance", parts.domain.chance))
-        title = f"{config.eval.split} split, step {checkpoint.step} ({which})"
+        title = f"{config.eval.split} split, step {checkpoint.step} ({choice.how})"
         console.results(rows, title=title, score_name=parts.domain.score_name)
+        if summary_file != folder.eval_file:
+            console.note(f"Scores: {summary_file}")
     return summary
 
 

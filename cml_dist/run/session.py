@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from cml_dist.config.plan import RunPlan
+from cml_dist.config.schema import RunConfig
 from cml_dist.meta.problem import part_of
 from cml_dist.parallel.world import World
 from cml_dist.run.assemble import Parts
@@ -42,11 +45,45 @@ def session_rows(record: dict[str, Any]) -> dict[str, str]:
         "hardware": f"{record['hardware']}, {record['threads']} CPU thread{'s' * (record['threads'] != 1)} a process",
     }
     for split, info in record["data"].get("splits", {}).items():
-        kept = "in memory" if info["kept"] == "memory" else "streamed from disk"
+        kept = "in memory of each process" if info["kept"] == "memory" else "streamed (each checked when drawn)"
         rows[f"{split} split"] = (
             f"{info['images']:,} images of {info['classes']:,} classes, {info['bytes'] / 2**20:.0f} MiB {kept}"
         )
     return rows
+
+
+def set_rows(config: RunConfig, parts: Parts) -> dict[str, str]:
+    """Which image set it is, and how its pixels meet pre-trained weights; empty for other domains."""
+    data = parts.domain.describe()
+    if "name" not in data:
+        return {}
+    channels, height, width = data["input_shape"]
+    rows = {"image set": f"{data['name']} in {data['root']}, {width}x{height} px, {'grey' if channels == 1 else 'RGB'}"}
+    published = getattr(getattr(parts.net.body, "model", None), "pretrained_cfg", None)
+    measured = config.domain.mean is None and config.domain.std is None
+    if config.model.pretrained and measured and published and len(published["mean"]) == channels:
+        own = " ".join(f"domain.{key}={_compact(published[key])}" for key in ("mean", "std"))
+        rows["normalisation"] = f"mean {_compact(data['mean'])}, std {_compact(data['std'])} of the set; weights: {own}"
+    return rows
+
+
+def set_warning(config: RunConfig, parts: Parts) -> str | None:
+    """Where ``domain.name`` is a known set, and the one in ``domain.root`` calls itself something else."""
+    name, packed = config.domain.name, parts.domain.describe().get("name")
+    if packed is None or name in ("glyphs", "images") or _letters(name) in _letters(packed):
+        return None
+    return (
+        f"domain.name is {name}, but the set in {config.domain.root} is called {packed}; "
+        f"if it is meant, say domain.name=images, or pack it with --name {name}"
+    )
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _compact(values: Sequence[float]) -> str:
+    return f"[{','.join(f'{x:.4g}' for x in values)}]"
 
 
 def versions() -> dict[str, str]:

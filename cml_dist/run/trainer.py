@@ -33,7 +33,7 @@ from cml_dist.run.folder import RunFolder, append_json_line, write_text
 from cml_dist.run.interrupts import Interrupts
 from cml_dist.run.optim import learning_rate
 from cml_dist.run.report import learner_name, score_run
-from cml_dist.run.session import session_record, session_rows
+from cml_dist.run.session import session_record, session_rows, set_rows, set_warning
 from cml_dist.run.stream import EpisodeStream, rank_share
 from cml_dist.telemetry.console import Console, ResultRow
 from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
@@ -175,7 +175,10 @@ class _Run:
             dictionary = json.dumps(deepspeed_config(self.config, self.plan), indent=2)
             write_text(self.folder.deepspeed_file, dictionary + "\n")
         append_json_line(self.folder.sessions_file, record)
-        self.console.header("cml-dist train", {**plan_rows(self.config, self.plan), **session_rows(record)})
+        rows = {**plan_rows(self.config, self.plan), **session_rows(record), **set_rows(self.config, self.parts)}
+        self.console.header("cml-dist train", rows)
+        if (warning := set_warning(self.config, self.parts)) is not None:
+            self.console.warn(warning)
 
     def _loop(self) -> bool:
         """All meta-steps that are left. Returns True where someone asked to stop."""
@@ -207,12 +210,12 @@ class _Run:
 
     def _finish(self) -> None:
         """Test the best step (and the untrained network), and export it."""
-        score_run(self.config, self.plan, self.parts, self.folder, self.world, self.console)
-        self.world.together(self._export)
+        tested = score_run(self.config, self.plan, self.parts, self.folder, self.world, self.console)
+        self.world.together(lambda: self._export(tested["step"]))
 
-    def _export(self) -> None:
+    def _export(self, step: int) -> None:
         if self.world.is_main:
-            made = export_run(self.config, self.parts, self.folder)
+            made = export_run(self.config, self.parts, self.folder, self.console, str(step))
             self.console.note(f"Exported model: {made}")
             self.console.note(f"Run folder: {self.folder.path}")
 

@@ -146,20 +146,18 @@ class Console:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table; columns that hold nothing but numbers stand to the right."""
-        heading = Text(text.printable(title), style="bold") if title else None
-        table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for index, name in enumerate(columns):
             cells = [row[index] for row in rows]
             right = bool(cells) and all(isinstance(cell, (int, float)) for cell in cells)
             table.add_column(Text(text.printable(name)), justify="right" if right else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(_cell(cell)) for cell in row))
-        self._out.print(table)
+        self._show(title, table)
 
     def results(self, rows: Sequence[ResultRow], *, title: str = "Test", score_name: str = "accuracy") -> None:
         """The final table: learner, mean score, 95 % interval, episodes."""
-        heading = Text(text.printable(title), style="bold")
-        table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("learner", overflow="fold")
         name = "MSE" if score_name == "mse" else score_name
         for column in (name, "95 % interval", "episodes"):
@@ -175,7 +173,7 @@ class Console:
                 style=style,
             )
         self._out.print()
-        self._out.print(table)
+        self._show(title, table)
 
     # ------------------------------------------------------------------ running displays
 
@@ -265,6 +263,12 @@ class Console:
             markup=False,
             emoji=False,
         )
+
+    def _show(self, title: str, table: Table) -> None:
+        """A table under its title, which has a line of its own: as the table's, it would fold to the table's width."""
+        if title:
+            self._say(Text(text.printable(title), style="bold"))
+        self._out.print(table)
 
     def _say(self, line: Text) -> None:
         self._out.print(line, soft_wrap=True)

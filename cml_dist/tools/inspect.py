@@ -12,6 +12,7 @@ from cml_dist.config.schema import ImagesConfig
 from cml_dist.domains.images import ImageDomain
 from cml_dist.domains.shard_format import Progress
 from cml_dist.domains.shards import ShardSet
+from cml_dist.errors import ConfigError
 from cml_dist.tools.contact_sheet import draw_contact_sheet
 
 
@@ -89,8 +90,12 @@ def inspect(
         The rows of the table, and where the picture is.
 
     Raises:
+        ConfigError: if ways, shots or episodes are below 1.
         DataError: if the set is missing or damaged, or the picture cannot be written.
     """
+    for name, value in (("ways", ways), ("shots", shots), ("episodes", episodes)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}", f"give 1 or more: --{name} 1")
     shards = ShardSet.open(root, cache=cache, progress=progress)
     if verify:
         shards.verify(progress)

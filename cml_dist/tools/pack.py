@@ -18,6 +18,7 @@ from cml_dist.domains.shard_format import Progress
 from cml_dist.domains.shards import ShardSet, ShardSetWriter
 from cml_dist.errors import DataError
 from cml_dist.tools.fit_image import Fitted, fit_image, size_and_channels
+from cml_dist.tools.sources.known_splits import CIFAR100_SPLITS
 from cml_dist.tools.sources.layouts import recognise
 from cml_dist.tools.sources.lists import Splits
 from cml_dist.tools.sources.tree import Item, open_source
@@ -82,7 +83,7 @@ def pack(
         image_size: pixels a side, or (height, width); images of another size are resized. None: the size that all
             images have (28 for the published Omniglot).
         channels: 1 (grey) or 3 (RGB); None: that of the first image.
-        name: of the set; None: the name of the source.
+        name: of the set; None: the name of the source, or of the splits of CIFAR-100.
         shard_size_mib: size at which a new shard is begun, MiB.
         progress: called with images done and total.
 
@@ -104,6 +105,8 @@ def pack(
     size = _as_pair(asked_size) if asked_size is not None else first_size
     channels = channels if channels is not None else first_channels
     path = Path(source)
+    if name is None and chosen.name == "cifar100" and isinstance(splits, str) and splits in CIFAR100_SPLITS:
+        name = splits  # one source, several sets
     name = name or path.name.removesuffix(".gz").removesuffix(".tar").removesuffix(".zip")
 
     def prepare(item: Item) -> tuple[Item, Fitted]:

@@ -13,14 +13,16 @@ CPU_LAUNCH = ROOT / "launch" / "accelerate" / "cpu.yaml"
 FROM_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
-def start(processes: int, *arguments: str, **environment: str) -> subprocess.Popen:
+def start(
+    processes: int, *arguments: str, launch_file: Path = CPU_LAUNCH, **environment: str
+) -> subprocess.Popen:
     """``accelerate launch`` (or plain python for one process) with a script or ``-m module`` and its arguments.
 
     The processes form a group of their own, so that :func:`finish` can end all of them.
     """
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(CPU_LAUNCH)]
+        command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(launch_file)]
         command += ["--num_processes", str(processes)]
     env = {key: value for key, value in os.environ.items() if key not in FROM_A_LAUNCHER}
     # Two cores carry all ranks: more threads than cores only fight each other.
@@ -52,8 +54,10 @@ def finish(process: subprocess.Popen, timeout_s: float = 150.0) -> str:
             pass
 
 
-def run(processes: int, *arguments: str, timeout_s: float = 150.0, **environment: str) -> tuple[int, str]:
+def run(
+    processes: int, *arguments: str, timeout_s: float = 150.0, launch_file: Path = CPU_LAUNCH, **environment: str
+) -> tuple[int, str]:
     """(exit code, output) of a launch."""
-    process = start(processes, *arguments, **environment)
+    process = start(processes, *arguments, launch_file=launch_file, **environment)
     out = finish(process, timeout_s)
     return process.returncode, out

@@ -41,11 +41,13 @@ ENGINES = ("graph", "adjoint")
 EPISODES = (1, 4, 5)
 """Of a meta-step over all ranks, in float64: fewer than ranks, as many, and numbers that no world size here divides."""
 PER_RANK = {2: (2, 4, 6, 5), 4: (4, 5)}
-"""Of a meta-step over all ranks, in float32 by world size: 1, 2 and 3 a rank, and uneven."""
+"""Of one meta-step after another over all ranks, in float32 by world size: 1, 2 and 3 a rank, and uneven."""
 ZERO = {
-    2: ("zero0", "zero1", "zero2", "zero2+optimizer", "zero3", "zero3+optimizer", "zero3+all"),
+    2: ("zero3+all", "zero0", "zero1", "zero2", "zero2+optimizer", "zero3", "zero3+optimizer"),
     4: ("zero1", "zero3"),
 }
+FURTHER = "zero3+optimizer"
+"""Between zero3 and zero3+all: tested with the offloaded optimizer alone."""
 STEPS = 2
 WAYS = 3
 LR = 1e-2
@@ -62,29 +64,35 @@ class Case:
     dtype: str
     net: str
     engine: str
-    episodes: int
+    episodes: tuple[int, ...]  # of each meta-step, over all ranks
     optimizer: str = "sgd"
 
     @property
     def key(self) -> str:
-        return "/".join((self.strategy, self.dtype, self.net, self.engine, str(self.episodes), self.optimizer))
+        episodes = "-".join(map(str, self.episodes))
+        return "/".join((self.strategy, self.dtype, self.net, self.engine, episodes, self.optimizer))
+
+
+COUNTED = Case("", "float32", "vit", "graph", (2,))
+RESUMED = Case("", "float32", "conv4", "adjoint", (5,), "adamw")
+ADAMW = Case("", "float32", "conv4", "graph", (5, 5), "adamw")
 
 
 def cases(world: int) -> Iterator[Case]:
-    """All of a world size, those of one strategy after another."""
+    """All of a world size, those of one strategy together (on 2 ranks, SAVED_BY first)."""
     plain = "single" if world == 1 else "ddp"
-    for net, engine, episodes in itertools.product(NETS, ENGINES, EPISODES):
-        yield Case(plain, "float64", net, engine, episodes)
-    if world == 1:
-        for net, engine, episodes in itertools.product(NETS, ENGINES, (2, 4, 5, 6)):
-            yield Case(plain, "float32", net, engine, episodes)
-        yield Case(plain, "float32", "conv4", "graph", 5, "adamw")
-        yield Case("zero3+all", "float32", "conv4", "graph", 5, "adamw")  # no launcher, and still DeepSpeed
     for strategy in ZERO.get(world, ()):
-        nets = NETS if world == 2 else ("vit",)
-        for net, engine, episodes in itertools.product(nets, ENGINES, PER_RANK[world]):
-            yield Case(strategy, "float32", net, engine, episodes)
-        yield Case(strategy, "float32", "conv4", "graph", 5, "adamw")
+        nets = () if strategy == FURTHER else NETS if world == 2 else ("vit",)
+        for net, engine in itertools.product(nets, ENGINES):
+            yield Case(strategy, "float32", net, engine, PER_RANK[world])
+        yield replace(ADAMW, strategy=strategy)
+    for net, engine, episodes in itertools.product(NETS, ENGINES, EPISODES):
+        yield Case(plain, "float64", net, engine, (episodes,) * STEPS)
+    if world == 1:
+        for net, engine, episodes in itertools.product(NETS, ENGINES, PER_RANK.values()):
+            yield Case(plain, "float32", net, engine, episodes)
+        yield replace(ADAMW, strategy=plain)
+        yield replace(ADAMW, strategy=SAVED_BY)  # no launcher, and still DeepSpeed
 
 
 class RandomImages(Domain):
@@ -133,6 +141,7 @@ def join(config: RunConfig) -> World:
 
 
 def prepare(world: World, case: Case) -> tuple[RunConfig, RandomImages, DataParallel | Zero]:
+    world.accelerator.free_memory()  # the engine of the case before
     config = config_of(case.strategy, case.dtype, case.optimizer)
     model_config, shape = NETS[case.net]
     domain = RandomImages(shape)
@@ -147,21 +156,22 @@ def prepare(world: World, case: Case) -> tuple[RunConfig, RandomImages, DataPara
 def steps(
     world: World, case: Case, domain: RandomImages, strategy: DataParallel | Zero, first: int, count: int
 ) -> list[tuple[float, bool]]:
-    """Some meta-steps; what each returned."""
+    """Some meta-steps, with a schedule; what each returned."""
     told = []
     for step in range(first, first + count):
-        indices = rank_share(step, case.episodes, world.rank, world.size)
+        episodes = case.episodes[step % len(case.episodes)]
+        indices = rank_share(step, episodes, world.rank, world.size)
         dtype = getattr(torch, case.dtype)
         stream = EpisodeStream(domain, "train", indices, device=world.device, dtype=dtype)
-        strategy.gradient(stream, case.episodes)
-        told.append(strategy.apply(LR, clip_norm=0.5))
+        strategy.gradient(stream, episodes)
+        told.append(strategy.apply(LR / (1 + step), clip_norm=0.5))
     return told
 
 
 def train(world: World, case: Case) -> dict[str, Tensor]:
     """Parameters after a few meta-steps, and as ``norms`` what was reported of the gradient."""
     _, domain, strategy = prepare(world, case)
-    told = steps(world, case, domain, strategy, 0, STEPS)
+    told = steps(world, case, domain, strategy, 0, len(case.episodes))
     assert all(taken for _, taken in told)
     norms = torch.tensor([norm for norm, _ in told], dtype=torch.float64)
     return {name: value.clone() for name, value in strategy.params().items()} | {"norms": norms}
@@ -243,42 +253,32 @@ def collectives(world: World, case: Case) -> dict[str, list[int]]:
     return found
 
 
-COUNTED = Case("", "float32", "vit", "graph", 2)
-RESUMED = Case("", "float32", "conv4", "adjoint", 5, "adamw")
-RESUMED_BY = {1: ("single",), 2: ("ddp", "zero0", "zero2+optimizer", "zero3"), 4: ("zero1",)}
-"""Who loads, by world size, what zero3 with all on the CPU has saved on 2 ranks."""
+SAVED_BY = "zero3+all"
+RESUMED_BY = {1: ("single",), 2: ("ddp", "zero0", "zero2+optimizer", "zero3"), 4: ("ddp", "zero1")}
+"""Who loads, by world size, what SAVED_BY has saved on 2 ranks."""
 
 
 def main(out: Path) -> None:
     results: dict[str, dict] = {"params": {}, "resumed": {}, "skipped": {}, "collectives": {}}
-    joined, world = None, None
-
-    def meet(case: Case) -> World:
-        nonlocal joined, world
-        # The dictionary of DeepSpeed belongs to a world; it is the same for all cases of a strategy.
-        if joined != (case.strategy, case.optimizer):
-            joined, world = (case.strategy, case.optimizer), join(config_of(case.strategy, case.dtype, case.optimizer))
-        return world
-
     size = int(os.environ.get("WORLD_SIZE", 1))
-    for case in cases(size):
-        results["params"][case.key] = train(meet(case), case)
     state_file = out.with_name("state.pt")
-    if size == 2:
-        for strategy in ("ddp", *ZERO[2]):
-            case = replace(COUNTED, strategy=strategy)
-            results["collectives"][strategy] = collectives(meet(case), case)
-            case = replace(RESUMED, strategy=strategy)
-            results["skipped"][strategy] = skip(meet(case), case)
-        case = replace(RESUMED, strategy="zero3+all")
-        state = save(meet(case), case)
-        if world.is_main:
-            torch.save(state, state_file)
-        world.together(lambda: None)
-    results["state"] = state = torch.load(state_file)
-    for strategy in RESUMED_BY[size]:
-        case = replace(RESUMED, strategy=strategy)
-        results["resumed"][strategy] = resume(meet(case), case, state)
+    by_strategy = {name: list(group) for name, group in itertools.groupby(cases(size), lambda case: case.strategy)}
+    for strategy, group in by_strategy.items():
+        world = join(config_of(strategy, group[0].dtype, "sgd"))
+        for case in group:
+            results["params"][case.key] = train(world, case)
+        if size == 2:
+            results["collectives"][strategy] = collectives(world, replace(COUNTED, strategy=strategy))
+            results["skipped"][strategy] = skip(world, replace(RESUMED, strategy=strategy))
+            if strategy == SAVED_BY:
+                state = save(world, replace(RESUMED, strategy=strategy))
+                if world.is_main:
+                    torch.save(state, state_file)
+                world.together(lambda: None)
+        if strategy in RESUMED_BY[size]:
+            state = torch.load(state_file)
+            results["state"] = state
+            results["resumed"][strategy] = resume(world, replace(RESUMED, strategy=strategy), state)
     if world.is_main:
         torch.save({"world": size, **results}, out)
     world.close()

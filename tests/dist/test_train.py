@@ -134,3 +134,12 @@ def test_another_world_than_asked_for_is_refused(tmp_path):
     assert "error: parallel.processes asks for 4 processes, but the world has 2" in out
     assert out.count("error: ") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_launcher_that_starts_one_process_of_two_is_refused(tmp_path):
+    launch = ("-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2")
+    code, out = run(1, *launch, "-m", "cml_dist", *command(tmp_path / "run"), HF_HOME=str(tmp_path))
+    assert code != 0
+    assert "error: several processes were asked for, but accelerate launch started one" in out, out
+    assert "launch/accelerate/cpu.yaml" in out
+    assert not (tmp_path / "run").exists()

@@ -62,6 +62,13 @@ def test_the_set_itself_is_good(attempt, tmp_path):
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["meta"]["episodes"] == 2
 
 
+def test_a_known_name_for_another_set_is_warned_of(attempt, packed, tmp_path, capfd):
+    code, err = attempt("domain.name=omniglot")
+    assert code == 0 and err.count("\n") == 1
+    assert err.startswith(f"warning: domain.name is omniglot, but the set in {packed} is called small")
+    assert "on small" in (tmp_path / "run" / "export" / "README.md").read_text().splitlines()[4]
+
+
 def test_missing_set(attempt, tmp_path):
     refused(attempt(f"domain.root={tmp_path / 'nowhere'}"), "nowhere", "data pack")
     assert not (tmp_path / "run" / "config.yaml").exists()
@@ -82,7 +89,9 @@ def test_undecodable_image_is_named(attempt, packed):
     shards = ShardSet.open(packed)
     shard, data = packed / "train-000000.tar", shards.read(5)
     shard.write_bytes(shard.read_bytes().replace(data, b"\0" * len(data)))
-    refused(attempt(), shards.key(5), shard.name)
+    result = attempt()
+    refused(result, shards.key(5), shard.name, "(it is not an image)")
+    assert "0x" not in result[1]
 
 
 def test_classes_too_small_are_named(attempt):
@@ -95,8 +104,16 @@ def test_images_too_small_for_the_network(attempt, tmp_path, packed):
     refused(attempt(f"domain.root={small}"), "8x8", "conv4")
 
 
-def test_unknown_backbone_and_its_nearest_names(attempt):
-    refused(attempt("model.backbone=resnet81"), "resnet81", "resnet")
+def test_unknown_backbone_and_its_nearest_names(attempt, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    refused(attempt("model.backbone=resnet81", f"run.dir={tmp_path}/runs/new/a"), "resnet81", "resnet")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "config.yaml"])  # nothing of a run
+
+
+def test_a_folder_that_was_there_stays(attempt, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(attempt("model.backbone=resnet81", f"run.dir={tmp_path}/empty"), "resnet81")
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_vectors_do_not_fit_an_image_network(attempt):

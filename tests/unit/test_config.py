@@ -50,6 +50,8 @@ def test_method_presets(name, gamma, order):
         ("optim.lr=nan", ["optim.lr"]),
         ("method.gamma=-1", ["method.gamma is -1"]),
         ("method=maml", ["method is a section", "method.name"]),
+        ("train=3", ["train is a section", "e.g. train.steps="]),
+        ("model.colearner=3", ["model.colearner is 3, but it is a section", "e.g. model.colearner.depth="]),
         ("run.seed=-1", ["run.seed is -1"]),
         ("train.steps=abc", ["train.steps is 'abc'", "integer"]),
         ("model.colearner.depth=9", ["model.colearner.depth is 9"]),
@@ -90,6 +92,8 @@ def test_every_key_has_a_meaning_or_speaks_for_itself():
     assert {"domain.ways", "domain.root", "optim.lr", "run.dir", "parallel.strategy"} <= set(keys)
     silent = [key for key, meaning in keys.items() if ";" not in meaning]
     assert silent == []
+    assert next(iter(keys)) == "domain.name"
+    assert all(meaning.count("null") <= 1 for meaning in keys.values())
 
 
 @pytest.mark.parametrize(("total", "world"), [(4, 1), (4, 2), (4, 3), (1, 4), (7, 4)])

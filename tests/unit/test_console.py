@@ -191,6 +191,13 @@ def test_an_ascii_stream_goes_on():
     assert b"CML-dagger (?)" in raw.getvalue()
 
 
+def test_a_title_wider_than_its_table_is_one_line(log):
+    console, written = log
+    console.results([ResultRow("CML", 0.5, 0.01, 10)], title="test split, step 12,000 (best), " + "x" * 200)
+    console.table("y" * 300, ["a"], [[1]])
+    assert f"step 12,000 (best), {'x' * 200}\n" in written() and f"{'y' * 300}\n" in written()
+
+
 # --------------------------------------------------------------------------- a terminal
 
 

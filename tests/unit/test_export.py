@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -58,9 +59,19 @@ def test_the_colearner_is_gone_and_the_rest_is_there(run):
     assert {name.partition(".")[0] for name in tensors} == {"body", "head"}
     card = (folder / "export" / "README.md").read_text()
     assert f"{WAYS}-way {SHOTS}-shot" in card and "cml_dist.load" in card
+    assert "on small" in card and "adapt(support_images, support_labels)" in card
+    assert ("BatchNorm uses the statistics" in card) is (config.model.backbone != "test_vit")
     description = json.loads((folder / "export" / "model.json").read_text())
     report = json.loads((folder / "eval.json").read_text())
     assert description["eval"]["meta"] == report["meta"]
+
+
+def test_all_files_of_a_run_follow_the_umask(run):
+    mask = os.umask(0)
+    os.umask(mask)
+    files = [path for path in run[0].rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert {path: path.stat().st_mode & 0o777 for path in files} == dict.fromkeys(files, 0o666 & ~mask)
 
 
 def test_a_loaded_learner_scores_what_the_test_scored(run):
@@ -132,6 +143,8 @@ def test_bad_input_is_named(run, tmp_path):
         learner.inputs([tmp_path / "broken.png"])
     with pytest.raises(CheckpointError, match="no exported model"):
         cml_dist.load(tmp_path)
+    with pytest.raises(CheckpointError, match="there is no .*/nowhere; give a run folder"):
+        cml_dist.load(tmp_path / "nowhere")
     shutil.copytree(folder / "export", tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:50])

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cml_dist.config.schema import AugmentConfig, GlyphsConfig, ImagesConfig
 from cml_dist.domains import augment
+from cml_dist.domains.free_memory import available_bytes
 from cml_dist.domains.images import ImageDomain
 from cml_dist.domains.shards import ShardSet, ShardSetWriter
 from cml_dist.errors import ConfigError, DataError
@@ -165,6 +166,21 @@ def test_a_split_above_the_limit_is_streamed_and_said_so(root):
     }  # fmt: skip
     assert domain.load("train") is False and domain.load("val") is True
     assert same(domain.episode("train", 1), make(root).episode("train", 1))
+
+
+def test_half_of_the_free_memory_is_shared_by_the_processes_and_the_splits(root, monkeypatch):
+    """val and test take 28 x 192 bytes each, train 42 x 192: with room for 70 images, train and val are kept."""
+    monkeypatch.setattr("cml_dist.domains.images.available_bytes", lambda: 2 * 3 * 70 * 192)
+    config = ImagesConfig(name="images", root=str(root), ways=WAYS, shots=SHOTS, queries=QUERIES)
+    built = ImageDomain.build(config, train_seed=5, eval_seed=9, processes=3)
+    assert [built.fits_in_memory(split) for split in CLASSES] == [True, True, False]
+    assert same(built.episode("test", 1), make(root).episode("test", 1))
+
+
+def test_free_memory_is_what_the_kernel_says():
+    with open("/proc/meminfo") as file:
+        total = int(next(line for line in file if line.startswith("MemTotal")).split()[1]) * 1024
+    assert 2**20 < available_bytes() <= total
 
 
 # --------------------------------------------------------------------------- augmentation

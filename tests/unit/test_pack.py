@@ -236,7 +236,8 @@ def test_original_cifar100(tmp_path, kind, splits):
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
     report = pack(source, tmp_path / "set", splits=splits)
-    assert report.layout == "cifar100" and report.num_images == {
+    assert (report.layout, report.name) == ("cifar100", splits)
+    assert report.num_images == {
         split: 3 * len(names) for split, names in CIFAR100_SPLITS[splits].items()
     }
     shards = ShardSet.open(tmp_path / "set")

@@ -116,6 +116,29 @@ def test_every_import_is_declared():
     assert {distributions.get(name, name) for name in third_party} <= declared
 
 
+@pytest.mark.parametrize(
+    ("name", "stage", "optimizer", "parameters"),
+    [
+        ("zero1", 1, "none", "none"),
+        ("zero2", 2, "none", "none"),
+        ("zero2-offload", 2, "cpu", "none"),
+        ("zero3", 3, "none", "none"),
+        ("zero3-offload", 3, "cpu", "cpu"),
+    ],
+)
+def test_deepspeed_launch_files_are_read_by_accelerate(name, stage, optimizer, parameters):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / "launch" / "accelerate" / f"{name}.yaml"))
+    assert (config.distributed_type, config.main_process_port) == ("DEEPSPEED", 0)
+    asked = config.deepspeed_config
+    assert (asked["zero_stage"], asked["offload_optimizer_device"], asked["offload_param_device"]) == (
+        stage,
+        optimizer,
+        parameters,
+    )
+
+
 @pytest.mark.parametrize("name", ["cpu", "ddp"])
 def test_launch_files_are_read_by_accelerate(name):
     from accelerate.commands.config.config_args import load_config_from_file

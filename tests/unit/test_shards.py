@@ -430,6 +430,16 @@ def test_a_remote_file_that_is_missing_is_named(in_memory, tmp_path):
         ShardSet.open("nosuch://x", cache=tmp_path)
 
 
+def test_a_protocol_whose_package_is_missing_says_which(tmp_path, monkeypatch):
+    def missing(*_):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec, "open", missing)
+    with pytest.raises(DataError) as caught:
+        ShardSet.open("s3://bucket/set", cache=tmp_path)
+    assert str(caught.value).endswith("cannot be fetched: Install s3fs to access S3; pip install s3fs")
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="without aiohttp, http is read through webdataset by curl")
 def test_a_set_behind_a_web_server(small, tmp_path):
     served: list[str] = []

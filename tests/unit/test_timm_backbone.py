@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import timm
 import torch
@@ -13,7 +15,7 @@ from cml_dist.errors import ConfigError, ModelError
 from cml_dist.nets.build import build_net
 from cml_dist.nets.guard import Hardsigmoid, check_twice_differentiable, couples_examples, prepare_for_second_order
 from cml_dist.nets.network import CmlNet
-from cml_dist.nets.timm_backbone import timm_export
+from cml_dist.nets.timm_backbone import TimmBackbone, timm_export
 
 SHAPE = (3, 32, 32)
 
@@ -161,6 +163,17 @@ def test_pth_weight_file(tmp_path) -> None:
 def test_no_published_weights() -> None:
     with pytest.raises(ConfigError, match="timm has no published weights for levit_256d"):
         _net("levit_256d", pretrained=True)
+
+
+def test_a_hub_out_of_reach_is_said_once_and_soon(tmp_path, monkeypatch, caplog) -> None:
+    """Its client alone would take some 45 s to give up."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    started_s = time.monotonic()
+    with pytest.raises(ModelError, match="the published weights of resnet18 cannot be had: .*; check the network"):
+        TimmBackbone("resnet18", (3, 32, 32), pretrained=True)
+    assert time.monotonic() - started_s < 15
+    assert caplog.records == []
 
 
 def test_unknown_backbone_names_the_nearest() -> None:

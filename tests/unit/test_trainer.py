@@ -80,6 +80,17 @@ def stop_after(monkeypatch, step):
     monkeypatch.setattr(trainers._Run, "_meta_step", interrupted)
 
 
+class Listening(NullConsole):
+    """Keeps the warnings."""
+
+    def __init__(self):
+        super().__init__()
+        self.warnings = []
+
+    def warn(self, message):
+        self.warnings.append(message)
+
+
 # --------------------------------------------------------------------------- what a run leaves
 
 
@@ -101,6 +112,9 @@ def test_a_run_leaves_what_was_promised(undisturbed):
     assert report["step"] == best["step"]
     assert best["step"] in checkpoints.steps_in(undisturbed / "checkpoints")
     assert (undisturbed / "config.yaml").is_file()
+    card = (undisturbed / "export" / "README.md").read_text()
+    assert "5-point regression" in card and "support_targets" in card
+    assert "image" not in card and "BatchNorm" not in card
     session = json.loads((undisturbed / "sessions.jsonl").read_text().splitlines()[0])
     assert session["versions"]["torch"] == torch.__version__.split("+")[0] or session["versions"]["torch"]
 
@@ -178,14 +192,9 @@ def test_a_truncated_checkpoint_is_passed_over_and_said(undisturbed, tmp_path, m
         go(folder)
     newest = checkpoints.path_of(folder / "checkpoints", 7)
     newest.write_bytes(newest.read_bytes()[:100])
-    said = []
-
-    class Listening(NullConsole):
-        def warn(self, message):
-            said.append(message)
-
-    assert train(configure(folder), Listening()).finished
-    assert any(newest.name in message and "damaged" in message for message in said)
+    console = Listening()
+    assert train(configure(folder), console).finished
+    assert any(newest.name in message and "damaged" in message for message in console.warnings)
     assert losses(folder) == losses(undisturbed)
 
 
@@ -243,15 +252,20 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_two_trainers_in_one_folder_are_refused(tmp_path):
+@pytest.mark.parametrize("begun", [True, False])
+def test_two_trainers_in_one_folder_are_refused(tmp_path, begun):
     import fcntl
 
     folder = tmp_path / "run"
-    go(folder, "train.steps=1", "eval.final=false")
-    with open(folder / "lock") as lock:
+    if begun:
+        go(folder, "train.steps=1", "eval.final=false")
+    else:
+        folder.mkdir()
+    with open(folder / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(CheckpointError, match="another process trains"):
             go(folder, "train.steps=1", "eval.final=false")
+    assert (folder / "lock").exists()  # the other's
 
 
 def test_a_checkpoint_of_another_network_is_refused(undisturbed, tmp_path):
@@ -339,14 +353,18 @@ def test_a_missing_gpu_is_said(tmp_path):
 # --------------------------------------------------------------------------- methods, evaluation, command line
 
 
-def test_gamma_zero_is_maml_to_the_bit(tmp_path):
-    go(tmp_path / "cml", "method.gamma=0", "eval.final=false")
-    go(tmp_path / "maml", "method.gamma=0", "method.name=maml", "eval.final=false")
+@pytest.mark.parametrize("clip_norm", ["null", "0.1"])
+def test_gamma_zero_is_maml_to_the_bit(tmp_path, clip_norm):
+    """Also where clipping is at work: phi's gradient of zeros must not change the bits of the norm."""
+    settings = ("method.gamma=0", "model.hidden=[8, 8, 8, 8]", "eval.final=false", f"optim.clip_norm={clip_norm}")
+    go(tmp_path / "cml", *settings)
+    go(tmp_path / "maml", *settings, "method.name=maml")
     ours, maml = (final_params(tmp_path / name) for name in ("cml", "maml"))
     assert all(torch.equal(ours[n], maml[n]) for n in maml)
     assert set(ours) > set(maml)
     for a, b in zip(losses(tmp_path / "cml"), losses(tmp_path / "maml"), strict=True):
-        assert (a["outer_loss"], a["mse"]) == (b["outer_loss"], b["mse"])
+        assert (a["outer_loss"], a["mse"], a["grad_norm"]) == (b["outer_loss"], b["mse"], b["grad_norm"])
+        assert a["grad_norm"] > 0.1
 
 
 def test_engines_train_alike(undisturbed, tmp_path):
@@ -367,9 +385,77 @@ def test_testing_again_gives_the_same_figures(undisturbed, tmp_path):
     before = json.loads((folder / "eval.json").read_text())
     evaluate_run(str(folder), [], "best", NullConsole())
     assert json.loads((folder / "eval.json").read_text()) == before
+    assert not (folder / "evals").exists()
+
+
+def test_a_test_with_other_settings_leaves_the_runs_own_figures(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    before = (folder / "eval.json").read_bytes(), (folder / "eval_scores.npz").read_bytes()
     evaluate_run(str(folder), ["eval.episodes=9", "eval.co_adapt=released"], "last", NullConsole())
-    after = json.loads((folder / "eval.json").read_text())
-    assert (after["meta"]["episodes"], after["step"], after["co_adapt"]) == (9, 12, "released")
+    name = "checkpoint=last,eval.episodes=9,eval.co_adapt=released"
+    report = json.loads((folder / "evals" / f"{name}.json").read_text())
+    assert (report["meta"]["episodes"], report["step"], report["chosen"]) == (9, 12, "last")
+    assert report["overrides"] == {"eval.episodes": 9, "eval.co_adapt": "released"}
+    assert len(np.load(folder / "evals" / f"{name}.npz")["meta"]) == 9
+    assert ((folder / "eval.json").read_bytes(), (folder / "eval_scores.npz").read_bytes()) == before
+
+
+def exported(folder, *overrides, which="best"):
+    export_again(str(folder), overrides, which, str(folder / "out"), NullConsole())
+    return json.loads((folder / "out" / "model.json").read_text())["eval"], (folder / "out" / "README.md").read_text()
+
+
+def test_a_card_claims_a_figure_only_for_the_task_that_was_tested(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    own = json.loads((folder / "eval.json").read_text())
+    evaluate_run(str(folder), ["domain.shots=3"], "best", NullConsole())
+    figures, card = exported(folder)
+    assert figures["meta"] == own["meta"]
+    assert f"(6 episodes of the test split, 95 % interval) | {own['meta']['mean']:.4f} +-" in card
+    for figures, card in (exported(folder, "domain.shots=3"), exported(folder, "eval.inner_steps=4")):
+        assert figures is None and "| not tested |" in card
+    own["overrides"] = {"domain.shots": 3}
+    (folder / "eval.json").write_text(json.dumps(own))
+    assert exported(folder)[0] is None
+
+
+def test_what_is_damaged_is_passed_over_and_said_by_eval_and_export(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    kept = checkpoints.steps_in(folder / "checkpoints")
+    newest = checkpoints.path_of(folder / "checkpoints", kept[-1])
+    newest.write_bytes(newest.read_bytes()[:-8])
+    console = Listening()
+    report = evaluate_run(str(folder), [], "last", console)
+    assert (report["step"], report["chosen"]) == (kept[-2], "last")
+    export_again(str(folder), [], "last", str(tmp_path / "out"), console)
+    assert json.loads((tmp_path / "out" / "model.json").read_text())["step"] == kept[-2]
+    assert len(console.warnings) == 2
+    assert all(newest.name in w and "damaged" in w and f"step {kept[-2]} is used" in w for w in console.warnings)
+
+
+def test_without_a_validated_step_the_newest_is_called_last(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        go(folder)
+    assert evaluate_run(str(folder), [], "best", NullConsole())["chosen"] == "last"
+    assert json.loads((folder / "eval.json").read_text())["chosen"] == "last"
+
+
+def test_a_missing_best_step_is_passed_over_and_said(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    newest = checkpoints.load_newest(folder / "checkpoints")[0]
+    tensors = ((name, newest.read(name)) for name in newest.layout)
+    state = {**newest.state, "best": {**newest.state["best"], "step": 2}}
+    checkpoints.save(ALONE, folder / "checkpoints", 13, state, newest.layout, tensors)
+    console = Listening()
+    report = evaluate_run(str(folder), [], "best", console)
+    assert (report["step"], report["chosen"]) == (13, "last")
+    assert len(console.warnings) == 1 and "step-00000002.safetensors is missing" in console.warnings[0]
 
 
 def test_run_config_refuses_what_is_no_run(tmp_path):

@@ -1,0 +1,33 @@
+"""How much memory is left on this machine, as far as this process may use it. Linux."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def available_bytes() -> int:
+    """Memory that could be had now without swapping, at most the limit of this process's control groups."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None, "Linux says MemAvailable since 3.14"
+    return min(int(found[1]) * 1024, *_limits())
+
+
+def _limits() -> Iterator[int]:
+    """Limits of the control groups, own and above (containers and SLURM set them); a huge one where there is none."""
+    yield 2**62
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, name = Path("/sys/fs/cgroup"), "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root) and (folder / name).is_file():
+                limit = (folder / name).read_text().strip()
+                if limit.isdigit():  # else "max"
+                    yield int(limit)

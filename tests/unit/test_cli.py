@@ -1,0 +1,49 @@
+"""The command line itself: what it asks for, what it lists, and what it says when it is interrupted."""
+
+from __future__ import annotations
+
+import pytest
+
+from cml_dist.cli import STOPPED, main
+
+
+def test_train_alone_asks_for_a_configuration_and_nothing_else(capfd):
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert capfd.readouterr().err.rstrip().endswith("required: CONFIG")
+
+
+def test_settings_are_listed_one_a_line_without_padding_where_there_is_no_terminal(capfd):
+    assert main(["config", "--keys"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("domain.name  glyphs | ")
+    assert all(line == line.rstrip() and "." in line.split("  ")[0] for line in lines)
+
+
+@pytest.mark.parametrize("option", ["--ways", "--shots", "--episodes"])
+def test_inspect_refuses_less_than_one(option, tmp_path, capfd):
+    assert main(["data", "inspect", str(tmp_path), option, "0"]) == 2
+    assert capfd.readouterr().err == f"error: {option[2:]} is 0; give 1 or more: {option} 1\n"
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_interrupted_training_speaks_of_a_checkpoint_only_where_there_is_one(tmp_path, capfd, monkeypatch, checkpoint):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cml_dist.run.trainer.train", interrupted)
+    if checkpoint:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "step-00000001.safetensors").touch()
+    assert main(["train", "sinusoid", f"run.dir={tmp_path}"]) == STOPPED
+    err = capfd.readouterr().err
+    assert ("the last checkpoint is whole" in err) is checkpoint and err.startswith("warning: Interrupted")
+
+
+def test_an_interrupted_test_says_that_nothing_was_left_half(tmp_path, capfd, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cml_dist.run.finished.evaluate_run", interrupted)
+    assert main(["eval", str(tmp_path)]) == STOPPED
+    assert capfd.readouterr().err == "warning: Interrupted; nothing was left half\n"
