@@ -14,6 +14,7 @@ REQUIREMENTS = [
     "accelerate>=1.0",
     "fonttools>=4.43",
     "fsspec>=2023.10",
+    "huggingface-hub>=0.23",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "pillow>=10.1",
