@@ -53,7 +53,9 @@ def export_run(
     # Constants too: with frozen statistics the network is not whole without them.
     tensors = {**params, **{n: b for n, b in parts.net.named_buffers() if part_of(n) != COLEARNER}}
     for_timm = _as_timm_model(config, parts, params)
-    tested = json.loads(folder.eval_file.read_text()) if folder.eval_file.is_file() else None
+    # Runs of earlier versions have no folder of tests.
+    file = folder.own_eval_file if folder.own_eval_file.is_file() else folder.eval_file
+    tested = json.loads(file.read_text()) if file.is_file() else None
     overrides = overrides_of(config, parts, folder, checkpoint)
     if tested is not None and (tested["step"] != checkpoint.step or tested.get("overrides") or overrides):
         tested = None  # figures of another step or task would be a lie

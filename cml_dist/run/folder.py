@@ -53,6 +53,7 @@ class RunFolder:
         self.validation_file = self.path / "validation.jsonl"
         self.eval_file = self.path / "eval.json"
         self.scores_file = self.path / "eval_scores.npz"
+        self.own_eval_file = self.path / "evals" / "own.json"
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
         self._lock: Any = None
@@ -99,10 +100,10 @@ class RunFolder:
         return {key: now for key, (_, now) in changes(self.read_config(), config, NEUTRAL_KEYS).items()}
 
     def eval_files(self, overrides: dict[str, Any], which: str) -> tuple[Path, Path]:
-        """Where the summary and the scores of a test go: the run's own figures are overwritten by no other test."""
+        """Where the summary and the scores of a test are kept: no other test overwrites them."""
         asked = {**({} if which == "best" else {"checkpoint": which}), **overrides}
         if not asked:
-            return self.eval_file, self.scores_file
+            return self.own_eval_file, self.own_eval_file.with_suffix(".npz")
         name = ",".join(f"{key}={value}" for key, value in asked.items())
         safe = re.sub(r"[^\w.,=+-]", "_", name)
         if safe != name or len(safe) > 100:  # two settings may look alike now

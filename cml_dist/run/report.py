@@ -91,8 +91,8 @@ def score_run(
 ) -> dict[str, Any]:
     """Test a run's checkpoint, write summary and per-episode scores, and show the table.
 
-    They go to ``eval.json`` and ``eval_scores.npz`` where settings and checkpoint are the run's own, and else to files
-    in ``evals/`` that are named by what is not.
+    ``eval.json`` and ``eval_scores.npz`` are of the newest test. Each is also kept in ``evals/``: as ``own`` where
+    settings and checkpoint are the run's own, else named by what is not.
 
     Collective: all ranks.
     """
@@ -123,16 +123,18 @@ def score_run(
         scores = io.BytesIO()
         np.savez(scores, **arrays)
         summary_file, scores_file = folder.eval_files(summary["overrides"], which)
-        write_bytes(scores_file, scores.getvalue())
-        write_json(summary_file, summary)
+        for path in (scores_file, folder.scores_file):
+            write_bytes(path, scores.getvalue())
+        for path in (summary_file, folder.eval_file):
+            write_json(path, summary)
         rows = [_row(learner_name(config.method.name, learner), report) for learner, report in reports.items()]
         rows += [_row(f"untrained {learner_name(config.method.name, learner)}", r) for learner, r in floor.items()]
         if parts.domain.chance is not None:
             rows.append(ResultRow("chance", parts.domain.chance))
         title = f"{config.eval.split} split, step {checkpoint.step} ({choice.how})"
         console.results(rows, title=title, score_name=parts.domain.score_name)
-        if summary_file != folder.eval_file:
-            console.note(f"Scores: {summary_file}")
+        if summary_file != folder.own_eval_file:
+            console.note(f"Scores: {folder.eval_file}, kept as {summary_file}")
     return summary
 
 

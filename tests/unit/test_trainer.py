@@ -385,20 +385,22 @@ def test_testing_again_gives_the_same_figures(undisturbed, tmp_path):
     before = json.loads((folder / "eval.json").read_text())
     evaluate_run(str(folder), [], "best", NullConsole())
     assert json.loads((folder / "eval.json").read_text()) == before
-    assert not (folder / "evals").exists()
+    assert json.loads((folder / "evals" / "own.json").read_text()) == before
 
 
 def test_a_test_with_other_settings_leaves_the_runs_own_figures(undisturbed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
     before = (folder / "eval.json").read_bytes(), (folder / "eval_scores.npz").read_bytes()
+    own = folder / "evals" / "own.json", folder / "evals" / "own.npz"
     evaluate_run(str(folder), ["eval.episodes=9", "eval.co_adapt=released"], "last", NullConsole())
     name = "checkpoint=last,eval.episodes=9,eval.co_adapt=released"
     report = json.loads((folder / "evals" / f"{name}.json").read_text())
     assert (report["meta"]["episodes"], report["step"], report["chosen"]) == (9, 12, "last")
     assert report["overrides"] == {"eval.episodes": 9, "eval.co_adapt": "released"}
     assert len(np.load(folder / "evals" / f"{name}.npz")["meta"]) == 9
-    assert ((folder / "eval.json").read_bytes(), (folder / "eval_scores.npz").read_bytes()) == before
+    assert json.loads((folder / "eval.json").read_text()) == report, "eval.json is of the newest test"
+    assert tuple(path.read_bytes() for path in own) == before
 
 
 def exported(folder, *overrides, which="best"):
@@ -417,7 +419,7 @@ def test_a_card_claims_a_figure_only_for_the_task_that_was_tested(undisturbed, t
     for figures, card in (exported(folder, "domain.shots=3"), exported(folder, "eval.inner_steps=4")):
         assert figures is None and "| not tested |" in card
     own["overrides"] = {"domain.shots": 3}
-    (folder / "eval.json").write_text(json.dumps(own))
+    (folder / "evals" / "own.json").write_text(json.dumps(own))
     assert exported(folder)[0] is None
 
 
