@@ -47,29 +47,28 @@ CASES = [
     ("vit_small_patch16_224", 224, 1, "adjoint", 0, 1),
     ("vit_small_patch16_224", 224, 1, "adjoint", 5, 1),
     ("vit_small_patch16_224", 224, 1, "adjoint", 1, 1),
-    ("vit_small_patch16_224", 224, 5, "adjoint", 0, 1),
     ("vit_small_patch16_224", 224, 5, "adjoint", 5, 1),
     ("vit_small_patch16_224", 224, 5, "adjoint", 3, 1),
-    ("vit_small_patch16_224", 224, 5, "adjoint", 1, 1),
-    ("vit_base_patch16_224", 224, 5, "adjoint", 5, 1),
 ]
 WAYS, SHOTS, QUERIES = 5, 5, 15
 INNER_LR = 0.01
 
 
-def measure(backbone: str, pixels: int, steps: int, engine: str, micro_batch: int, episodes: int, threads: int) -> dict:
-    """Run in a fresh process: one meta-gradient, after the level has been taken."""
+def measure(
+    backbone: str, pixels: int, steps: int, engine: str, micro_batch: int, episodes: int, threads: int, freed: str
+):
+    """Run in a fresh process: one meta-gradient, after the level was taken. Returns the numbers and the gradient."""
     import torch
 
     from cml_dist.config.schema import ModelConfig
     from cml_dist.meta.model import MetaModel
     from cml_dist.meta.problem import Method
     from cml_dist.nets.build import build_net
-    from cml_dist.parallel.allocator import give_back_freed_memory
+    from cml_dist.parallel.allocator import give_back_freed_memory, keep_freed_memory
     from cml_dist.types import Batch, Episode
 
     torch.set_num_threads(threads)
-    give_back_freed_memory()  # what is measured is the tensors, not a fragmented heap
+    (keep_freed_memory if freed == "keep" else give_back_freed_memory)()
     shape = (3, pixels, pixels)
     config = ModelConfig(backbone=backbone, colearner={"depth": 2 if backbone == "conv4" else 1})
     net = build_net(config, input_shape=shape, output_dim=WAYS, seed=0, colearner=True)
@@ -148,6 +147,13 @@ def main() -> None:
     parser.add_argument("--only", help="backbones whose name contains this")
     parser.add_argument("--steps", type=int, help="only this number of inner steps")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--freed",
+        choices=["keep", "give-back"],
+        default="keep",
+        help="freed memory: kept for speed (the trainer's default), or given back (its way with memory.budget_gib)",
+    )
+    parser.add_argument("--engines", help="only these, e.g. unroll,adjoint")
     parser.add_argument("--case", nargs=6, help=argparse.SUPPRESS)
     parser.add_argument("--grads", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -156,7 +162,7 @@ def main() -> None:
 
         backbone, pixels, steps, engine, micro_batch, episodes = args.case
         numbers, grads = measure(
-            backbone, int(pixels), int(steps), engine, int(micro_batch), int(episodes), args.threads
+            backbone, int(pixels), int(steps), engine, int(micro_batch), int(episodes), args.threads, args.freed
         )
         torch.save(grads, args.grads)
         print(json.dumps(numbers))
@@ -167,14 +173,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
             wanted = (not args.only or args.only in case[0]) and args.steps in (None, case[2])
+            wanted = wanted and (not args.engines or case[3] in args.engines.split(","))
             if wanted:
-                _row(case, args.threads, Path(folder) / "grads.pt", references)
+                _row(case, args, Path(folder) / "grads.pt", references)
 
 
-def _row(case: tuple, threads: int, path: Path, references: dict) -> None:
+def _row(case: tuple, args: argparse.Namespace, path: Path, references: dict) -> None:
     import torch
 
-    command = [sys.executable, __file__, "--threads", str(threads), "--grads", str(path), "--case", *map(str, case)]
+    command = [sys.executable, __file__, "--threads", str(args.threads), "--freed", args.freed]
+    command += ["--grads", str(path), "--case", *map(str, case)]
     out = subprocess.run(command, capture_output=True, text=True)
     backbone, pixels, steps, engine, micro_batch, episodes = case
     row = f"| {backbone} | {pixels} | {steps} | {engine} | {micro_batch or 'all'} | {episodes} |"

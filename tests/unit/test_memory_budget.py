@@ -23,8 +23,9 @@ SHAPE, WAYS = (3, 64, 64), 4
 CPU, SINGLE = torch.device("cpu"), Strategy("single")
 
 
-def settings(backbone="test_vit2", steps=2, **sections):
+def settings(backbone="test_vit", steps=1, engine="adjoint", micro_batch="auto", **sections):
     data = {
+        "engine": {"name": engine, "micro_batch": micro_batch},
         "domain": {"name": "images", "root": "unused", "ways": WAYS},
         "model": {"backbone": backbone, "colearner": {"depth": 1, "width": 8}},
         "method": {"inner_steps": steps},
@@ -68,7 +69,7 @@ def test_without_a_budget_nothing_is_chosen():
 
 
 def test_candidates_go_from_whole_to_one_example_and_then_off_the_gpu():
-    found = planner_of(settings(steps=1)).candidates()
+    found = planner_of(settings(engine="auto")).candidates()
     assert [m.engine for m in found[:2]] == ["graph", "adjoint"]
     assert [m.micro_batch for m in found] == [None, None, 8, 4, 2, 1]
     on_gpu = planner_of(settings(steps=3), on_gpu=True).candidates()
@@ -96,9 +97,9 @@ def test_the_largest_micro_batch_that_fits_is_taken_and_the_reason_said():
 
 def test_what_was_asked_for_by_name_stays():
     with pytest.raises(ConfigError, match="graph whole under single"):
-        fit(settings(engine={"name": "graph"}), 0.001)
+        fit(settings(engine="graph"), 0.001)
     with pytest.raises(ConfigError, match="micro-batches of 4 under single"):
-        fit(settings(engine={"name": "adjoint", "micro_batch": 4}), 0.001)
+        fit(settings(micro_batch=4), 0.001)
 
 
 def test_a_budget_that_nothing_fits_names_the_smallest_that_would():
@@ -114,7 +115,7 @@ def test_batch_statistics_are_never_split():
     config = settings("test_resnet")
     assert all(m.micro_batch is None for m in planner_of(config).candidates())
     with pytest.raises(ConfigError, match="couples examples"):
-        fit(settings("test_resnet", engine={"name": "adjoint", "micro_batch": 2}))
+        fit(settings("test_resnet", micro_batch=2))
 
 
 @pytest.mark.parametrize("part", [0.5, 1.0])
@@ -137,7 +138,7 @@ def test_the_run_stays_inside_its_budget(part):
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_any_means_gives_the_same_gradient(steps):
-    config = settings(steps=steps, run={"dtype": "float64"})
+    config = settings(steps=steps, engine="auto", run={"dtype": "float64"})
     net, task, method = made(config, torch.float64)
     task = replace(task, score=lambda o, t: (o.argmax(1) == t).double().mean())
     found = {}
