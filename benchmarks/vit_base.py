@@ -20,7 +20,7 @@ from cml_dist.meta.inner import adapt
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.problem import Method, Problem
 from cml_dist.nets.build import build_net
-from cml_dist.parallel.allocator import give_back_freed_memory
+from cml_dist.parallel.allocator import keep_freed_memory
 from cml_dist.types import Batch, Episode
 
 WAYS, SHOTS, QUERIES, STEPS, MICRO_BATCH = 5, 5, 15, 5, 5
@@ -97,5 +97,5 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    give_back_freed_memory()
+    keep_freed_memory()
     check() if args.check else step()

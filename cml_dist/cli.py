@@ -225,8 +225,6 @@ def _plan(args: argparse.Namespace, console: Console) -> None:
         words=[args.config, *args.overrides],
     )
     if args.json:
-        import json
-
         print(json.dumps(found.as_dict(), indent=2))
         return
     console.header(

@@ -93,8 +93,9 @@ def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise ConfigError(f"the DeepSpeed file {path} is no JSON: {error}", "mend it") from error
-    stage = settings.get("zero_optimization", {}).get("stage") if isinstance(settings, dict) else None
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ConfigError(
             f"the DeepSpeed file {path} has no zero_optimization.stage of 0, 1, 2 or 3 (it is {stage!r})",
             'add "zero_optimization": {"stage": 2}, or what is wanted',
@@ -103,6 +104,11 @@ def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
 
 
 def _device(zero: Mapping[str, Any], section: str) -> str:
+    if not isinstance(zero.get(section), (Mapping, type(None))):
+        raise ConfigError(
+            f"the DeepSpeed file sets zero_optimization.{section} to {zero[section]!r}, but it is a section",
+            f'write "{section}": {{"device": "cpu"}}',
+        )
     return str((zero.get(section) or {}).get("device", "none")).lower()
 
 

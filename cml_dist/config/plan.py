@@ -82,7 +82,7 @@ def make_plan(config: RunConfig, processes: int) -> RunPlan:
         test_inner_steps=config.method.inner_steps if test_steps is None else test_steps,
         offload=offload,
         micro_batch=micro_batch if isinstance(micro_batch, int) else None,
-        copies="cpu" if config.engine.copies == "cpu" else "device",
+        copies="cpu" if (config.engine.copies, engine, config.method.order) == ("cpu", "adjoint", 2) else "device",
     )
 
 

@@ -93,8 +93,8 @@ def outer_gradient(
     """
     leaves = detached(params, requires_grad=True)
     grads = {n: torch.zeros_like(p) for n, p in params.items()}
-    diagnose = diagnose and len(problem.learners) == 2
     body = {n: leaves[n] for n in leaves if part_of(n) == BODY}
+    diagnose = diagnose and len(problem.learners) == 2 and bool(body)  # a body that is all frozen has no gradient
     co_grads = {n: torch.zeros_like(p) for n, p in body.items()} if diagnose else {}
     parts, values = [], []
     for part, weight in problem.micro_batches(query):

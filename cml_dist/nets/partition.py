@@ -51,7 +51,8 @@ def _found(net: CmlNet, names: list[str], term: str, key: str) -> list[str]:
         raise ConfigError(
             f"{key} has {term}, but the body has {len(blocks)} blocks", f"use last:1 to last:{len(blocks)}"
         )
-    return [f"{BODY}.{n}" for block in blocks[-count:] for n in block]
+    wanted = {f"{BODY}.{n}" for block in blocks[-count:] for n in block}
+    return [n for n in names if n in wanted]  # without what is frozen, and no parameter
 
 
 def freeze(net: CmlNet, trained: Sequence[str]) -> None:

@@ -17,7 +17,8 @@ import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.file_download import repo_folder_name
 from timm.layers import config as timm_config
-from timm.models import group_parameters, load_pretrained, load_state_dict
+from timm.models import load_pretrained, load_state_dict
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -72,7 +73,9 @@ class TimmBackbone(nn.Module):
             ConfigError: this model does not say how it is divided.
         """
         try:
-            groups = group_parameters(self.model, self.model.group_matcher(coarse=False))
+            # With the buffers: a frozen block is still a block.
+            tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+            groups = group_with_matcher(tensors, self.model.group_matcher(coarse=False))
         except (AttributeError, NotImplementedError) as error:
             raise ConfigError(
                 f"model.backbone {self.name} does not say what its blocks are", "use globs over names instead of last:N"
@@ -254,6 +257,7 @@ def timm_export(net: CmlNet, params: Params) -> tuple[dict[str, Tensor], dict[st
         ModelError: the head does not fit the model's own classifier: export in this project's own format only.
     """
     body, head = net.body, net.head
+    params = {**dict(net.named_buffers()), **params}  # frozen parameters are buffers
     assert isinstance(body, TimmBackbone) and isinstance(head, nn.Linear)
     with torch.random.fork_rng(devices=[]):
         plain = _create(body.name, False, num_classes=head.out_features, **body.create_kwargs)

@@ -48,8 +48,6 @@ def deepspeed_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
             f"the strategy is {plan.strategy}, which does without DeepSpeed", "set parallel.strategy=zero2 (or 0, 1, 3)"
         )
     zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": False}
-    # Elements that are reduced at once, held in a buffer of that size from the start (DeepSpeed's default takes 2 GB).
-    zero["reduce_bucket_size"] = 50_000_000
     if stage in (1, 2):
         # Each part of the gradient goes to the one rank that owns it. DeepSpeed's default sends all of it to all.
         zero |= {"reduce_scatter": True, "use_multi_rank_bucket_allreduce": False}

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from cml_dist.config.plan import RunPlan
-from cml_dist.config.schema import RunConfig
+from cml_dist.config.schema import DomainConfig, RunConfig
 from cml_dist.errors import ConfigError
 from cml_dist.meta.problem import Method
 from cml_dist.nets.guard import couples_examples
 from cml_dist.nets.network import CmlNet
 from cml_dist.planning.footprint import Footprint, meta_step_footprint
 from cml_dist.planning.strategies import ModelSize, RankBudget, Strategy, rank_budget
-from cml_dist.types import Episode
+from cml_dist.types import Batch, Episode
 
 USABLE = 0.9
 """The part of a GPU's memory that a run may take: context, workspaces and the allocator's slack need the rest."""
@@ -43,6 +43,33 @@ class Task:
     episode: Episode
     loss: Callable[[Tensor, Tensor], Tensor]
     score: Callable[[Tensor, Tensor], Tensor]
+
+
+def task_of(
+    domain: DomainConfig,
+    input_shape: tuple[int, ...],
+    output_dim: int,
+    dtype: torch.dtype,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    score: Callable[[Tensor, Tensor], Tensor],
+) -> Task:
+    """The task of a domain from its settings alone, on the meta device: no data is read.
+
+    Args:
+        domain: its settings.
+        input_shape, output_dim: of one prepared input, and of the head.
+        dtype: of prepared inputs.
+        loss, score: the domain's.
+    """
+    ways = getattr(domain, "ways", None)  # regression has none
+
+    def batch(each: int) -> Batch:
+        count = each * (ways or 1)
+        target = ((count,), torch.int64) if ways else ((count, output_dim), dtype)
+        inputs = torch.empty(count, *input_shape, dtype=dtype, device="meta")
+        return Batch(inputs, torch.empty(target[0], dtype=target[1], device="meta"))
+
+    return Task(Episode(batch(domain.shots), batch(domain.queries), "train", 0), loss, score)
 
 
 class MemoryPlanner:
@@ -91,8 +118,9 @@ class MemoryPlanner:
             return [first]
         found = [first]
         lean = "adjoint" if plan.engine == "graph" else plan.engine
+        copies = "cpu" if engine.copies == "cpu" and lean == "adjoint" else "device"
         sizes = self._micro_batches() if engine.micro_batch == "auto" and not self.coupled else [plan.micro_batch]
-        found += [Means(lean, size, plan.copies) for size in [plan.micro_batch, *sizes]]
+        found += [Means(lean, size, copies) for size in [plan.micro_batch, *sizes]]
         if self.on_gpu and engine.copies == "auto" and lean == "adjoint" and plan.inner_steps > 1:
             found += [Means(lean, size, "cpu") for size in sizes]
         return list(dict.fromkeys(found))
@@ -100,7 +128,8 @@ class MemoryPlanner:
     def choose(self, strategy: Strategy, world: int, budget: int) -> tuple[Means | None, int]:
         """The fastest means inside a budget of ``budget`` bytes, or None; and the bytes it (or the leanest) needs."""
         found = self.candidates()
-        low, high = 0, len(found) - 1  # each needs less than the one before, so the first that fits is found by halving
+        # Each needs less than the one before, save where the copies move to the CPU, and there the halving asks first.
+        low, high = 0, len(found) - 1
         while low < high:
             middle = (low + high) // 2 if low else 0  # most runs fit as they are: ask for that first
             if self.bytes_needed(strategy, found[middle], world) <= budget:
@@ -136,9 +165,20 @@ class MemoryPlanner:
 
 
 def fit_memory(
-    config: RunConfig, plan: RunPlan, net: CmlNet, method: Method, task: Task, device: torch.device
+    config: RunConfig,
+    plan: RunPlan,
+    net: CmlNet,
+    method: Method,
+    task: Task,
+    device: torch.device,
+    *,
+    training: bool = True,
 ) -> RunPlan:
     """The plan with the fastest means that stay inside the memory budget, and the reason in words.
+
+    Args:
+        training: refuse what does not fit. A test needs neither moments nor a meta-gradient: it takes the leanest means
+            instead.
 
     Raises:
         ConfigError: nothing fits (with the smallest budget that would), or micro-batches of a network that couples
@@ -153,6 +193,9 @@ def fit_memory(
         return plan
     strategy = Strategy(plan.strategy, plan.offload)
     means, need = planner.choose(strategy, plan.processes, budget)
+    if means is None and not training:
+        means = planner.candidates()[-1]
+        return replace(plan, engine=means.engine, micro_batch=means.micro_batch, copies=means.copies)
     if means is None:
         raise ConfigError(
             f"nothing fits into {budget / 2**30:.3f} GiB a process: the leanest, {planner.candidates()[-1]} under "

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
@@ -16,10 +15,9 @@ from cml_dist.errors import ConfigError
 from cml_dist.nets.build import build_net
 from cml_dist.nets.network import CmlNet
 from cml_dist.nets.partition import freeze, select
-from cml_dist.planning.choose import USABLE, Means, MemoryPlanner, Task
+from cml_dist.planning.choose import USABLE, Means, MemoryPlanner, Task, task_of
 from cml_dist.planning.strategies import STRATEGIES, RankBudget, Strategy
 from cml_dist.run.assemble import method_of
-from cml_dist.types import Batch, Episode
 
 KNOWN_INPUTS = {
     "glyphs": (1, 28, 28),
@@ -175,27 +173,18 @@ def _network(config: RunConfig, inputs: Inputs) -> CmlNet:
 
 
 def _inputs(config: RunConfig, image_size: int | None, channels: int | None) -> Inputs:
-    domain = config.domain
-    dtype = getattr(torch, config.run.dtype)
+    domain, dtype = config.domain, getattr(torch, config.run.dtype)
     if domain.name == "sinusoid":
         from cml_dist.domains.sinusoid import SinusoidDomain as Sinusoid
 
-        def points(count: int) -> Batch:
-            return Batch(_empty(count, 1, dtype=dtype), _empty(count, 1, dtype=dtype))
-
-        episode = Episode(points(domain.shots), points(domain.queries), "train", 0)
-        task = Task(episode, Sinusoid.loss, Sinusoid.score)
-        return Inputs(Sinusoid.input_shape, Sinusoid.output_dim, task, "the domain's")
+        shape, outputs = Sinusoid.input_shape, Sinusoid.output_dim
+        task = task_of(domain, shape, outputs, dtype, Sinusoid.loss, Sinusoid.score)
+        return Inputs(shape, outputs, task, "the domain's")
     from cml_dist.domains.images import ImageDomain
 
     shape, source = _image_shape(config, image_size, channels)
-
-    def images(each: int) -> Batch:
-        count = each * domain.ways
-        return Batch(_empty(count, *shape, dtype=dtype), _empty(count, dtype=torch.int64))
-
-    episode = Episode(images(domain.shots), images(domain.queries), "train", 0)
-    return Inputs(shape, domain.ways, Task(episode, ImageDomain.loss, ImageDomain.score), source)
+    task = task_of(domain, shape, domain.ways, dtype, ImageDomain.loss, ImageDomain.score)
+    return Inputs(shape, domain.ways, task, source)
 
 
 def _image_shape(config: RunConfig, image_size: int | None, channels: int | None) -> tuple[tuple[int, int, int], str]:
@@ -220,10 +209,6 @@ def _image_shape(config: RunConfig, image_size: int | None, channels: int | None
         size = shape[1:] if image_size is None else (image_size, image_size)
         return (channels or shape[0], *size), f"as given, else {source}"
     return shape, source
-
-
-def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 # --------------------------------------------------------------------------- the command

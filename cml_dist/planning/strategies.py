@@ -19,7 +19,7 @@ from cml_dist.parallel.deepspeed_config import BUCKET_ELEMENTS
 from cml_dist.planning.footprint import Footprint
 
 REDUCE_BUCKET_ELEMENTS = BUCKET_ELEMENTS
-"""``reduce_bucket_size`` of the DeepSpeed configuration (its default), in elements, whatever the model's size."""
+"""Elements of a bucket, as the generated DeepSpeed dictionary sets it."""
 
 ZERO0_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's fixed bucket where nothing is partitioned (``MEMORY_OPT_ALLREDUCE_SIZE``)."""

@@ -18,7 +18,7 @@ from cml_dist.nets.guard import check_twice_differentiable
 from cml_dist.nets.network import CmlNet
 from cml_dist.nets.partition import freeze, select
 from cml_dist.parallel.world import World
-from cml_dist.planning.choose import Task, autocast_type, fit_memory
+from cml_dist.planning.choose import autocast_type, fit_memory, task_of
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,14 @@ def assemble(
     world: World,
     progress: Callable[[int, int, str], None] | None = None,
     splits: Sequence[str] = (),
+    *,
+    training: bool = True,
 ) -> Parts:
     """Build the parts on every rank; each machine's first rank goes first, to fill caches once.
 
     Args:
         splits: brought into memory now, so that a damaged image is found before the work starts.
+        training: whether meta-gradients will be computed, so that the memory budget must hold them.
 
     Collective: all ranks, and all fail together.
     """
@@ -103,8 +106,8 @@ def assemble(
     world.together(load)  # every rank decodes at once
     net = world.main_first(make)  # fills the cache of pre-trained weights
     method = world.together(lambda: method_of(config.method, net))
-    task = world.together(lambda: _task(domain, dtype))
-    plan = world.together(lambda: fit_memory(config, plan, net, method, task, world.device))
+    task = task_of(config.domain, domain.input_shape, domain.output_dim, dtype, domain.loss, domain.score)
+    plan = world.together(lambda: fit_memory(config, plan, net, method, task, world.device, training=training))
     model = MetaModel(
         net,
         domain.loss,
@@ -116,9 +119,3 @@ def assemble(
         path_device=torch.device("cpu") if plan.copies == "cpu" else None,
     )
     return Parts(domain, net, model, dtype, plan)
-
-
-def _task(domain: Domain, dtype: torch.dtype) -> Task:
-    """A domain's shapes and losses, for the memory budget."""
-    episode = domain.prepare(domain.episode("train", 0), torch.device("cpu"), dtype)
-    return Task(episode, domain.loss, domain.score)

@@ -226,6 +226,20 @@ def check_fits(checkpoint: Checkpoint, expected: Layout) -> None:
             )
 
 
+def check_constants(checkpoint: Checkpoint, net: nn.Module) -> None:
+    """Refuse other frozen weights or statistics than the run's: they are in no checkpoint, and come from elsewhere.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    then = checkpoint.state.get("constants")  # checkpoints of earlier versions do not say
+    if then is not None and then != fingerprint(net.named_buffers()):
+        raise CheckpointError(
+            f"the frozen weights or statistics are not those with which {checkpoint.path} was trained",
+            "give model.pretrained the weight file that the run was started with, or choose another run.dir",
+        )
+
+
 def layout_of(net: nn.Module) -> Layout:
     """What a checkpoint of a network's parameters holds of them."""
     return {f"param/{name}": (p.dtype, tuple(p.shape)) for name, p in net.named_parameters()}

@@ -17,7 +17,7 @@ from cml_dist.errors import CheckpointError, ModelError
 from cml_dist.meta.problem import part_of
 from cml_dist.nets.guard import has_batch_norm
 from cml_dist.run.assemble import Parts
-from cml_dist.run.checkpoint import check_fits, layout_of
+from cml_dist.run.checkpoint import check_constants, check_fits, layout_of
 from cml_dist.run.folder import RunFolder, write_json
 from cml_dist.run.report import choose_checkpoint, overrides_of
 from cml_dist.run.safetensors_stream import StreamWriter
@@ -48,6 +48,7 @@ def export_run(
     choice.say(console)
     checkpoint = choice.checkpoint
     check_fits(checkpoint, layout_of(parts.net))
+    check_constants(checkpoint, parts.net)
     target = Path(to) if to is not None else folder.export
     params = checkpoint.params([n for n, _ in parts.net.named_parameters() if part_of(n) != COLEARNER])
     # Constants too: with frozen statistics the network is not whole without them.
@@ -151,7 +152,7 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
         "",
         "| | |",
         "|---|---|",
-        f"| parameters (body and head; the co-learner is deleted) | {count:,} |",
+        f"| meta-trained parameters of body and head (the co-learner is deleted) | {count:,} |",
         f"| input | {' x '.join(map(str, description['input_shape']))}{_normalised(description['preprocessing'])} |",
         f"| adaptation | {description['inner_steps']} gradient step(s), step size body {description['body_lr']:g}, "
         f"head {description['head_lr']:g} |",

@@ -36,7 +36,7 @@ def evaluate_run(run_dir: str, overrides: Sequence[str], which: str, console: Co
     world = join_world(config)
     set_arithmetic(config, world)
     with preparing(console) as progress:
-        parts = assemble(config, make_plan(config, world.size), world, progress)
+        parts = assemble(config, make_plan(config, world.size), world, progress, training=False)
     summary = score_run(config, parts.plan, parts, RunFolder(run_dir), world, console, which)
     world.close()
     return summary
@@ -47,7 +47,7 @@ def export_again(run_dir: str, overrides: Sequence[str], which: str, to: str | N
     config = run_config(run_dir, overrides)
     world = join_world(config)
     with preparing(console) as progress:
-        parts = assemble(config, make_plan(config, world.size), world, progress)
+        parts = assemble(config, make_plan(config, world.size), world, progress, training=False)
 
     def write() -> None:
         if world.is_main:

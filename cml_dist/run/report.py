@@ -100,6 +100,7 @@ def score_run(
     choice.say(console)
     checkpoint = choice.checkpoint
     world.together(lambda: checkpoints.check_fits(checkpoint, checkpoints.layout_of(parts.net)))
+    world.together(lambda: checkpoints.check_constants(checkpoint, parts.net))
     params = world.together(checkpoint.params)
     reports = _score(config, plan, parts, world, console, params, "Testing")
     initial = {n: p.detach() for n, p in parts.net.named_parameters()}

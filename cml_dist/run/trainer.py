@@ -159,11 +159,7 @@ class _Run:
                 f"the data is not that of the run in {self.folder.path} (checksum {then[:12]}, now {now[:12]})",
                 "point domain.root at the same packed set, or choose another run.dir",
             )
-        if found.state.get("constants", self.state["constants"]) != self.state["constants"]:
-            raise CheckpointError(
-                f"the frozen weights or statistics are not those of the run in {self.folder.path}",
-                "give model.pretrained the weight file that it was started with, or choose another run.dir",
-            )
+        checkpoints.check_constants(found, self.parts.net)
 
     def _announce(self) -> None:
         """Say and record what will happen here."""

@@ -165,6 +165,20 @@ def test_an_own_file_of_another_stage_is_refused(file):
         make_plan(config(strategy="zero3", deepspeed=file(**zero())), 2)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"zero_optimization": 3}, "has no zero_optimization.stage"),
+        ({"zero_optimization": None}, "has no zero_optimization.stage"),
+        ({"zero_optimization": {"stage": 2.0}}, "has no zero_optimization.stage"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "but it is a section"),
+    ],
+)
+def test_an_own_file_of_another_form_is_refused(file, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        make_plan(config(deepspeed=file(**settings)), 2)
+
+
 def test_two_files_that_differ_are_refused(file, monkeypatch):
     monkeypatch.setenv(LAUNCHED, "true")
     monkeypatch.setenv(DEEPSPEED + "CONFIG_FILE", "other.json")

@@ -106,7 +106,8 @@ def test_equals_the_live_bytes_of_a_real_meta_step(engine, order, micro_batch):
     with LiveBytes() as live:
         live.standing([*model.parameters(), *model.buffers()])
         made = (module._map_batch(batch, torch.clone) for _ in range(3) for batch in (given.support, given.query))
-        total, _ = model((replace(given, support=next(made), query=next(made)) for _ in range(3)), 1 / 3)
+        some = (replace(given, support=next(made), query=next(made)) for _ in range(3))
+        total, _ = model(some, 1 / 3, frozenset({given.index}))
         total.backward()
     found = meta_step_footprint(net, loss, loss, method, engine, given, episodes=3, micro_batch=micro_batch)
     # A map is 5 KiB. What may differ: outputs of micro-batches that were left out, numbers that operators wrap.

@@ -143,3 +143,48 @@ def test_resume_refuses_other_frozen_weights(tmp_path):
         else:
             with pytest.raises(CmlError, match="frozen weights or statistics are not those"):
                 train(config, Console())
+
+
+def test_cml_trains_with_the_whole_body_frozen(tmp_path):
+    """The cosine of the learners' gradients lives in the body: here there is none to report."""
+    model = {**SETTINGS["model"], "trained": ["head"]}
+    config = parse_config({**SETTINGS, "model": model, "run": {"dir": str(tmp_path / "run")}})
+    assert train(config, Console()).finished
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["colearner_loss"] is not None and line.get("gradient_cosine") is None
+
+
+def test_last_counts_blocks_that_are_frozen_too():
+    net = net_of("test_vit")
+    freeze(net, select(net, ("head", "body.model.blocks.0.*"), "model.trained"))
+    with pytest.raises(ConfigError, match="selects no parameter"):
+        select(net, ("last:1",), "method.adapts")
+    assert all(".blocks.0." in n for n in select(net, ("last:6",), "method.adapts"))
+
+
+def test_a_frozen_head_is_exported(tmp_path):
+    net = net_of("test_resnet")
+    freeze(net, select(net, ("body",), "model.trained"))
+    from cml_dist.nets.timm_backbone import timm_export
+
+    state, _ = timm_export(net, {n: p.detach() for n, p in net.named_parameters()})
+    assert torch.equal(state["fc.weight"], net.head.weight)
+
+
+def test_a_test_reads_no_training_images(tmp_path, monkeypatch):
+    """It needs the shapes of an episode, which the settings say."""
+    from cml_dist.domains.images import ImageDomain
+    from cml_dist.run.finished import evaluate_run
+
+    settings = {
+        "domain": {"name": "glyphs", "ways": 3, "queries": 2},
+        "model": {"filters": 4},
+        "train": {"steps": 1, "episodes_per_step": 1},
+        "eval": {"val_episodes": 1, "episodes": 2, "every": 0, "untrained": False},
+        "run": {"dir": str(tmp_path / "run")},
+    }
+    assert train(parse_config(settings), Console()).finished
+    read, load = [], ImageDomain.load
+    monkeypatch.setattr(ImageDomain, "load", lambda self, split, *rest: read.append(split) or load(self, split, *rest))
+    evaluate_run(str(tmp_path / "run"), ["memory.budget_gib=1"], "best", Console())
+    assert set(read) == {"test"}
