@@ -207,7 +207,18 @@ def _config(args: argparse.Namespace, console: Console) -> None:
     print(dump_config(config), end="")
 
 
-PLAN_COLUMNS = ("strategy", "parameters", "gradients", "moments", "adapted", "activations", "buffers", "total", "host")
+PLAN_COLUMNS = {
+    "parameters": "params",
+    "gradients": "grads",
+    "moments": "moments",
+    "adapted": "copies",
+    "activations": "activ.",
+    "buffers": "buffers",
+    "total": "total",
+    "host": "host",
+    "sent": "sent",
+}
+"""Parts of a rank's budget, with names short enough for a table on a terminal."""
 
 
 def _plan(args: argparse.Namespace, console: Console) -> None:
@@ -232,7 +243,8 @@ def _plan(args: argparse.Namespace, console: Console) -> None:
         {
             "model": f"{config.model.backbone}: {found.num_parameters:,} parameters, {found.num_constants:,} constants",
             "inputs": f"{'x'.join(map(str, found.inputs))} ({found.input_source})",
-            "meta-step": f"inner steps: {config.method.inner_steps}; episodes a rank: {found.episodes_per_rank}",
+            "meta-step": f"inner steps: {config.method.inner_steps}; episodes a rank: {found.episodes_per_rank}"
+            + (f"; {found.means[0]}" if len(set(found.means)) == 1 else ""),
             "GPUs": f"{found.gpus} of {found.gpu_memory_gib:g} GiB, of which {found.usable_gib:.4g} GiB may be used",
         },
     )
@@ -240,16 +252,17 @@ def _plan(args: argparse.Namespace, console: Console) -> None:
     def gib(size: int) -> str:
         return f"{size / 2**30:.2f}"
 
+    alike = len(set(found.means)) == 1
     rows = [
-        (_strategy_words(row), *(gib(getattr(row, column)) for column in PLAN_COLUMNS[1:]), gib(row.sent))
-        + ("yes" if found.fits(row) else "no", row.moment, str(means))
+        (_strategy_words(row), *(gib(getattr(row, part)) for part in PLAN_COLUMNS), "yes" if found.fits(row) else "no")
+        + (() if alike else (str(means),))
         for row, means in zip(found.rows, found.means, strict=True)
     ]
-    columns = (*PLAN_COLUMNS, "sent a step", "fits", "most in", "meta-gradient by")
-    console.table("GiB of each rank at its largest moment", columns, rows)
+    columns = ("strategy", *PLAN_COLUMNS.values(), "fits", *([] if alike else ["meta-gradient by"]))
+    console.table("GiB of each rank at its largest moment, and sent in a meta-step", columns, rows)
     console.note(
-        "Counted: tensors, and buffers of DeepSpeed and DDP. Not counted: the CUDA context, kernels' workspaces, NCCL, "
-        "slack of the allocator. Moments include the master copy; activations are of second order"
+        "Copies: adapted parameters of the inner steps. Activations are of second order, moments with the master copy; "
+        "host: on the CPU by offloading. Not counted: CUDA context, kernels' workspaces, NCCL, the allocator's slack"
     )
     if found.command is None:
         console.note(f"Nothing fits: the leanest strategy needs GPUs of {found.smallest_gib:.3g} GiB")
