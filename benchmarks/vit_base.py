@@ -1,7 +1,7 @@
 """One full second-order meta-step of CML on ViT-B/16 (86 M parameters), K = 5, and a check of its gradient.
 
     python benchmarks/vit_base.py            # the step: largest resident memory of the process, seconds
-    python benchmarks/vit_base.py --check    # in float64, on a copy cut down to two blocks: directional differences
+    python benchmarks/vit_base.py --check    # in float64, cut down to two blocks and 20 images: directional differences
 
 5-way 5-shot, 15 queries a class, 224 px, adjoint in micro-batches of 5, SGD as the outer optimizer, on the CPU.
 """
@@ -31,14 +31,14 @@ def score(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (outputs.argmax(1) == targets).float().mean()
 
 
-def episode(dtype: torch.dtype) -> Episode:
+def episode(dtype: torch.dtype, shots: int = SHOTS, queries: int = QUERIES) -> Episode:
     generator = torch.Generator().manual_seed(0)
 
     def batch(count: int) -> Batch:
         labels = torch.arange(WAYS).repeat_interleave(count)
         return Batch(torch.randn(count * WAYS, *SHAPE, generator=generator, dtype=dtype), labels)
 
-    return Episode(batch(SHOTS), batch(QUERIES), "train", 0)
+    return Episode(batch(shots), batch(queries), "train", 0)
 
 
 def network():
@@ -69,9 +69,9 @@ def check() -> None:
     net = network()
     net.body.model.blocks = net.body.model.blocks[:2]
     net = net.double()
-    problem = Problem(net, torch.nn.functional.cross_entropy, score, dict(net.named_buffers()), MICRO_BATCH)
+    problem = Problem(net, torch.nn.functional.cross_entropy, score, dict(net.named_buffers()), micro_batch=2)
     params = {n: p.detach().clone() for n, p in net.named_parameters()}
-    method, made = Method(STEPS, 0.01, 0.01, 1.0), episode(torch.float64)
+    method, made = Method(STEPS, 0.01, 0.01, 1.0), episode(torch.float64, shots=1, queries=3)
     grads = meta_gradient(params, made, problem, method, "adjoint").grads
 
     def objective(at: dict) -> float:
