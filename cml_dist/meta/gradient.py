@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,10 +76,9 @@ def meta_gradient(
     steps = method.inner_steps if rates else 0
     if method.order == 1 or steps == 0:
         adapted, pull_back = first_order(params, rates, support_loss, steps)
-    elif engine == "adjoint":
-        adapted, pull_back = adjoint(params, rates, support_loss, steps, path_device)
     else:
-        adapted, pull_back = ENGINES[engine](params, rates, support_loss, steps)
+        engines = {"graph": graph, "adjoint": partial(adjoint, path_device=path_device)}
+        adapted, pull_back = engines[engine](params, rates, support_loss, steps)
     outer, terms = outer_gradient(adapted, episode.query, episode.context, problem, method.gamma, diagnose=diagnose)
     del adapted
     return MetaGradient(pull_back(outer), terms)
@@ -183,6 +183,3 @@ def adjoint(
 def first_order(params: Params, rates: Mapping[str, float], loss: SupportLoss, steps: int) -> tuple[Params, PullBack]:
     """Inner gradients as constants: the pull back is the identity (FOMAML)."""
     return last(inner_loop(params, rates, loss, steps)), lambda outer: outer
-
-
-ENGINES = {"graph": graph, "adjoint": adjoint}
