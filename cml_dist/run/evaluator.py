@@ -87,10 +87,12 @@ def evaluate(
     mine = range(world.rank, num_episodes, world.size)
     scores = torch.zeros(len(learners), num_episodes, dtype=torch.float64)
     stream = EpisodeStream(domain, split, mine, device=world.device, dtype=dtype, workers=workers)
+    world.watch.beat(f"{split}, episode 1 of {len(mine)}")
     for done, episode in enumerate(stream, start=1):
         for row, learner in enumerate(learners):
             scores[row, episode.index] = score_episode(params, episode, problem, method, learner, co_adapt).double()
         if progress is not None:
             progress(min(done * world.size, num_episodes))
+        world.watch.beat(f"{split}, episode {done + 1} of {len(mine)}")
     scores = world.sum(scores.flatten()).reshape_as(scores)
     return {learner: EvalReport(scores[row]) for row, learner in enumerate(learners)}

@@ -93,7 +93,10 @@ class _Run:
         self.state["data"] = self.parts.domain.fingerprint()
         # Frozen weights and statistics are in no checkpoint: they must be the same at each start.
         self.state["constants"] = checkpoints.fingerprint(self.parts.net.named_buffers())
-        self.strategy = build_strategy(config, self.plan, world, self.parts.model)
+        world.watch.beat("sharing out the parameters")
+        with world.watch.waiting():
+            self.strategy = build_strategy(config, self.plan, world, self.parts.model)
+        world.watch.beat("looking for a checkpoint")
         self._resume()
         world.together(self._announce)
         with Interrupts() as self.interrupts:
@@ -194,7 +197,7 @@ class _Run:
         ) as live:
             self._validate_if_due()
             while self.step < config.train.steps:
-                metrics, stop = self._meta_step(stream.take(mine))
+                metrics, stop = self._meta_step(self._handed_out(stream, mine))
                 live.step(metrics)
                 # Saved before a long validation too: who stops or is killed in it loses nothing, and resume runs it.
                 if stop or self._validation_due() or self._checkpoint_due():
@@ -210,6 +213,7 @@ class _Run:
         self.world.together(lambda: self._export(tested["step"]))
 
     def _export(self, step: int) -> None:
+        self.world.watch.beat("the export")
         if self.world.is_main:
             made = export_run(self.config, self.parts, self.folder, self.console, str(step))
             self.console.note(f"Exported model: {made}")
@@ -224,9 +228,11 @@ class _Run:
         num_episodes = config.train.episodes_per_step
         # The cosine costs a backward pass: one episode of each step, the same one for any world size.
         diagnose = frozenset({self.step * num_episodes})
+        world.watch.wait(f"the start of step {self.step + 1}")  # where ZeRO-3 gathers the parameters
         sums = self.strategy.gradient(episodes, num_episodes, diagnose)
         lr = learning_rate(config.optim, self.step, config.train.steps)
         norm, taken = self.strategy.apply(lr, config.optim.clip_norm)
+        world.watch.beat(f"the end of step {self.step + 1}")
         terms, stop = self._reduce(sums)
         self.step += 1
         self.state["skipped"] += not taken
@@ -265,6 +271,14 @@ class _Run:
         *values, stop = self.world.sum(vector).tolist()
         pairs = zip(TERMS, values[::2], values[1::2], strict=True)
         return {term: total / count if count else None for term, total, count in pairs}, stop > 0
+
+    def _handed_out(self, stream: EpisodeStream, count: int) -> Iterator[Episode]:
+        """The next episodes. The watch hears of each; after the last one the reduction brings the ranks together."""
+        watch, step = self.world.watch, self.step + 1
+        for number in range(1, count + 1):
+            watch.beat(f"step {step}, episode {number} of {count}")
+            yield next(stream)
+        watch.wait(f"the reduction of step {step}")
 
     # ------------------------------------------------------------------ validation and checkpoints
 
