@@ -28,6 +28,8 @@ def end_process(verdict: Verdict, watch: Joined, speaks: bool) -> None:
         speaks: whether this rank is the one that puts the line on the screen.
     """
     faulthandler.dump_traceback_later(LAST_WORDS_S, exit=True, file=STDERR)
+    with suppress(Exception):
+        watch.at_end(verdict.what)
     log = _descriptor(watch.log)
     line = f"error: {verdict.what}; {_remedy(verdict)}".rstrip("; ") + "\n"
     if log is not None:
@@ -83,9 +85,15 @@ def is_alive(member: Member) -> bool:
         return False
 
 
+def restarts() -> tuple[int, int]:
+    """How often the launcher has started this world again in place, and how often it may."""
+    count, most = (os.environ.get(f"TORCHELASTIC_{name}") or 0 for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return int(count), int(most)
+
+
 def _remedy(verdict: Verdict) -> str:
     """With what a launcher that restarts in place does by itself."""
-    restart, most = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    restart, most = restarts()
     if restart >= most:
         return verdict.remedy
     starts = f"the launcher starts all again from the last checkpoint (restart {restart + 1} of {most})"

@@ -34,10 +34,12 @@ class Watch:
 
     Attributes:
         log: a file for this rank's own copy of what befell the world, and for stacks; None: stacks go to stderr.
+        at_end: is told why, before the watch ends this process; in the watch's thread, and for a few seconds at most.
     """
 
     def __init__(self) -> None:
         self.log: TextIO | None = None
+        self.at_end: Callable[[str], None] = lambda what: None
         self._at: tuple[str, bool, float] = ("its start", False, time.monotonic())
 
     def beat(self, where: str) -> None:

@@ -85,9 +85,15 @@ class _ByIndex(Dataset):
 
 
 def _follow_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the trainer decides when its workers end, and they end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A worker that outlived a killed trainer would keep the run folder's lock, and the screen, for a few seconds more.
+    """The trainer decides when its workers end, and they end with it.
+
+    Ctrl-C and a scheduler's SIGTERM reach every process: torch's own handler would end a worker at SIGTERM, and thereby
+    the step that is to be saved. Other stop signals come to the trainer's handler, which the worker has a copy of and
+    nobody asks.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    # One that outlived a killed trainer would keep the run folder's lock, and the screen, for some seconds more.
     with suppress(OSError, AttributeError):  # Linux alone
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     torch.set_num_threads(1)
