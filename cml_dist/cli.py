@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -132,9 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console().error(what, "mend it, then run the same command")
         return leave(1, what)
     except Exception as error:
-        # Where another rank is to blame, the watch knows it soon, names it, and ends this process.
-        broken = _BROKEN.search(str(error)) is not None
-        this_watch().await_verdict(BLAME_S if broken else 1.0)
+        this_watch().blame(error)
         import traceback
 
         traceback.print_exc()
@@ -151,13 +148,6 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
-
-
-_BROKEN = re.compile(r"gloo|NCCL|ProcessGroup|Connection (closed|reset)|Socket")
-"""How collectives word it when the other side has gone."""
-
-BLAME_S = 10.0
-"""Seconds that the watch gets to find out who."""
 
 
 # --------------------------------------------------------------------------- commands
@@ -177,8 +167,8 @@ def _train(args: argparse.Namespace, console: Console) -> int:
         from cml_dist.run.trainer import train
 
         code = train(config, console, interrupts).exit_code
-    except Stopped:
-        this_watch().await_verdict(1.0)  # a launcher stops all when one dies: then that one is the news
+    except Stopped as stopped:
+        this_watch().blame(stopped)  # a launcher stops all when one dies
         this_watch().fail(f"it was stopped by {interrupts.stop} before training began", everywhere=True)
         console.warn(f"Stopped by {interrupts.stop} before training began; nothing is lost: run the same command again")
         code = STOPPED_BY_SCHEDULER

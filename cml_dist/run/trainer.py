@@ -152,6 +152,7 @@ class _Run:
 
     def fail(self, error: BaseException) -> None:
         """Leave word of an end before the end in the run folder."""
+        self.world.watch.blame(error)
         if not self.folder.claimed or not self.folder.exists:
             return
         asked = isinstance(error, (Stopped, KeyboardInterrupt))

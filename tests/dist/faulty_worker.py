@@ -22,6 +22,7 @@ episode, build = SinusoidDomain.episode, SinusoidDomain.build.__func__
 
 def faulty_episode(self, split, index):
     if split == "train" and index >= 12 and IS_FAULTY:
+        print(f"fault at {time.time()}", flush=True)
         if FAULT == "data":
             raise DataError("image x.png in shard train-000003.tar cannot be decoded", "pack the set again")
         if FAULT == "bug":
@@ -46,6 +47,7 @@ def hang_in_python():
 
 
 def killed_at_start(*arguments, **rest):
+    print(f"fault at {time.time()}", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
