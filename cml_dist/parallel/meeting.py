@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 
@@ -15,8 +15,9 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from cml_dist.config.schema import ParallelConfig
 from cml_dist.errors import WorldError
+from cml_dist.parallel.ending import end_process
 from cml_dist.parallel.star import Follower, Leader
-from cml_dist.parallel.verdict import Member
+from cml_dist.parallel.verdict import Member, Verdict
 from cml_dist.parallel.watch import Joined
 from cml_dist.parallel.wire import Wire
 
@@ -82,17 +83,26 @@ def identity(rank: int) -> Member:
     return Member(rank, name, os.getpid(), machine, moved_s=time.monotonic())
 
 
-def join(store: Store, me: Member, size: int, config: ParallelConfig, until_s: float, address: str) -> Joined:
+def join(
+    store: Store,
+    me: Member,
+    size: int,
+    config: ParallelConfig,
+    until_s: float,
+    address: str,
+    end: Callable[[Verdict, Joined, bool], None] = end_process,
+) -> Joined:
     """This rank's watch, once all are there.
 
     Args:
         until_s: when to give up, by the monotonic clock.
         address: of rank 0's machine.
+        end: see :class:`Joined`.
 
     Raises:
         WorldError: not all came.
     """
-    limits = {"silence_s": config.silence_s, "timeout_s": config.timeout_s}
+    limits = {"silence_s": config.silence_s, "timeout_s": config.timeout_s, "end": end}
     watch: Joined
     if me.rank == 0:
         server, token, countersign = _listen(address), secrets.token_hex(16), secrets.token_hex(16)

@@ -188,7 +188,10 @@ class Joined(Watch):
             next_s = last_s
             while not self._over:
                 for key, _ in self._selector.select(max(0.0, next_s - time.monotonic())):
-                    key.data()
+                    if not self._over:
+                        key.data()
+                if self._over:
+                    break
                 now_s = time.monotonic()
                 if now_s - last_s > 2 * TICK_S:  # this process itself stood still: the others' words wait to be read
                     self._thawed_s = now_s
