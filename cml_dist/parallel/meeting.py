@@ -117,7 +117,13 @@ def join(
         leader, wire = _find_leader(store, me, size, until_s)
         watch = Follower(me, size, leader, wire, **limits)
         watch.start()
-    watch.await_all(until_s - time.monotonic() + MARGIN_S)
+    try:
+        watch.await_all(until_s - time.monotonic() + MARGIN_S)
+    except WorldError:
+        raise
+    except BaseException:  # Ctrl-C, a scheduler's signal
+        watch.fail("it was stopped while the world met", everywhere=True)
+        raise
     return watch
 
 
