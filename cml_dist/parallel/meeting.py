@@ -55,8 +55,8 @@ def meet(config: ParallelConfig, environment: Mapping[str, str] | None = None) -
             multi_tenant=True,
         )
     except (DistError, RuntimeError, ValueError) as error:
-        raise WorldError(
-            f"rank {rank} cannot reach the rendezvous at {host}:{port}: {_first_line(error)}",
+        raise _of_this_rank(
+            f"cannot reach the rendezvous at {host}:{port}: {_first_line(error)}",
             "see whether rank 0's process runs there, and whether MASTER_ADDR and MASTER_PORT are the same everywhere",
         ) from error
     one_machine = environment.get("LOCAL_WORLD_SIZE") == str(size)
@@ -173,8 +173,8 @@ def _find_leader(store: Store, me: Member, size: int, until_s: float) -> tuple[M
             except (OSError, ValueError) as error:
                 why = f"{address}:{meeting['port']}: {error}"
         time.sleep(RETRY_S)
-    raise WorldError(
-        f"rank {me.rank} on host {me.host} was not let in by rank 0: {why}",
+    raise _of_this_rank(
+        f"rank 0 did not let in this process on host {me.host}: {why}",
         "see what rank 0 says, and whether its machine lets connections in",
     )
 
@@ -196,6 +196,13 @@ def _knock(address: str, meeting: dict, me: Member, size: int) -> tuple[Member, 
     except BaseException:
         wire.close()
         raise
+
+
+def _of_this_rank(what: str, remedy: str) -> WorldError:
+    """What no other rank may see, so that this one has to say it."""
+    error = WorldError(what, remedy)
+    error.everywhere = False
+    return error
 
 
 def _first_line(error: BaseException) -> str:

@@ -144,7 +144,8 @@ def test_a_rank_lost_while_others_are_still_to_come_is_named():
 
 def test_rank_0_that_does_not_come_is_named():
     ranks = Ranks(2, absent=(0,), join_s=0.3).joined()
-    assert ranks.errors[1].what.startswith("rank 1 on host ") and "was not let in by rank 0" in ranks.errors[1].what
+    assert ranks.errors[1].what.startswith("rank 0 did not let in this process on host ")
+    assert not ranks.errors[1].everywhere, "who else could say so"
 
 
 def test_what_an_earlier_start_left_in_the_store_is_passed_over():
