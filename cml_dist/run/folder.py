@@ -21,6 +21,7 @@ NEUTRAL_KEYS = (
     "run.device",
     "run.log_every",
     "run.stop_signals",
+    "run.tracker",
     "parallel.",
     "engine.",
     "memory.",
@@ -58,6 +59,7 @@ class RunFolder:
         self.scores_file = self.path / "eval_scores.npz"
         self.own_eval_file = self.path / "evals" / "own.json"
         self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
         self.export = self.path / "export"
         self._lease: Lease | None = None
         self._made: list[Path] = []  # folders that claim() made, innermost first
