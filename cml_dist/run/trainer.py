@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from cml_dist import __version__
 from cml_dist.config.plan import RunPlan, make_plan, plan_rows, share
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, CmlError, TrainingError, WorldError
@@ -37,9 +38,11 @@ from cml_dist.run.report import learner_name, score_run
 from cml_dist.run.session import session_record, session_rows, set_rows, set_warning
 from cml_dist.run.status import RunStatus, State, now, this_start
 from cml_dist.run.stream import EpisodeStream, rank_share
-from cml_dist.telemetry.console import Console, ResultRow
+from cml_dist.telemetry.console import BothConsole, Console, ResultRow
 from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
 from cml_dist.telemetry.preparing import preparing
+from cml_dist.telemetry.rank_log import RankLog
+from cml_dist.telemetry.trackers import Trackers, check_installed
 from cml_dist.types import Episode
 
 TERMS = ("outer_loss", "score", "colearner_loss", "colearner_score", "gradient_cosine")
@@ -75,6 +78,7 @@ def train(config: RunConfig, console: Console, interrupts: Interrupts | None = N
         run = _Run(config, world, console, interrupts)
         try:
             outcome = run.go()
+            run.trackers.close()
         except BaseException as error:
             run.fail(error)
             raise
@@ -89,7 +93,7 @@ class _Run:
     """One start of a run: state of the loop, and the steps between."""
 
     def __init__(self, config: RunConfig, world: World, console: Console, interrupts: Interrupts) -> None:
-        self.config, self.world, self.console, self.interrupts = config, world, console, interrupts
+        self.config, self.world, self.interrupts = config, world, interrupts
         self.plan: RunPlan = make_plan(config, world.size)
         self.folder = RunFolder(config.run.dir)
         self.threads = set_arithmetic(config, world)
@@ -99,12 +103,16 @@ class _Run:
         self.longest_s = {"step": 0.0, "save": 0.0}
         self.step = 0
         self.state: dict[str, Any] = {"best": None, "validated": 0, "skipped": 0, "skipped_in_a_row": 0}
+        self.log = RankLog(world.rank)
+        self.console: Console = BothConsole(console, self.log.console)
 
     # ------------------------------------------------------------------ phases
 
     def go(self) -> Outcome:
         world, config = self.world, self.config
         world.together(self._claim)
+        if self.folder.exists:
+            self._open_log()
         with preparing(self.console) as progress:
             self.parts: Parts = assemble(config, self.plan, world, progress, self._splits())
         self.plan = self.parts.plan
@@ -114,6 +122,8 @@ class _Run:
         self.strategy = build_strategy(config, self.plan, world, self.parts.model)
         self._resume()
         world.together(self._announce)
+        self._open_log()  # only now: a run that never began leaves nothing behind
+        self.trackers = Trackers(config, self.step, self.console, active=world.is_main)
         try:
             self.interrupts.patient()
             self._loop()
@@ -144,6 +154,7 @@ class _Run:
 
     def fail(self, error: BaseException) -> None:
         """Leave word of an end before the end in the run folder."""
+        self.log.failed(error)
         if not self.folder.claimed or not self.folder.exists:
             return
         asked = isinstance(error, (Stopped, KeyboardInterrupt))
@@ -184,11 +195,13 @@ class _Run:
         """Close the files; the folder is free for another trainer."""
         if self.metrics is not None:
             self.metrics.close()
+        self.log.close()
         self.folder.release()
 
     def _claim(self) -> None:
         """Rank 0 takes the folder, new or resumable; the others hear if it may not."""
         if self.world.is_main:
+            check_installed(self.config)
             if self.folder.exists:
                 self.folder.check_resumable(self.config)
             self.folder.claim()
@@ -244,6 +257,17 @@ class _Run:
         self.console.header("cml-dist train", rows)
         if (warning := set_warning(self.config, self.parts)) is not None:
             self.console.warn(warning)
+
+    def _open_log(self) -> None:
+        """This rank's log, in a folder where a run lives."""
+        world, start = self.world, this_start()
+        job = f", job {start.job}" if start.job else ""
+        restart = f", restart {start.restart}" if start.restart else ""
+        self.log.open(
+            self.folder.logs,
+            f"-------- cml-dist {__version__}: rank {world.rank} of {world.size} (here {world.local_rank} of "
+            f"{world.local_size}), pid {start.pid} on {start.host}{job}{restart}",
+        )
 
     def _loop(self) -> None:
         """All meta-steps that are left. Raises Stopped where someone asked to stop, once it is saved."""
@@ -320,6 +344,7 @@ class _Run:
         if self.metrics is not None:
             self.folder.check_ours()
             self.metrics.write(metrics)
+        self.trackers.step(metrics)
         if self.state["skipped_in_a_row"] >= config.train.max_nonfinite:
             raise TrainingError(
                 f"the meta-gradient was NaN or inf in {config.train.max_nonfinite} steps in a row, "
@@ -409,6 +434,7 @@ class _Run:
         if self.world.is_main:
             self.folder.check_ours()
             append_json_line(self.folder.validation_file, line)
+        self.trackers.validation(line, domain.score_name)
         row = ResultRow(learner_name(config.method.name, learner), report.mean, report.ci95, len(report.scores))
         self.console.validation(self.step, [row], score_name=domain.score_name, best=self._best())
 
