@@ -44,7 +44,8 @@ class RunFolder:
 
     Layout: ``config.yaml`` (resolved), ``deepspeed.json`` (of the last start under a ZeRO strategy), ``sessions.jsonl``
     (versions and hardware of each start), ``status.json`` (how it stands), ``metrics.jsonl``, ``validation.jsonl``,
-    ``checkpoints/``, ``eval.json`` + ``eval_scores.npz``, ``evals/``, ``export/``.
+    ``checkpoints/``, ``eval.json`` + ``eval_scores.npz``, ``evals/``, ``export/``, ``logs/`` (one a rank), and of
+    ``run.trackers`` ``tensorboard/`` and ``wandb/``.
     """
 
     def __init__(self, path: str | Path) -> None:

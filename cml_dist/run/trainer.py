@@ -78,7 +78,6 @@ def train(config: RunConfig, console: Console, interrupts: Interrupts | None = N
         run = _Run(config, world, console, interrupts)
         try:
             outcome = run.go()
-            run.trackers.close()
         except BaseException as error:
             run.fail(error)
             raise
@@ -105,6 +104,7 @@ class _Run:
         self.state: dict[str, Any] = {"best": None, "validated": 0, "skipped": 0, "skipped_in_a_row": 0}
         self.log = RankLog(world.rank)
         self.console: Console = BothConsole(console, self.log.console)
+        self.trackers = Trackers(config, 0, self.console, active=False)  # until the run has begun
 
     # ------------------------------------------------------------------ phases
 
@@ -195,6 +195,7 @@ class _Run:
         """Close the files; the folder is free for another trainer."""
         if self.metrics is not None:
             self.metrics.close()
+        self.trackers.close()
         self.log.close()
         self.folder.release()
 
@@ -303,6 +304,7 @@ class _Run:
         tested = score_run(
             self.config, self.plan, self.parts, self.folder, self.world, self.console, stop=self._stop_wanted
         )
+        self.trackers.test(tested, self.step)
         self.world.together(lambda: self._export(tested["step"]))
 
     def _export(self, step: int) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -121,7 +122,10 @@ class _Lines(io.TextIOBase):
                 self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        self.file = None
+        file, self.file = self.file, None
+        if file is not None:
+            with suppress(OSError):  # what it still holds cannot be written either
+                file.close()
         Console().warn(f"{self._what} cannot be written: {error.strerror}; the run goes on without it")
 
 

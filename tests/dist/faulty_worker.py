@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import warnings
 
 from cml_dist.cli import main
 from cml_dist.domains.sinusoid import SinusoidDomain
@@ -29,6 +30,8 @@ def faulty_episode(self, split, index):
 
 
 def faulty_build(cls, config, **rest):
+    if FAULT == "warned":
+        warnings.warn(f"a library's warning on rank {RANK}", UserWarning, stacklevel=2)
     if FAULT == "setup" and RANK == 1:
         raise DataError("shard train-000003.tar is missing", "copy it to this machine")
     return build(cls, config, **rest)
