@@ -13,7 +13,7 @@ from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from cml_dist import __version__
-from cml_dist.errors import CmlError
+from cml_dist.errors import CmlError, ConfigError
 from cml_dist.parallel.leave import leave
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 
@@ -331,6 +331,8 @@ def _status(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.tools import run_status
 
     if args.check:
+        if args.watch is not None:
+            raise ConfigError("--check answers once", "leave --watch out, or --check")
         views = [run_status.state_of(run_dir) for run_dir in args.run_dir]
         for view in views:
             print(run_status.check_line(view))

@@ -22,6 +22,9 @@ from cml_dist.run.folder import RunFolder, write_text
 from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.metrics import StepMetrics, read_tail
 
+START_S = 30.0
+"""Seconds that W&B's server may take to answer when a run starts: its own 90 would be waited for at each restart."""
+
 CLOSE_S = 10.0
 """Seconds that a tracker may take to end: a run that is stopped has not many."""
 
@@ -168,7 +171,7 @@ def _wandb(config: RunConfig, step: int) -> GeneralTracker:
         name=folder.resolve().name,
         dir=str(folder),
         # The screen is ours: logs are in the run folder.
-        settings=wandb.Settings(console="off", quiet=True),
+        settings=wandb.Settings(console="off", quiet=True, init_timeout=START_S),
     )
     tracker.start()
     tracker.tracker.define_metric("step")

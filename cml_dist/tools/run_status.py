@@ -53,6 +53,7 @@ class RunView:
         validations: how many there were; ``validated`` is the last of them, ``best`` the best (lines of
             ``validation.jsonl``).
         starts: how often the run was started; ``restart`` is the scheduler's or launcher's count within its job.
+        exit_s: seconds that a safe exit takes at most, as far as seen.
         quiet_s: seconds since anything was written.
         checkpoint, checkpoint_age_s: step and age of the newest one.
         test: ``evals/own.json``, where the run was tested.
@@ -77,6 +78,7 @@ class RunView:
     started: str | None = None
     starts: int = 0
     restart: int = 0
+    exit_s: float | None = None
     world: int | None = None
     host: str | None = None
     pid: int | None = None
@@ -104,7 +106,7 @@ def state_of(run_dir: str | Path) -> RunView:
     quiet_s = _quiet_s(folder)
     if status is None:
         return RunView(str(run_dir), *_state_without_status(folder), quiet_s=quiet_s)
-    state, reason = _state(status, quiet_s)
+    state, reason = _state(status, quiet_s, folder)
     return RunView(
         str(run_dir),
         state,
@@ -114,6 +116,7 @@ def state_of(run_dir: str | Path) -> RunView:
         started=status.started,
         starts=status.starts,
         restart=status.restart,
+        exit_s=status.exit_s,
         world=status.world,
         host=status.host,
         pid=status.pid,
@@ -190,6 +193,7 @@ def rows_of(view: RunView) -> dict[str, str]:
         "checkpoint": None
         if view.checkpoint is None
         else f"step {view.checkpoint}, {text.duration(view.checkpoint_age_s)} ago",
+        "safe exit": None if view.exit_s is None else f"within {text.number(view.exit_s, 2)} s of a signal, so far",
         "test": view.test and _tested(view.test),
         "logs": view.logs,
     }
@@ -283,13 +287,13 @@ def _tested(test: dict[str, Any]) -> str | None:
 # --------------------------------------------------------------------------- state
 
 
-def _state(status: RunStatus, quiet_s: float) -> tuple[str, str]:
+def _state(status: RunStatus, quiet_s: float, folder: RunFolder) -> tuple[str, str]:
     """The state that is, of the state that was written last."""
     if status.state != "running":
         return status.state, status.reason
     gone = status.host == socket.gethostname() and not Path(f"/proc/{status.pid}").exists()
     patience_s = GONE_S if gone else max(SILENT_S, 3 * (status.exit_s or 0.0))
-    if quiet_s <= patience_s:
+    if quiet_s <= patience_s or _held(folder):
         return "running", status.reason
     who = f"process {status.pid} on {status.host} is gone" if gone else f"was {status.reason or 'running'}"
     return "dead", f"nothing written for {text.duration(quiet_s)}, {who}"
@@ -302,6 +306,16 @@ def _state_without_status(folder: RunFolder) -> tuple[str, str]:
     if folder.own_eval_file.is_file():
         return "finished", ""
     return "unknown", "it has no status.json: an earlier version ran it"
+
+
+def _held(folder: RunFolder) -> bool:
+    """Whether a process of this machine, also in a container, holds the lock: found out without taking it."""
+    try:
+        inode = os.stat(folder.path / "lock").st_ino
+        locks = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    return any("FLOCK" in line and f":{inode} " in line for line in locks)
 
 
 def _quiet_s(folder: RunFolder) -> float:

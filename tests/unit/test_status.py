@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -85,6 +86,14 @@ def test_a_run_is_alive_while_its_lease_is_renewed(tmp_path, capfd):
     assert check(folder, capfd)[0] == 3
 
 
+def test_a_run_is_alive_while_a_process_here_holds_its_lock(tmp_path, capfd):
+    folder = make_run(tmp_path / "run", age_s=600, host=socket.gethostname(), pid=DEAD_PID)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert check(folder, capfd)[0] == 3
+    assert check(folder, capfd)[0] == 1
+
+
 def test_figures_are_those_of_the_files(tmp_path, capfd):
     folder = make_run(tmp_path / "run")
     assert main(["status", "--json", str(folder)]) == 0
@@ -101,7 +110,7 @@ def test_figures_are_those_of_the_files(tmp_path, capfd):
 
 
 def test_a_person_sees_all_of_it_within_100_columns(tmp_path):
-    folder = make_run(tmp_path / "run", "finished", step=100)
+    folder = make_run(tmp_path / "run", "finished", step=100, exit_s=1.25)
     scored = {"mean": 0.5123, "ci95": 0.01}
     test = {"meta": scored, "co": scored, "score": "accuracy", "split": "test", "step": 20}
     (folder / "evals").mkdir()
@@ -113,6 +122,7 @@ def test_a_person_sees_all_of_it_within_100_columns(tmp_path):
     assert rows["processes"] == "2, rank 0 is pid 7 on a1, job 42"
     assert rows["starts"].startswith("2, the last ") and rows["starts"].endswith("; restart 1 of its job")
     assert rows["test"].startswith("test split, step 20: meta-learner 51.23 % ± 1.00 %")
+    assert rows["safe exit"] == "within 1.2 s of a signal, so far"
     assert "time left" not in rows
     with open(tmp_path / "screen", "w+") as file:
         Console(file, width=100, interactive=True).header("runs/a", rows)
@@ -175,6 +185,7 @@ def test_a_sweep_is_a_table_and_its_worst_run_counts(tmp_path, capfd):
 
 def test_watching_ends_with_the_run(tmp_path, capfd):
     assert main(["status", str(make_run(tmp_path / "run", "finished")), "--watch", "0.1"]) == 0
+    assert main(["status", str(tmp_path / "run"), "--watch", "--check"]) == 2
     with pytest.raises(SystemExit):
         main(["status", "--watch", str(tmp_path)])
     assert "RUN_DIR comes before --watch" in capfd.readouterr().err
