@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 import time
 import traceback
 import warnings
@@ -35,9 +34,9 @@ class RankLog:
         warnings.showwarning = self._warning  # type: ignore[assignment]
 
     @property
-    def stream(self) -> TextIO:
-        """What stack dumps are written to: the log's own file; standard error before it is open."""
-        return self._lines.file or sys.stderr
+    def file(self) -> TextIO | None:
+        """The open file, for what is written past this module: stack dumps."""
+        return self._lines.file
 
     def open(self, folder: Path, header: str) -> None:
         """From now on write to the file in ``folder``: the header of this start, then what has come up so far."""
