@@ -110,7 +110,7 @@ def state_of(run_dir: str | Path) -> RunView:
     return RunView(
         str(run_dir),
         state,
-        reason,
+        " ".join(reason.split()),  # a library's error may have many lines
         step=status.step,
         steps=status.steps,
         started=status.started,

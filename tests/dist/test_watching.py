@@ -43,6 +43,7 @@ def test_each_rank_has_a_log_of_all_starts(failed_and_resumed):
         assert "Resuming at step 3 of 20" in log
         assert "step 20/20  loss" in log
 
+
 def test_what_befell_the_world_is_in_every_log(failed_and_resumed):
     folder, *_ = failed_and_resumed
     assert "\nerror: rank 1 (host " in logs_of(folder)[0]
