@@ -6,11 +6,13 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from cml_dist import __version__
-from cml_dist.errors import CmlError
+from cml_dist.errors import CmlError, ConfigError
 from cml_dist.parallel.leave import leave
 from cml_dist.parallel.watch import this_watch
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
@@ -18,6 +20,7 @@ from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Inter
 if TYPE_CHECKING:
     from cml_dist.planning.strategies import RankBudget
     from cml_dist.telemetry.console import Console
+    from cml_dist.tools.run_status import RunView
 
 DESCRIPTION = "Distributed meta-training with Cooperative Meta-Learning (CML): exact meta-gradients on many devices."
 CONFIG_HELP = "a YAML file, or the short name of a shipped recipe (glyphs, omniglot, cifar_fs, mini_imagenet, sinusoid)"
@@ -64,6 +67,25 @@ def build_parser() -> argparse.ArgumentParser:
     _checkpoint(evaluate)
     _overrides(evaluate)
 
+    status = commands.add_parser("status", help="how runs stand, from another terminal or machine; reads only")
+    status.add_argument("run_dir", metavar="RUN_DIR", nargs="+", help="the folder of a run; several make a table")
+    status.add_argument(
+        "--watch",
+        type=_interval,
+        nargs="?",
+        const=5.0,
+        metavar="SECONDS",
+        help="show it again every so many seconds (default 5), until all runs are finished or Ctrl-C",
+    )
+    shape = status.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="print everything as JSON (several runs: a list)")
+    shape.add_argument(
+        "--check",
+        action="store_true",
+        help="one line a run, and as exit code: 0 finished, 75 stopped and saved, 3 running or unknown, 1 failed or "
+        "dead; of several the worst",
+    )
+
     export = commands.add_parser("export", help="write body and head of a run as safetensors with a model card")
     export.add_argument("run_dir", metavar="RUN_DIR", help="the folder of a run (its run.dir)")
     export.add_argument("--to", metavar="DIR", help="where to write (default: RUN_DIR/export)")
@@ -107,6 +129,16 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
         metavar="WHICH",
         help="best (by validation), last, or a kept step (default best)",
     )
+
+
+def _interval(word: str) -> float:
+    try:
+        seconds = float(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of seconds; RUN_DIR comes before --watch") from None
+    if not 0.1 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{word} seconds; give 0.1 to 86400")
+    return seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -290,6 +322,48 @@ def _export(args: argparse.Namespace, console: Console) -> None:
     export_again(args.run_dir, args.overrides, args.checkpoint, args.to, console)
 
 
+def _status(args: argparse.Namespace, console: Console) -> int:
+    from cml_dist.telemetry.console import redrawn
+    from cml_dist.tools import run_status
+
+    if args.check:
+        if args.watch is not None:
+            raise ConfigError("--check answers once", "leave --watch out, or --check")
+        views = [run_status.state_of(run_dir) for run_dir in args.run_dir]
+        for view in views:
+            print(run_status.check_line(view))
+        return run_status.worst_exit_code(views)
+    if len(args.run_dir) == 1 and not os.path.isdir(args.run_dir[0]):
+        raise CmlError(f"there is no folder {args.run_dir[0]}", "name the run.dir of a training run")
+
+    def draw(console: Console) -> None:
+        if args.json:
+            found = [view.as_dict() for view in views]
+            print(json.dumps(found[0] if len(found) == 1 else found, indent=2), flush=True)
+        elif len(views) == 1:
+            console.header(views[0].run_dir, run_status.rows_of(views[0]))
+        else:
+            parent, names = run_status.names_of(views)
+            rows = [run_status.columns_of(view, name) for view, name in zip(views, names, strict=True)]
+            console.table(parent, run_status.COLUMNS, rows)
+            for view, name in zip(views, names, strict=True):
+                if view.state != "running" and view.reason:
+                    console.note(f"{name}: {view.state}, {view.reason}")
+
+    views: list[RunView] = []
+    with (
+        suppress(KeyboardInterrupt),
+        redrawn(console) if args.watch and not args.json else nullcontext(lambda draw: draw(console)) as show,
+    ):
+        while True:
+            views[:] = [run_status.look(run_dir) for run_dir in args.run_dir]
+            show(draw)
+            if args.watch is None or all(view.state == "finished" for view in views):
+                break
+            time.sleep(args.watch)
+    return 0
+
+
 def _data(args: argparse.Namespace, console: Console) -> None:
     (_pack if args.data_command == "pack" else _inspect)(args, console)
 
@@ -357,7 +431,15 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     console.note(f"Contact sheet: {found.sheet}")
 
 
-COMMANDS = {"train": _train, "config": _config, "plan": _plan, "eval": _eval, "export": _export, "data": _data}
+COMMANDS = {
+    "train": _train,
+    "config": _config,
+    "plan": _plan,
+    "eval": _eval,
+    "export": _export,
+    "status": _status,
+    "data": _data,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
