@@ -71,6 +71,14 @@ def build_parser() -> argparse.ArgumentParser:
     _checkpoint(export)
     _overrides(export)
 
+    doctor = commands.add_parser(
+        "doctor", help="look at this machine, or at all processes of a world, before a long run: ready, or what to mend"
+    )
+    doctor.add_argument("config", metavar="CONFIG", nargs="?", help=f"{CONFIG_HELP}: also check its backbone and data")
+    doctor.add_argument("--run-dir", metavar="DIR", help="the folder to look at (default: run.dir)")
+    doctor.add_argument("--json", action="store_true", help="print everything as JSON")
+    _overrides(doctor)
+
     data = commands.add_parser("data", help="pack image sets into WebDataset shards, and look at them")
     kinds = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     pack = kinds.add_parser("pack", help="pack a folder or zip of images into shards")
@@ -287,6 +295,39 @@ def _export(args: argparse.Namespace, console: Console) -> None:
     export_again(args.run_dir, args.overrides, args.checkpoint, args.to, console)
 
 
+def _doctor(args: argparse.Namespace, console: Console) -> int:
+    from cml_dist.parallel.srun import join_srun
+    from cml_dist.telemetry.console import console_for
+
+    os.environ.update(join_srun())
+    rank = int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+    console = console_for(rank)
+    from cml_dist.config.load import load_config
+    from cml_dist.doctor.examine import CHECKS, bare_config, examine
+
+    overrides = list(args.overrides)
+    if args.config is not None and "=" in args.config and not os.path.exists(args.config):
+        overrides.insert(0, args.config)  # the first override, where no configuration is named
+        args.config = None
+    config = bare_config(overrides) if args.config is None else load_config(args.config, overrides)
+    run_dir = args.run_dir or config.run.dir
+    with console.progress("looking", len(CHECKS)) as view:
+        done = iter(range(len(CHECKS) + 10))
+        report, code, hung = examine(config, args.config, run_dir, lambda step: view.update(next(done), at=step))
+    if report is not None and args.json:
+        print(json.dumps(report.as_dict(), indent=2))
+    elif report is not None:
+        console.header("cml-dist doctor", report.head())
+        console.findings(report.groups())
+        console.verdict(
+            report.verdict(), report.ready, [(f"{row.check}: {row.value}", row.remedy) for row in report.of("fault")]
+        )
+    if hung:  # a thread that hangs would keep the interpreter from going down
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
 def _data(args: argparse.Namespace, console: Console) -> None:
     (_pack if args.data_command == "pack" else _inspect)(args, console)
 
@@ -354,7 +395,15 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     console.note(f"Contact sheet: {found.sheet}")
 
 
-COMMANDS = {"train": _train, "config": _config, "plan": _plan, "eval": _eval, "export": _export, "data": _data}
+COMMANDS = {
+    "train": _train,
+    "config": _config,
+    "plan": _plan,
+    "doctor": _doctor,
+    "eval": _eval,
+    "export": _export,
+    "data": _data,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
