@@ -144,9 +144,9 @@ def _world_findings(
     place, found = case.place, []
     absent = [rank for rank in range(place.size) if rank not in places]
     if place.rank == 0:
-        found += _layout(places, place.size, absent)
+        found += [replace(finding, group=WORLD) for finding in _layout(places, place.size, absent)]
     if absent:  # the world cannot be joined, and a ring with a gap would only be waited for
-        return [replace(finding, group=WORLD) for finding in found]
+        return found
     for name, group, step, limit_s in TOGETHER:
         progress(name)
         try:
@@ -183,7 +183,7 @@ def _layout(places: dict[int, Place], size: int, absent: list[int]) -> Iterator[
             "processes",
             "warning",
             f"{value}; {names(wrong, places)} was told {places[wrong[0]].local_size} a machine",
-            "set LOCAL_WORLD_SIZE and LOCAL_RANK by machine, or use accelerate launch: GPUs and cores are shared out by them",
+            "set LOCAL_WORLD_SIZE and LOCAL_RANK by machine (GPUs and cores are shared out by them), or use accelerate launch",
         )
     elif len(set(hosts.values())) > 1:
         yield Finding("processes", "note", value, "the machine with most sets the pace, if they are alike")

@@ -135,7 +135,7 @@ def check_limits(case: Case) -> Iterator[Finding]:
 def _locked_memory(case: Case) -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     unlimited = soft == resource.RLIM_INFINITY
-    value = "unlimited" if unlimited else f"{soft / GIB:.3g} GiB"
+    value = "unlimited" if unlimited else f"{soft / 2**20:,.0f} MiB"
     value += " (ulimit -l)"
     several = case.place.size > case.place.local_size and not _on_cpu(case)
     if several and not unlimited and soft < PINNED_GIB * GIB:

@@ -1,4 +1,4 @@
-"""Where all processes leave word for each other: plain TCP to one place, so that it also works where the ring does not."""
+"""Where all processes leave word for each other: plain TCP to one place, which works where the ring does not."""
 
 from __future__ import annotations
 
