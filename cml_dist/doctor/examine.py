@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cml_dist.config.load import merge as merge_settings
 from cml_dist.config.load import parse_config
@@ -25,9 +26,12 @@ from cml_dist.doctor.model import check_backbone, check_data
 from cml_dist.doctor.place import Place, place_of
 from cml_dist.doctor.report import Report
 from cml_dist.doctor.slurm import check_slurm
-from cml_dist.doctor.storage import check_run_folder, check_temporary_folder
+from cml_dist.doctor.storage import check_run_folder, check_temporary_folder, parameter_bytes
 from cml_dist.doctor.versions import check_deepspeed, check_torch, check_versions
 from cml_dist.errors import CmlError, WorldError
+
+if TYPE_CHECKING:
+    from cml_dist.parallel.world import World
 
 VERSIONS, MACHINE, WORLD, MODEL, STORAGE = "versions", "machine", "world", "model and data", "storage"
 GROUPS = (VERSIONS, MACHINE, WORLD, MODEL, STORAGE)
@@ -90,14 +94,15 @@ def examine(
     found: list[Finding] = []
     progress("meeting the other processes")
     meeting, places = _meet(case, found)
-    if meeting is not None and place.size > 1:
+    if meeting is not None:
         found += _world_findings(case, meeting, places, progress)
     for check in CHECKS:
         if check.concerns(place):
             progress(check.name)
             found += run_check(check, case)
     if meeting is None:
-        return _report(case, {0: found}, places, configuration, started), 1, bool(case.hung)
+        report = _report(case, {0: found}, places, configuration, started) if place.rank == 0 else None
+        return report, 1, bool(case.hung)
     if place.rank != 0:
         meeting.say("found", [finding.as_dict() for finding in found])
         code = _verdict_of_main(meeting)
@@ -117,7 +122,7 @@ def _meet(case: Case, found: list[Finding]) -> tuple[Meeting | None, dict[int, P
     """The meeting, and those who came; alone where torch itself is missing."""
     place = case.place
     try:
-        meeting = in_time(lambda: Meeting.open(place), 2 * JOIN_S)
+        meeting = in_time(lambda: Meeting.open(place, JOIN_S), 2 * JOIN_S)
     except WorldError:
         raise
     except Exception as error:  # torch itself is missing or broken
@@ -129,7 +134,12 @@ def _meet(case: Case, found: list[Finding]) -> tuple[Meeting | None, dict[int, P
         meeting.say("roll", sorted(words))
         places = {rank: Place(**word) for rank, word in sorted(words.items())}
     else:
-        roll = meeting.hear("roll", 0, JOIN_S + GRACE_S)
+        try:
+            roll = meeting.hear("roll", 0, 2 * JOIN_S + GRACE_S)
+        except TimeoutError as error:
+            fault = WorldError(f"rank {place.rank} on {place.host} waited for rank 0 in vain: {error}", "start it too")
+            fault.everywhere = False
+            raise fault from error
         places = {rank: Place(**meeting.hear("here", rank, GRACE_S)) for rank in roll}
     return meeting, places
 
@@ -143,11 +153,11 @@ def _world_findings(
     """The steps that take several processes; what rank 0 says of them, and faults of this rank."""
     place, found = case.place, []
     absent = [rank for rank in range(place.size) if rank not in places]
-    if place.rank == 0:
+    if place.rank == 0 and place.size > 1:
         found += [replace(finding, group=WORLD) for finding in _layout(places, place.size, absent)]
     if absent:  # the world cannot be joined, and a ring with a gap would only be waited for
         return found
-    for name, group, step, limit_s in TOGETHER:
+    for name, group, step, limit_s in TOGETHER if place.size > 1 else TOGETHER[:1]:
         progress(name)
         try:
             made = in_time(lambda step=step: list(step(case, meeting, places)), limit_s)
@@ -183,7 +193,7 @@ def _layout(places: dict[int, Place], size: int, absent: list[int]) -> Iterator[
             "processes",
             "warning",
             f"{value}; {names(wrong, places)} was told {places[wrong[0]].local_size} a machine",
-            "set LOCAL_WORLD_SIZE and LOCAL_RANK by machine (GPUs and cores are shared out by them), or use accelerate launch",
+            "set LOCAL_WORLD_SIZE and LOCAL_RANK by machine, or use accelerate launch: they share out GPUs and cores",
         )
     elif len(set(hosts.values())) > 1:
         yield Finding("processes", "note", value, "the machine with most sets the pace, if they are alike")
@@ -217,39 +227,54 @@ def _join_and_measure(case: Case, meeting: Meeting, places: dict[int, Place]) ->
             raise
         yield replace(failed("world", error), check="world")
         return
-    meeting.say("joined")
-    backend = "NCCL" if world.device.type == "cuda" else "gloo"
-    from cml_dist.doctor import ring
-
-    try:
-        in_time(
-            lambda: ring.measure_ring(world, meeting),
-            RING_S,
-            lambda: any(meeting.heard("ring-failed", r) for r in places),
-        )
-        problem = None
-    except Hung as hung:
-        case.hung.append("ring")
-        problem = str(hung)
-    except Exception as error:
-        meeting.say("ring-failed")
-        problem = failed("ring", error).value
+    if place.size == 1:
+        yield Finding("world", "ok", f"one process alone, on {world.device}")
+        return
+    problem = _measure(case, meeting, places, world)
     if problem is not None:
         meeting.say("ring-problem", problem)
-    if place.rank != 0:
-        return
+    if place.rank == 0:
+        yield from _judge_ring(case, meeting, places, "NCCL" if world.device.type == "cuda" else "gloo", problem)
+
+
+def _measure(case: Case, meeting: Meeting, places: dict[int, Place], world: World) -> str | None:
+    """This rank's part of the ring; returns what went wrong."""
+    from cml_dist.doctor.ring import measure_ring
+
+    def another_failed() -> bool:
+        return any(meeting.heard("ring-failed", rank) for rank in places if rank != case.place.rank)
+
+    try:
+        in_time(lambda: measure_ring(world, meeting), RING_S, another_failed)
+    except Hung as hung:
+        case.hung.append("ring")
+        return str(hung)
+    except Exception as error:
+        meeting.say("ring-failed")
+        return failed("ring", error).value
+    return None
+
+
+def _judge_ring(
+    case: Case, meeting: Meeting, places: dict[int, Place], backend: str, problem: str | None
+) -> Iterator[Finding]:
+    """Rank 0's findings on what all ranks measured, as far as they came."""
+    from cml_dist.doctor import ring
+
+    at = meeting.hear_all("at", places, GRACE_S)
     pairs = [
-        ring.Pair(**meeting.hear("pair", first, 0.5))
-        for each in ring.neighbours(place.size)
+        ring.Pair(**meeting.hear("pair", first, GRACE_S))
+        for each in ring.neighbours(len(places))
         for first, _ in each
         if meeting.heard("pair", first)
     ]
-    reduced = ring.Reduced(**meeting.hear("reduced", 0, 0.5)) if meeting.heard("reduced", 0) else None
-    yield from ring.ring_findings(pairs, reduced, backend, places)
-    troubled = [rank for rank in places if meeting.heard("ring-problem", rank)]
-    if problem is not None or troubled:
-        at = {rank: meeting.hear("at", rank, 0.5) for rank in places if meeting.heard("at", rank)}
-        yield ring.hang_finding(problem or meeting.hear("ring-problem", troubled[0], 1), at, places)
+    reduced = ring.Reduced(**meeting.hear("reduced", 0, GRACE_S)) if meeting.heard("reduced", 0) else None
+    yield from ring.ring_findings(pairs, reduced, backend, places, parameter_bytes(case))
+    problems = {
+        rank: meeting.hear("ring-problem", rank, GRACE_S) for rank in places if meeting.heard("ring-problem", rank)
+    }
+    if problem is not None or problems:
+        yield ring.hang_finding(problem or next(iter(problems.values())), at, places)
 
 
 def _clocks(case: Case, meeting: Meeting, places: dict[int, Place]) -> Iterator[Finding]:
@@ -280,7 +305,7 @@ def _folder(case: Case, meeting: Meeting, places: dict[int, Place]) -> Iterator[
 
 
 TOGETHER = (
-    ("ring", WORLD, _join_and_measure, JOIN_S + RING_S + GRACE_S),
+    ("world", WORLD, _join_and_measure, JOIN_S + RING_S + GRACE_S),
     ("clocks", WORLD, _clocks, SHARED_S),
     ("same folder", STORAGE, _folder, SHARED_S),
 )

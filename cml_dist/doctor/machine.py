@@ -18,8 +18,8 @@ PROCESS_GIB = 1.5
 SHARED_GIB = 0.5
 """Shared memory under which loader processes, or NCCL between GPUs, run short (Docker gives 64 MiB unasked)."""
 
-FILES, FEW_FILES = 1024, 256
-"""Open files that a process of a run with loaders may need, and fewer than which it does not start."""
+FILES, FEW_FILES, MANY_FILES = 1024, 256, 65536
+"""Open files that a process with loaders may need, so few that it does not start, and what is worth asking for."""
 
 PROCESSES = 1024
 PINNED_GIB = 1.0
@@ -35,7 +35,8 @@ def check_cores(case: Case) -> Iterator[Finding]:
     threads = parallel.threads or max(1, cores // place.local_size)
     value = f"{cores} of {all_cores}" + (f", limited to {quota:g} by a control group" if quota is not None else "")
     wanted = threads * place.local_size
-    value += f"; {threads} thread{'s' * (threads != 1)} a process, {place.local_size} here"
+    here = f"{place.local_size} process{'es' * (place.local_size != 1)}"
+    value += f"; {here} of {threads} thread{'s' * (threads != 1)}"
     data = {"cores": sorted(os.sched_getaffinity(0)), "quota": quota, "threads": threads}
     if wanted > usable:
         fitting = max(1, int(usable // place.local_size))
@@ -113,16 +114,17 @@ def check_shared_memory(case: Case, folder: Path = Path("/dev/shm")) -> Iterator
 def check_limits(case: Case) -> Iterator[Finding]:
     """Limits of this process: open files, processes, locked memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    value = f"{_limit(soft)} (ulimit -n; may be raised to {_limit(hard)})"
-    wanted = FILES if hard in (-1, resource.RLIM_INFINITY) or hard >= FILES else hard
-    raised = f"ulimit -n {65536 if hard in (-1, resource.RLIM_INFINITY) or hard > 65536 else hard}"
+    value = f"{_limit(soft)} (ulimit -n)"
+    goal = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)
+    remedy = (
+        f"ulimit -n {goal}" if goal > max(soft, FILES) else "ask the administrator for more (LimitNOFILE, limits.conf)"
+    )
     if soft != resource.RLIM_INFINITY and soft < FEW_FILES:
-        yield Finding("open files", "fault", f"{value}: shards, loaders and sockets need more", raised)
+        yield Finding("open files", "fault", f"{value}: shards, loaders and sockets need more", remedy)
     elif soft != resource.RLIM_INFINITY and soft < FILES:
-        remedy = raised if wanted > soft else "ask for more (LimitNOFILE, limits.conf)"
         yield Finding("open files", "warning", f"{value}: loader processes may run out", remedy)
     else:
-        yield Finding("open files", "ok", value)
+        yield Finding("open files", "ok", value, brief=True)
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     if soft != resource.RLIM_INFINITY and soft < PROCESSES:
         value = f"{_limit(soft)} for all that this user runs (ulimit -u)"

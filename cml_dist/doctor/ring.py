@@ -154,9 +154,13 @@ def _settle(world: World) -> None:
 
 
 def ring_findings(
-    pairs: list[Pair], reduced: Reduced | None, backend: str, places: Mapping[int, Place]
+    pairs: list[Pair], reduced: Reduced | None, backend: str, places: Mapping[int, Place], gradient: int | None
 ) -> Iterator[Finding]:
-    """Findings of rank 0 on what was measured."""
+    """Findings of rank 0 on what was measured.
+
+    Args:
+        gradient: bytes of a meta-gradient, to say how long one would take; None where it is not known.
+    """
     kinds = {
         "inside machines": [p for p in pairs if places[p.first].host == places[p.second].host],
         "between machines": [p for p in pairs if places[p.first].host != places[p.second].host],
@@ -173,7 +177,13 @@ def ring_findings(
         remedy = "do not train on this: update the driver, NCCL or torch; try run.device=cpu"
         yield Finding("all-reduce", "fault", f"{value}, with a WRONG sum", remedy, data=data)
     else:
-        yield Finding("all-reduce", "ok", f"{value}, sum right", data=data)
+        value += ", sum right"
+        if gradient is not None:
+            # Twice round the ring, with a message to each neighbour, or by its size.
+            late = 2 * (len(places) - 1) * max((pair.ms for pair in pairs), default=0.0)
+            takes = max(late, 1e3 * reduced.seconds * gradient / reduced.bytes)
+            value += f"; a meta-gradient ({gradient / MIB:.3g} MiB) takes about {_ms(takes)}"
+        yield Finding("all-reduce", "ok", value, data=data)
 
 
 def _of_kind(name: str, pairs: list[Pair], places: Mapping[int, Place]) -> Finding:

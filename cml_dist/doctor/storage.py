@@ -55,10 +55,10 @@ def check_run_folder(case: Case) -> Iterator[Finding]:
     if not base.is_dir():
         yield Finding("run folder", "fault", f"{base} is no folder", "choose another run.dir")
         return
-    yield _space(case, base)
     try:
         with probe_folder(base) as folder:
             yield Finding("run folder", "ok", f"{where} can be written", data={"path": str(base)})
+            yield from _space(case, base)
             yield _rename(folder)
             yield _sync(folder)
             yield _lock(folder)
@@ -68,31 +68,36 @@ def check_run_folder(case: Case) -> Iterator[Finding]:
         yield Finding("run folder", "fault", f"{where} cannot be written: {error.strerror}", remedy)
 
 
-def _space(case: Case, base: Path) -> Finding:
+def _space(case: Case, base: Path) -> Iterator[Finding]:
     state = os.statvfs(base)
+    if not state.f_blocks:
+        return  # a file system that does not count
     free = state.f_frsize * state.f_bavail / GIB
-    size = checkpoint_bytes(case)
+    size, kept = checkpoint_bytes(case), case.config.checkpoint.keep_last + 2  # the best one, and the one being written
+    value, verdict, remedy = "in the run folder", "ok", ""
+    if size is not None:
+        value += f", {kept} checkpoints of {_size(size)} at a time"
     if state.f_files and not state.f_favail:
-        return Finding(
-            "space", "fault", "no file more can be made (no inodes)", "remove files there", free, "GiB free,"
-        )
-    if size is None:
-        low = free < FEW_GIB
-        remedy = "free some, or choose another run.dir" if low else ""
-        return Finding("space", "warning" if low else "ok", "in the run folder", remedy, free, "GiB free")
-    kept = case.config.checkpoint.keep_last + 2  # the best one, and the one that is being written
-    value = f"in the run folder, {kept} checkpoints of {_size(size)} at a time"
-    data = {"free_gib": free, "checkpoint_gib": size / GIB}
-    if free * GIB < 2 * size:
-        return Finding("space", "fault", value, "free some, or choose another run.dir", free, "GiB free", data=data)
-    if free * GIB < kept * size:
-        remedy = "free some, or lower checkpoint.keep_last"
-        return Finding("space", "warning", value, remedy, free, "GiB free", data=data)
-    return Finding("space", "ok", value, "", free, "GiB free", data=data)
+        value, verdict, remedy = f"{value}, but no inodes: no file more can be made", "fault", "remove files there"
+    elif size is not None and free * GIB < 2 * size:
+        verdict, remedy = "fault", "free some, or choose another run.dir"
+    elif size is not None and free * GIB < kept * size:
+        verdict, remedy = "warning", "free some, or lower checkpoint.keep_last"
+    elif free < FEW_GIB:
+        verdict, remedy = "warning", "free some, or choose another run.dir"
+    data = {"free_gib": free, "checkpoint_gib": None if size is None else size / GIB}
+    yield Finding("space", verdict, value, remedy, free, "GiB free", data=data)
 
 
 def checkpoint_bytes(case: Case) -> int | None:
-    """Bytes of one checkpoint: parameters and moments; None without a configuration, or where shapes are not known."""
+    """Bytes of one checkpoint: parameters and moments; None where they are not known."""
+    optim, parameters = case.config.optim, parameter_bytes(case)
+    moments = (1 if optim.momentum else 0) if optim.name == "sgd" else 2
+    return None if parameters is None else parameters * (1 + moments)
+
+
+def parameter_bytes(case: Case) -> int | None:
+    """Bytes of what is meta-trained; None without a configuration, or where shapes are not known."""
     if not case.configured:
         return None
     from cml_dist.errors import CmlError
@@ -102,9 +107,7 @@ def checkpoint_bytes(case: Case) -> int | None:
         net = network_structure(case.config, known_inputs(case.config))
     except CmlError:
         return None  # the check of the model says why
-    optim = case.config.optim
-    moments = (1 if optim.momentum else 0) if optim.name == "sgd" else 2
-    return sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad) * (1 + moments)
+    return sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
 
 
 def _size(size: int) -> str:
