@@ -120,8 +120,7 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parsed(argv)
-    # A RANK that something else left behind must not silence a lone process.
-    rank = int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+    rank = _rank()
     from cml_dist.telemetry.console import Console, console_for
 
     console = console_for(rank)
@@ -147,6 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         traceback.print_exc()
         return leave(1)
+
+
+def _rank() -> int:
+    """Of this process; a RANK that something else left behind must not silence a lone one."""
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -304,13 +308,12 @@ def _export(args: argparse.Namespace, console: Console) -> None:
 
 def _doctor(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.parallel.srun import join_srun
-    from cml_dist.telemetry.console import console_for
+    from cml_dist.telemetry.console import NullConsole, console_for
 
     os.environ.update(join_srun())
-    rank = int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
-    console = console_for(rank)
+    console = NullConsole() if args.json else console_for(_rank())
     from cml_dist.config.load import load_config
-    from cml_dist.doctor.examine import CHECKS, bare_config, examine
+    from cml_dist.doctor.examine import bare_config, examine, num_steps
 
     overrides = list(args.overrides)
     if args.config is not None and "=" in args.config and not os.path.exists(args.config):
@@ -318,9 +321,8 @@ def _doctor(args: argparse.Namespace, console: Console) -> int:
         args.config = None
     config = bare_config(overrides) if args.config is None else load_config(args.config, overrides)
     run_dir = args.run_dir or config.run.dir
-    with console.progress("looking", len(CHECKS)) as view:
-        done = iter(range(len(CHECKS) + 10))
-        report, code, hung = examine(config, args.config, run_dir, lambda step: view.update(next(done), at=step))
+    with console.progress("looking", num_steps()) as view:
+        report, code, hung = examine(config, args.config, run_dir, lambda done, step: view.update(done, at=step))
     if report is not None and args.json:
         print(json.dumps(report.as_dict(), indent=2))
     elif report is not None:

@@ -59,6 +59,12 @@ JOIN_S, RING_S, SHARED_S = 60.0, 60.0, 90.0
 GRACE_S = 15.0
 """What a rank waits for the others beyond their own limits."""
 
+REACHABLE = (
+    "open the machines' ports to each other (32768 and up: gloo and NCCL connect each pair on one that the kernel "
+    "chooses), and name the network: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
+)
+"""What to do where the ranks met at MASTER_ADDR, but do not reach one another."""
+
 NOT_CONFIGURED = {"domain": {"name": "sinusoid"}, "model": {"backbone": "mlp"}}
 """Where no configuration is named: its domain and model are not looked at."""
 
@@ -69,7 +75,10 @@ def bare_config(overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def examine(
-    config: RunConfig, configuration: str | None, run_dir: str, progress: Callable[[str], None] = lambda step: None
+    config: RunConfig,
+    configuration: str | None,
+    run_dir: str,
+    progress: Callable[[int, str], None] = lambda done, step: None,
 ) -> tuple[Report | None, int, bool]:
     """Look at this process's machine, and with all others at the world.
 
@@ -77,7 +86,7 @@ def examine(
         config: of the run that is to come, or :func:`bare_config`.
         configuration: its name; None where none was given.
         run_dir: the folder to look at.
-        progress: called with what is done next.
+        progress: called as ``progress(steps done, the next one)``; there are :func:`num_steps`.
 
     Returns:
         the report (rank 0; None elsewhere), the exit code of every rank, and whether something hangs in a thread
@@ -92,13 +101,18 @@ def examine(
     place = place_of()
     case = Case(config, configuration is not None, Path(run_dir), place)
     found: list[Finding] = []
-    progress("meeting the other processes")
+    done = iter(range(num_steps()))
+
+    def begin(step: str) -> None:
+        progress(next(done), step)
+
+    begin("meeting")
     meeting, places = _meet(case, found)
     if meeting is not None:
-        found += _world_findings(case, meeting, places, progress)
+        found += _world_findings(case, meeting, places, begin)
     for check in CHECKS:
         if check.concerns(place):
-            progress(check.name)
+            begin(check.name)
             found += run_check(check, case)
     if meeting is None:
         report = _report(case, {0: found}, places, configuration, started) if place.rank == 0 else None
@@ -113,6 +127,13 @@ def examine(
     meeting.say("verdict", report.exit_code)
     meeting.hear_all("bye", [rank for rank in heard if rank != 0], GRACE_S)  # the store may be this process's own
     return report, report.exit_code, bool(case.hung)
+
+
+def num_steps() -> int:
+    """Steps of this process's examination."""
+    place = place_of()
+    together = len(TOGETHER) if place.size > 1 else 1
+    return 1 + together + sum(check.concerns(place) for check in CHECKS)
 
 
 # --------------------------------------------------------------------------- who is there
@@ -148,7 +169,7 @@ def _meet(case: Case, found: list[Finding]) -> tuple[Meeting | None, dict[int, P
 
 
 def _world_findings(
-    case: Case, meeting: Meeting, places: dict[int, Place], progress: Callable[[str], None]
+    case: Case, meeting: Meeting, places: dict[int, Place], begin: Callable[[str], None]
 ) -> list[Finding]:
     """The steps that take several processes; what rank 0 says of them, and faults of this rank."""
     place, found = case.place, []
@@ -158,7 +179,7 @@ def _world_findings(
     if absent:  # the world cannot be joined, and a ring with a gap would only be waited for
         return found
     for name, group, step, limit_s in TOGETHER if place.size > 1 else TOGETHER[:1]:
-        progress(name)
+        begin(name)
         try:
             made = in_time(lambda step=step: list(step(case, meeting, places)), limit_s)
         except Hung as hung:
@@ -199,6 +220,11 @@ def _layout(places: dict[int, Place], size: int, absent: list[int]) -> Iterator[
         yield Finding("processes", "note", value, "the machine with most sets the pace, if they are alike")
     else:
         yield Finding("processes", "ok", value)
+    inward = [place.host for place in places.values() if place.address.startswith("127.") or not place.address]
+    if len(hosts) > 1 and inward and "GLOO_SOCKET_IFNAME" not in os.environ:
+        value = f"on {', '.join(dict.fromkeys(inward))} the machine's own name leads to itself alone (127.x) or nowhere"
+        remedy = "set GLOO_SOCKET_IFNAME to the network between the machines, or mend /etc/hosts there"
+        yield Finding("names", "warning", value, remedy)
 
 
 def _join_and_measure(case: Case, meeting: Meeting, places: dict[int, Place]) -> Iterator[Finding]:
@@ -219,13 +245,13 @@ def _join_and_measure(case: Case, meeting: Meeting, places: dict[int, Place]) ->
         case.hung.append("world")
         if others_failed():
             return  # that rank says why
-        yield Finding("world", "fault", f"joining it {hung}", "see whether the machines reach each other on all ports")
+        yield Finding("world", "fault", f"joining it {hung}", REACHABLE)
         return
     except Exception as error:
         meeting.say("join-failed")
         if isinstance(error, CmlError):
             raise
-        yield replace(failed("world", error), check="world")
+        yield replace(failed("world", error), remedy=REACHABLE)
         return
     if place.size == 1:
         yield Finding("world", "ok", f"one process alone, on {world.device}")

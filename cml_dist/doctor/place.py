@@ -17,6 +17,7 @@ class Place:
         rank, size: this process, and how many the launcher started.
         local_rank, local_size: the same on this machine.
         host: name of the machine.
+        address: what that name means on the machine itself; empty where it means nothing.
         launcher: who started it, in words.
     """
 
@@ -26,6 +27,7 @@ class Place:
     local_size: int
     host: str
     launcher: str
+    address: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -38,10 +40,14 @@ def place_of(environment: Mapping[str, str] | None = None) -> Place:
     host = socket.gethostname()
     if size == 1:
         return Place(0, 1, 0, 1, host, _launcher(environment))
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        address = ""
     rank = int(environment.get("RANK", 0))
     local_rank = int(environment.get("LOCAL_RANK", 0))
     local_size = int(environment.get("LOCAL_WORLD_SIZE", 1))
-    return Place(rank, size, local_rank, local_size, host, _launcher(environment))
+    return Place(rank, size, local_rank, local_size, host, _launcher(environment), address)
 
 
 def _launcher(environment: Mapping[str, str]) -> str:

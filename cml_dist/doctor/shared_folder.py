@@ -12,7 +12,7 @@ from typing import Any
 from cml_dist.doctor.findings import Finding, names
 from cml_dist.doctor.meeting import Meeting
 from cml_dist.doctor.place import Place
-from cml_dist.doctor.storage import base_of, look, probe_folder, rename_finding, replace_for, try_lock
+from cml_dist.doctor.storage import MOUNT_WITH_LOCKS, base_of, look, probe_folder, rename_finding, replace_for, try_lock
 from cml_dist.domains.publish import fsync
 
 LIMIT_S = 30.0
@@ -107,8 +107,7 @@ def folder_findings(words: Mapping[int, Any], run_dir: Path, places: Mapping[int
     if broken:
         said = seeing[broken[0]]["lock"]
         value = f"a lock of rank 0 is no obstacle to {names(broken, places)} ({said})"
-        remedy = "mount with flock (Lustre: -o flock, NFS: not nolock), or never start a run twice"
-        yield Finding("locks between ranks", "warning", value, remedy)
+        yield Finding("locks between ranks", "warning", value, MOUNT_WITH_LOCKS)
     elif seeing:
         yield Finding("locks between ranks", "ok", "a lock of rank 0 keeps the others out")
     if seeing:

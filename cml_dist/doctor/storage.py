@@ -23,6 +23,9 @@ SLOW_SYNC_S = 1.0
 FAR_S = 1.0
 RENAMES, PIECE_BYTES = 200, 8192
 FEW_GIB = 1.0
+MOUNT_WITH_LOCKS = (
+    "mount it with flock (Lustre: -o flock, NFS: not nolock): else a lease alone keeps a second start out"
+)
 SOCKET_PATH = 107
 """Longest path of a socket, of which multiprocessing needs about 32 characters below the temporary folder."""
 
@@ -202,7 +205,7 @@ else:
 def _lock(folder: Path) -> Finding:
     """flock between two processes of this machine: keeps a second trainer out of a run folder."""
     path = folder / "lock"
-    remedy = "choose another file system for run.dir (NFS and Lustre: mount with flock), or never start a run twice"
+    remedy = f"{MOUNT_WITH_LOCKS}, or choose another file system for run.dir"
     try:
         with open(path, "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
