@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
+from cml_dist.doctor.board import Board
 from cml_dist.doctor.findings import Finding
-from cml_dist.doctor.meeting import Meeting
 from cml_dist.doctor.place import Place
 
 LIMIT_S = 30.0
@@ -14,27 +14,27 @@ FAR_S = 1.0
 """A larger difference confuses logs, leases and times of files."""
 
 
-def ask_time(meeting: Meeting) -> None:
+def ask_time(board: Board) -> None:
     """Ask rank 0, and leave this machine's difference as the word ``clock``: [seconds ahead, give or take]."""
-    meeting.say("clock-asks")
-    meeting.hear(f"clock-turn-of-{meeting.place.rank}", 0, LIMIT_S)
+    board.say("clock-asks")
+    board.hear(f"clock-turn-of-{board.place.rank}", 0, LIMIT_S)
     started = time.time()
-    meeting.say("clock-waits")
-    answer = meeting.hear(f"clock-for-{meeting.place.rank}", 0, LIMIT_S)
+    board.say("clock-waits")
+    answer = board.hear(f"clock-for-{board.place.rank}", 0, LIMIT_S)
     ended = time.time()
-    meeting.say("clock", [(started + ended) / 2 - answer, (ended - started) / 2])
+    board.say("clock", [(started + ended) / 2 - answer, (ended - started) / 2])
 
 
-def tell_time(meeting: Meeting, ranks: Iterable[int]) -> dict[int, list[float]]:
+def tell_time(board: Board, ranks: Iterable[int]) -> dict[int, list[float]]:
     """Rank 0: answer the first process of each other machine, one after the other; returns their words."""
     words = {}
     for rank in ranks:
         try:
-            meeting.hear("clock-asks", rank, LIMIT_S)
-            meeting.say(f"clock-turn-of-{rank}")
-            meeting.hear("clock-waits", rank, LIMIT_S)
-            meeting.say(f"clock-for-{rank}", time.time())
-            words[rank] = meeting.hear("clock", rank, LIMIT_S)
+            board.hear("clock-asks", rank, LIMIT_S)
+            board.say(f"clock-turn-of-{rank}")
+            board.hear("clock-waits", rank, LIMIT_S)
+            board.say(f"clock-for-{rank}", time.time())
+            words[rank] = board.hear("clock", rank, LIMIT_S)
         except TimeoutError:
             continue
     return words

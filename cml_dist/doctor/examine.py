@@ -1,6 +1,6 @@
 """The order of an examination.
 
-Who is there (by ``meeting.py``: plain TCP) -> joining the world as a run would -> the ring -> clocks -> the shared
+Who is there (by ``board.py``: plain TCP) -> joining the world as a run would -> the ring -> clocks -> the shared
 folder -> every process's own checks -> all findings to rank 0. Each step has a time limit on every rank, and each says
 what it found even where the one before it failed.
 """
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 from cml_dist.config.load import merge as merge_settings
 from cml_dist.config.load import parse_config
 from cml_dist.config.schema import RunConfig
+from cml_dist.doctor.board import Board
 from cml_dist.doctor.check import Case, Check, Hung, failed, in_time, run_check
 from cml_dist.doctor.findings import Finding, Row, listed, merge, names
 from cml_dist.doctor.gpus import check_gpus, check_own_gpu
 from cml_dist.doctor.machine import check_cores, check_limits, check_memory, check_shared_memory
-from cml_dist.doctor.meeting import Meeting
 from cml_dist.doctor.model import check_backbone, check_data
 from cml_dist.doctor.place import Place, place_of
 from cml_dist.doctor.report import Report
@@ -107,25 +107,25 @@ def examine(
         progress(next(done), step)
 
     begin("meeting")
-    meeting, places = _meet(case, found)
-    if meeting is not None:
-        found += _world_findings(case, meeting, places, begin)
+    board, places = _meet(case, found)
+    if board is not None:
+        found += _world_findings(case, board, places, begin)
     for check in CHECKS:
         if check.concerns(place):
             begin(check.name)
             found += run_check(check, case)
-    if meeting is None:
+    if board is None:
         report = _report(case, {0: found}, places, configuration, started) if place.rank == 0 else None
         return report, 1, bool(case.hung)
     if place.rank != 0:
-        meeting.say("found", [finding.as_dict() for finding in found])
-        code = _verdict_of_main(meeting)
-        meeting.say("bye")
+        board.say("found", [finding.as_dict() for finding in found])
+        code = _verdict_of_main(board)
+        board.say("bye")
         return None, code, bool(case.hung)
-    heard = _hear_findings(meeting, places, found)
+    heard = _hear_findings(board, places, found)
     report = _report(case, heard, places, configuration, started)
-    meeting.say("verdict", report.exit_code)
-    meeting.hear_all("bye", [rank for rank in heard if rank != 0], GRACE_S)  # the store may be this process's own
+    board.say("verdict", report.exit_code)
+    board.hear_all("bye", [rank for rank in heard if rank != 0], GRACE_S)  # the store may be this process's own
     return report, report.exit_code, bool(case.hung)
 
 
@@ -139,38 +139,36 @@ def num_steps() -> int:
 # --------------------------------------------------------------------------- who is there
 
 
-def _meet(case: Case, found: list[Finding]) -> tuple[Meeting | None, dict[int, Place]]:
-    """The meeting, and those who came; alone where torch itself is missing."""
+def _meet(case: Case, found: list[Finding]) -> tuple[Board | None, dict[int, Place]]:
+    """The board, and those who came; alone where torch itself is missing."""
     place = case.place
     try:
-        meeting = in_time(lambda: Meeting.open(place, JOIN_S), 2 * JOIN_S)
+        board = in_time(lambda: Board.open(place, JOIN_S), 2 * JOIN_S)
     except WorldError:
         raise
     except Exception as error:  # torch itself is missing or broken
         found.append(replace(failed("torch", error), group=VERSIONS))
         return None, {place.rank: place}
-    meeting.say("here", place.as_dict())
+    board.say("here", place.as_dict())
     if place.rank == 0:
-        words = meeting.hear_all("here", range(place.size), JOIN_S)
-        meeting.say("roll", sorted(words))
+        words = board.hear_all("here", range(place.size), JOIN_S)
+        board.say("roll", sorted(words))
         places = {rank: Place(**word) for rank, word in sorted(words.items())}
     else:
         try:
-            roll = meeting.hear("roll", 0, 2 * JOIN_S + GRACE_S)
+            roll = board.hear("roll", 0, 2 * JOIN_S + GRACE_S)
         except TimeoutError as error:
             fault = WorldError(f"rank {place.rank} on {place.host} waited for rank 0 in vain: {error}", "start it too")
             fault.everywhere = False
             raise fault from error
-        places = {rank: Place(**meeting.hear("here", rank, GRACE_S)) for rank in roll}
-    return meeting, places
+        places = {rank: Place(**board.hear("here", rank, GRACE_S)) for rank in roll}
+    return board, places
 
 
 # --------------------------------------------------------------------------- all together
 
 
-def _world_findings(
-    case: Case, meeting: Meeting, places: dict[int, Place], begin: Callable[[str], None]
-) -> list[Finding]:
+def _world_findings(case: Case, board: Board, places: dict[int, Place], begin: Callable[[str], None]) -> list[Finding]:
     """The steps that take several processes; what rank 0 says of them, and faults of this rank."""
     place, found = case.place, []
     absent = [rank for rank in range(place.size) if rank not in places]
@@ -181,7 +179,7 @@ def _world_findings(
     for name, group, step, limit_s in TOGETHER if place.size > 1 else TOGETHER[:1]:
         begin(name)
         try:
-            made = in_time(lambda step=step: list(step(case, meeting, places)), limit_s)
+            made = in_time(lambda step=step: list(step(case, board, places)), limit_s)
         except Hung as hung:
             case.hung.append(name)
             made = [Finding(name, "fault", str(hung), "see what the other ranks say of it")]
@@ -227,17 +225,18 @@ def _layout(places: dict[int, Place], size: int, absent: list[int]) -> Iterator[
         yield Finding("names", "warning", value, remedy)
 
 
-def _join_and_measure(case: Case, meeting: Meeting, places: dict[int, Place]) -> Iterator[Finding]:
+def _join_and_measure(case: Case, board: Board, places: dict[int, Place]) -> Iterator[Finding]:
     """Join the world as a run would, and measure the ring."""
     from cml_dist.parallel.world import join_world
 
     place = case.place
-    # Longer than our own limits: NCCL would end the process, and with it what it has to say.
-    parallel = case.config.parallel.model_copy(update={"timeout_s": 2 * (JOIN_S + RING_S)})
+    # Longer than our own limits: NCCL or the watch would end the process, and with it what it has to say.
+    limits = {"timeout_s": 3600.0, "join_timeout_s": JOIN_S, "silence_s": 600.0}
+    parallel = case.config.parallel.model_copy(update=limits)
     config = case.config.model_copy(update={"parallel": parallel})
 
     def others_failed() -> bool:
-        return any(meeting.heard("join-failed", rank) for rank in places if rank != place.rank)
+        return any(board.heard("join-failed", rank) for rank in places if rank != place.rank)
 
     try:
         world = in_time(lambda: join_world(config), JOIN_S, others_failed)
@@ -248,7 +247,7 @@ def _join_and_measure(case: Case, meeting: Meeting, places: dict[int, Place]) ->
         yield Finding("world", "fault", f"joining it {hung}", REACHABLE)
         return
     except Exception as error:
-        meeting.say("join-failed")
+        board.say("join-failed")
         if isinstance(error, CmlError):
             raise
         yield replace(failed("world", error), remedy=REACHABLE)
@@ -256,54 +255,53 @@ def _join_and_measure(case: Case, meeting: Meeting, places: dict[int, Place]) ->
     if place.size == 1:
         yield Finding("world", "ok", f"one process alone, on {world.device}")
         return
-    problem = _measure(case, meeting, places, world)
+    problem = _measure(case, board, places, world)
+    world.watch.close()  # from here on a rank that dies is a finding of the others, and not their end
     if problem is not None:
-        meeting.say("ring-problem", problem)
+        board.say("ring-problem", problem)
     if place.rank == 0:
-        yield from _judge_ring(case, meeting, places, "NCCL" if world.device.type == "cuda" else "gloo", problem)
+        yield from _judge_ring(case, board, places, "NCCL" if world.device.type == "cuda" else "gloo", problem)
 
 
-def _measure(case: Case, meeting: Meeting, places: dict[int, Place], world: World) -> str | None:
+def _measure(case: Case, board: Board, places: dict[int, Place], world: World) -> str | None:
     """This rank's part of the ring; returns what went wrong."""
     from cml_dist.doctor.ring import measure_ring
 
     def another_failed() -> bool:
-        return any(meeting.heard("ring-failed", rank) for rank in places if rank != case.place.rank)
+        return any(board.heard("ring-failed", rank) for rank in places if rank != case.place.rank)
 
     try:
-        in_time(lambda: measure_ring(world, meeting), RING_S, another_failed)
+        in_time(lambda: measure_ring(world, board), RING_S, another_failed)
     except Hung as hung:
         case.hung.append("ring")
         return str(hung)
     except Exception as error:
-        meeting.say("ring-failed")
+        board.say("ring-failed")
         return failed("ring", error).value
     return None
 
 
 def _judge_ring(
-    case: Case, meeting: Meeting, places: dict[int, Place], backend: str, problem: str | None
+    case: Case, board: Board, places: dict[int, Place], backend: str, problem: str | None
 ) -> Iterator[Finding]:
     """Rank 0's findings on what all ranks measured, as far as they came."""
     from cml_dist.doctor import ring
 
-    at = meeting.hear_all("at", places, GRACE_S)
+    at = board.hear_all("at", places, GRACE_S)
     pairs = [
-        ring.Pair(**meeting.hear("pair", first, GRACE_S))
+        ring.Pair(**board.hear("pair", first, GRACE_S))
         for each in ring.neighbours(len(places))
         for first, _ in each
-        if meeting.heard("pair", first)
+        if board.heard("pair", first)
     ]
-    reduced = ring.Reduced(**meeting.hear("reduced", 0, GRACE_S)) if meeting.heard("reduced", 0) else None
+    reduced = ring.Reduced(**board.hear("reduced", 0, GRACE_S)) if board.heard("reduced", 0) else None
     yield from ring.ring_findings(pairs, reduced, backend, places, parameter_bytes(case))
-    problems = {
-        rank: meeting.hear("ring-problem", rank, GRACE_S) for rank in places if meeting.heard("ring-problem", rank)
-    }
+    problems = {rank: board.hear("ring-problem", rank, GRACE_S) for rank in places if board.heard("ring-problem", rank)}
     if problem is not None or problems:
         yield ring.hang_finding(problem or next(iter(problems.values())), at, places)
 
 
-def _clocks(case: Case, meeting: Meeting, places: dict[int, Place]) -> Iterator[Finding]:
+def _clocks(case: Case, board: Board, places: dict[int, Place]) -> Iterator[Finding]:
     from cml_dist.doctor import clock
 
     firsts = {}
@@ -311,20 +309,20 @@ def _clocks(case: Case, meeting: Meeting, places: dict[int, Place]) -> Iterator[
         firsts.setdefault(place.host, place.rank)
     others = [rank for rank in firsts.values() if rank != 0]
     if case.place.rank in others:
-        clock.ask_time(meeting)
+        clock.ask_time(board)
     if case.place.rank == 0:
-        yield from clock.clock_findings(clock.tell_time(meeting, others), places)
+        yield from clock.clock_findings(clock.tell_time(board, others), places)
 
 
-def _folder(case: Case, meeting: Meeting, places: dict[int, Place]) -> Iterator[Finding]:
+def _folder(case: Case, board: Board, places: dict[int, Place]) -> Iterator[Finding]:
     from cml_dist.doctor import shared_folder
 
     if case.place.rank != 0:
-        shared_folder.find_folder(meeting, case.run_dir)
+        shared_folder.find_folder(board, case.run_dir)
         return
     others = [rank for rank in places if rank != 0]
     try:
-        words = shared_folder.show_folder(meeting, case.run_dir, others)
+        words = shared_folder.show_folder(board, case.run_dir, others)
     except OSError:
         return  # check_run_folder says why
     yield from shared_folder.folder_findings(words, case.run_dir, places)
@@ -341,10 +339,10 @@ TOGETHER = (
 # --------------------------------------------------------------------------- all findings on rank 0
 
 
-def _hear_findings(meeting: Meeting, places: dict[int, Place], own: list[Finding]) -> dict[int, list[Finding]]:
+def _hear_findings(board: Board, places: dict[int, Place], own: list[Finding]) -> dict[int, list[Finding]]:
     """The findings of all ranks; a rank that stays silent is a finding."""
     limit_s = max(check.limit_s for check in CHECKS) + GRACE_S
-    words = meeting.hear_all("found", [rank for rank in places if rank != 0], limit_s)
+    words = board.hear_all("found", [rank for rank in places if rank != 0], limit_s)
     heard = {0: own, **{rank: [Finding(**word) for word in said] for rank, said in words.items()}}
     silent = [rank for rank in places if rank not in heard]
     if silent:
@@ -361,10 +359,10 @@ def _hear_findings(meeting: Meeting, places: dict[int, Place], own: list[Finding
     return heard
 
 
-def _verdict_of_main(meeting: Meeting) -> int:
+def _verdict_of_main(board: Board) -> int:
     """The exit code that rank 0 decides on; 1 where it says nothing."""
     try:
-        return int(meeting.hear("verdict", 0, sum(check.limit_s for check in CHECKS)))
+        return int(board.hear("verdict", 0, sum(check.limit_s for check in CHECKS)))
     except TimeoutError:
         return 1
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from cml_dist.doctor.board import Board
 from cml_dist.doctor.findings import Finding, names
-from cml_dist.doctor.meeting import Meeting
 from cml_dist.doctor.place import Place
 from cml_dist.parallel.world import World
 
@@ -67,7 +67,7 @@ def neighbours(size: int) -> list[list[tuple[int, int]]]:
     return [each for each in rounds if each]
 
 
-def measure_ring(world: World, meeting: Meeting) -> None:
+def measure_ring(world: World, board: Board) -> None:
     """Play this rank's part; results are left as words ``pair`` (by the pair's first) and ``reduced`` (rank 0).
 
     Collective: all ranks.
@@ -77,15 +77,15 @@ def measure_ring(world: World, meeting: Meeting) -> None:
     for each in neighbours(world.size):
         for first, second in each:
             if world.rank in (first, second):
-                meeting.say("at", f"the pair of ranks {first} and {second}")
+                board.say("at", f"the pair of ranks {first} and {second}")
                 found = _play(world, first, second)
                 if found is not None:
-                    meeting.say("pair", asdict(found))
-    meeting.say("at", "the all-reduce")
+                    board.say("pair", asdict(found))
+    board.say("at", "the all-reduce")
     reduced = _reduce(world)
     if world.is_main:
-        meeting.say("reduced", asdict(reduced))
-    meeting.say("at", "the end")
+        board.say("reduced", asdict(reduced))
+    board.say("at", "the end")
 
 
 def _play(world: World, first: int, second: int) -> Pair | None:

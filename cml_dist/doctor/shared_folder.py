@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cml_dist.doctor.board import Board
 from cml_dist.doctor.findings import Finding, names
-from cml_dist.doctor.meeting import Meeting
 from cml_dist.doctor.place import Place
 from cml_dist.doctor.storage import MOUNT_WITH_LOCKS, base_of, look, probe_folder, rename_finding, replace_for, try_lock
 from cml_dist.domains.publish import fsync
@@ -21,7 +21,7 @@ APPEAR_S = 10.0
 RENAME_S = 0.5
 
 
-def show_folder(meeting: Meeting, run_dir: Path, ranks: list[int]) -> dict[int, Any]:
+def show_folder(board: Board, run_dir: Path, ranks: list[int]) -> dict[int, Any]:
     """Rank 0: write a token, hold a lock, rename for a while; returns what the others say of it."""
     base = base_of(run_dir)
     try:
@@ -34,30 +34,30 @@ def show_folder(meeting: Meeting, run_dir: Path, ranks: list[int]) -> dict[int, 
             fsync(folder / "token")
             with open(folder / "lock", "a+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                meeting.say("folder-is", {"name": folder.name, "token": token, "base": str(base)})
-                meeting.hear_all("folder-found", ranks, LIMIT_S)
-                meeting.say("folder-renaming")
+                board.say("folder-is", {"name": folder.name, "token": token, "base": str(base)})
+                board.hear_all("folder-found", ranks, LIMIT_S)
+                board.say("folder-renaming")
                 replace_for(folder, RENAME_S)
-                meeting.say("folder-renamed")
-                return meeting.hear_all("folder", ranks, LIMIT_S)
+                board.say("folder-renamed")
+                return board.hear_all("folder", ranks, LIMIT_S)
     except OSError as error:
-        meeting.say("folder-is", {"error": str(error.strerror)})
+        board.say("folder-is", {"error": str(error.strerror)})
         raise
 
 
-def find_folder(meeting: Meeting, run_dir: Path) -> None:
+def find_folder(board: Board, run_dir: Path) -> None:
     """Another rank: look for rank 0's folder where this process would look; leaves the word ``folder``."""
-    word = meeting.hear("folder-is", 0, LIMIT_S)
+    word = board.hear("folder-is", 0, LIMIT_S)
     if "error" in word:
         return
     base = base_of(run_dir)
     folder = base / word["name"]
     found: dict[str, Any] = {"base": str(base), "token": _token(folder / "token") == word["token"]}
-    meeting.say("folder-found")
+    board.say("folder-found")
     if found["token"]:
         found["lock"] = try_lock(folder / "lock")
-        found["seen"] = _watch(meeting, folder / "renamed")
-    meeting.say("folder", found)
+        found["seen"] = _watch(board, folder / "renamed")
+    board.say("folder", found)
 
 
 def _token(path: Path) -> str | None:
@@ -71,12 +71,12 @@ def _token(path: Path) -> str | None:
         time.sleep(0.1)
 
 
-def _watch(meeting: Meeting, path: Path) -> dict[str, int]:
+def _watch(board: Board, path: Path) -> dict[str, int]:
     """What this process finds of the file while rank 0 replaces it."""
     seen = {"whole": 0, "missing": 0, "mixed": 0}
-    meeting.hear("folder-renaming", 0, LIMIT_S)
+    board.hear("folder-renaming", 0, LIMIT_S)
     end = time.monotonic() + LIMIT_S
-    while not meeting.heard("folder-renamed", 0) and time.monotonic() < end:
+    while not board.heard("folder-renamed", 0) and time.monotonic() < end:
         for _ in range(20):
             seen[look(path)] += 1
     return seen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ ARRIVE_S = 60.0
 """How long the others may take to arrive after this process."""
 
 
-class Meeting:
+class Board:
     """Words left under (topic, rank), and heard with a time limit.
 
     Args:
@@ -30,41 +31,24 @@ class Meeting:
         self._store = store
 
     @classmethod
-    def open(cls, place: Place, limit_s: float = ARRIVE_S) -> Meeting:
+    def open(cls, place: Place, limit_s: float = ARRIVE_S) -> Board:
         """Go where the launcher says that rank 0 (or its own agent) listens.
 
         Raises:
             WorldError: nobody listens there.
         """
-        from torch.distributed import DistError, HashStore, PrefixStore, TCPStore
+        from torch.distributed import HashStore, PrefixStore
+
+        from cml_dist.parallel.meeting import launched, launcher_store
 
         if place.size == 1:
             return cls(HashStore(), place)
         try:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        except (KeyError, ValueError) as error:
-            raise WorldError(
-                f"WORLD_SIZE is {place.size}, but MASTER_ADDR and MASTER_PORT do not name a place ({error})",
-                "start through accelerate launch, torchrun or srun",
-            ) from error
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        try:
-            store = TCPStore(
-                address,
-                port,
-                is_master=place.rank == 0 and not agent,
-                wait_for_workers=False,  # who is missing is to be said, not waited for
-                multi_tenant=True,  # the process group, later, listens there too
-                timeout=timedelta(seconds=limit_s),
-            )
-        except (DistError, RuntimeError) as error:
-            said = str(error).strip().splitlines()[0][:200]
-            fault = WorldError(
-                f"rank {place.rank} on {place.host} does not reach {address}:{port}, where the ranks meet: {said}",
-                "see whether rank 0 runs there, and whether the name resolves and the port is open on every machine",
-            )
-            fault.everywhere = False
-            raise fault from error
+            rank, _, host, port = launched(os.environ)
+            store = launcher_store(rank, host, port, limit_s, os.environ)
+        except WorldError as error:
+            error.everywhere = False  # this rank alone may know
+            raise
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return cls(PrefixStore(f"doctor/{attempt}", store), place)
 
@@ -93,8 +77,6 @@ class Meeting:
 
     def hear_all(self, topic: str, ranks: Iterable[int], limit_s: float) -> dict[int, Any]:
         """The words of all ranks that left one until the time is over (for all together)."""
-        import time
-
         end, words = time.monotonic() + limit_s, {}
         for rank in ranks:
             try:
