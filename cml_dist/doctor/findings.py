@@ -25,6 +25,7 @@ class Finding:
         value: what was found.
         remedy: what to do about it.
         amount, unit: a number in front of the value that may differ between processes without being another finding.
+        beside: said after the value, but not where a deviating one is compared with it.
         alike: what to do if the value is not the same everywhere; empty where it may differ.
         brief: may be shown with others in one line while all is well.
         data: numbers, for ``--json``.
@@ -37,6 +38,7 @@ class Finding:
     remedy: str = ""
     amount: float | None = None
     unit: str = ""
+    beside: str = ""
     alike: str = ""
     brief: bool = False
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -93,7 +95,9 @@ def _rows_of_one_check(entries: list[tuple[int, Finding]], places: Mapping[int, 
         finding = kind[0][1]
         ranks = tuple(rank for rank, _ in kind)
         value, verdict, remedy = _value(kind), finding.verdict, finding.remedy
-        if number > 0 and main.alike:
+        if number == 0 or not main.alike:
+            value = f"{value} {finding.beside}".rstrip()
+        else:
             value = f"{value} instead of {main.value}"
             verdict = max(verdict, "warning", key=VERDICTS.index)
             remedy = remedy or main.alike

@@ -54,8 +54,7 @@ def check_own_gpu(case: Case) -> Iterator[Finding]:
         return  # check_gpus says it
     name = torch.cuda.get_device_name(number)
     major, minor = torch.cuda.get_device_capability(number)
-    left = torch.ones(64, 64, device=f"cuda:{number}", dtype=torch.float64)
-    if float((left @ left).sum()) != 64.0**3:
+    if not computes(number):
         yield Finding("GPU", "fault", f"{name} computes wrongly", "take it out of service")
         return
     free, total = (value / GIB for value in torch.cuda.mem_get_info(number))
@@ -66,9 +65,19 @@ def check_own_gpu(case: Case) -> Iterator[Finding]:
         remedy = "see nvidia-smi: another process holds memory; end it, or ask for GPUs of your own"
         yield Finding("GPU", "warning", value, remedy, free, "GiB", alike=alike, data=data)
     elif total < FEW_GIB:
-        yield Finding("GPU", "warning", value, "set memory.budget_gib, or a larger GPU", free, "GiB", alike, data=data)
+        yield Finding(
+            "GPU", "warning", value, "set memory.budget_gib, or a larger GPU", free, "GiB", alike=alike, data=data
+        )
     else:
-        yield Finding("GPU", "ok", value, "", free, "GiB", alike, data=data)
+        yield Finding("GPU", "ok", value, "", free, "GiB", alike=alike, data=data)
+
+
+def computes(number: int) -> bool:
+    """Whether a small product comes out right on a GPU."""
+    import torch
+
+    ones = torch.ones(64, 64, device=f"cuda:{number}", dtype=torch.float64)
+    return float((ones @ ones).sum()) == 64.0**3
 
 
 def _no_gpu(wanted: str, built_for: str | None) -> Finding:

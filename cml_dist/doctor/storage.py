@@ -17,6 +17,7 @@ from pathlib import Path
 from cml_dist.doctor.check import Case
 from cml_dist.doctor.findings import Finding
 from cml_dist.domains.publish import fsync
+from cml_dist.errors import CmlError
 
 GIB = 2**30
 SLOW_SYNC_S = 1.0
@@ -60,7 +61,7 @@ def check_run_folder(case: Case) -> Iterator[Finding]:
         return
     try:
         with probe_folder(base) as folder:
-            yield Finding("run folder", "ok", f"{where} can be written", data={"path": str(base)})
+            yield _content(case, where, base)
             yield from _space(case, base)
             yield _rename(folder)
             yield _sync(folder)
@@ -69,6 +70,25 @@ def check_run_folder(case: Case) -> Iterator[Finding]:
     except OSError as error:
         remedy = "choose a run.dir that can be written, or mend its permissions or mount"
         yield Finding("run folder", "fault", f"{where} cannot be written: {error.strerror}", remedy)
+
+
+def _content(case: Case, where: str, base: Path) -> Finding:
+    """A folder that can be written: new, or with a run that the configuration may go on with."""
+    from cml_dist.run.checkpoint import steps_in
+    from cml_dist.run.folder import RunFolder
+
+    folder, data = RunFolder(case.run_dir.expanduser()), {"path": str(base)}
+    if not folder.exists:
+        return Finding("run folder", "ok", f"{where} can be written", data=data)
+    steps = steps_in(folder.checkpoints)
+    value = f"{where} can be written, and holds a run" + (f" with a checkpoint of step {steps[-1]}" if steps else "")
+    if case.configured:
+        try:
+            folder.check_resumable(case.config)
+        except CmlError as error:
+            return Finding("run folder", "fault", error.what, error.remedy, data=data)
+        value += ", which this configuration resumes"
+    return Finding("run folder", "ok", value, data=data)
 
 
 def _space(case: Case, base: Path) -> Iterator[Finding]:
@@ -103,7 +123,6 @@ def parameter_bytes(case: Case) -> int | None:
     """Bytes of what is meta-trained; None without a configuration, or where shapes are not known."""
     if not case.configured:
         return None
-    from cml_dist.errors import CmlError
     from cml_dist.planning.forecast import known_inputs, network_structure
 
     try:

@@ -117,8 +117,8 @@ def _package(requirement: Requirement) -> Finding:
 def _judged(name: str, version: str, bound: SpecifierSet, brief: bool = False) -> Finding:
     """A version against its bound; ``2.6.0+cpu`` counts as 2.6.0, and a pre-release by its number."""
     if bound.contains(version, prereleases=True):
-        needs = f" (needs {bound})" if str(bound) and not brief else ""
-        return Finding(name, "ok", f"{version}{needs}", alike=ALIKE, brief=brief, data={"version": version})
+        needs = f"(needs {bound})" if str(bound) and not brief else ""
+        return Finding(name, "ok", version, beside=needs, alike=ALIKE, brief=brief, data={"version": version})
     remedy = f"use Python {bound}" if name == "python" else f"pip install '{name}{bound}'"
     return Finding(name, "fault", f"{version}, but {bound} is needed", remedy, alike=ALIKE)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from cml_dist.cli import main
-from cml_dist.config.load import load_config
+from cml_dist.config.load import dump_config, load_config
 from cml_dist.doctor import examine, gpus, machine, model, ring, slurm, storage, versions
 from cml_dist.doctor.check import Case, Check, run_check
 from cml_dist.doctor.examine import bare_config
@@ -120,6 +120,37 @@ def test_a_gpu_that_is_asked_for_and_not_there():
     assert found.verdict == "fault" and "run.device" in found.value + found.remedy
 
 
+def test_gpus_against_processes_and_memory_that_others_hold(monkeypatch):
+    """As torch would answer on a machine of two GPUs, the second of which somebody else uses."""
+    import torch
+
+    answers = {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "get_device_name": lambda number: "A100",
+        "get_device_capability": lambda number: (8, 0),
+        "mem_get_info": lambda number: ((39 - 20 * number) * 2**30, 40 * 2**30),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(gpus, "computes", lambda number: True)
+    monkeypatch.setattr(gpus, "driver_version", lambda: "580.1")
+    config = bare_config()
+
+    def looked(check, rank: int, processes: int) -> Finding:
+        place = Place(rank, processes, rank, processes, "n01", "torchrun")
+        (found,) = check(Case(config, False, Path("x"), place))
+        return found
+
+    assert [looked(gpus.check_gpus, 0, processes).verdict for processes in (1, 2, 3)] == ["note", "ok", "fault"]
+    assert "--num_processes 2" in looked(gpus.check_gpus, 0, 3).remedy
+    free, used = looked(gpus.check_own_gpu, 0, 2), looked(gpus.check_own_gpu, 1, 2)
+    assert (free.verdict, free.amount, free.value) == ("ok", 39.0, "free of 40 GiB: A100 (compute capability 8.0)")
+    assert used.verdict == "warning" and "another process holds memory" in used.remedy
+    monkeypatch.setattr(gpus, "computes", lambda number: False)
+    assert looked(gpus.check_own_gpu, 0, 2).verdict == "fault"
+
+
 @contextmanager
 def mounted(folder: Path, options: str):
     """A tmpfs of its own; skips where that is not allowed."""
@@ -152,6 +183,15 @@ def test_a_good_run_folder_is_tried_and_left_as_it_was(tmp_path):
     }
     assert "4 checkpoints of " in one(found, "space").value
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_a_run_of_another_configuration(tmp_path):
+    (tmp_path / "config.yaml").write_text(dump_config(load_config("sinusoid", ["train.steps=7"])))
+    resumed = case(tmp_path, "train.steps=7", config="sinusoid")
+    other = case(tmp_path, "optim.lr=0.5", config="sinusoid")
+    assert "which this configuration resumes" in one(storage.check_run_folder(resumed), "run folder").value
+    found = one(storage.check_run_folder(other), "run folder")
+    assert found.verdict == "fault" and "optim.lr was 0.001, is 0.5" in found.value
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -282,7 +322,7 @@ def test_identical_findings_are_one_row_and_deviating_ranks_are_named():
     def of(rank: int) -> list[Finding]:
         version = "2.13.0" if rank == 3 else "2.14.1"
         return [
-            Finding("torch", "ok", version, alike="install the same"),
+            Finding("torch", "ok", version, beside="(needs >=2.6)", alike="install the same"),
             Finding("memory", "ok", "free", amount=20.0 + rank, unit="GiB"),
             Finding("disk", *(("fault", "full", "free some") if rank > 1 else ("ok", "fine"))),
         ]
@@ -290,7 +330,7 @@ def test_identical_findings_are_one_row_and_deviating_ranks_are_named():
     rows = merge({rank: of(rank) for rank in range(4)}, PLACES)
     shown = [(row.check, row.verdict, row.who, row.value, row.remedy) for row in rows]
     assert shown == [
-        ("torch", "ok", "", "2.14.1", ""),
+        ("torch", "ok", "", "2.14.1 (needs >=2.6)", ""),
         ("torch", "warning", "rank 3 on n02", "2.13.0 instead of 2.14.1", "install the same"),
         ("memory", "ok", "", "20.0 to 23.0 GiB free", ""),
         ("disk", "ok", "", "fine", ""),
