@@ -17,6 +17,7 @@ from cml_dist.parallel.watch import this_watch
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 
 if TYPE_CHECKING:
+    from cml_dist.doctor.report import Report
     from cml_dist.planning.strategies import RankBudget
     from cml_dist.telemetry.console import Console
 
@@ -319,7 +320,7 @@ def _doctor(args: argparse.Namespace, console: Console) -> int:
     os.environ.update(join_srun())
     console = NullConsole() if args.json else console_for(_rank())
     from cml_dist.config.load import load_config
-    from cml_dist.doctor.examine import bare_config, examine, num_steps
+    from cml_dist.doctor.examine import Examination, bare_config, num_steps
 
     overrides = list(args.overrides)
     if args.config is not None and "=" in args.config and not os.path.exists(args.config):
@@ -327,17 +328,20 @@ def _doctor(args: argparse.Namespace, console: Console) -> int:
         args.config = None
     config = bare_config(overrides) if args.config is None else load_config(args.config, overrides)
     run_dir = args.run_dir or config.run.dir
-    with console.progress("looking", num_steps()) as view:
-        report, code, hung = examine(config, args.config, run_dir, lambda done, step: view.update(done, at=step))
-    if report is not None and args.json:
-        print(json.dumps(report.as_dict(), indent=2))
-    elif report is not None:
+
+    def present(report: Report) -> None:
+        if args.json:
+            print(json.dumps(report.as_dict(), indent=2), flush=True)
+            return
         console.header("cml-dist doctor", report.head())
         console.findings(report.groups())
-        console.verdict(
-            report.verdict(), report.ready, [(f"{row.check}: {row.value}", row.remedy) for row in report.of("fault")]
-        )
-    if hung:  # a thread that hangs would keep the interpreter from going down
+        faults = [(f"{row.check}: {row.value}", row.remedy) for row in report.of("fault")]
+        console.verdict(report.verdict(), report.ready, faults)
+
+    with console.progress("looking", num_steps()) as view:
+        examination = Examination(config, args.config, run_dir, present, lambda done, at: view.update(done, at=at))
+        code = examination.run()
+    if examination.hung:  # a thread that hangs would keep the interpreter from going down
         sys.stdout.flush()
         os._exit(code)
     return code

@@ -32,6 +32,7 @@ class Case:
         run_dir: the run's folder.
         place: this process.
         hung: names of checks that did not end.
+        at_end: is told why, where the world is lost while it is looked at.
     """
 
     config: RunConfig
@@ -39,6 +40,7 @@ class Case:
     run_dir: Path
     place: Place
     hung: list[str] = field(default_factory=list)
+    at_end: Callable[[str], None] = lambda cause: None
 
 
 @dataclass(frozen=True)

@@ -69,3 +69,10 @@ def test_a_rank_that_does_not_come_is_named(tmp_path):
     assert code == 1, out
     assert "fault    processes: rank 1 of 2 did not come within 6 s" in out
     assert "\nNot ready: 1 fault" in out and "  1. processes: rank 1 of 2 did not come" in out
+
+
+def test_what_was_found_is_shown_where_another_rank_is_killed(tmp_path):
+    code, out = run(2, WORKER, "doctor", *SETTINGS, f"run.dir={tmp_path}", timeout_s=100, FAULT="killed")
+    assert code == 1, out
+    assert "  ok       processes: 2, all came" in out and out.count("\nNot ready: 1 fault") == 1, out
+    assert "  1. world: rank 1 (host " in out and "ended without a word" in out, out
