@@ -30,7 +30,7 @@ from cml_dist.doctor.place import Place, place_of
 from cml_dist.doctor.report import Report
 from cml_dist.doctor.slurm import check_slurm
 from cml_dist.doctor.storage import check_run_folder, check_temporary_folder
-from cml_dist.doctor.together import GRACE_S, STORAGE, WORLD, world_findings
+from cml_dist.doctor.together import GRACE_S, STORAGE, WORLD, look_together
 from cml_dist.doctor.versions import check_deepspeed, check_torch, check_versions
 from cml_dist.errors import WorldError
 from cml_dist.parallel.watch import this_watch
@@ -139,7 +139,7 @@ class Examination:
         board = self._meet()
         if board is not None:
             case.at_end = self.cut_short
-            self._found += world_findings(case, board, self._places, self._begin)
+            look_together(case, board, self._places, self._found, self._begin)
         for check in CHECKS:
             if check.concerns(place):
                 self._begin(check.name)

@@ -27,6 +27,9 @@ JOIN_S, RING_S, SHARED_S = 60.0, 60.0, 90.0
 GRACE_S = 15.0
 """What a rank waits for the others beyond their own limits."""
 
+BLAME_S = 5.0
+"""What the watch gets to find out who is to blame for a collective that broke."""
+
 REACHABLE = (
     "open the machines' ports to each other (32768 and up: gloo and NCCL connect each pair on one that the kernel "
     "chooses), and name the network: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
@@ -34,14 +37,16 @@ REACHABLE = (
 """What to do where the ranks met at MASTER_ADDR, but do not reach one another."""
 
 
-def world_findings(case: Case, board: Board, places: dict[int, Place], begin: Callable[[str], None]) -> list[Finding]:
-    """The steps that take several processes; what rank 0 says of them, and faults of this rank."""
-    place, found = case.place, []
+def look_together(
+    case: Case, board: Board, places: dict[int, Place], found: list[Finding], begin: Callable[[str], None]
+) -> None:
+    """The steps that take several processes; adds to ``found`` what rank 0 says of them, and faults of this rank."""
+    place = case.place
     absent = [rank for rank in range(place.size) if rank not in places]
     if place.rank == 0 and place.size > 1:
         found += [replace(finding, group=WORLD) for finding in _layout(places, place.size, absent)]
     if absent:  # the world cannot be joined, and a ring with a gap would only be waited for
-        return found
+        return
     for name, group, step, limit_s in TOGETHER if place.size > 1 else TOGETHER[:1]:
         begin(name)
         try:
@@ -54,7 +59,6 @@ def world_findings(case: Case, board: Board, places: dict[int, Place], begin: Ca
         except Exception as error:
             made = [failed(name, error)]
         found += [replace(finding, group=group) for finding in made]
-    return found
 
 
 def _layout(places: dict[int, Place], size: int, absent: list[int]) -> Iterator[Finding]:
@@ -144,6 +148,7 @@ def _measure(case: Case, board: Board, places: dict[int, Place], world: World) -
         return str(hung)
     except Exception as error:
         board.say("ring-failed")
+        world.watch.await_verdict(BLAME_S)  # where another rank is to blame, it names it, and ends this process
         return failed("ring", error).value
     return None
 
