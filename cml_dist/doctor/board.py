@@ -10,7 +10,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from cml_dist.doctor.place import Place
-from cml_dist.errors import WorldError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -43,12 +42,8 @@ class Board:
 
         if place.size == 1:
             return cls(HashStore(), place)
-        try:
-            rank, _, host, port = launched(os.environ)
-            store = launcher_store(rank, host, port, limit_s, os.environ)
-        except WorldError as error:
-            error.everywhere = False  # this rank alone may know
-            raise
+        rank, _, host, port = launched(os.environ)
+        store = launcher_store(rank, host, port, limit_s, os.environ)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return cls(PrefixStore(f"doctor/{attempt}", store), place)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import threading
@@ -137,10 +138,26 @@ def failed(name: str, error: BaseException) -> Finding:
     if isinstance(error, OSError) and error.strerror:
         named = f"{error.filename}: " if error.filename else ""
         return Finding(name, "fault", f"{named}{error.strerror}", "mend it, or choose another place")
+    if isinstance(error, ModuleNotFoundError) and _is_missing(error.name):
+        # The check of versions says what is wrong; here it is only in the way.
+        return Finding(name, "warning", f"not looked at: {error.name} is not installed", "install it, and look again")
     said = " ".join(str(error).split())[:300]
     where: Any = traceback.extract_tb(error.__traceback__)
     at = f" ({os.path.basename(where[-1].filename)} line {where[-1].lineno})" if where else ""
-    return Finding(name, "fault", f"{type(error).__name__}: {said}{at}", "see whether it is one of this installation")
+    return Finding(
+        name,
+        "fault",
+        f"{type(error).__name__}: {said}{at}",
+        "a fault of this installation or of cml-dist: see its line",
+    )
+
+
+def _is_missing(module: str | None) -> bool:
+    """Whether a package is not there at all, and not only a part of it."""
+    try:
+        return module is None or importlib.util.find_spec(module.partition(".")[0]) is None
+    except ValueError:  # someone has put it out of the way
+        return True
 
 
 def _did_not_end(name: str, how: str) -> Finding:

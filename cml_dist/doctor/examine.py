@@ -21,7 +21,7 @@ from cml_dist.config.load import parse_config
 from cml_dist.config.schema import RunConfig
 from cml_dist.doctor import together
 from cml_dist.doctor.board import Board
-from cml_dist.doctor.check import Case, Check, failed, in_time, run_check
+from cml_dist.doctor.check import Case, Check, Hung, failed, in_time, run_check
 from cml_dist.doctor.findings import Finding, Row, merge, names
 from cml_dist.doctor.gpus import check_gpus, check_own_gpu
 from cml_dist.doctor.machine import check_cores, check_limits, check_memory, check_shared_memory
@@ -165,10 +165,16 @@ class Examination:
         place = self.case.place
         try:
             board = in_time(lambda: Board.open(place, together.JOIN_S), 2 * together.JOIN_S)
-        except WorldError:
-            raise
+        except Hung as hung:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}, where rank 0 is said to be"
+            raise _own(f"reaching {where}, {hung}", "see whether rank 0 runs there, and the port is open") from hung
+        except WorldError as error:
+            raise _own(error.what, error.remedy) from error
         except Exception as error:  # torch itself is missing or broken
-            self._found.append(replace(failed("torch", error), group=VERSIONS))
+            fault = failed("world", error)
+            if place.rank != 0:
+                raise _own(f"{fault.value} on {place.host}", fault.remedy) from error
+            self._found.append(replace(fault, group=WORLD))
             return None
         board.say("here", place.as_dict())
         if place.rank == 0:
@@ -179,9 +185,7 @@ class Examination:
         try:
             roll = board.hear("roll", 0, 2 * together.JOIN_S + GRACE_S)
         except TimeoutError as error:
-            fault = WorldError(f"rank {place.rank} on {place.host} waited for rank 0 in vain: {error}", "start it too")
-            fault.everywhere = False
-            raise fault from error
+            raise _own(f"{place.host} waited for rank 0 in vain: {error}", "see what rank 0 says") from error
         self._places = {rank: Place(**board.hear("here", rank, GRACE_S)) for rank in roll}
         return board
 
@@ -189,6 +193,13 @@ class Examination:
         rows: list[Row] = sorted(merge(heard, self._places), key=lambda row: GROUPS.index(row.group))
         folder, seconds = os.fspath(self.case.run_dir), time.monotonic() - self._started
         return Report(tuple(rows), self._places, folder, self._configuration, seconds)
+
+
+def _own(what: str, remedy: str) -> WorldError:
+    """An error that this rank alone may know of."""
+    error = WorldError(what, remedy)
+    error.everywhere = False
+    return error
 
 
 def _tell(number: int, frame: FrameType | None) -> None:
