@@ -17,6 +17,7 @@ REQUIREMENTS = [
     "huggingface-hub>=0.23",
     "matplotlib>=3.8",
     "numpy>=1.26",
+    "packaging>=23.2",
     "pillow>=10.1",
     "pydantic>=2.7",
     "pyyaml>=6.0.1",

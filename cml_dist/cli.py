@@ -18,6 +18,7 @@ from cml_dist.parallel.watch import this_watch
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 
 if TYPE_CHECKING:
+    from cml_dist.doctor.report import Report
     from cml_dist.planning.strategies import RankBudget
     from cml_dist.telemetry.console import Console
     from cml_dist.tools.run_status import RunView
@@ -92,6 +93,14 @@ def build_parser() -> argparse.ArgumentParser:
     _checkpoint(export)
     _overrides(export)
 
+    doctor = commands.add_parser(
+        "doctor", help="look at this machine, or at all processes of a world, before a long run: ready, or what to mend"
+    )
+    doctor.add_argument("config", metavar="CONFIG", nargs="?", help=f"{CONFIG_HELP}: also check its backbone and data")
+    doctor.add_argument("--run-dir", metavar="DIR", help="the folder to look at (default: run.dir)")
+    doctor.add_argument("--json", action="store_true", help="print everything as JSON")
+    _overrides(doctor)
+
     data = commands.add_parser("data", help="pack image sets into WebDataset shards, and look at them")
     kinds = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     pack = kinds.add_parser("pack", help="pack a folder or zip of images into shards")
@@ -144,8 +153,7 @@ def _interval(word: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parsed(argv)
-    # A RANK that something else left behind must not silence a lone process.
-    rank = int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+    rank = _rank()
     from cml_dist.telemetry.console import Console, console_for
 
     console = console_for(rank)
@@ -168,6 +176,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         traceback.print_exc()
         return leave(1, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+
+
+def _rank() -> int:
+    """Of this process; a RANK that something else left behind must not silence a lone one."""
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -364,6 +377,40 @@ def _status(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace, console: Console) -> int:
+    from cml_dist.parallel.srun import join_srun
+    from cml_dist.telemetry.console import NullConsole, console_for
+
+    os.environ.update(join_srun())
+    console = NullConsole() if args.json else console_for(_rank())
+    from cml_dist.config.load import load_config
+    from cml_dist.doctor.examine import Examination, bare_config, num_steps
+
+    overrides = list(args.overrides)
+    if args.config is not None and "=" in args.config and not os.path.exists(args.config):
+        overrides.insert(0, args.config)  # the first override, where no configuration is named
+        args.config = None
+    config = bare_config(overrides) if args.config is None else load_config(args.config, overrides)
+    run_dir = args.run_dir or config.run.dir
+
+    def present(report: Report) -> None:
+        if args.json:
+            print(json.dumps(report.as_dict(), indent=2), flush=True)
+            return
+        console.header("cml-dist doctor", report.head())
+        console.findings(report.groups())
+        faults = [(f"{row.check}: {row.value}", row.remedy) for row in report.of("fault")]
+        console.verdict(report.verdict(), report.ready, faults)
+
+    with console.progress("looking", num_steps()) as view:
+        examination = Examination(config, args.config, run_dir, present, lambda done, at: view.update(done, at=at))
+        code = examination.run()
+    if examination.hung:  # a thread that hangs would keep the interpreter from going down
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
 def _data(args: argparse.Namespace, console: Console) -> None:
     (_pack if args.data_command == "pack" else _inspect)(args, console)
 
@@ -435,6 +482,7 @@ COMMANDS = {
     "train": _train,
     "config": _config,
     "plan": _plan,
+    "doctor": _doctor,
     "eval": _eval,
     "export": _export,
     "status": _status,

@@ -41,16 +41,30 @@ def meet(config: ParallelConfig, environment: Mapping[str, str] | None = None) -
     Collective: all ranks.
     """
     environment = os.environ if environment is None else environment
-    rank, size, host, port = _launched(environment)
+    rank, size, host, port = launched(environment)
     until_s = time.monotonic() + config.join_timeout_s
+    store = launcher_store(rank, host, port, config.join_timeout_s, environment)
+    one_machine = environment.get("LOCAL_WORLD_SIZE") == str(size)
+    watch = join(store, identity(rank), size, config, until_s, "127.0.0.1" if one_machine else host)
+    # A store outlives its ranks when the launcher starts them again: what they have written may not be read.
+    store.set_timeout(group_timeout(config))
+    return watch, PrefixStore(watch.meeting, store)
+
+
+def launcher_store(rank: int, host: str, port: int, timeout_s: float, environment: Mapping[str, str]) -> TCPStore:
+    """Where the launcher says that the ranks meet; who else has come is not waited for.
+
+    Raises:
+        WorldError: nobody listens there.
+    """
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         # The launcher's agent on rank 0's machine serves the store; without one rank 0 does.
-        store = TCPStore(
+        return TCPStore(
             host,
             port,
             is_master=rank == 0 and not agent,
-            timeout=timedelta(seconds=config.join_timeout_s),
+            timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
             multi_tenant=True,
         )
@@ -59,11 +73,6 @@ def meet(config: ParallelConfig, environment: Mapping[str, str] | None = None) -
             f"cannot reach the rendezvous at {host}:{port}: {_first_line(error)}",
             "see whether rank 0's process runs there, and whether MASTER_ADDR and MASTER_PORT are the same everywhere",
         ) from error
-    one_machine = environment.get("LOCAL_WORLD_SIZE") == str(size)
-    watch = join(store, identity(rank), size, config, until_s, "127.0.0.1" if one_machine else host)
-    # A store outlives its ranks when the launcher starts them again: what they have written may not be read.
-    store.set_timeout(group_timeout(config))
-    return watch, PrefixStore(watch.meeting, store)
 
 
 def group_timeout(config: ParallelConfig) -> timedelta:
@@ -127,7 +136,7 @@ def join(
     return watch
 
 
-def _launched(environment: Mapping[str, str]) -> tuple[int, int, str, int]:
+def launched(environment: Mapping[str, str]) -> tuple[int, int, str, int]:
     """(rank, size, MASTER_ADDR, MASTER_PORT)."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     absent = [name for name in names if not environment.get(name)]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich import box
 from rich.console import Console as RichConsole
@@ -37,6 +37,8 @@ SILENT_S = 60.0
 MAX_WIDTH = 100
 """Columns that live displays use at most."""
 
+VERDICT_STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "fault": "bold red"}
+
 
 @dataclass(frozen=True)
 class ResultRow:
@@ -46,6 +48,25 @@ class ResultRow:
     mean: float | None
     ci95: float | None = None
     episodes: int | None = None
+
+
+class Row(Protocol):
+    """A line of findings, see :meth:`Console.findings`."""
+
+    @property
+    def check(self) -> str: ...
+
+    @property
+    def verdict(self) -> str: ...
+
+    @property
+    def value(self) -> str: ...
+
+    @property
+    def remedy(self) -> str: ...
+
+    @property
+    def who(self) -> str: ...
 
 
 class ProgressView:
@@ -177,6 +198,41 @@ class Console:
         self._out.print()
         self._show(title, table)
 
+    def findings(self, groups: Mapping[str, Sequence[Row]]) -> None:
+        """What was looked at, under headings: verdict, name, what was found, and below it what to do.
+
+        A line a finding where there is no terminal, for grep.
+        """
+        width = max((len(row.check) for rows in groups.values() for row in rows), default=0)
+        for group, rows in groups.items():
+            self._say(Text(text.printable(group), style="bold"))
+            grid = Table.grid(
+                Column(no_wrap=True, min_width=9),
+                Column(no_wrap=True, min_width=width),
+                Column(overflow="fold"),
+                padding=(0, 2, 0, 0),
+            )
+            for row in rows:
+                found = text.printable(f"{row.who}: {row.value}" if row.who else row.value)
+                remedy = text.printable(row.remedy)
+                if not self.interactive:
+                    line = f"  {row.verdict:<7}  {text.printable(row.check)}: {found}"
+                    self._say(Text(f"{line}; {remedy}" if remedy else line))
+                    continue
+                style = VERDICT_STYLES[row.verdict]
+                grid.add_row(Text(f"  {row.verdict}", style=style), Text(text.printable(row.check)), Text(found))
+                if remedy:
+                    grid.add_row("", "", Text(f"-> {remedy}", style="" if row.verdict == "note" else style))
+            if self.interactive:
+                self._out.print(Constrain(grid, MAX_WIDTH))
+
+    def verdict(self, said: str, ready: bool, repairs: Sequence[tuple[str, str]]) -> None:
+        """The last word, with a numbered list of (what is wrong, what to do)."""
+        self._out.print()
+        self._say(Text(text.printable(said), style="bold green" if ready else "bold red"))
+        for number, (what, remedy) in enumerate(repairs, 1):
+            self._say(Text(text.printable(f"  {number}. {what}" + (f"; {remedy}" if remedy else ""))))
+
     # ------------------------------------------------------------------ running displays
 
     @contextmanager
@@ -306,6 +362,10 @@ class NullConsole(Console):
     def header(self, title: str, rows: Mapping[str, object]) -> None: ...
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None: ...
+
+    def findings(self, groups: Mapping[str, Sequence[Row]]) -> None: ...
+
+    def verdict(self, said: str, ready: bool, repairs: Sequence[tuple[str, str]]) -> None: ...
 
     def results(self, rows: Sequence[ResultRow], *, title: str = "Test", score_name: str = "accuracy") -> None: ...
 
