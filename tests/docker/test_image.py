@@ -89,7 +89,8 @@ def test_zero_compiles_nothing_for_any_user_in_a_read_only_image(image: Image, t
     runs.mkdir()
     shutil.chown(runs, int(ANOTHER_USER), int(ANOTHER_USER))
     options = {"user": ANOTHER_USER, "read_only": True, "volumes": [(runs, "/runs")]}
-    options["environment"] = {"TORCH_EXTENSIONS_DIR": "/runs/extensions", "OMP_NUM_THREADS": "1"}
+    # The home folder of a runtime that takes the name from the host, and mounts nothing there.
+    options["environment"] = {"HOME": "/home/nobody-made-it", "TORCH_EXTENSIONS_DIR": "/runs/extensions"}
     launch = ["accelerate", "launch", "--config_file", "launch/accelerate/zero2.yaml", "--num_processes", "2"]
     train = ["train", *SINUSOID, "run.dir=runs/zero", "train.steps=6", "eval.every=3", "eval.val_episodes=4"]
     code, out = image.run(*launch, "-m", "cml_dist", *train, "eval.episodes=4", **options, timeout_s=180)
