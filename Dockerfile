@@ -1,10 +1,10 @@
-# cml_dist and all that it needs, to the version, for one unprivileged user. docs/containers.md has the commands, also for
-# enroot, pyxis and Apptainer.
+# cml_dist and all that it needs, to the version, run by any unprivileged user. docs/containers.md has the commands, also
+# for enroot, pyxis and Apptainer.
 #
 #   docker build -t cml-dist .                                                                        CPU
 #   docker build -t cml-dist:cuda --build-arg BASE=nvidia/cuda:13.0.2-runtime-ubuntu24.04 .           GPUs
 #
-# BASE is any Debian or Ubuntu that has Python 3.11 to 3.13, as the one of the command or as packages: name a digest
+# BASE is any Debian or Ubuntu that has Python 3.11 or 3.12, as the command python3 or as packages: name a digest
 # (python@sha256:...) to fix also its part. PIP_ARGS are more arguments of pip install, as for make: an index with
 # CPU-only builds of PyTorch makes the image over 4 GB smaller, for the usual builds carry CUDA (and run without a GPU).
 #
@@ -56,8 +56,8 @@ RUN PIP_DISABLE_PIP_VERSION_CHECK=1 pip install --no-cache-dir --no-index --no-d
  && chmod -R a+rX . \
  && touch "$VENV/.installed"
 
-# /runs is all that is written, so that any user and a read-only image do: runs/NAME lies there, and beside it, in .cache
-# and .config, what is rendered, downloaded and configured, also where the runtime brings a home folder of its own.
+# /runs is all that is written, so that any user and a read-only image do: runs/NAME lies there, and beside it, in
+# .cache and .config, what is rendered, downloaded and configured, also where the runtime names another home folder.
 ENV HOME=/runs XDG_CACHE_HOME=/runs/.cache XDG_CONFIG_HOME=/runs/.config PYTHONUNBUFFERED=1
 USER 10001
 

@@ -180,7 +180,7 @@ class Image:
             process.kill()  # and with it the container's first process, and so all of them
             process.communicate(timeout=30)
 
-    def run(self, *command: str, timeout_s: float = 120.0, **options: Any) -> tuple[int, str]:
+    def run(self, *command: str, timeout_s: float = 240.0, **options: Any) -> tuple[int, str]:
         """(exit code, output) of a container; see :meth:`start`."""
         with self.start(*command, **options) as process:
             out, _ = process.communicate(timeout=timeout_s)
