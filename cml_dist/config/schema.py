@@ -324,7 +324,15 @@ class ParallelConfig(Section):
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads a process; null: the machine's cores shared out"
     )
-    timeout_s: float = Field(600.0, gt=0, description="seconds after which a collective that does not end is a failure")
+    timeout_s: float = Field(
+        600.0,
+        gt=0,
+        description="seconds after which a rank that does not move, while others wait for it, is a failure that ends all",
+    )
+    silence_s: float = Field(
+        30.0, ge=3, description="seconds without a word after which a rank or its machine is taken for lost"
+    )
+    join_timeout_s: float = Field(300.0, gt=0, description="seconds in which all processes must have come at the start")
 
 
 class RunSection(Section):
@@ -341,6 +349,13 @@ class RunSection(Section):
     deterministic: bool = Field(True, description="only deterministic kernels; on CUDA a few have no such form, which is warned of")
     log_every: int = Field(
         50, ge=1, description="meta-steps between lines where the output is no terminal (metrics.jsonl has every step)"
+    )
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_as_list)] = Field(
+        (),
+        description="also shown in: tensorboard (in the run's folder), wandb (WANDB_MODE=offline: contacts nobody); metrics, validations, test and configuration, by rank 0; needs pip install 'cml-dist[trackers]'",
+    )
+    tracker_project: str | None = Field(
+        None, min_length=1, description="W&B's project; null: WANDB_PROJECT, else cml-dist (the run is named after its folder)"
     )
     stop_signals: tuple[str, ...] = Field(
         ("SIGUSR1", "SIGTERM"),

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cml_dist.config.plan import share
 from cml_dist.domains.base import Domain
-from cml_dist.errors import CmlError
+from cml_dist.errors import CmlError, DataError
 from cml_dist.types import Episode
+
+PR_SET_PDEATHSIG = 1
+"""See prctl(2)."""
 
 
 def rank_share(step: int, batch: int, rank: int, world: int) -> range:
@@ -49,7 +55,7 @@ class EpisodeStream:
                     batch_size=None,
                     sampler=indices,
                     num_workers=workers,
-                    worker_init_fn=_ignore_interrupts,
+                    worker_init_fn=_follow_the_trainer,
                     # Workers never touch the global generators, and must not take from the trainer's.
                     generator=torch.Generator(),
                 )
@@ -61,15 +67,16 @@ class EpisodeStream:
         return self
 
     def __next__(self) -> Episode:
-        episode = next(self._episodes)
+        try:
+            episode = next(self._episodes)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            why = "see what it said" if "exited" in str(error) else "if memory ran out, lower domain.workers"
+            raise DataError(f"a process that makes episodes ended: {error}", why) from error
         if isinstance(episode, CmlError):
             raise episode
         return self.domain.prepare(episode, self.device, self.dtype)
-
-    def take(self, count: int) -> Iterator[Episode]:
-        """The next ``count`` episodes."""
-        for _ in range(count):
-            yield next(self)
 
 
 class _ByIndex(Dataset):
@@ -83,14 +90,16 @@ class _ByIndex(Dataset):
             return error
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process; the trainer decides when its workers end.
+def _follow_the_trainer(worker: int) -> None:
+    """The trainer decides when its workers end, and they end with it.
 
-    torch's own handler would end a worker at SIGTERM, and thereby the step that is to be saved. Other stop signals come
-    to the trainer's handler, which the worker has a copy of and nobody asks.
+    Ctrl-C and a scheduler's SIGTERM reach every process: torch's own handler would end a worker at SIGTERM, and thereby
+    the step that is to be saved. Other stop signals come to the trainer's handler, which the worker has a copy of and
+    nobody asks.
     """
-    import signal
-
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # One that outlived a killed trainer would keep the run folder's lock, and the screen, for some seconds more.
+    with suppress(OSError, AttributeError):  # Linux alone
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     torch.set_num_threads(1)

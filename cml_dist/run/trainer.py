@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 
+from cml_dist import __version__
 from cml_dist.config.plan import RunPlan, make_plan, plan_rows, share
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, CmlError, TrainingError, WorldError
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
+from cml_dist.parallel.ending import restarts
 from cml_dist.parallel.world import World, join_world, set_arithmetic
 from cml_dist.parallel.zero import build_strategy
 from cml_dist.run import checkpoint as checkpoints
@@ -37,9 +39,11 @@ from cml_dist.run.report import learner_name, score_run
 from cml_dist.run.session import session_record, session_rows, set_rows, set_warning
 from cml_dist.run.status import RunStatus, State, now, this_start
 from cml_dist.run.stream import EpisodeStream, rank_share
-from cml_dist.telemetry.console import Console, ResultRow
+from cml_dist.telemetry.console import BothConsole, Console, ResultRow
 from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
 from cml_dist.telemetry.preparing import preparing
+from cml_dist.telemetry.rank_log import RankLog
+from cml_dist.telemetry.trackers import Trackers, check_installed
 from cml_dist.types import Episode
 
 TERMS = ("outer_loss", "score", "colearner_loss", "colearner_score", "gradient_cosine")
@@ -89,7 +93,7 @@ class _Run:
     """One start of a run: state of the loop, and the steps between."""
 
     def __init__(self, config: RunConfig, world: World, console: Console, interrupts: Interrupts) -> None:
-        self.config, self.world, self.console, self.interrupts = config, world, console, interrupts
+        self.config, self.world, self.interrupts = config, world, interrupts
         self.plan: RunPlan = make_plan(config, world.size)
         self.folder = RunFolder(config.run.dir)
         self.threads = set_arithmetic(config, world)
@@ -99,21 +103,36 @@ class _Run:
         self.longest_s = {"step": 0.0, "save": 0.0}
         self.step = 0
         self.state: dict[str, Any] = {"best": None, "validated": 0, "skipped": 0, "skipped_in_a_row": 0}
+        self.log = RankLog(world.rank)
+        self.console: Console = BothConsole(console, self.log.console)
+        self.trackers = Trackers(config, 0, self.console, active=False)  # until the run has begun
 
     # ------------------------------------------------------------------ phases
 
     def go(self) -> Outcome:
         world, config = self.world, self.config
         world.together(self._claim)
+        if self.folder.exists:
+            self._open_log()
+        world.watch.at_end = self._lost
+        restart, most = restarts()
+        if restart:
+            self.console.note(f"Restart {restart} of {most} in place")
         with preparing(self.console) as progress:
             self.parts: Parts = assemble(config, self.plan, world, progress, self._splits())
         self.plan = self.parts.plan
         self.state["data"] = self.parts.domain.fingerprint()
         # Frozen weights and statistics are in no checkpoint: they must be the same at each start.
         self.state["constants"] = checkpoints.fingerprint(self.parts.net.named_buffers())
-        self.strategy = build_strategy(config, self.plan, world, self.parts.model)
+        world.watch.beat("sharing out the parameters")
+        with world.watch.waiting():
+            self.strategy = build_strategy(config, self.plan, world, self.parts.model)
+        world.watch.beat("looking for a checkpoint")
         self._resume()
         world.together(self._announce)
+        self._open_log()  # only now: a run that never began leaves nothing behind
+        world.watch.beat("starting the trackers")
+        self.trackers = Trackers(config, self.step, self.console, active=world.is_main)
         try:
             self.interrupts.patient()
             self._loop()
@@ -144,6 +163,8 @@ class _Run:
 
     def fail(self, error: BaseException) -> None:
         """Leave word of an end before the end in the run folder."""
+        self.world.watch.blame(error)
+        self.log.failed(error)
         if not self.folder.claimed or not self.folder.exists:
             return
         asked = isinstance(error, (Stopped, KeyboardInterrupt))
@@ -151,6 +172,11 @@ class _Run:
         self.step = self.step or max(checkpoints.steps_in(self.folder.checkpoints), default=0)
         with suppress(CmlError):  # the first error counts
             self._tell("stopped" if asked else "failed", reason)
+
+    def _lost(self, what: str) -> None:
+        """The watch is about to end this process."""
+        if self.folder.claimed and self.folder.exists:
+            self._tell("failed", what)
 
     def _tell(self, state: State, reason: str) -> None:
         """Rank 0 writes ``status.json``, and renews its right to."""
@@ -184,11 +210,14 @@ class _Run:
         """Close the files; the folder is free for another trainer."""
         if self.metrics is not None:
             self.metrics.close()
+        self.trackers.close()
+        self.log.close()
         self.folder.release()
 
     def _claim(self) -> None:
         """Rank 0 takes the folder, new or resumable; the others hear if it may not."""
         if self.world.is_main:
+            check_installed(self.config)
             if self.folder.exists:
                 self.folder.check_resumable(self.config)
             self.folder.claim()
@@ -245,6 +274,18 @@ class _Run:
         if (warning := set_warning(self.config, self.parts)) is not None:
             self.console.warn(warning)
 
+    def _open_log(self) -> None:
+        """This rank's log, in a folder where a run lives."""
+        world, start = self.world, this_start()
+        job = f", job {start.job}" if start.job else ""
+        restart = f", restart {start.restart}" if start.restart else ""
+        self.log.open(
+            self.folder.logs,
+            f"-------- cml-dist {__version__}: rank {world.rank} of {world.size} (here {world.local_rank} of "
+            f"{world.local_size}), pid {start.pid} on {start.host}{job}{restart}",
+        )
+        world.watch.log = self.log.file
+
     def _loop(self) -> None:
         """All meta-steps that are left. Raises Stopped where someone asked to stop, once it is saved."""
         config, world = self.config, self.world
@@ -263,7 +304,7 @@ class _Run:
         ) as live:
             self._validate_if_due()
             while self.step < config.train.steps:
-                metrics, wishes = self._meta_step(stream.take(mine))
+                metrics, wishes = self._meta_step(self._handed_out(stream, mine))
                 live.step(metrics)
                 # Saved before a long validation too: who stops or is killed in it loses nothing, and resume runs it.
                 if wishes.stop or wishes.save or self._validation_due() or self._checkpoint_due():
@@ -279,9 +320,11 @@ class _Run:
         tested = score_run(
             self.config, self.plan, self.parts, self.folder, self.world, self.console, stop=self._stop_wanted
         )
+        self.trackers.test(tested, self.step)
         self.world.together(lambda: self._export(tested["step"]))
 
     def _export(self, step: int) -> None:
+        self.world.watch.beat("the export")
         if self.world.is_main:
             made = export_run(self.config, self.parts, self.folder, self.console, str(step))
             self.console.note(f"Exported model: {made}")
@@ -296,9 +339,11 @@ class _Run:
         num_episodes = config.train.episodes_per_step
         # The cosine costs a backward pass: one episode of each step, the same one for any world size.
         diagnose = frozenset({self.step * num_episodes})
+        world.watch.wait(f"the start of step {self.step + 1}")  # where ZeRO-3 gathers the parameters
         sums = self.strategy.gradient(episodes, num_episodes, diagnose)
         lr = learning_rate(config.optim, self.step, config.train.steps)
         norm, taken = self.strategy.apply(lr, config.optim.clip_norm)
+        world.watch.beat(f"the end of step {self.step + 1}")
         terms, wishes = self._reduce(sums)
         self.step += 1
         self.state["skipped"] += not taken
@@ -320,6 +365,7 @@ class _Run:
         if self.metrics is not None:
             self.folder.check_ours()
             self.metrics.write(metrics)
+        self.trackers.step(metrics)
         if self.state["skipped_in_a_row"] >= config.train.max_nonfinite:
             raise TrainingError(
                 f"the meta-gradient was NaN or inf in {config.train.max_nonfinite} steps in a row, "
@@ -345,6 +391,14 @@ class _Run:
         """Whether this rank was asked to stop. Asked between tested episodes too, where a run shows that it lives."""
         self._tell_if_due("testing")
         return self.interrupts.stop is not None
+
+    def _handed_out(self, stream: EpisodeStream, count: int) -> Iterator[Episode]:
+        """The next episodes. The watch hears of each; after the last one the reduction brings the ranks together."""
+        watch, step = self.world.watch, self.step + 1
+        for number in range(1, count + 1):
+            watch.beat(f"step {step}, episode {number} of {count}")
+            yield next(stream)
+        watch.wait(f"the reduction of step {step}")
 
     # ------------------------------------------------------------------ validation and checkpoints
 
@@ -409,6 +463,7 @@ class _Run:
         if self.world.is_main:
             self.folder.check_ours()
             append_json_line(self.folder.validation_file, line)
+        self.trackers.validation(line, domain.score_name)
         row = ResultRow(learner_name(config.method.name, learner), report.mean, report.ci95, len(report.scores))
         self.console.validation(self.step, [row], score_name=domain.score_name, best=self._best())
 
