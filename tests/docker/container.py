@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,7 +67,7 @@ def missing() -> str | None:
 
 
 class Builder:
-    """buildah with a store of its own below ``folder``, which :meth:`close` empties."""
+    """buildah with a store of its own below ``folder``, which :func:`remove` takes away."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -83,13 +85,44 @@ class Builder:
             raise AssertionError(f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
         return done.stdout.strip()
 
-    def close(self) -> None:
-        self("umount", "--all")
-        self("rm", "--all", timeout_s=120)
-        self("rmi", "--all", "--force", timeout_s=120)
-        driver = self.folder / "store" / self._store[-1]
-        if os.path.ismount(driver):  # buildah binds it to itself, and leaves it so
-            subprocess.run(["umount", str(driver)], check=True)
+
+@contextmanager
+def scratch(parent: Path = Path("/var/tmp")) -> Iterator[Path]:
+    """A folder for a builder: on disk, where /tmp may be memory; not below pytest's, which keeps the last three runs.
+
+    Gigabytes may lie in it, so that those of earlier runs that were killed are removed first.
+    """
+    for left in parent.glob("cml-dist-image-*"):
+        with _locked(left) as free:
+            if free:
+                remove(left)
+    folder = Path(tempfile.mkdtemp(prefix="cml-dist-image-", dir=parent))
+    with _locked(folder):
+        try:
+            yield folder
+        finally:
+            remove(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether nobody else has the folder; we have it then, while the context or this process lasts."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(handle)
+
+
+def remove(folder: Path) -> None:
+    """Unmount what a builder mounted below ``folder``, and remove it all."""
+    mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    for place in reversed([place for place in mounted if Path(place).is_relative_to(folder)]):
+        subprocess.run(["umount", place], check=True, timeout=60)
+    shutil.rmtree(folder)
 
 
 def debian(builder: Builder, suite: str) -> str | None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from container import ROOT, Builder, missing
+from container import ROOT, Builder, missing, remove
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -51,13 +51,15 @@ def test_the_context_is_small_and_holds_what_is_needed(tmp_path):
         (copy / stray).parent.mkdir(parents=True, exist_ok=True)
         (copy / stray).write_text("not for the image")
     (copy / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
-    builder = Builder(tmp_path)
+    store = tmp_path / "builder"
+    store.mkdir()
+    builder = Builder(store)
     try:
         builder("build", "--tag", "context", copy)
         root = Path(builder("mount", builder("from", "context")))
         sent = {str(path.relative_to(root)): path.stat().st_size for path in root.rglob("*") if path.is_file()}
     finally:
-        builder.close()
+        remove(store)
     alone = {"LICENSE", "Makefile", "constraints.txt", "pyproject.toml", "scripts/venv.sh", "setup.py"}
     assert set(sent) == alone | {name for name in names if name.startswith(("cml_dist/", "configs/", "launch/"))}
     assert sum(sent.values()) < CONTEXT_MIB * 2**20

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from container import GIB_NEEDED, ROOT, Builder, Image, built, debian, first_process, missing
+from container import GIB_NEEDED, ROOT, Builder, Image, built, debian, first_process, missing, scratch
 
 pytestmark = pytest.mark.timeout(1500)  # the image is made in the first test
 ANOTHER_USER = "12345"
@@ -22,22 +21,15 @@ SINUSOID = ["sinusoid", "model.hidden=[8]", "domain.shots=2", "domain.queries=2"
 def image():
     if (reason := missing()) is not None:
         pytest.skip(reason)
-    # Not below pytest's folder, which keeps the last three runs; and not in /tmp, which may be memory.
-    folder = Path(tempfile.mkdtemp(prefix="cml-dist-image-", dir="/var/tmp"))
-    try:
+    with scratch() as folder:
         if shutil.disk_usage(folder).free < GIB_NEEDED * 2**30:
-            pytest.skip(f"needs {GIB_NEEDED} GiB free in /var/tmp")
+            pytest.skip(f"needs {GIB_NEEDED} GiB free in {folder.parent}")
         builder = Builder(folder)
         base = debian(builder, "bookworm")
         if base is None:
             pytest.skip("debootstrap could not fetch a Debian here")
-        try:
-            with built(folder, base, builder) as made:
-                yield made
-        finally:
-            builder.close()
-    finally:
-        shutil.rmtree(folder)
+        with built(folder, base, builder) as made:
+            yield made
 
 
 def test_holds_what_is_pinned_and_no_more(image: Image):
