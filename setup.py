@@ -18,6 +18,7 @@ REQUIREMENTS = [
     "matplotlib>=3.8",
     "numpy>=1.26",
     "pillow>=10.1",
+    "psutil>=5.9",
     "pydantic>=2.7",
     "pyyaml>=6.0.1",
     "rich>=13.7",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cml_dist import __version__
 from cml_dist.errors import CmlError
+from cml_dist.parallel.launched import launched_or_alone
 from cml_dist.parallel.leave import leave
 
 if TYPE_CHECKING:
@@ -113,8 +113,7 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parsed(argv)
-    # A RANK that something else left behind must not silence a lone process.
-    rank = int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+    rank = launched_or_alone().rank
     from cml_dist.telemetry.console import Console, console_for
 
     console = console_for(rank)
@@ -133,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return leave(1)
     except Exception as error:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and _LOST.search(str(error)):
+        if launched_or_alone().size > 1 and _LOST.search(str(error)):
             Console().error(f"rank {rank} lost another rank", "that one's own error, above or below, says why")
             return leave(1)
         import traceback

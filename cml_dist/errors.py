@@ -53,6 +53,10 @@ class WorldError(CmlError):
     everywhere = True
 
 
+class NetworkError(CmlError):
+    """This machine has no way to the others."""
+
+
 class TrainingError(CmlError):
     """Training cannot go on, e.g. too many non-finite meta-gradients in a row."""
 

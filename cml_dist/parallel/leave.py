@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from cml_dist.parallel.launched import launched_or_alone
+
 
 def leave(code: int) -> int:
     """End at once in a world of several processes; in a world of one, return ``code``.
@@ -16,6 +18,6 @@ def leave(code: int) -> int:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if launched_or_alone().size > 1:
         os._exit(code)
     return code

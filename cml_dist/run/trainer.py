@@ -29,11 +29,11 @@ from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.checkpoint import Checkpoint
 from cml_dist.run.evaluator import evaluate
 from cml_dist.run.export import export_run
-from cml_dist.run.folder import RunFolder, append_json_line, write_text
+from cml_dist.run.folder import RunFolder, append_json_line, same_everywhere, write_text
 from cml_dist.run.interrupts import Interrupts
 from cml_dist.run.optim import learning_rate
 from cml_dist.run.report import learner_name, score_run
-from cml_dist.run.session import session_record, session_rows, set_rows, set_warning
+from cml_dist.run.session import session_record, session_rows, set_rows, set_warning, versions
 from cml_dist.run.stream import EpisodeStream, rank_share
 from cml_dist.telemetry.console import Console, ResultRow
 from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
@@ -86,6 +86,7 @@ class _Run:
 
     def go(self) -> Outcome:
         world, config = self.world, self.config
+        world.check_alike({**same_everywhere(config), **versions()})
         world.together(self._claim)
         with preparing(self.console) as progress:
             self.parts: Parts = assemble(config, self.plan, world, progress, self._splits())
@@ -93,9 +94,11 @@ class _Run:
         self.state["data"] = self.parts.domain.fingerprint()
         # Frozen weights and statistics are in no checkpoint: they must be the same at each start.
         self.state["constants"] = checkpoints.fingerprint(self.parts.net.named_buffers())
+        world.check_alike({f"the checksum of {what}": self.state[what] for what in ("data", "constants")})
         self.strategy = build_strategy(config, self.plan, world, self.parts.model)
         self._resume()
         world.together(self._announce)
+        world.together(self.folder.wait_until_seen)
         with Interrupts() as self.interrupts:
             stopped = self._loop()
         if stopped:
