@@ -13,6 +13,7 @@ from cml_dist import __version__
 from cml_dist.errors import CmlError
 from cml_dist.parallel.launched import launched_or_alone
 from cml_dist.parallel.leave import leave
+from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 
 if TYPE_CHECKING:
     from cml_dist.planning.strategies import RankBudget
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Distributed meta-training with Cooperative Meta-Learning (CML): exact meta-gradients on many devices."
 CONFIG_HELP = "a YAML file, or the short name of a shipped recipe (glyphs, omniglot, cifar_fs, mini_imagenet, sinusoid)"
-STOPPED = 130
-"""Exit code of a run that was asked to stop and saved: the shell's own for Ctrl-C."""
 INTERRUPTED = {
     "eval": "Interrupted; nothing was left half",
     "pack": "Interrupted; nothing was left half",
@@ -125,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return leave(error.exit_code)
     except KeyboardInterrupt:
         console.warn(INTERRUPTED.get(getattr(args, "data_command", args.command), "Interrupted"))
-        return leave(STOPPED)
+        return leave(STOPPED_BY_USER)
     except OSError as error:
         Console().error(
             f"{error.filename or 'a file'}: {error.strerror or error}", "mend it, then run the same command"
@@ -167,18 +166,26 @@ def _train(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.config.load import load_config
 
     config = load_config(args.config, args.overrides)
+    # Open to the end of the process: a signal that comes while it leaves must not turn a saved run into a killed one.
+    interrupts = Interrupts(config.run.stop_signals)
+    interrupts.__enter__()
     try:
         from cml_dist.run.trainer import train
 
-        # Stopped and saved is not finished: a script that goes on with `&&` must be able to tell.
-        return 0 if train(config, console).finished else STOPPED
+        code = train(config, console, interrupts).exit_code
+    except Stopped:
+        console.warn(f"Stopped by {interrupts.stop} before training began; nothing is lost: run the same command again")
+        code = STOPPED_BY_SCHEDULER
     except KeyboardInterrupt:
         from cml_dist.run.folder import RunFolder
 
         if not RunFolder(config.run.dir).has_checkpoint:
             raise
         console.warn("Interrupted; the last checkpoint is whole, and the same command resumes from it")
-        return STOPPED
+        code = STOPPED_BY_USER
+    # Stopped and saved is not finished: a script that goes on with `&&` must be able to tell. But a launcher that may
+    # restart its processes takes any code but 0 for a fault, and would start again what was asked to stop.
+    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0 else code
 
 
 def _config(args: argparse.Namespace, console: Console) -> None:

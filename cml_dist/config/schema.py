@@ -6,6 +6,7 @@ Unknown keys are refused with the nearest valid name (``load.py``). Nothing here
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -297,6 +298,9 @@ class CheckpointConfig(Section):
     """What is kept to resume from."""
 
     every: int = Field(500, ge=1, description="meta-steps between checkpoints")
+    every_minutes: float | None = Field(
+        15.0, gt=0, description="a checkpoint too where so many minutes have passed since the last one; null: never"
+    )
     keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept (the best one is kept besides)")
 
 
@@ -338,7 +342,19 @@ class RunSection(Section):
     log_every: int = Field(
         50, ge=1, description="meta-steps between lines where the output is no terminal (metrics.jsonl has every step)"
     )
+    stop_signals: tuple[str, ...] = Field(
+        ("SIGUSR1", "SIGTERM"),
+        description="signals besides Ctrl-C that end the running meta-step, save and leave with exit code 75; a second one changes nothing",
+    )
 
+    @field_validator("stop_signals")
+    @classmethod
+    def _can_be_handled(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        known = {s.name for s in signal.Signals} - {"SIGKILL", "SIGSTOP", "SIGINT", "SIGSEGV", "SIGFPE", "SIGILL", "SIGBUS"}
+        for name in value:
+            if name not in known:
+                raise ValueError(f"{name!r} is no signal that can be handled: give names such as SIGUSR1 and SIGTERM")
+        return value
 
     @field_validator("compute", mode="before")
     @classmethod

@@ -74,6 +74,10 @@ class World:
         torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
         return tensor.item()
 
+    def gather(self, value: T) -> list[T]:
+        """A small value of each rank, in order, on all ranks. Collective: all ranks."""
+        return [value] if self.size == 1 else gather_object([value])
+
     def together(self, work: Callable[[], T]) -> T:
         """Run ``work`` on each rank, and fail on all ranks with the first rank's error if it fails on any.
 
@@ -87,7 +91,7 @@ class World:
             error = caught
         if self.size > 1:
             told = None if error is None else (self.rank, error if isinstance(error, CmlError) else None, repr(error))
-            failures = [f for f in gather_object([told]) if f is not None]
+            failures = [f for f in self.gather(told) if f is not None]
             if failures and (error is None or isinstance(error, CmlError)):
                 rank, known, text = failures[0]
                 known = known or WorldError(f"rank {rank} failed: {text}", "see its own traceback")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,7 +30,7 @@ FORMAT = 2
 """Format 1, still read, differs in its SHA-256 alone: there it ran over the tensors' bytes, and not their digests."""
 
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
-_TEMPORARY = ".{}.writing"
+_TEMPORARY = ".{}.writing-{}"
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -78,7 +79,13 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def save(
-    world: World, folder: Path, step: int, state: dict[str, Any], layout: Layout, tensors: Iterable[tuple[str, Tensor]]
+    world: World,
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    layout: Layout,
+    tensors: Iterable[tuple[str, Tensor]],
+    before: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a checkpoint under a temporary name, sync it, and rename it: a reader sees all of it or nothing.
 
@@ -87,9 +94,10 @@ def save(
         layout: what ``tensors`` will bring (``strategy.saved_layout()``).
         tensors: (name, whole tensor on the CPU), made one at a time (``strategy.saved_tensors()``); on other ranks
             than 0 they are asked for and not looked at.
+        before: called by rank 0 right before the rename; a CheckpointError that it raises calls it off.
 
     Raises:
-        CheckpointError: the file system refused (full, read-only); older checkpoints are untouched.
+        CheckpointError: the file system refused (full, read-only), or ``before`` did; older checkpoints are untouched.
 
     Cost: one tensor. Collective: all ranks, and all raise it if rank 0 cannot write. An error in ``tensors`` itself is
     raised where it happens and at once, since the other ranks then wait in a collective of theirs.
@@ -98,7 +106,7 @@ def save(
     fault: CheckpointError | None = None
     if world.is_main:
         try:
-            _write(folder, step, state, layout, tensors)
+            _write(folder, step, state, layout, tensors, before)
         except CheckpointError as error:
             fault = error
     # The other ranks, and rank 0 after a fault: each tensor is gathered by all, also where nobody writes it any more.
@@ -113,11 +121,17 @@ def save(
 
 
 def _write(
-    folder: Path, step: int, state: dict[str, Any], layout: Layout, tensors: Iterator[tuple[str, Tensor]]
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    layout: Layout,
+    tensors: Iterator[tuple[str, Tensor]],
+    before: Callable[[], None],
 ) -> None:
     """Rank 0's part of :func:`save`. Leaves ``tensors`` where it stands if the file system refuses."""
     target = path_of(folder, step)
-    temporary = target.with_name(_TEMPORARY.format(target.name))
+    # A name of its own: after a requeue the old job may still be writing the same step.
+    temporary = target.with_name(_TEMPORARY.format(target.name, f"{socket.gethostname()}-{os.getpid()}"))
     meta = {"format": FORMAT, "step": step, "state": state}
     digests: dict[str, bytes] = {}
     try:
@@ -134,6 +148,7 @@ def _write(
                 writer.finish(_metadata(meta, _digest(meta, layout, digests.__getitem__)))
         with _refusal_named(target):
             fsync(temporary)
+            before()
             os.replace(temporary, target)
             fsync(folder)
     except BaseException:
@@ -200,7 +215,7 @@ def prune(folder: Path, keep_last: int, keep: frozenset[int]) -> None:
 
     Also what killed writers left half-written: only the one trainer of a run folder writes there, and it is here now.
     """
-    for leftover in folder.glob(_TEMPORARY.format("*")):
+    for leftover in folder.glob(".*.writing*"):
         leftover.unlink(missing_ok=True)
     for step in steps_in(folder)[:-keep_last]:
         if step not in keep:

@@ -13,6 +13,7 @@ from cml_dist.domains.base import Domain
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.problem import Method, Problem
 from cml_dist.parallel.world import World
+from cml_dist.run.interrupts import Stopped
 from cml_dist.run.stream import EpisodeStream
 from cml_dist.types import BODY, Episode, Learner, Params
 
@@ -76,21 +77,35 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, EvalReport]:
     """Score each learner on episodes 0 .. num_episodes - 1 of a split, shared out over the ranks.
 
     Each episode is scored alone, so the report is the same for any world size, to the bit where each process has as
     many threads (parallel.threads). Collective: all ranks.
+
+    Args:
+        stop: asked before each episode: whether to break off.
+
+    Raises:
+        Stopped: on all ranks, where one broke off.
     """
     if inner_steps is not None:
         method = replace(method, inner_steps=inner_steps)
     mine = range(world.rank, num_episodes, world.size)
     scores = torch.zeros(len(learners), num_episodes, dtype=torch.float64)
+    broken_off = 0.0
     stream = EpisodeStream(domain, split, mine, device=world.device, dtype=dtype, workers=workers)
     for done, episode in enumerate(stream, start=1):
+        if stop is not None and stop():
+            broken_off = 1.0
+            break
         for row, learner in enumerate(learners):
             scores[row, episode.index] = score_episode(params, episode, problem, method, learner, co_adapt).double()
         if progress is not None:
             progress(min(done * world.size, num_episodes))
-    scores = world.sum(scores.flatten()).reshape_as(scores)
+    *_, broken_off = summed = world.sum(torch.cat([scores.flatten(), torch.tensor([broken_off], dtype=torch.float64)]))
+    if broken_off > 0:
+        raise Stopped
+    scores = summed[:-1].reshape_as(scores)
     return {learner: EvalReport(scores[row]) for row, learner in enumerate(learners)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,11 +15,14 @@ from typing import Any
 from cml_dist.config.load import dump_config, flatten, parse_config, read_yaml
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, CmlError, NetworkError
+from cml_dist.run.lease import Lease
+from cml_dist.run.status import this_start
 
 NEUTRAL_KEYS = (
     "run.dir",
     "run.device",
     "run.log_every",
+    "run.stop_signals",
     "parallel.",
     "engine.",
     "memory.",
@@ -49,14 +51,15 @@ class RunFolder:
     """Paths of a run, and its identity.
 
     Layout: ``config.yaml`` (resolved), ``deepspeed.json`` (of the last start under a ZeRO strategy), ``sessions.jsonl``
-    (versions and hardware of each start), ``metrics.jsonl``, ``validation.jsonl``, ``checkpoints/``, ``eval.json`` +
-    ``eval_scores.npz``, ``evals/``, ``export/``.
+    (versions and hardware of each start), ``status.json`` (how it stands), ``metrics.jsonl``, ``validation.jsonl``,
+    ``checkpoints/``, ``eval.json`` + ``eval_scores.npz``, ``evals/``, ``export/``.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
         self.deepspeed_file = self.path / "deepspeed.json"
+        self.status_file = self.path / "status.json"
         self.sessions_file = self.path / "sessions.jsonl"
         self.metrics_file = self.path / "metrics.jsonl"
         self.validation_file = self.path / "validation.jsonl"
@@ -65,7 +68,7 @@ class RunFolder:
         self.own_eval_file = self.path / "evals" / "own.json"
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
-        self._lock: Any = None
+        self._lease: Lease | None = None
         self._made: list[Path] = []  # folders that claim() made, innermost first
 
     @property
@@ -128,19 +131,11 @@ class RunFolder:
         try:
             self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
-            if not self.exists and any(p.name != "lock" for p in self.path.iterdir()):
+            # Hidden files, the lock and the lease are what a start leaves that was killed early.
+            ours = ("lock", "lease.json")
+            if not self.exists and any(p.name not in ours and p.name[0] != "." for p in self.path.iterdir()):
                 raise CheckpointError(f"run.dir {self.path} is not empty and holds no run", "choose another run.dir")
-            # "a" and not "w": the name of the holder must survive a refused second trainer.
-            self._lock = open(self.path / "lock", "a+")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / "lock")):
-                raise BlockingIOError  # a run that never began removed this file, and another has made a new one
-        except BlockingIOError as error:
-            self._lock.close()
-            self._lock = None  # release() must not take the other's away
-            raise CheckpointError(
-                f"another process trains in run.dir {self.path}", "wait for it, stop it, or choose another run.dir"
-            ) from error
+            self._lease = Lease(self.path, this_start())
         except OSError as error:
             raise CheckpointError(
                 f"cannot write run.dir {self.path}: {error.strerror}", "choose a folder that can be written"
@@ -165,17 +160,31 @@ class RunFolder:
                 )
             time.sleep(0.1)
 
+    @property
+    def claimed(self) -> bool:
+        """Whether this process has claimed the folder."""
+        return self._lease is not None
+
+    def check_ours(self) -> None:
+        """Right before something is written: raises CheckpointError where a later start of the job has taken over."""
+        if self._lease is not None:
+            self._lease.check()
+
+    def renew(self) -> None:
+        """Show other machines that the trainer lives; see :meth:`check_ours`."""
+        if self._lease is not None:
+            self._lease.renew()
+
     def release(self) -> None:
         """Let other trainers in; of a run that never began nothing is left."""
-        if self._lock is None:
+        if self._lease is None:
             return
+        self._lease.release(began=self.exists)
+        self._lease = None
         if not self.exists:
             with suppress(OSError):  # where something else lies in the folder, it stays
-                (self.path / "lock").unlink()
                 for folder in self._made:
                     folder.rmdir()
-        self._lock.close()
-        self._lock = None
 
 
 def same_everywhere(config: RunConfig) -> dict[str, Any]:

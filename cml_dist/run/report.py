@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,11 +89,15 @@ def score_run(
     world: World,
     console: Console,
     which: str = "best",
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Test a run's checkpoint, write summary and per-episode scores, and show the table.
 
     ``eval.json`` and ``eval_scores.npz`` are of the newest test. Each is also kept in ``evals/``: as ``own`` where
     settings and checkpoint are the run's own, else named by what is not.
+
+    Args:
+        stop: asked before each episode: whether to break off, and raise Stopped on all ranks.
 
     Collective: all ranks.
     """
@@ -102,9 +107,11 @@ def score_run(
     world.together(lambda: checkpoints.check_fits(checkpoint, checkpoints.layout_of(parts.net)))
     world.together(lambda: checkpoints.check_constants(checkpoint, parts.net))
     params = world.together(checkpoint.params)
-    reports = _score(config, plan, parts, world, console, params, "Testing")
+    reports = _score(config, plan, parts, world, console, params, "Testing", stop)
     initial = {n: p.detach() for n, p in parts.net.named_parameters()}
-    floor = _score(config, plan, parts, world, console, initial, "Testing untrained") if config.eval.untrained else {}
+    floor: dict[str, EvalReport] = {}
+    if config.eval.untrained:
+        floor = _score(config, plan, parts, world, console, initial, "Testing untrained", stop)
     summary: dict[str, Any] = {learner: report.summary() for learner, report in reports.items()}
     summary |= {
         "untrained": {learner: report.summary() for learner, report in floor.items()},
@@ -140,7 +147,14 @@ def score_run(
 
 
 def _score(
-    config: RunConfig, plan: RunPlan, parts: Parts, world: World, console: Console, params: Params, what: str
+    config: RunConfig,
+    plan: RunPlan,
+    parts: Parts,
+    world: World,
+    console: Console,
+    params: Params,
+    what: str,
+    stop: Callable[[], bool] | None,
 ) -> dict[str, EvalReport]:
     params = {n: p.to(world.device, parts.dtype) for n, p in params.items()}
     model = parts.model.to(world.device)
@@ -158,6 +172,7 @@ def _score(
             dtype=parts.dtype,
             workers=config.domain.workers,
             progress=view.update,
+            stop=stop,
         )
 
 

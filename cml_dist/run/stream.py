@@ -84,8 +84,13 @@ class _ByIndex(Dataset):
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the trainer decides when its workers end."""
+    """Ctrl-C and a scheduler's SIGTERM reach every process; the trainer decides when its workers end.
+
+    torch's own handler would end a worker at SIGTERM, and thereby the step that is to be saved. Other stop signals come
+    to the trainer's handler, which the worker has a copy of and nobody asks.
+    """
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

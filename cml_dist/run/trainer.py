@@ -3,7 +3,7 @@
 Phases of a run: meet the other ranks; build the parts; resume or start; then for each meta-step: this rank's episodes
 -> meta-gradient (reduced over ranks by the strategy) -> outer step -> metrics; validation and checkpoints in between;
 at the end the test of the best step, and its export. Ranks talk in ``strategy.gradient`` (the meta-gradient) and twice
-more a step in ``world.sum`` and ``world.max`` (terms of the metrics, the wish to stop, memory).
+more a step in ``world.sum`` and ``world.max`` (terms of the metrics, the wish to stop, whether to save, memory).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 
 from cml_dist.config.plan import RunPlan, make_plan, plan_rows, share
 from cml_dist.config.schema import RunConfig
-from cml_dist.errors import CheckpointError, TrainingError, WorldError
+from cml_dist.errors import CheckpointError, CmlError, TrainingError, WorldError
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
 from cml_dist.parallel.world import World, join_world, set_arithmetic
 from cml_dist.parallel.zero import build_strategy
@@ -30,10 +31,11 @@ from cml_dist.run.checkpoint import Checkpoint
 from cml_dist.run.evaluator import evaluate
 from cml_dist.run.export import export_run
 from cml_dist.run.folder import RunFolder, append_json_line, same_everywhere, write_text
-from cml_dist.run.interrupts import Interrupts
+from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 from cml_dist.run.optim import learning_rate
 from cml_dist.run.report import learner_name, score_run
 from cml_dist.run.session import session_record, session_rows, set_rows, set_warning, versions
+from cml_dist.run.status import RunStatus, State, now, this_start
 from cml_dist.run.stream import EpisodeStream, rank_share
 from cml_dist.telemetry.console import Console, ResultRow
 from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
@@ -43,28 +45,41 @@ from cml_dist.types import Episode
 TERMS = ("outer_loss", "score", "colearner_loss", "colearner_score", "gradient_cosine")
 
 
+STATUS_S = 10.0
+"""Seconds after which ``status.json`` is written anew, at the next step or tested episode."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of :func:`train` ended: at which step, and whether the run is finished."""
+    """How a call of :func:`train` ended: at which step, whether the run is finished, and the exit code that says so."""
 
     step: int
     finished: bool
+    exit_code: int = 0
 
 
-def train(config: RunConfig, console: Console) -> Outcome:
+def train(config: RunConfig, console: Console, interrupts: Interrupts | None = None) -> Outcome:
     """Start the run in ``run.dir``, or resume it there; returns when it is finished or was asked to stop.
+
+    Args:
+        interrupts: open already; None: open while this runs.
 
     Collective: every process of the world calls it with the same configuration.
 
     Raises:
         CmlError: anything a user can mend; on all ranks where all can know of it.
+        Stopped: asked to stop before there was anything to save.
     """
-    world = join_world(config)
-    run = _Run(config, world, console)
-    try:
-        outcome = run.go()
-    finally:
-        run.close()
+    with nullcontext(interrupts) if interrupts is not None else Interrupts(config.run.stop_signals) as interrupts:
+        world = join_world(config)
+        run = _Run(config, world, console, interrupts)
+        try:
+            outcome = run.go()
+        except BaseException as error:
+            run.fail(error)
+            raise
+        finally:
+            run.close()
     # Only here: after an error the other ranks may never come, and a group that is left in order waits for them.
     world.close()
     return outcome
@@ -73,12 +88,15 @@ def train(config: RunConfig, console: Console) -> Outcome:
 class _Run:
     """One start of a run: state of the loop, and the steps between."""
 
-    def __init__(self, config: RunConfig, world: World, console: Console) -> None:
-        self.config, self.world, self.console = config, world, console
+    def __init__(self, config: RunConfig, world: World, console: Console, interrupts: Interrupts) -> None:
+        self.config, self.world, self.console, self.interrupts = config, world, console, interrupts
         self.plan: RunPlan = make_plan(config, world.size)
         self.folder = RunFolder(config.run.dir)
         self.threads = set_arithmetic(config, world)
         self.metrics: MetricsWriter | None = None
+        self.started, self.starts = now(), 1
+        self.told_s = self.saved_s = time.monotonic()
+        self.longest_s = {"step": 0.0, "save": 0.0}
         self.step = 0
         self.state: dict[str, Any] = {"best": None, "validated": 0, "skipped": 0, "skipped_in_a_row": 0}
 
@@ -99,22 +117,71 @@ class _Run:
         self._resume()
         world.together(self._announce)
         world.together(self.folder.wait_until_seen)
-        with Interrupts() as self.interrupts:
-            stopped = self._loop()
-        if stopped:
-            self.console.note(
-                f"Stopped after step {self.step} of {config.train.steps}; everything is saved in {self.folder.path}. "
-                "Run the same command again to go on."
-            )
-            return Outcome(self.step, finished=False)
-        if config.eval.final:
-            self._finish()
+        try:
+            self.interrupts.patient()
+            self._loop()
+            if config.eval.final:
+                self._finish()
+        except Stopped:
+            return self._stopped()
+        self._tell("finished", "")
         return Outcome(self.step, finished=True)
+
+    def _stopped(self) -> Outcome:
+        """All ranks were asked to stop, and everything is saved."""
+        signals = [s for s in self.world.gather(self.interrupts.stop) if s is not None]
+        name = signals[0] if signals else "another rank"
+        by_user = all(s == "SIGINT" for s in signals)
+        self._tell("stopped", name)
+        self.console.note(
+            f"Stopped by {'Ctrl-C' if by_user else name} after step {self.step} of {self.config.train.steps}, "
+            f"{self.interrupts.seconds:.1f} s after the signal; everything is saved in {self.folder.path}. "
+            "Run the same command again to go on."
+        )
+        return Outcome(self.step, False, STOPPED_BY_USER if by_user else STOPPED_BY_SCHEDULER)
 
     def _splits(self) -> tuple[str, ...]:
         """The splits that the run will read: a damaged image is to be found now, and not when training has ended."""
         used = ("train", "val", *([self.config.eval.split] if self.config.eval.final else []))
         return tuple(dict.fromkeys(used))
+
+    def fail(self, error: BaseException) -> None:
+        """Leave word of an end before the end in the run folder."""
+        if not self.folder.claimed or not self.folder.exists:
+            return
+        asked = isinstance(error, (Stopped, KeyboardInterrupt))
+        reason = (self.interrupts.stop or "SIGINT") if asked else str(error) or repr(error)
+        self.step = self.step or max(checkpoints.steps_in(self.folder.checkpoints), default=0)
+        with suppress(CmlError):  # the first error counts
+            self._tell("stopped" if asked else "failed", reason)
+
+    def _tell(self, state: State, reason: str) -> None:
+        """Rank 0 writes ``status.json``, and renews its right to."""
+        if not self.world.is_main:
+            return
+        start, seen = this_start(), self.longest_s
+        self.folder.renew()
+        status = RunStatus(
+            state=state,
+            reason=reason,
+            step=self.step,
+            steps=self.config.train.steps,
+            time=now(),
+            started=self.started,
+            world=self.world.size,
+            host=start.host,
+            pid=start.pid,
+            job=start.job,
+            restart=start.restart,
+            starts=self.starts,
+            exit_s=round(sum(seen.values()), 3) if all(seen.values()) else None,
+        )
+        write_text(self.folder.status_file, status.text())
+        self.told_s = time.monotonic()
+
+    def _tell_if_due(self, what: str) -> None:
+        if time.monotonic() - self.told_s >= STATUS_S:
+            self._tell("running", what)
 
     def close(self) -> None:
         """Close the files; the folder is free for another trainer."""
@@ -174,13 +241,15 @@ class _Run:
             dictionary = json.dumps(deepspeed_config(self.config, self.plan), indent=2)
             write_text(self.folder.deepspeed_file, dictionary + "\n")
         append_json_line(self.folder.sessions_file, record)
+        self.starts = len(self.folder.sessions_file.read_bytes().splitlines())
+        self._tell("running", "training")
         rows = {**plan_rows(self.config, self.plan), **session_rows(record), **set_rows(self.config, self.parts)}
         self.console.header("cml-dist train", rows)
         if (warning := set_warning(self.config, self.parts)) is not None:
             self.console.warn(warning)
 
-    def _loop(self) -> bool:
-        """All meta-steps that are left. Returns True where someone asked to stop."""
+    def _loop(self) -> None:
+        """All meta-steps that are left. Raises Stopped where someone asked to stop, once it is saved."""
         config, world = self.config, self.world
         mine = len(share(config.train.episodes_per_step, world.rank, world.size))
         stream = EpisodeStream(
@@ -197,19 +266,22 @@ class _Run:
         ) as live:
             self._validate_if_due()
             while self.step < config.train.steps:
-                metrics, stop = self._meta_step(stream.take(mine))
+                metrics, wishes = self._meta_step(stream.take(mine))
                 live.step(metrics)
                 # Saved before a long validation too: who stops or is killed in it loses nothing, and resume runs it.
-                if stop or self._validation_due() or self._checkpoint_due():
+                if wishes.stop or wishes.save or self._validation_due() or self._checkpoint_due():
                     self._save()
-                if stop and self.step < config.train.steps:
-                    return True
+                if wishes.stop:
+                    raise Stopped
+                self._tell_if_due("training")
                 self._validate_if_due()
-        return False
 
     def _finish(self) -> None:
         """Test the best step (and the untrained network), and export it."""
-        tested = score_run(self.config, self.plan, self.parts, self.folder, self.world, self.console)
+        self._tell("running", "final test")
+        tested = score_run(
+            self.config, self.plan, self.parts, self.folder, self.world, self.console, stop=self._stop_wanted
+        )
         self.world.together(lambda: self._export(tested["step"]))
 
     def _export(self, step: int) -> None:
@@ -220,8 +292,8 @@ class _Run:
 
     # ------------------------------------------------------------------ one meta-step
 
-    def _meta_step(self, episodes: Iterator[Episode]) -> tuple[StepMetrics, bool]:
-        """Episodes -> meta-gradient -> outer step -> metrics; returns them, and whether any rank wants to stop."""
+    def _meta_step(self, episodes: Iterator[Episode]) -> tuple[StepMetrics, _Wishes]:
+        """Episodes -> meta-gradient -> outer step -> metrics; returns them, and what any rank wishes."""
         config, world = self.config, self.world
         started_s = time.perf_counter()
         num_episodes = config.train.episodes_per_step
@@ -230,7 +302,7 @@ class _Run:
         sums = self.strategy.gradient(episodes, num_episodes, diagnose)
         lr = learning_rate(config.optim, self.step, config.train.steps)
         norm, taken = self.strategy.apply(lr, config.optim.clip_norm)
-        terms, stop = self._reduce(sums)
+        terms, wishes = self._reduce(sums)
         self.step += 1
         self.state["skipped"] += not taken
         self.state["skipped_in_a_row"] = 0 if taken else self.state["skipped_in_a_row"] + 1
@@ -247,7 +319,9 @@ class _Run:
             skipped=not taken,
             score_name=self.parts.domain.score_name,
         )
+        self.longest_s["step"] = max(self.longest_s["step"], seconds)
         if self.metrics is not None:
+            self.folder.check_ours()
             self.metrics.write(metrics)
         if self.state["skipped_in_a_row"] >= config.train.max_nonfinite:
             raise TrainingError(
@@ -256,18 +330,24 @@ class _Run:
                 "lower method.inner_lr or optim.lr, or set optim.clip_norm; the last checkpoint stays in "
                 f"{self.folder.checkpoints}",
             )
-        return metrics, stop
+        return metrics, wishes
 
-    def _reduce(self, sums: dict[str, torch.Tensor]) -> tuple[dict[str, float | None], bool]:
-        """Means of the terms by global count (never means of means), and whether any rank was asked to stop."""
-        vector = torch.zeros(2 * len(TERMS) + 1, dtype=torch.float64, device=self.world.device)
+    def _reduce(self, sums: dict[str, torch.Tensor]) -> tuple[dict[str, float | None], _Wishes]:
+        """Means of the terms by global count (never means of means), and what any rank wishes."""
+        vector = torch.zeros(2 * len(TERMS) + 2, dtype=torch.float64, device=self.world.device)
         for number, term in enumerate(TERMS):
             if term in sums:
                 vector[2 * number : 2 * number + 2] = sums[term]
-        vector[-1] = float(self.interrupts.stop)
-        *values, stop = self.world.sum(vector).tolist()
+        vector[-2] = float(self._stop_wanted())
+        vector[-1] = float(self._time_to_save())
+        *values, stop, save = self.world.sum(vector).tolist()
         pairs = zip(TERMS, values[::2], values[1::2], strict=True)
-        return {term: total / count if count else None for term, total, count in pairs}, stop > 0
+        return {term: total / count if count else None for term, total, count in pairs}, _Wishes(stop > 0, save > 0)
+
+    def _stop_wanted(self) -> bool:
+        """Whether this rank was asked to stop. Asked between tested episodes too, where a run shows that it lives."""
+        self._tell_if_due("testing")
+        return self.interrupts.stop is not None
 
     # ------------------------------------------------------------------ validation and checkpoints
 
@@ -292,6 +372,11 @@ class _Run:
     def _checkpoint_due(self) -> bool:
         return self.step == self.config.train.steps or self.step % self.config.checkpoint.every == 0
 
+    def _time_to_save(self) -> bool:
+        """Whether ``checkpoint.every_minutes`` have passed, by the clock of rank 0 alone: clocks differ."""
+        minutes = self.config.checkpoint.every_minutes
+        return self.world.is_main and minutes is not None and time.monotonic() - self.saved_s >= 60 * minutes
+
     def _best(self) -> tuple[int, float] | None:
         """(step, score) of the best validation so far."""
         best = self.state["best"]
@@ -315,6 +400,7 @@ class _Run:
                 dtype=self.parts.dtype,
                 workers=config.domain.workers,
                 progress=view.update,
+                stop=self._stop_wanted,
             )[learner]
         best = self.state["best"]
         sign = 1 if domain.higher_is_better else -1
@@ -324,14 +410,18 @@ class _Run:
         if is_best:
             self.state["best"] = line
         if self.world.is_main:
+            self.folder.check_ours()
             append_json_line(self.folder.validation_file, line)
         row = ResultRow(learner_name(config.method.name, learner), report.mean, report.ci95, len(report.scores))
         self.console.validation(self.step, [row], score_name=domain.score_name, best=self._best())
 
     def _save(self) -> None:
         """One checkpoint by rank 0, and the removal of those no longer kept; fails on all ranks if it fails."""
+        started_s = time.monotonic()
         layout, tensors = self.strategy.saved_layout(), self.strategy.saved_tensors()
-        checkpoints.save(self.world, self.folder.checkpoints, self.step, self.state, layout, tensors)
+        checkpoints.save(
+            self.world, self.folder.checkpoints, self.step, self.state, layout, tensors, before=self.folder.check_ours
+        )
 
         def prune() -> None:
             if self.world.is_main:
@@ -340,6 +430,16 @@ class _Run:
                 checkpoints.prune(self.folder.checkpoints, self.config.checkpoint.keep_last, keep)
 
         self.world.together(prune)
+        self.saved_s = time.monotonic()
+        self.longest_s["save"] = max(self.longest_s["save"], self.saved_s - started_s)
+
+
+@dataclass(frozen=True)
+class _Wishes:
+    """What at least one rank wishes after a meta-step: to stop, or a checkpoint since the time has come."""
+
+    stop: bool
+    save: bool
 
 
 def _peak_memory_gib(device: torch.device) -> float:

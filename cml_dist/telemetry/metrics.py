@@ -102,8 +102,7 @@ class MetricsWriter:
             return 0
         lines = self.path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
-        if len(kept) == len(lines):
-            return 0
+        # Replaced also where all is kept: a trainer that was cut off, with the old file open, must not go on in ours.
         fresh = self.path.with_name(self.path.name + ".new")
         try:
             with open(fresh, "wb") as file:

@@ -1,7 +1,7 @@
 """A wire between two network namespaces that delays frames and loses some: netem's work where the kernel has none.
 
-``python lossy_wire.py NAMESPACE NAMESPACE DELAY_MS LOSS_PERCENT`` makes a tap device ``eth0`` in each, prints a line once
-both are there, and carries frames until it is killed; the devices go with it.
+``python lossy_wire.py NAMESPACE NAMESPACE DELAY_MS LOSS_PERCENT`` makes a tap device ``eth0`` in each, prints a line
+once both are there, and carries frames until it is killed; the devices go with it.
 """
 
 from __future__ import annotations

@@ -38,6 +38,11 @@ def start(
     )
 
 
+def children(pid: int) -> list[int]:
+    """Processes that a process has started: of a launcher, its ranks."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def finish(process: subprocess.Popen, timeout_s: float = 150.0) -> str:
     """Everything the processes printed; kills all of them, with their stacks on screen, if they do not end in time."""
     try:

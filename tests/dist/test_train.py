@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from launching import finish, run, start
+from launching import children, finish, run, start
 
+from cml_dist.run.status import read_status
 from cml_dist.telemetry.metrics import read_metrics
 
 FAULTY = str(Path(__file__).with_name("faulty_worker.py"))
@@ -27,6 +30,14 @@ def command(folder: Path, *overrides: str) -> tuple[str, ...]:
 
 def lines(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def until(true, timeout_s: float = 90.0) -> None:
+    """Wait for something to come true."""
+    ends_s = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < ends_s, "it never came true"
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +86,7 @@ def test_interrupt_saves_and_resume_is_exact(on_two, tmp_path):
     folder = tmp_path / "run"
     process = start(2, "-m", "cml_dist", *command(folder, "train.steps=100000", "eval.every=0"))
     metrics = folder / "metrics.jsonl"
-    for _ in range(600):
-        if metrics.is_file() and metrics.read_bytes().count(b"\n") >= 5:
-            break
-        time.sleep(0.1)
+    until(lambda: metrics.is_file() and metrics.read_bytes().count(b"\n") >= 5)
     process.send_signal(signal.SIGINT)
     out = finish(process, timeout_s=60)
     assert process.returncode != 0
@@ -91,6 +99,48 @@ def test_interrupt_saves_and_resume_is_exact(on_two, tmp_path):
     code, out = run(2, "-m", "cml_dist", *command(whole, f"train.steps={stopped_at + 5}", "eval.every=0"))
     assert code == 0, out
     assert lines(folder) == lines(whole)
+
+
+def test_a_schedulers_signal_saves_whatever_else_comes_and_resume_is_exact(on_two, tmp_path):
+    """SIGUSR1 to one rank alone, then a storm on both and their loaders: every signal after the first is one too many."""
+    folder = tmp_path / "run"
+    long = ("train.steps=100000", "eval.every=0", "checkpoint.every=100000", "domain.workers=1")
+    process = start(2, "-m", "cml_dist", *command(folder, *long))
+    until(lambda: (folder / "metrics.jsonl").is_file() and len(lines(folder)) >= 5)
+    ranks = children(process.pid)
+    everyone = [*ranks, *(loader for rank in ranks for loader in children(rank))]
+    assert len(everyone) >= 4
+    os.kill(ranks[1], signal.SIGUSR1)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+        for pid in everyone:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        time.sleep(0.01)
+    out = finish(process, timeout_s=60)
+    assert process.returncode != 0
+    status = read_status(folder / "status.json")
+    assert status.state == "stopped" and status.reason in ("SIGUSR1", "SIGTERM"), status
+    assert f"Stopped by {status.reason} after step {status.step} of 100000" in out, out
+    assert "Traceback" not in out.split("ChildFailedError")[0].split("torch/distributed")[0], out
+    assert len(lines(folder)) == status.step
+    code, out = run(2, "-m", "cml_dist", *command(folder, f"train.steps={status.step + 3}", "eval.every=0"))
+    assert code == 0 and f"Resuming at step {status.step}" in out, out
+    whole = tmp_path / "whole"
+    code, out = run(2, "-m", "cml_dist", *command(whole, f"train.steps={status.step + 3}", "eval.every=0"))
+    assert code == 0, out
+    assert lines(folder) == lines(whole)
+
+
+def test_a_stopped_run_is_not_restarted_by_a_launcher_that_may(tmp_path):
+    folder = tmp_path / "run"
+    long = ("train.steps=100000", "eval.every=0")
+    process = start(2, "--max_restarts=3", "-m", "cml_dist", *command(folder, *long))
+    until(lambda: (folder / "metrics.jsonl").is_file() and len(lines(folder)) >= 2)
+    os.kill(children(process.pid)[0], signal.SIGUSR1)
+    out = finish(process, timeout_s=60)
+    assert process.returncode == 0, out
+    assert read_status(folder / "status.json").state == "stopped"
+    assert out.count("Stopped by SIGUSR1") == 1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cml_dist.cli import STOPPED, main
+from cml_dist.cli import main
+from cml_dist.run.interrupts import STOPPED_BY_USER
 
 
 def test_train_alone_asks_for_a_configuration_and_nothing_else(capfd):
@@ -35,7 +36,7 @@ def test_interrupted_training_speaks_of_a_checkpoint_only_where_there_is_one(tmp
     if checkpoint:
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "checkpoints" / "step-00000001.safetensors").touch()
-    assert main(["train", "sinusoid", f"run.dir={tmp_path}"]) == STOPPED
+    assert main(["train", "sinusoid", f"run.dir={tmp_path}"]) == STOPPED_BY_USER
     err = capfd.readouterr().err
     assert ("the last checkpoint is whole" in err) is checkpoint and err.startswith("warning: Interrupted")
 
@@ -45,5 +46,5 @@ def test_an_interrupted_test_says_that_nothing_was_left_half(tmp_path, capfd, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cml_dist.run.finished.evaluate_run", interrupted)
-    assert main(["eval", str(tmp_path)]) == STOPPED
+    assert main(["eval", str(tmp_path)]) == STOPPED_BY_USER
     assert capfd.readouterr().err == "warning: Interrupted; nothing was left half\n"

@@ -89,11 +89,13 @@ def test_a_complete_record_without_line_end_is_torn_too(tmp_path):
     assert [r["step"] for r in read_metrics(path)] == [1]
 
 
-def test_truncating_nothing_leaves_the_file_alone(tmp_path):
+def test_a_writer_that_was_cut_off_does_not_go_on_in_the_new_ones_file(tmp_path):
     path = written(tmp_path / "metrics.jsonl", range(1, 4))
-    before = path.stat().st_ino, path.read_bytes()
-    assert MetricsWriter(path).truncate_after(3) == 0
-    assert (path.stat().st_ino, path.read_bytes()) == before
+    before = path.read_bytes()
+    with open(path, "ab") as cut_off:
+        assert MetricsWriter(path).truncate_after(3) == 0
+        cut_off.write(b"a line of another time\n")
+    assert path.read_bytes() == before
     assert MetricsWriter(tmp_path / "none.jsonl").truncate_after(3) == 0
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from cml_dist.parallel.world import World
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run import trainer as trainers
 from cml_dist.run.finished import evaluate_run, export_again, run_config
+from cml_dist.run.status import read_status
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import NullConsole
 from cml_dist.telemetry.metrics import read_metrics
@@ -74,7 +76,7 @@ def stop_after(monkeypatch, step):
     meta_step = trainers._Run._meta_step
 
     def interrupted(self, episodes):
-        self.interrupts.stop = self.step + 1 == step
+        self.interrupts.stop = "SIGINT" if self.step + 1 == step else None
         return meta_step(self, episodes)
 
     monkeypatch.setattr(trainers._Run, "_meta_step", interrupted)
@@ -183,6 +185,91 @@ def test_a_run_killed_in_a_validation_loses_nothing(undisturbed, tmp_path, monke
     assert losses(folder) == losses(undisturbed)
     for name in ("validation.jsonl", "eval.json"):
         assert (folder / name).read_text() == (undisturbed / name).read_text()
+
+
+@pytest.mark.parametrize("asked", [3, 12, 20])
+def test_a_stop_between_tested_episodes_loses_nothing(undisturbed, tmp_path, monkeypatch, asked):
+    """Asked in the first validation, in the last one, and in the final test: each is broken off, and run on resume."""
+    folder = tmp_path / "run"
+    wanted, calls = trainers._Run._stop_wanted, []
+
+    def stop_wanted(self):
+        if sys._getframe(1).f_code.co_name == "evaluate":
+            calls.append(1)
+            if len(calls) == asked:
+                self.interrupts.stop = "SIGUSR1"
+        return wanted(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers._Run, "_stop_wanted", stop_wanted)
+        outcome = go(folder)
+    assert not outcome.finished and outcome.exit_code == 75 and len(calls) == asked
+    status = read_status(folder / "status.json")
+    assert (status.state, status.reason, status.step, status.steps) == ("stopped", "SIGUSR1", outcome.step, 12)
+    assert go(folder).finished
+    assert losses(folder) == losses(undisturbed)
+    for name in ("validation.jsonl", "eval.json"):
+        assert (folder / name).read_text() == (undisturbed / name).read_text()
+
+
+def test_minutes_make_checkpoints_too_and_change_nothing(undisturbed, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    saved = []
+    save = checkpoints.save
+
+    def counted(world, folder, step, *rest, **more):
+        saved.append(step)
+        return save(world, folder, step, *rest, **more)
+
+    monkeypatch.setattr(checkpoints, "save", counted)
+    go(folder, "checkpoint.every_minutes=1e-9")
+    assert set(saved) == set(range(1, 13))
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_the_status_tells_how_a_run_stands(undisturbed, tmp_path, monkeypatch):
+    status = read_status(undisturbed / "status.json")
+    assert (status.state, status.step, status.steps, status.world, status.starts) == ("finished", 12, 12, 1, 1)
+    assert status.exit_s > 0
+    folder = tmp_path / "run"
+    seen = []
+    meta_step = trainers._Run._meta_step
+
+    def watched(self, episodes):
+        if self.step == 6:
+            seen.append(read_status(folder / "status.json"))
+            raise TrainingError("the sky fell", "look up")
+        return meta_step(self, episodes)
+
+    monkeypatch.setattr(trainers, "STATUS_S", 0.0)
+    monkeypatch.setattr(trainers._Run, "_meta_step", watched)
+    with pytest.raises(TrainingError):
+        go(folder)
+    assert (seen[0].state, seen[0].step) == ("running", 6)
+    status = read_status(folder / "status.json")
+    assert (status.state, status.reason, status.step) == ("failed", "the sky fell; look up", 6)
+
+
+def test_a_trainer_whose_job_was_requeued_elsewhere_writes_nothing_more(tmp_path, monkeypatch):
+    """The node was cut off, the job goes on elsewhere: this one must notice before its next line."""
+    folder = tmp_path / "run"
+    meta_step = trainers._Run._meta_step
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def requeued(self, episodes):
+        if self.step == 6:
+            with monkeypatch.context() as patch:
+                patch.setenv("SLURM_RESTART_COUNT", "1")
+                patch.setattr(trainers._Run, "_meta_step", meta_step)
+                assert go(folder).finished
+        return meta_step(self, episodes)
+
+    monkeypatch.setattr(trainers._Run, "_meta_step", requeued)
+    with pytest.raises(CheckpointError, match="a later start of this run has taken over"):
+        go(folder)
+    assert [line["step"] for line in losses(folder)] == list(range(1, 13))
+    assert read_status(folder / "status.json").state == "finished"
+    assert read_status(folder / "status.json").restart == 1
 
 
 def test_a_truncated_checkpoint_is_passed_over_and_said(undisturbed, tmp_path, monkeypatch):

@@ -1,0 +1,89 @@
+"""How a run stands, for other terminals and for batch scripts: ``status.json`` in the run folder. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+State = Literal["running", "stopped", "finished", "failed"]
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What rank 0 last said of a run.
+
+    Attributes:
+        state: ``running``; ``stopped``: asked to, everything is saved and the same command goes on; ``finished``;
+            ``failed``. A process that was killed says nothing: its ``running`` grows old.
+        reason: of ``stopped`` and ``failed``; else what it is at.
+        step, steps: meta-steps done, and of the whole run.
+        time, started: of this word and of this start (ISO 8601, with the zone).
+        host, pid: of rank 0.
+        world: processes.
+        job: the SLURM job, if there is one.
+        restart: how often the job was requeued, or the launcher started the processes again.
+        starts: how often this run was started, this time included.
+        exit_s: seconds that a safe exit takes at most, as far as seen: the longest meta-step and the longest save; None
+            before there was one of each.
+    """
+
+    state: State
+    reason: str
+    step: int
+    steps: int
+    time: str
+    started: str
+    host: str
+    pid: int
+    world: int
+    job: str | None = None
+    restart: int = 0
+    starts: int = 1
+    exit_s: float | None = None
+
+    def text(self) -> str:
+        """The file's content."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def now() -> str:
+    """The time as ``status.json`` has it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def read_status(path: Path) -> RunStatus | None:
+    """The status in a file; None where there is none, or nothing that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return RunStatus(**{f.name: found[f.name] for f in fields(RunStatus) if f.name in found})
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Which start of which job a process belongs to.
+
+    Attributes:
+        host, pid: of the process.
+        job: SLURM's number, None outside.
+        restart: of the job (requeued), or of the launcher (in place).
+    """
+
+    host: str
+    pid: int
+    job: str | None
+    restart: int
+
+
+def this_start() -> Start:
+    """The start that this process belongs to."""
+    requeued, in_place = (
+        int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    )
+    return Start(socket.gethostname(), os.getpid(), os.environ.get("SLURM_JOB_ID") or None, requeued + in_place)

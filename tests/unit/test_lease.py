@@ -1,0 +1,99 @@
+"""One writer a run folder: whoever is alive, whoever was requeued, with and without locks."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+
+import pytest
+
+from cml_dist.errors import CheckpointError
+from cml_dist.run.lease import FRESH_S, Lease
+from cml_dist.run.status import Start
+
+
+@pytest.fixture(autouse=True)
+def _no_open_files(monkeypatch):
+    """Whatever a test forgets is closed, as when its process ends."""
+    made = []
+    take = Lease._take
+    monkeypatch.setattr(Lease, "_take", lambda self: (made.append(self), take(self)))
+    yield
+    for lease in made:
+        if lease._lock is not None:
+            lease._lock.close()
+
+
+def start(job: str | None = None, restart: int = 0) -> Start:
+    return Start("n01", os.getpid(), job, restart)
+
+
+@pytest.fixture(params=["locks", "no locks"])
+def locks(request, monkeypatch):
+    if request.param == "no locks":
+
+        def flock(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+    return request.param == "locks"
+
+
+def test_a_second_trainer_is_refused_while_the_first_lives(tmp_path, locks):
+    first = Lease(tmp_path, start("7"))
+    for other in (start(), start("8"), start("7"), start("8", 3)):
+        with pytest.raises(CheckpointError, match=f"another process trains in run.dir.*pid {os.getpid()} on n01"):
+            Lease(tmp_path, other)
+    first.check()
+    first.release(began=True)
+    Lease(tmp_path, start()).release(began=True)
+
+
+def test_a_requeued_job_takes_over_from_its_earlier_start_which_notices(tmp_path, locks):
+    cut_off = Lease(tmp_path, start("7", 0))
+    requeued = Lease(tmp_path, start("7", 1))
+    requeued.check()
+    for touch in (cut_off.check, cut_off.renew):
+        with pytest.raises(CheckpointError, match="a later start of this run has taken over"):
+            touch()
+    cut_off.release(began=True)
+    requeued.renew()  # the old one's end takes nothing away
+    with pytest.raises(CheckpointError, match="another process trains"):
+        Lease(tmp_path, start("7", 0))
+    requeued.release(began=True)
+
+
+def test_a_killed_trainer_leaves_the_folder_free(tmp_path, locks):
+    killed = Lease(tmp_path, start())
+    killed._lock.close()  # as the kernel does
+    if not locks:
+        with pytest.raises(CheckpointError, match="another process trains"):
+            Lease(tmp_path, start())  # nobody can know yet
+        old = time.time() - FRESH_S - 1
+        os.utime(tmp_path / "lease.json", (old, old))
+    Lease(tmp_path, start()).release(began=True)
+
+
+def test_renewing_keeps_it_fresh_where_there_are_no_locks(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lease = Lease(tmp_path, start())
+    old = time.time() - FRESH_S - 1
+    os.utime(tmp_path / "lease.json", (old, old))
+    lease.renew()
+    with pytest.raises(CheckpointError, match="another process trains"):
+        Lease(tmp_path, start())
+
+
+def test_of_a_run_that_never_began_nothing_is_left(tmp_path):
+    Lease(tmp_path, start()).release(began=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_torn_lease_file_is_nobodys(tmp_path):
+    (tmp_path / "lease.json").write_text('{"token": "x"')
+    Lease(tmp_path, start()).check()
