@@ -114,7 +114,7 @@ class World:
         """
         if self.size == 1:
             return
-        (host, first), *others = gather_object([(socket.gethostname(), facts)])
+        (host, first), *others = self.gather((socket.gethostname(), facts))
         for rank, (there, other) in enumerate(others, 1):
             for name in sorted({**first, **other}):
                 if first.get(name) != other.get(name):
