@@ -14,7 +14,7 @@ from datetime import timedelta
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from cml_dist.config.schema import ParallelConfig
-from cml_dist.errors import WorldError
+from cml_dist.errors import NetworkError
 from cml_dist.parallel.launched import launched
 from cml_dist.parallel.star import Follower, Leader
 from cml_dist.parallel.verdict import Member
@@ -24,6 +24,10 @@ from cml_dist.parallel.wire import Wire
 KEY = "cml_dist/watch"
 RETRY_S = 0.5
 ANSWER_S = 5.0
+REACH = (
+    "see whether rank 0's process runs there, whether MASTER_ADDR and MASTER_PORT are the same everywhere, and whether "
+    "a firewall is in between"
+)
 MARGIN_S = 15.0
 """Rank 0 names who is missing; the others wait this much longer for it to."""
 
@@ -35,8 +39,8 @@ def meet(config: ParallelConfig, environment: Mapping[str, str] | None = None) -
         (the watch, a store that no other start of a world has written to).
 
     Raises:
-        WorldError: the launcher's variables are missing, the rendezvous cannot be reached, or ranks do not come within
-            ``parallel.join_timeout_s``.
+        NetworkError: the rendezvous, or rank 0's watch, cannot be reached.
+        WorldError: the launcher's variables are missing, or ranks do not come within ``parallel.join_timeout_s``.
 
     Collective: all ranks.
     """
@@ -45,25 +49,50 @@ def meet(config: ParallelConfig, environment: Mapping[str, str] | None = None) -
     host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     until_s = time.monotonic() + config.join_timeout_s
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = rank == 0 and not agent
+    if not serves:
+        _await_rendezvous(host, port, config.join_timeout_s)
     try:
         # The launcher's agent on rank 0's machine serves the store; without one rank 0 does.
         store = TCPStore(
             host,
             port,
-            is_master=rank == 0 and not agent,
+            is_master=serves,
             timeout=timedelta(seconds=config.join_timeout_s),
             wait_for_workers=False,
             multi_tenant=True,
         )
     except (DistError, RuntimeError, ValueError) as error:
-        raise WorldError(
-            f"rank {rank} cannot reach the rendezvous at {host}:{port}: {_first_line(error)}",
-            "see whether rank 0's process runs there, and whether MASTER_ADDR and MASTER_PORT are the same everywhere",
+        what = "serve" if serves else "use"
+        raise NetworkError(
+            f"{socket.gethostname()} cannot {what} the rendezvous at {host}:{port}: {_first_line(error)}",
+            REACH,
         ) from error
     watch = join(store, identity(rank), size, config, until_s, "127.0.0.1" if local_size == size else host)
     # A store outlives its ranks when the launcher starts them again: what they have written may not be read.
     store.set_timeout(group_timeout(config))
     return watch, PrefixStore(watch.meeting, store)
+
+
+def _await_rendezvous(host: str, port: int, seconds: float) -> None:
+    """Wait until someone listens there: one line where nobody does, instead of torch's pages.
+
+    Raises:
+        NetworkError: nobody does within ``seconds``.
+    """
+    until_s = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=min(ANSWER_S, seconds)).close()
+            return
+        except OSError as error:
+            if time.monotonic() + RETRY_S > until_s:
+                raise NetworkError(
+                    f"{socket.gethostname()} did not reach the rendezvous at {host}:{port} within {seconds:.0f} s: "
+                    f"{error.strerror or error}",
+                    REACH,
+                ) from error
+        time.sleep(RETRY_S)
 
 
 def group_timeout(config: ParallelConfig) -> timedelta:
@@ -91,6 +120,7 @@ def join(store: Store, me: Member, size: int, config: ParallelConfig, until_s: f
         address: of rank 0's machine.
 
     Raises:
+        NetworkError: rank 0 cannot be reached, or lets nobody in.
         WorldError: not all came.
     """
     limits = {"silence_s": config.silence_s, "timeout_s": config.timeout_s}
@@ -139,8 +169,8 @@ def _find_leader(store: Store, me: Member, size: int, until_s: float) -> tuple[M
             except (OSError, ValueError) as error:
                 why = f"{address}:{meeting['port']}: {error}"
         time.sleep(RETRY_S)
-    raise WorldError(
-        f"rank {me.rank} on host {me.host} was not let in by rank 0: {why}",
+    raise NetworkError(
+        f"{me.host} was not let in by rank 0: {why}",
         "see what rank 0 says, and whether its machine lets connections in",
     )
 

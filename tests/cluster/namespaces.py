@@ -19,7 +19,7 @@ WIRE = Path(__file__).with_name("lossy_wire.py")
 
 @dataclass(frozen=True)
 class Machine:
-    """A network namespace with one interface, ``eth0``; its host name is known to nobody, as on a bare network.
+    """Namespaces with one network interface, ``eth0``, and processes of their own; nobody knows the host name's address.
 
     Attributes:
         namespace: its name for ``ip netns``; it carries this process's id, so that runs side by side do not meet.
@@ -35,7 +35,8 @@ class Machine:
         """Run ``command`` here, with standard error in its output; :func:`launching.finish` ends it."""
         env = {key: value for key, value in os.environ.items() if key not in FROM_A_LAUNCHER}
         env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment}
-        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.host]
+        apart = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        named = [*apart, "sh", "-c", 'hostname "$0" && exec "$@"', self.host]
         return subprocess.Popen(
             ["ip", "netns", "exec", self.namespace, *named, *command],
             env=env,
@@ -47,8 +48,18 @@ class Machine:
         )
 
     def pids(self) -> list[int]:
-        """All processes that run here."""
+        """All processes that run here, by their numbers outside."""
         return [int(pid) for pid in _run("ip", "netns", "pids", self.namespace).split()]
+
+    def rank_pid(self) -> int:
+        """The process of the one rank that trains here."""
+        for pid in self.pids():
+            with contextlib.suppress(OSError):  # gone in between
+                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if b"cml_dist" in command and any(variable.startswith(b"RANK=") for variable in variables):
+                    return pid
+        raise AssertionError(f"no rank runs on {self.host}")
 
     def unplug(self) -> None:
         """Cut the machine off the network."""
@@ -120,7 +131,7 @@ def why_not() -> str | None:
         return f"no network namespace may be made here: {tried.stderr.strip()}"
     try:
         entered = subprocess.run(
-            ["ip", "netns", "exec", name, "unshare", "--uts", "true"], capture_output=True, text=True, timeout=30
+            ["ip", "netns", "exec", name, "unshare", "--uts", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True, timeout=30
         )
     finally:
         _run("ip", "netns", "delete", name)
