@@ -14,12 +14,14 @@ from pathlib import Path
 
 from launching import FROM_A_LAUNCHER, ROOT
 
+APART = ("unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
+"""A host name, and processes that no other machine sees: the watch may kill a silent rank on its own machine."""
 WIRE = Path(__file__).with_name("lossy_wire.py")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Namespaces with one network interface, ``eth0``, and processes of their own; nobody knows the host name's address.
+    """Namespaces with one network interface, ``eth0``, and processes of their own; no host name has an address.
 
     Attributes:
         namespace: its name for ``ip netns``; it carries this process's id, so that runs side by side do not meet.
@@ -35,8 +37,7 @@ class Machine:
         """Run ``command`` here, with standard error in its output; :func:`launching.finish` ends it."""
         env = {key: value for key, value in os.environ.items() if key not in FROM_A_LAUNCHER}
         env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment}
-        apart = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        named = [*apart, "sh", "-c", 'hostname "$0" && exec "$@"', self.host]
+        named = [*APART, "sh", "-c", 'hostname "$0" && exec "$@"', self.host]
         return subprocess.Popen(
             ["ip", "netns", "exec", self.namespace, *named, *command],
             env=env,
@@ -130,9 +131,8 @@ def why_not() -> str | None:
     if tried.returncode:
         return f"no network namespace may be made here: {tried.stderr.strip()}"
     try:
-        entered = subprocess.run(
-            ["ip", "netns", "exec", name, "unshare", "--uts", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True, timeout=30
-        )
+        inside = ["ip", "netns", "exec", name, *APART, "true"]
+        entered = subprocess.run(inside, capture_output=True, text=True, timeout=30)
     finally:
         _run("ip", "netns", "delete", name)
     return f"no network namespace may be entered here: {entered.stderr.strip()}" if entered.returncode else None
