@@ -99,6 +99,20 @@ def check_launch(asked: int | None, environment: Mapping[str, str] | None = None
     return world
 
 
+def idle_nodes(environment: Mapping[str, str] | None = None) -> str | None:
+    """A warning where a SLURM job has more nodes than the world, and no srun chose so: as in a batch script without."""
+    environment = os.environ if environment is None else environment
+    nodes, step = _number(environment, "SLURM_JOB_NUM_NODES") or 1, environment.get("SLURM_STEP_NUM_NODES")
+    world = launched(environment)
+    used = -(-world.size // world.local_size)
+    if used >= nodes or step == str(used):
+        return None
+    return (
+        f"the job has {nodes} nodes, but this run is on {used}: start it by srun, as the scripts in launch/slurm do, "
+        f"or ask for --nodes={used}"
+    )
+
+
 def forget_others() -> None:
     """Remove what the environment says of other processes, if this one is alone and no launcher's.
 
@@ -115,7 +129,7 @@ def _refuse_worlds_apart(world: Launched, environment: Mapping[str, str]) -> Non
     # `accelerate launch --cpu --num_processes 2` starts one process alone; this is all it tells of the other.
     if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         raise WorldError(
-            "several processes were asked for, but accelerate launch started one (it takes --cpu for one process)",
+            "several processes were asked for, but accelerate launch started one (it takes --cpu and MULTI_CPU for it)",
             "launch with accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes N -m cml_dist ...",
         )
     # torchrun and accelerate launch: one agent a copy. Else each copy is a process of the world.

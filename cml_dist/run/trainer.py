@@ -24,6 +24,7 @@ from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, CmlError, TrainingError, WorldError
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
 from cml_dist.parallel.ending import restarts
+from cml_dist.parallel.launched import idle_nodes
 from cml_dist.parallel.world import World, join_world, set_arithmetic
 from cml_dist.parallel.zero import build_strategy
 from cml_dist.run import checkpoint as checkpoints
@@ -258,8 +259,9 @@ class _Run:
         self._tell("running", "training")
         rows = {**plan_rows(self.config, self.plan), **session_rows(record), **set_rows(self.config, self.parts)}
         self.console.header("cml-dist train", rows)
-        if (warning := set_warning(self.config, self.parts)) is not None:
-            self.console.warn(warning)
+        for warning in (set_warning(self.config, self.parts), idle_nodes()):
+            if warning is not None:
+                self.console.warn(warning)
 
     def _loop(self) -> None:
         """All meta-steps that are left. Raises Stopped where someone asked to stop, once it is saved."""

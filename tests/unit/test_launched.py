@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from cml_dist.config.load import parse_config
 from cml_dist.errors import NetworkError, WorldError
 from cml_dist.parallel import launched as module
 from cml_dist.parallel.interface import choose_interface
-from cml_dist.parallel.launched import Launched, check_launch, forget_others, launched, launched_or_alone
+from cml_dist.parallel.launched import Launched, check_launch, forget_others, idle_nodes, launched, launched_or_alone
+from cml_dist.run import folder as folders
+from cml_dist.run.folder import RunFolder, same_everywhere
 
 BY_HAND = {
     "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "node0",
@@ -16,6 +19,8 @@ BY_HAND = {
 TORCHRUN = {
     **BY_HAND, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2",
 }  # fmt: skip
+
+SINUSOID = {"domain": {"name": "sinusoid"}, "model": {"backbone": "mlp"}}
 
 
 def without(*names, **others):
@@ -92,6 +97,22 @@ def test_what_was_meant_passes(asked, environment):
     assert check_launch(asked, environment) == launched(environment)
 
 
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_NUM_NODES": "2"}, True),  # a batch script without srun
+        ({**BY_HAND, "SLURM_JOB_NUM_NODES": "2"}, False),
+        ({**TORCHRUN, "SLURM_JOB_NUM_NODES": "3", "SLURM_STEP_NUM_NODES": "2"}, False),  # srun --nodes 2
+        ({"SLURM_JOB_NUM_NODES": "2", "SLURM_STEP_NUM_NODES": "2"}, True),
+    ],
+)
+def test_nodes_that_stay_idle_are_told_of(environment, said):
+    assert (idle_nodes(environment) is not None) is said
+    if said:
+        assert "the job has 2 nodes, but this run is on 1" in idle_nodes(environment)
+
+
 def test_a_lone_process_is_alone(monkeypatch):
     """Accelerate would wait for the others that these speak of."""
     for environment, left in (
@@ -123,3 +144,19 @@ def test_a_way_that_leads_nowhere_is_refused(host, words, monkeypatch):
         choose_interface(host, 29500)
     assert words in str(caught.value)
     assert "GLOO_SOCKET_IFNAME" not in module.os.environ
+
+
+def test_a_folder_that_the_machines_do_not_share_is_refused(tmp_path, monkeypatch):
+    config = parse_config(SINUSOID, source="test")
+    seen, unseen = RunFolder(tmp_path / "shared"), RunFolder(tmp_path / "own")
+    seen.begin(config)
+    seen.wait_until_seen()
+    monkeypatch.setattr(folders, "SEEN_WITHIN_S", 0.3)
+    with pytest.raises(NetworkError, match=r"does not see run.dir \S+own, which rank 0 has made; put"):
+        unseen.wait_until_seen()
+
+
+def test_where_the_data_lies_may_differ_from_machine_to_machine_and_nothing_else():
+    settings = same_everywhere(parse_config(SINUSOID, source="test"))
+    assert {"optim.lr", "run.dir", "parallel.strategy", "engine.name"} <= set(settings)
+    assert not {"domain.root", "domain.cache"} & set(settings)
