@@ -22,16 +22,24 @@ NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 
 
 class Launched(NamedTuple):
-    """This process among all, as the environment has it; a world of one where it says nothing."""
+    """This process among all, as the environment has it; a world of one where it says nothing.
+
+    Attributes:
+        rank, size: this process, and how many there are.
+        local_rank, local_size: the same on this machine.
+        host, port: where the ranks meet (MASTER_ADDR and MASTER_PORT).
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    host: str = ""
+    port: int = 0
 
 
 def launched(environment: Mapping[str, str] | None = None) -> Launched:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, as torchrun and accelerate launch set them.
+    """Read RANK, WORLD_SIZE and the like, as torchrun and accelerate launch set them.
 
     Nothing is guessed: a wrong LOCAL_RANK would put two processes on one GPU, a wrong WORLD_SIZE train two runs.
 
@@ -67,7 +75,7 @@ def launched(environment: Mapping[str, str] | None = None) -> Launched:
             raise WorldError(
                 f"{name} is {value}, but must lie in {first} to {end - 1} (WORLD_SIZE is {size})", f"set {name} right"
             )
-    return Launched(rank, size, local_rank, local_size)
+    return Launched(rank, size, local_rank, local_size, environment["MASTER_ADDR"], port)
 
 
 def launched_or_alone() -> Launched:

@@ -7,17 +7,18 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from cml_dist.config.schema import ParallelConfig
-from cml_dist.errors import NetworkError
-from cml_dist.parallel.launched import launched
+from cml_dist.errors import NetworkError, WorldError
+from cml_dist.parallel.ending import end_process
+from cml_dist.parallel.launched import Launched, launched
 from cml_dist.parallel.star import Follower, Leader
-from cml_dist.parallel.verdict import Member
+from cml_dist.parallel.verdict import Member, Verdict
 from cml_dist.parallel.watch import Joined
 from cml_dist.parallel.wire import Wire
 
@@ -32,7 +33,7 @@ MARGIN_S = 15.0
 """Rank 0 names who is missing; the others wait this much longer for it to."""
 
 
-def meet(config: ParallelConfig, environment: Mapping[str, str] | None = None) -> tuple[Joined, Store]:
+def meet(config: ParallelConfig) -> tuple[Joined, Store]:
     """Find the other processes that the launcher started, and watch each other from now on.
 
     Returns:
@@ -44,53 +45,57 @@ def meet(config: ParallelConfig, environment: Mapping[str, str] | None = None) -
 
     Collective: all ranks.
     """
-    environment = os.environ if environment is None else environment
-    rank, size, _, local_size = launched(environment)
-    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    here = launched()
     until_s = time.monotonic() + config.join_timeout_s
-    agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    serves = rank == 0 and not agent
-    if not serves:
-        _await_rendezvous(host, port, config.join_timeout_s)
-    try:
-        # The launcher's agent on rank 0's machine serves the store; without one rank 0 does.
-        store = TCPStore(
-            host,
-            port,
-            is_master=serves,
-            timeout=timedelta(seconds=config.join_timeout_s),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except (DistError, RuntimeError, ValueError) as error:
-        what = "serve" if serves else "use"
-        raise NetworkError(
-            f"{socket.gethostname()} cannot {what} the rendezvous at {host}:{port}: {_first_line(error)}",
-            REACH,
-        ) from error
-    watch = join(store, identity(rank), size, config, until_s, "127.0.0.1" if local_size == size else host)
+    store = launcher_store(here, config.join_timeout_s)
+    address = "127.0.0.1" if here.local_size == here.size else here.host
+    watch = join(store, identity(here.rank), here.size, config, until_s, address)
     # A store outlives its ranks when the launcher starts them again: what they have written may not be read.
     store.set_timeout(group_timeout(config))
     return watch, PrefixStore(watch.meeting, store)
 
 
-def _await_rendezvous(host: str, port: int, seconds: float) -> None:
-    """Wait until someone listens there: one line where nobody does, instead of torch's pages.
+def launcher_store(here: Launched, timeout_s: float) -> TCPStore:
+    """Where the launcher says that the ranks meet; who else has come is not waited for.
 
     Raises:
-        NetworkError: nobody does within ``seconds``.
+        NetworkError: nobody listens there.
     """
-    until_s = time.monotonic() + seconds
+    # The launcher's agent on rank 0's machine serves the store; without one rank 0 does.
+    serves = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    where = f"the rendezvous at {here.host}:{here.port}"
+    if not serves:
+        _await_listener(here, where, timeout_s)
+    try:
+        return TCPStore(
+            here.host,
+            here.port,
+            is_master=serves,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except (DistError, RuntimeError, ValueError) as error:
+        what = "serve" if serves else "use"
+        raise NetworkError(f"{socket.gethostname()} cannot {what} {where}: {_first_line(error)}", REACH) from error
+
+
+def _await_listener(here: Launched, where: str, timeout_s: float) -> None:
+    """One line where nobody listens, instead of torch's pages.
+
+    Raises:
+        NetworkError: nobody does within ``timeout_s``.
+    """
+    until_s = time.monotonic() + timeout_s
     while True:
         try:
-            socket.create_connection((host, port), timeout=min(ANSWER_S, seconds)).close()
+            socket.create_connection((here.host, here.port), timeout=min(ANSWER_S, timeout_s)).close()
             return
         except OSError as error:
             if time.monotonic() + RETRY_S > until_s:
+                why = error.strerror or error
                 raise NetworkError(
-                    f"{socket.gethostname()} did not reach the rendezvous at {host}:{port} within {seconds:.0f} s: "
-                    f"{error.strerror or error}",
-                    REACH,
+                    f"{socket.gethostname()} did not reach {where} within {timeout_s:.0f} s: {why}", REACH
                 ) from error
         time.sleep(RETRY_S)
 
@@ -112,18 +117,27 @@ def identity(rank: int) -> Member:
     return Member(rank, name, os.getpid(), machine, moved_s=time.monotonic())
 
 
-def join(store: Store, me: Member, size: int, config: ParallelConfig, until_s: float, address: str) -> Joined:
+def join(
+    store: Store,
+    me: Member,
+    size: int,
+    config: ParallelConfig,
+    until_s: float,
+    address: str,
+    end: Callable[[Verdict, Joined, bool], None] = end_process,
+) -> Joined:
     """This rank's watch, once all are there.
 
     Args:
         until_s: when to give up, by the monotonic clock.
         address: of rank 0's machine.
+        end: see :class:`Joined`.
 
     Raises:
         NetworkError: rank 0 cannot be reached, or lets nobody in.
         WorldError: not all came.
     """
-    limits = {"silence_s": config.silence_s, "timeout_s": config.timeout_s}
+    limits = {"silence_s": config.silence_s, "timeout_s": config.timeout_s, "end": end}
     watch: Joined
     if me.rank == 0:
         server, token, countersign = _listen(address), secrets.token_hex(16), secrets.token_hex(16)
@@ -138,7 +152,13 @@ def join(store: Store, me: Member, size: int, config: ParallelConfig, until_s: f
         leader, wire = _find_leader(store, me, size, until_s)
         watch = Follower(me, size, leader, wire, **limits)
         watch.start()
-    watch.await_all(until_s - time.monotonic() + MARGIN_S)
+    try:
+        watch.await_all(until_s - time.monotonic() + MARGIN_S)
+    except WorldError:
+        raise
+    except BaseException:  # Ctrl-C, a scheduler's signal
+        watch.fail("it was stopped while the world met", everywhere=True)
+        raise
     return watch
 
 
@@ -170,7 +190,7 @@ def _find_leader(store: Store, me: Member, size: int, until_s: float) -> tuple[M
                 why = f"{address}:{meeting['port']}: {error}"
         time.sleep(RETRY_S)
     raise NetworkError(
-        f"{me.host} was not let in by rank 0: {why}",
+        f"rank 0 did not let in this process on host {me.host}: {why}",
         "see what rank 0 says, and whether its machine lets connections in",
     )
 

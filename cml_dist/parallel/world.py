@@ -170,7 +170,7 @@ def join_world(config: RunConfig) -> World:
         )
     plan = make_plan(config, here.size)
     if here.size > here.local_size:
-        choose_interface(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        choose_interface(here.host, here.port)
     by_deepspeed = zero_stage(plan.strategy) is not None
     _join_group(config, plan.processes, use_cpu, by_deepspeed)
     with _environment_for_deepspeed(use_cpu) if by_deepspeed else nullcontext():
@@ -295,7 +295,7 @@ def _deepspeed_plugin(dictionary: dict[str, Any]) -> DeepSpeedPlugin:
                 f"parallel.strategy is one of DeepSpeed's, but {package} is not installed",
                 "pip install 'cml-dist[deepspeed]', or set parallel.strategy=ddp",
             )
-    _import_deepspeed()
+    import_deepspeed()
     return DeepSpeedPlugin(
         hf_ds_config=dictionary,
         gradient_accumulation_steps=1,
@@ -305,7 +305,7 @@ def _deepspeed_plugin(dictionary: dict[str, Any]) -> DeepSpeedPlugin:
     )
 
 
-def _import_deepspeed() -> None:
+def import_deepspeed() -> None:
     """Import DeepSpeed so that it compiles nothing and says nothing but errors.
 
     Its communication layer builds a C++ operator on CPUs when it starts, for minutes, which serves inference alone;

@@ -34,8 +34,8 @@ def without(*names, **others):
         ({"RANK": "5", "LOCAL_RANK": "1"}, Launched()),  # left behind by something else
         ({"WORLD_SIZE": "1", "RANK": "0"}, Launched()),
         ({"WORLD_SIZE": "", "RANK": "", "MASTER_ADDR": "node0"}, Launched()),
-        (BY_HAND, Launched(1, 2, 0, 1)),
-        (TORCHRUN, Launched(3, 4, 1, 2)),
+        (BY_HAND, Launched(1, 2, 0, 1, "node0", 29500)),
+        (TORCHRUN, Launched(3, 4, 1, 2, "node0", 29500)),
     ],
 )
 def test_a_world_is_read_as_it_is(environment, world):
