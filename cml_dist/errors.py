@@ -53,8 +53,10 @@ class WorldError(CmlError):
     everywhere = True
 
 
-class NetworkError(CmlError):
-    """This machine has no way to the others."""
+class NetworkError(WorldError):
+    """This machine has no way to the others, which only it can say."""
+
+    everywhere = False
 
 
 class TrainingError(CmlError):
