@@ -19,6 +19,7 @@ REQUIREMENTS = [
     "numpy>=1.26",
     "packaging>=23.2",
     "pillow>=10.1",
+    "psutil>=5.9",
     "pydantic>=2.7",
     "pyyaml>=6.0.1",
     "rich>=13.7",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cml_dist import __version__
 from cml_dist.errors import CmlError, ConfigError
+from cml_dist.parallel.launched import launched_or_alone
 from cml_dist.parallel.leave import leave
 from cml_dist.parallel.watch import this_watch
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
@@ -153,7 +154,7 @@ def _interval(word: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parsed(argv)
-    rank = _rank()
+    rank = launched_or_alone().rank
     from cml_dist.telemetry.console import Console, console_for
 
     console = console_for(rank)
@@ -176,11 +177,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         traceback.print_exc()
         return leave(1, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-
-
-def _rank() -> int:
-    """Of this process; a RANK that something else left behind must not silence a lone one."""
-    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -382,7 +378,7 @@ def _doctor(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.telemetry.console import NullConsole, console_for
 
     os.environ.update(join_srun())
-    console = NullConsole() if args.json else console_for(_rank())
+    console = NullConsole() if args.json else console_for(launched_or_alone().rank)
     from cml_dist.config.load import load_config
     from cml_dist.doctor.examine import Examination, bare_config, num_steps
 
