@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
-import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from cml_dist.config.schema import RunConfig
 from cml_dist.meta.problem import part_of
 from cml_dist.parallel.world import World
 from cml_dist.run.assemble import Parts
+from cml_dist.run.status import now, this_start
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy", "safetensors", "pillow")
 
@@ -27,8 +28,9 @@ def session_record(plan: RunPlan, parts: Parts, world: World, threads: int, step
         counts[part_of(name)] = counts.get(part_of(name), 0) + value.numel()
     gpu = world.device.type == "cuda"
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": now(),
         "step": step,
+        **asdict(this_start()),
         "versions": versions(),
         "hardware": torch.cuda.get_device_name(world.device) if gpu else f"CPU ({platform.machine()})",
         "threads": threads,

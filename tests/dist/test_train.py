@@ -102,15 +102,17 @@ def test_interrupt_saves_and_resume_is_exact(on_two, tmp_path):
 
 
 def test_a_schedulers_signal_saves_whatever_else_comes_and_resume_is_exact(on_two, tmp_path):
-    """SIGUSR1 to one rank alone, then a storm on both: every signal after the first is one too many."""
+    """SIGUSR1 to one rank alone, then a storm on both and their loaders: every signal after the first is one too many."""
     folder = tmp_path / "run"
-    long = ("train.steps=100000", "eval.every=0", "checkpoint.every=100000")
+    long = ("train.steps=100000", "eval.every=0", "checkpoint.every=100000", "domain.workers=1")
     process = start(2, "-m", "cml_dist", *command(folder, *long))
     until(lambda: (folder / "metrics.jsonl").is_file() and len(lines(folder)) >= 5)
     ranks = children(process.pid)
+    everyone = [*ranks, *(loader for rank in ranks for loader in children(rank))]
+    assert len(everyone) >= 4
     os.kill(ranks[1], signal.SIGUSR1)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
-        for pid in ranks:
+        for pid in everyone:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
         time.sleep(0.01)
