@@ -34,13 +34,15 @@ from cml_dist.run.session import versions
 
 
 def draw(num: int, seed: int, only: str | None) -> list[tuple[str, str, str]]:
-    """(kind, setup, seed) of each case: kinds by their weight, and setups of a kind in turn."""
+    """(kind, setup, seed) of each case: each kind once, then by their weights; setups of a kind in turn."""
     rng = random.Random(seed)
-    kinds = [only] if only else [name for name, kind in KINDS.items() for _ in range(kind.weight)]
+    kinds = [only] if only else list(KINDS)
+    weighted = [name for name in kinds for _ in range(KINDS[name].weight)]
     drawn: list[tuple[str, str, str]] = []
     turns: dict[str, int] = defaultdict(int)
     while len(drawn) < num:
-        for name in rng.sample(kinds, len(kinds)):
+        names, kinds = rng.sample(kinds, len(kinds)), weighted
+        for name in names:
             setups = KINDS[name].setups
             drawn.append((name, setups[turns[name] % len(setups)], f"{seed}/{len(drawn)}"))
             turns[name] += 1
@@ -90,7 +92,7 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="one case of the campaign alone, by its number")
     parser.add_argument("--keep", action="store_true", help="keep the files also where all held")
     parser.add_argument("--work", type=Path, help="where to work (default: a temporary folder)")
-    parser.add_argument("--out", metavar="NAME", help="write NAME.md and NAME.json")
+    parser.add_argument("--out", metavar="NAME", help="write NAME.md and NAME.json; cases that held are not repeated")
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp(prefix="faults-"))
     drawn = list(enumerate(draw(args.cases, args.seed, args.only)))
@@ -98,8 +100,13 @@ def main() -> int:
         drawn = [drawn[args.case]]
     work.mkdir(parents=True, exist_ok=True)
     references, results, skipped = References(work / "references"), [], []
-    began = time.monotonic()
+    earlier = json.loads(Path(f"{args.out}.json").read_text()) if args.out and Path(f"{args.out}.json").exists() else {}
+    held = {(r["kind"], r["setup"], r["seed"]): Result(**r) for r in earlier.get("results", ()) if not r["violation"]}
+    began = time.monotonic() - earlier.get("seconds", 0)
     for number, (kind, setup, seed) in drawn:
+        if (kind, setup, seed) in held:
+            results.append(held[kind, setup, seed])
+            continue
         if KINDS[kind].needs_root and os.geteuid() != 0:
             skipped.append(kind)
             print(f"{number:3} {kind:28} skipped: needs root", flush=True)

@@ -68,14 +68,26 @@ def kill(lab: Lab, launch: Launch, *processes: Process) -> float:
     where = "before its folder" if not lab.folder.exists() else f"at step {lab.steps_done()}"
     for process in processes:
         launch.signal(process, signal.SIGKILL)
-    ranks = [p.rank for p in processes if p.rank is not None]
-    lab.note(f"kill -9 of {'rank ' + ', '.join(map(str, ranks)) if ranks else 'the launcher'} {where}")
+    ranks = ", ".join(f"rank {p.rank}" for p in processes if p.rank is not None)
+    lab.note(f"kill -9 of {ranks or 'a loader'} {where}")
     return time.monotonic()
 
 
-def names(lab: Lab, *ranks: int) -> tuple[str, ...]:
-    """What others must say of ranks that were killed; nobody is left to say it of a lone process."""
-    return tuple(f"(?is)rank[ :]+{rank}\\b" for rank in ranks if lab.setup.processes > 1)
+def names(lab: Lab, rank: int) -> tuple[str, ...]:
+    """What is said of a rank that was killed, by others or by the launcher; nobody is left to say it of a lone process.
+
+    Before the ranks have met, on another machine nobody knows more than that one did not come.
+    """
+    if lab.setup.processes == 1:
+        return ()
+    by_others = rf"rank {rank} \(host [^\n]*ended without a word|processes did not come within [^\n]*: rank {rank}\b"
+    by_launcher = rf"rank +: {rank} [^\n]*\n +exitcode +: -9"
+    return (f"{by_others}|{by_launcher}",)
+
+
+def names_silent(rank: int) -> str:
+    """What the others say of a rank that stands still."""
+    return rf"no word from rank {rank} \(host"
 
 
 def freeze_when(launch: Launch, rank: int, condition: Callable[[], bool], what: str) -> Process | None:
@@ -116,18 +128,20 @@ def kill_rank(lab: Lab, rng: random.Random) -> None:
 def kill_all(lab: Lab, rng: random.Random) -> None:
     """Everything at once, launcher too: the power fails."""
     launch = reach(lab, rng)
-    struck = kill(lab, launch, *launch.processes())
+    struck = kill(lab, launch, *reversed(launch.processes()))  # ranks before the launcher, which would end them itself
     lab.dies(launch, struck)
     lab.resumes()
 
 
-@kind("ddp", weight=2)
+@kind("ddp", "zero2", weight=2)
 def kill_launcher(lab: Lab, rng: random.Random) -> None:
-    """The launcher alone: its ranks have nobody who would end them."""
-    launch = reach(lab, rng, STEPS // 3)
-    struck = kill(lab, launch, next(p for p in launch.processes() if p.pid == launch.launchers[0].pid))
-    lab.dies(launch, struck)
-    lab.resumes()
+    """The launcher alone, whose ranks have nobody left who would end them; or SIGUSR1 to it, which ends it too."""
+    launch, number = reach(lab, rng, STEPS // 2), rng.choice((signal.SIGKILL, signal.SIGUSR1))
+    struck = time.monotonic()
+    os.kill(launch.launchers[0].pid, number)
+    lab.note(f"{number.name} to the launcher at step {lab.steps_done()}")
+    lab.dies(launch, struck, "everything is saved")
+    lab.resumes(at_most_lost=0)
 
 
 @kind("nodes", weight=4)
@@ -245,7 +259,7 @@ def kill_loader(lab: Lab, rng: random.Random) -> None:
     if not helpers:
         raise Violation("no process prepares episodes ahead")
     struck = kill(lab, launch, rng.choice(helpers))
-    lab.did[-1] = lab.did[-1].replace("the launcher", f"a loader of rank {rank}")
+    lab.note(f"of rank {rank}")
     lab.dies(launch, struck, r"worker.* (killed|exited)")
     lab.resumes()
 
@@ -269,7 +283,7 @@ def kill_rank_restarted_in_place(lab: Lab, rng: random.Random) -> None:
 
 @kind("ddp", "zero2", "nodes", "single", "elastic", weight=6)
 def signal_storm(lab: Lab, rng: random.Random) -> None:
-    """SIGTERM and SIGUSR1 to ranks, SIGTERM to launchers, many, from random places, until everything has ended."""
+    """SIGTERM and SIGUSR1 to ranks and launchers, many, in any order, until everything has ended."""
     launch = reach(lab, rng)
     struck, sent = time.monotonic(), 0
     for _ in range(rng.randint(5, 40)):
@@ -277,7 +291,8 @@ def signal_storm(lab: Lab, rng: random.Random) -> None:
         if not processes:
             break
         process = rng.choice(processes)
-        number = signal.SIGTERM if process.rank is None else rng.choice((signal.SIGTERM, signal.SIGUSR1))
+        # The launcher dies of SIGUSR1.
+        number = rng.choice((signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1))
         launch.signal(process, number)
         sent += 1
         time.sleep(rng.choice((0, 0, 0.002, 0.02, 0.1)))
@@ -307,7 +322,7 @@ def hang_rank(lab: Lab, rng: random.Random) -> None:
     if not launch.freeze(process):
         return too_late(lab, launch, "training")
     lab.note(f"rank {rank} stands still from step {lab.steps_done()} on")
-    lab.dies(launch, time.monotonic(), *names(lab, rank))
+    lab.dies(launch, time.monotonic(), names_silent(rank))
     lab.resumes()
 
 
@@ -328,7 +343,7 @@ def hang_node(lab: Lab, rng: random.Random) -> None:
     lab.exit_s.append(time.monotonic() - struck)
     for process in frozen:
         launch.signal(process, signal.SIGCONT)
-    lab.dies(launch, time.monotonic(), *names(lab, node))
+    lab.dies(launch, time.monotonic(), names_silent(node))
     lab.resumes()
 
 
@@ -393,7 +408,7 @@ def killed_somewhere(lab: Lab, rng: random.Random) -> list[Path]:
     """A run that was killed with at least two checkpoints; returns them, newest first."""
     launch = lab.start()
     launch.wait_for_step(rng.randint(2 * SAVED_EVERY + 1, STEPS - 2))
-    struck = kill(lab, launch, *launch.processes())
+    struck = kill(lab, launch, *reversed(launch.processes()))
     lab.dies(launch, struck)
     return sorted(lab.checkpoints.glob("step-*.safetensors"), reverse=True)
 

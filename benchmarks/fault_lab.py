@@ -67,6 +67,7 @@ class Setup:
         images: whether it streams a packed set instead of drawing sinusoids.
         torchrun: instead of ``accelerate launch``, which takes 3 s more to start.
         restarts: how often the launcher may start the ranks again by itself.
+        settings: more of the run, which change no value.
     """
 
     processes: int = 2
@@ -75,6 +76,7 @@ class Setup:
     images: bool = False
     torchrun: bool = True
     restarts: int = 0
+    settings: tuple[str, ...] = ()
 
     @property
     def values(self) -> tuple[int, str, bool]:
@@ -103,7 +105,8 @@ SETUPS = {
     "ddp": Setup(),
     "zero2": Setup(strategy="zero2", torchrun=False),
     "single": Setup(processes=1),
-    "nodes": Setup(nodes=2),
+    # A machine that dies before the ranks have met is missed no sooner than this (default 300 s: imports take time).
+    "nodes": Setup(nodes=2, settings=("parallel.join_timeout_s=40",)),
     "images": Setup(images=True),
     "elastic": Setup(torchrun=False, restarts=3),
 }
@@ -317,7 +320,8 @@ class Lab:
     def words(self) -> list[str]:
         """Arguments of ``cml-dist train``: the same for each start."""
         domain = (*IMAGES, f"domain.root={self.data}") if self.setup.images else SINUSOID
-        return [*domain, *COMMON, f"parallel.strategy={self.setup.strategy}", f"run.dir={self.folder}"]
+        words = (*domain, *COMMON, *self.setup.settings)
+        return [*words, f"parallel.strategy={self.setup.strategy}", f"run.dir={self.folder}"]
 
     @property
     def metrics(self) -> Path:
