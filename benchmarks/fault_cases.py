@@ -26,23 +26,23 @@ class Kind:
     Attributes:
         setups: the worlds that it strikes, in turn.
         weight: its share of a campaign.
-        needs_root: whether it mounts something.
+        needs_mount: whether it mounts a file system (see ``may_mount``).
     """
 
     play: Callable[[Lab, random.Random], None]
     setups: tuple[str, ...]
     weight: int
-    needs_root: bool
+    needs_mount: bool
 
 
 KINDS: dict[str, Kind] = {}
 
 
-def kind(*setups: str, weight: int = 2, needs_root: bool = False):
+def kind(*setups: str, weight: int = 2, needs_mount: bool = False):
     """Register a kind under its function's name."""
 
     def register(play):
-        KINDS[play.__name__.replace("_", "-")] = Kind(play, setups, weight, needs_root)
+        KINDS[play.__name__.replace("_", "-")] = Kind(play, setups, weight, needs_mount)
         return play
 
     return register
@@ -81,6 +81,7 @@ def names(lab: Lab, rank: int) -> tuple[str, ...]:
     if lab.setup.processes == 1:
         return ()
     by_others = rf"rank {rank} \(host [^\n]*ended without a word|processes did not come within [^\n]*: rank {rank}\b"
+    # A launcher's table, where it was the first to notice.
     by_launcher = rf"rank +: {rank} [^\n]*\n +exitcode +: -9"
     return (f"{by_others}|{by_launcher}",)
 
@@ -115,7 +116,7 @@ def too_late(lab: Lab, launch: Launch, what: str) -> None:
 # --------------------------------------------------------------------------- kill -9
 
 
-@kind("ddp", "zero2", "ddp", "single", "images", weight=6)
+@kind("ddp", "plain", "zero2", "images", "plain", "single", weight=6)
 def kill_rank(lab: Lab, rng: random.Random) -> None:
     """One rank, at any step."""
     launch, rank = reach(lab, rng), some_rank(lab, rng)
@@ -124,7 +125,7 @@ def kill_rank(lab: Lab, rng: random.Random) -> None:
     lab.resumes()
 
 
-@kind("ddp", "zero2", "single", weight=3)
+@kind("plain", "zero2", "single", weight=2)
 def kill_all(lab: Lab, rng: random.Random) -> None:
     """Everything at once, launcher too: the power fails."""
     launch = reach(lab, rng)
@@ -153,7 +154,7 @@ def kill_node(lab: Lab, rng: random.Random) -> None:
     lab.resumes()
 
 
-@kind("ddp", "zero2", "single", weight=4)
+@kind("plain", "ddp", "zero2", "single", weight=4)
 def kill_in_start(lab: Lab, rng: random.Random) -> None:
     """A rank on its way to the first step: imports, the meeting of the ranks, the building of the network."""
     launch, rank = lab.start(), some_rank(lab, rng)
@@ -175,7 +176,7 @@ def kill_node_in_start(lab: Lab, rng: random.Random) -> None:
     lab.resumes()
 
 
-@kind("ddp", "zero2", "single", weight=4)
+@kind("plain", "zero2", "ddp", "single", weight=4)
 def kill_writer_in_save(lab: Lab, rng: random.Random) -> None:
     """Rank 0, while a checkpoint is half written."""
     launch = reach(lab, rng, STEPS - SAVED_EVERY - 2)
@@ -190,7 +191,7 @@ def kill_writer_in_save(lab: Lab, rng: random.Random) -> None:
         raise Violation("half-written checkpoints were left behind")
 
 
-@kind("ddp", "zero2", weight=3)
+@kind("ddp", "plain", "zero2", weight=3)
 def kill_other_in_save(lab: Lab, rng: random.Random) -> None:
     """A rank that does not write, while rank 0 does."""
     launch = reach(lab, rng, STEPS - SAVED_EVERY - 2)
@@ -207,7 +208,7 @@ def half_written(lab: Lab) -> list[Path]:
     return list(lab.checkpoints.glob(".step-*.writing*"))
 
 
-@kind("ddp", "zero2", "single", weight=3)
+@kind("plain", "zero2", "ddp", weight=3)
 def kill_in_validation(lab: Lab, rng: random.Random) -> None:
     """A rank, while the learner is validated."""
     launch, rank = reach(lab, rng, STEPS - VALIDATED_EVERY), some_rank(lab, rng)
@@ -225,7 +226,7 @@ def kill_in_validation(lab: Lab, rng: random.Random) -> None:
     lab.resumes(at_most_lost=0)
 
 
-@kind("ddp", "zero2", "single", weight=3)
+@kind("ddp", "plain", "single", weight=3)
 def kill_in_test(lab: Lab, rng: random.Random) -> None:
     """A rank, during the final test or the export."""
     launch, rank = lab.start(), some_rank(lab, rng)
@@ -281,7 +282,7 @@ def kill_rank_restarted_in_place(lab: Lab, rng: random.Random) -> None:
 # --------------------------------------------------------------------------- signals and hanging
 
 
-@kind("ddp", "zero2", "nodes", "single", "elastic", weight=6)
+@kind("ddp", "zero2", "plain", "nodes", "single", "elastic", weight=6)
 def signal_storm(lab: Lab, rng: random.Random) -> None:
     """SIGTERM and SIGUSR1 to ranks and launchers, many, in any order, until everything has ended."""
     launch = reach(lab, rng)
@@ -314,7 +315,7 @@ def finished(lab: Lab) -> bool:
     return (lab.folder / "eval.json").exists() and any((lab.folder / "export").glob("*.safetensors"))
 
 
-@kind("ddp", "zero2", weight=3)
+@kind("plain", "zero2", "ddp", weight=3)
 def hang_rank(lab: Lab, rng: random.Random) -> None:
     """A rank stands still (SIGSTOP) and stays so."""
     launch, rank = reach(lab, rng), some_rank(lab, rng)
@@ -350,7 +351,7 @@ def hang_node(lab: Lab, rng: random.Random) -> None:
 # --------------------------------------------------------------------------- the file system
 
 
-@kind("ddp", "zero2", "single", weight=3, needs_root=True)
+@kind("plain", "single", "zero2", weight=3, needs_mount=True)
 def disk_full(lab: Lab, rng: random.Random) -> None:
     """The file system is full at some moment; a start on it is refused; space is made, and the run goes on."""
     with small_disk(lab, 16) as disk:
@@ -373,7 +374,7 @@ def disk_full(lab: Lab, rng: random.Random) -> None:
         lab.resumes(at_most_lost=2 * SAVED_EVERY)
 
 
-@kind("ddp", "single", weight=2)
+@kind("plain", "single", weight=2)
 def file_too_large(lab: Lab, rng: random.Random) -> None:
     """The file system takes no file above some size (a quota): rank 0 finds it out."""
     launch = reach(lab, rng, STEPS - 2 * SAVED_EVERY)
@@ -385,7 +386,7 @@ def file_too_large(lab: Lab, rng: random.Random) -> None:
     lab.resumes()
 
 
-@kind("ddp", "zero2", weight=2, needs_root=True)
+@kind("plain", "ddp", weight=2, needs_mount=True)
 def checkpoints_read_only(lab: Lab, rng: random.Random) -> None:
     """The checkpoint folder turns read-only under the run."""
     launch = lab.start()
@@ -413,7 +414,7 @@ def killed_somewhere(lab: Lab, rng: random.Random) -> list[Path]:
     return sorted(lab.checkpoints.glob("step-*.safetensors"), reverse=True)
 
 
-@kind("ddp", "zero2", "single", weight=3)
+@kind("plain", "single", "zero2", weight=3)
 def truncated_checkpoint(lab: Lab, rng: random.Random) -> None:
     """The newest one lost its end (or all of itself)."""
     newest = killed_somewhere(lab, rng)[0]
@@ -424,7 +425,7 @@ def truncated_checkpoint(lab: Lab, rng: random.Random) -> None:
     lab.resumes(at_most_lost=2 * SAVED_EVERY, says=(f"{newest.name}.* damaged",))
 
 
-@kind("ddp", "zero2", "single", weight=3)
+@kind("single", "plain", "zero2", weight=3)
 def flipped_bit(lab: Lab, rng: random.Random) -> None:
     """One bit of the newest one, anywhere: header, metadata, tensors."""
     newest = killed_somewhere(lab, rng)[0]
@@ -436,7 +437,7 @@ def flipped_bit(lab: Lab, rng: random.Random) -> None:
     lab.resumes(at_most_lost=2 * SAVED_EVERY, says=(f"{newest.name}.* damaged",))
 
 
-@kind("ddp", "single", weight=2)
+@kind("plain", "single", weight=2)
 def missing_checkpoint(lab: Lab, rng: random.Random) -> None:
     """The newest one is gone, or all are."""
     found = killed_somewhere(lab, rng)
@@ -447,7 +448,7 @@ def missing_checkpoint(lab: Lab, rng: random.Random) -> None:
     lab.resumes(at_most_lost=STEPS if gone is found else 2 * SAVED_EVERY)
 
 
-@kind("ddp", weight=2)
+@kind("single", "plain", weight=2)
 def all_checkpoints_damaged(lab: Lab, rng: random.Random) -> None:
     """Nothing good is left: the run refuses to begin anew over it; one is put back, and it goes on."""
     found = killed_somewhere(lab, rng)
@@ -462,7 +463,7 @@ def all_checkpoints_damaged(lab: Lab, rng: random.Random) -> None:
     lab.resumes(at_most_lost=2 * SAVED_EVERY)
 
 
-@kind("ddp", weight=2)
+@kind("plain", "single", weight=2)
 def torn_records(lab: Lab, rng: random.Random) -> None:
     """Half lines at the ends of the records, and rubbish in the small files: what a power cut leaves."""
     killed_somewhere(lab, rng)
@@ -520,7 +521,7 @@ def shard_damaged(lab: Lab, rng: random.Random) -> None:
 # --------------------------------------------------------------------------- two trainers
 
 
-@kind("ddp", "single", weight=2)
+@kind("plain", "single", weight=2)
 def second_trainer(lab: Lab, rng: random.Random) -> None:
     """The same command a second time, while the first stands still, holds the folder, and goes on later."""
     launch = reach(lab, rng)
@@ -534,7 +535,7 @@ def second_trainer(lab: Lab, rng: random.Random) -> None:
     lab.finishes(launch)
 
 
-@kind("ddp", "single", weight=2)
+@kind("plain", "single", weight=2)
 def two_at_once(lab: Lab, rng: random.Random) -> None:
     """The same command twice, all but at the same time: one runs, the other is refused."""
     launches = [lab.start()]

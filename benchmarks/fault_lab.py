@@ -14,11 +14,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,6 @@ from cml_dist.telemetry.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCELERATE = ("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "launch/accelerate/cpu.yaml")
-TORCHRUN = ("-m", "torch.distributed.run")
 FROM_A_LAUNCHER = re.compile("RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_.*|GROUP_.*|TORCHELASTIC_.*|SLURM_.*")
 TAG = "FAULT_CAMPAIGN_LAUNCH"
 """Environment variable by which every process of a launch is known, whoever its parent is."""
@@ -65,7 +66,7 @@ class Setup:
         processes: in all; nodes: launchers ("machines") that share them equally.
         strategy: ``parallel.strategy``.
         images: whether it streams a packed set instead of drawing sinusoids.
-        torchrun: instead of ``accelerate launch``, which takes 3 s more to start.
+        launcher: ``torchrun``, ``accelerate``, or ``python``: none.
         restarts: how often the launcher may start the ranks again by itself.
         settings: more of the run, which change no value.
     """
@@ -74,7 +75,7 @@ class Setup:
     nodes: int = 1
     strategy: str = "auto"
     images: bool = False
-    torchrun: bool = True
+    launcher: str = "torchrun"
     restarts: int = 0
     settings: tuple[str, ...] = ()
 
@@ -83,32 +84,45 @@ class Setup:
         """What the values of the run depend on: its reference is the same for any launcher."""
         return self.processes, self.strategy, self.images
 
-    def command(self, node: int, port: int) -> list[str]:
-        """What starts the processes of a machine."""
-        if self.processes == 1:
-            return [sys.executable]
-        each = self.processes // self.nodes if self.torchrun else self.processes
-        command = [sys.executable, *(TORCHRUN if self.torchrun else ACCELERATE)]
-        command += ["--nproc_per_node" if self.torchrun else "--num_processes", str(each)]
+    def commands(self, port: int) -> list[tuple[list[str], dict[str, str]]]:
+        """What starts the world: (command, more of the environment) of each launcher, or of each rank without one."""
+        if self.launcher == "python":
+            return [([sys.executable], self._rank(rank, port)) for rank in range(self.processes)]
+        if self.launcher == "torchrun":
+            words, each = "nnodes node_rank master_addr master_port", self.processes // self.nodes
+            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(each)]
+        else:
+            words, each = "num_machines machine_rank main_process_ip main_process_port", self.processes
+            command = [sys.executable, *ACCELERATE, "--num_processes", str(each)]
         command += ["--max_restarts", str(self.restarts)]
-        if self.nodes > 1:
-            words = "nnodes node_rank master" if self.torchrun else "num_machines machine_rank main_process"
-            nodes, rank, main = words.split()
-            command += [f"--{nodes}", str(self.nodes), f"--{rank}", str(node), f"--{main}_port", str(port)]
-            command += [f"--{main}_{'addr' if self.torchrun else 'ip'}", "127.0.0.1"]
-        elif self.torchrun:
-            command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
-        return command
+        if self.nodes == 1:
+            here = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"] if self.launcher == "torchrun" else []
+            return [([*command, *here], {NODE: "0"})]
+        made = []
+        for node in range(self.nodes):
+            values = (self.nodes, node, "127.0.0.1", port)
+            options = [x for word, value in zip(words.split(), values, strict=True) for x in (f"--{word}", str(value))]
+            made.append(([*command, *options], {NODE: str(node)}))
+        return made
+
+    def _rank(self, rank: int, port: int) -> dict[str, str]:
+        """The environment of a rank that no launcher starts."""
+        if self.processes == 1:
+            return {NODE: "0"}
+        world = {"WORLD_SIZE": self.processes, "LOCAL_WORLD_SIZE": self.processes, "MASTER_PORT": port}
+        world |= {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", NODE: 0}
+        return {name: str(value) for name, value in world.items()}
 
 
 SETUPS = {
     "ddp": Setup(),
-    "zero2": Setup(strategy="zero2", torchrun=False),
-    "single": Setup(processes=1),
+    "plain": Setup(launcher="python"),
+    "zero2": Setup(strategy="zero2", launcher="accelerate"),
+    "single": Setup(processes=1, launcher="python"),
     # A machine that dies before the ranks have met is missed no sooner than this (default 300 s: imports take time).
     "nodes": Setup(nodes=2, settings=("parallel.join_timeout_s=40",)),
     "images": Setup(images=True),
-    "elastic": Setup(torchrun=False, restarts=3),
+    "elastic": Setup(launcher="accelerate", restarts=3),
 }
 
 
@@ -160,7 +174,8 @@ class Launch:
         self.began = time.monotonic()
         self.steps_before = lab.steps_done()
         self._seen: dict[int, Process] = {}
-        self._logs = [lab.work / f"launch-{number}-node-{node}.log" for node in range(self.setup.nodes)]
+        commands = self.setup.commands(_free_port())
+        self._logs = [lab.work / f"launch-{number}-{i}.log" for i in range(len(commands))]
         environment = {k: v for k, v in os.environ.items() if not FROM_A_LAUNCHER.fullmatch(k)}
         environment |= {
             "CUDA_VISIBLE_DEVICES": "",
@@ -169,14 +184,13 @@ class Launch:
             "HF_HOME": str(lab.work),
             TAG: self.tag,
         }
-        port = _free_port()
         self.launchers: list[subprocess.Popen] = []
-        for node, log in enumerate(self._logs):
+        for log, (command, more) in zip(self._logs, commands, strict=True):
             with open(log, "ab") as out:
                 self.launchers.append(
                     subprocess.Popen(
-                        [*self.setup.command(node, port), "-m", "cml_dist", "train", *lab.words],
-                        env={**environment, NODE: str(node)},
+                        [*command, "-m", "cml_dist", "train", *lab.words],
+                        env={**environment, **more},
                         cwd=ROOT,
                         stdout=out,
                         stderr=subprocess.STDOUT,
@@ -195,9 +209,9 @@ class Launch:
                 continue
             pid, environment = int(name), _environment(int(name))
             if environment.get(TAG) == self.tag and (stat := _stat(pid)) is not None:
-                # A trainer is the child of a launcher, or is the launcher itself; its own children inherit its RANK.
-                trainer = pid in launchers if self.setup.processes == 1 else stat[1] in launchers
-                trainer = trainer and (self.setup.processes == 1 or "LOCAL_RANK" in environment)
+                # A trainer is started by us or is the child of a launcher; its own children inherit its RANK.
+                alone = self.setup.launcher == "python"
+                trainer = pid in launchers if alone else stat[1] in launchers and "LOCAL_RANK" in environment
                 rank = int(environment.get("RANK", 0)) if trainer else None
                 self._seen[pid] = Process(pid, stat[2], stat[1], int(environment.get(NODE, 0)), rank)
         gone = [pid for pid, p in self._seen.items() if (stat := _stat(pid)) is None or stat[2] != p.born]
@@ -206,12 +220,12 @@ class Launch:
         return sorted(self._seen.values(), key=lambda p: p.born)
 
     def trainer(self, rank: int, timeout_s: float = START_S) -> Process:
-        """The process of a rank, once it is there."""
+        """The process of a rank (of its newest start), once it is there."""
 
         def find() -> Process | None:
             return next((p for p in reversed(self.processes()) if p.rank == rank), None)
 
-        return self.wait(find, f"rank {rank} to start", timeout_s)
+        return self.wait(find, f"rank {rank}", timeout_s, poll_s=0.05)
 
     def signal(self, process: Process, number: int) -> None:
         with suppress(ProcessLookupError):
@@ -249,10 +263,10 @@ class Launch:
     def gone(self, timeout_s: float) -> bool:
         """Wait until no process is left, dead ones that nobody buried included; whether that came in time."""
         until = time.monotonic() + timeout_s
-        while self.processes():
+        while self.processes() or None in self.codes:  # a child of ours has no environment yet before its exec
             if time.monotonic() > until:
                 return False
-            time.sleep(0.02)
+            time.sleep(0.1)
         return True
 
     @property
@@ -269,15 +283,13 @@ class Launch:
 
     def end(self) -> None:
         """Kill whatever is left, with no regard."""
-        while left := self.processes():
+        until = time.monotonic() + 10
+        while ((left := self.processes()) or None in self.codes) and time.monotonic() < until:
+            for popen in self.launchers:
+                popen.kill()
             for process in left:
                 self.signal(process, signal.SIGKILL)
-            time.sleep(0.02)
-            if all(self.state(p) == "Z" for p in left) and not any(p.pid in self._launcher_pids() for p in left):
-                break
-
-    def _launcher_pids(self) -> set[int]:
-        return {popen.pid for popen in self.launchers}
+            time.sleep(0.05)
 
 
 def _free_port() -> int:
@@ -464,7 +476,7 @@ class References:
     def folder(self, setup: Setup) -> Path:
         """The run folder of the undisturbed run."""
         processes, strategy, images = setup.values
-        world = Setup(processes, strategy=strategy, images=images, torchrun=False)
+        world = Setup(processes, strategy=strategy, images=images, launcher="accelerate" if processes > 1 else "python")
         lab = Lab(world, self.work / "-".join(map(str, setup.values)), None, self.data(setup))
         if not (lab.folder / "export").is_dir():  # of this campaign, or kept from an earlier one in the same place
             lab.work.mkdir(parents=True)
@@ -533,9 +545,19 @@ def play(
     return Result(kind, setup, seed, "; ".join(lab.did), lab.exit_s, lab.lost, lab.starts, seconds, violation)
 
 
+@cache
+def may_mount() -> bool:
+    """Whether this process may mount file systems: root, with the capability (containers often lack it)."""
+    with tempfile.TemporaryDirectory() as place:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True).returncode == 0
+        if mounted:
+            subprocess.run(["umount", place], check=True)
+    return mounted
+
+
 @contextmanager
 def small_disk(lab: Lab, mib: int) -> Iterator[Path]:
-    """A file system of ``mib`` MiB that holds the run folder (root only)."""
+    """A file system of ``mib`` MiB that holds the run folder (see :func:`may_mount`)."""
     place = lab.work / "disk"
     place.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(place)], check=True)
