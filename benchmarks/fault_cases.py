@@ -81,6 +81,8 @@ def names(lab: Lab, rank: int) -> tuple[str, ...]:
     if lab.setup.processes == 1:
         return ()
     by_others = rf"rank {rank} \(host [^\n]*ended without a word|processes did not come within [^\n]*: rank {rank}\b"
+    if rank == 0:
+        by_others += "|see whether rank 0's process runs"
     # A launcher's table, where it was the first to notice.
     by_launcher = rf"rank +: {rank} [^\n]*\n +exitcode +: -9"
     return (f"{by_others}|{by_launcher}",)
@@ -159,10 +161,21 @@ def kill_in_start(lab: Lab, rng: random.Random) -> None:
     """A rank on its way to the first step: imports, the meeting of the ranks, the building of the network."""
     launch, rank = lab.start(), some_rank(lab, rng)
     process = launch.trainer(rank)
-    time.sleep(rng.uniform(0, 6))
+    on_the_way(lab, launch, rng)
     struck = kill(lab, launch, process)
     lab.dies(launch, struck, *names(lab, rank))
     lab.resumes()
+
+
+def on_the_way(lab: Lab, launch: Launch, rng: random.Random) -> None:
+    """Wait for a place between the start of the processes and the first step."""
+    place = rng.choice((None, None, "lock", "config.yaml"))
+    if place is None:  # imports
+        time.sleep(rng.uniform(0, 3))
+    else:  # the ranks have met; all is built
+        launch.wait((lab.folder / place).exists, place)
+        time.sleep(rng.uniform(0, 0.3))
+    lab.note("in imports" if place is None else f"soon after there was {place}")
 
 
 @kind("nodes", weight=2)
@@ -170,7 +183,7 @@ def kill_node_in_start(lab: Lab, rng: random.Random) -> None:
     """A machine, before or while the ranks meet."""
     launch, node = lab.start(), rng.randrange(2)
     launch.trainer(node)
-    time.sleep(rng.uniform(0, 6))
+    on_the_way(lab, launch, rng)
     struck = kill(lab, launch, *[p for p in launch.processes() if p.node == node])
     lab.dies(launch, struck, *names(lab, node))
     lab.resumes()
@@ -378,7 +391,7 @@ def disk_full(lab: Lab, rng: random.Random) -> None:
 def file_too_large(lab: Lab, rng: random.Random) -> None:
     """The file system takes no file above some size (a quota): rank 0 finds it out."""
     launch = reach(lab, rng, STEPS - 2 * SAVED_EVERY)
-    limit = rng.choice((2_000, 20_000, 60_000))
+    limit = rng.choice((8_000, 30_000, 100_000))
     struck = time.monotonic()
     subprocess.run(["prlimit", "--pid", str(launch.trainer(0).pid), f"--fsize={limit}:{limit}"], check=True)
     lab.note(f"files up to {limit} bytes from step {lab.steps_done()} on")
