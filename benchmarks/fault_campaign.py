@@ -89,7 +89,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=66)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=list(KINDS), help="one kind alone")
-    parser.add_argument("--case", type=int, help="one case of the campaign alone, by its number")
+    parser.add_argument("--case", type=int, nargs="+", help="these cases of the campaign alone, by number")
     parser.add_argument("--keep", action="store_true", help="keep the files also where all held")
     parser.add_argument("--work", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--out", metavar="NAME", help="write NAME.md and NAME.json; cases that held are not repeated")
@@ -97,7 +97,7 @@ def main() -> int:
     work = args.work or Path(tempfile.mkdtemp(prefix="faults-"))
     drawn = list(enumerate(draw(args.cases, args.seed, args.only)))
     if args.case is not None:
-        drawn = [drawn[args.case]]
+        drawn = [drawn[number] for number in args.case]
     work.mkdir(parents=True, exist_ok=True)
     references, results, skipped = References(work / "references"), [], []
     earlier = json.loads(Path(f"{args.out}.json").read_text()) if args.out and Path(f"{args.out}.json").exists() else {}
