@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-<<<<<<< HEAD
-import re
 import signal
-=======
->>>>>>> main
 import sys
 import time
 from collections.abc import Sequence
