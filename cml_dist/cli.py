@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from cml_dist import __version__
 from cml_dist.errors import CmlError, ConfigError
 from cml_dist.parallel.launched import launched_or_alone
 from cml_dist.parallel.leave import leave
+from cml_dist.parallel.parent import launched_by_torchrun, signal_when_parent_ends
 from cml_dist.parallel.watch import this_watch
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 
@@ -204,6 +206,10 @@ def _train(args: argparse.Namespace, console: Console) -> int:
     # Open to the end of the process: a signal that comes while it leaves must not turn a saved run into a killed one.
     interrupts = Interrupts(config.run.stop_signals)
     interrupts.__enter__()
+    if launched_by_torchrun():
+        # Of a launcher that is killed (or that a signal ends which it does not know, e.g. SIGUSR1) nothing would be
+        # left to end its ranks: they stop and save.
+        signal_when_parent_ends(signal.SIGTERM)
     try:
         from cml_dist.run.trainer import train
 
