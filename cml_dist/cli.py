@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from cml_dist import __version__
 from cml_dist.errors import CmlError
+from cml_dist.launching.options import add_slurm_options
 from cml_dist.parallel.leave import leave
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 
@@ -69,6 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--to", metavar="DIR", help="where to write (default: RUN_DIR/export)")
     _checkpoint(export)
     _overrides(export)
+
+    launch = commands.add_parser("launch", help="submit a run to a cluster")
+    places = launch.add_subparsers(dest="launch_command", required=True, metavar="COMMAND")
+    slurm = places.add_parser("slurm", help="check a run, fill in the shipped batch script and hand it to sbatch")
+    slurm.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
+    add_slurm_options(slurm)
+    _overrides(slurm)
 
     data = commands.add_parser("data", help="pack image sets into WebDataset shards, and look at them")
     kinds = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
@@ -294,6 +302,17 @@ def _export(args: argparse.Namespace, console: Console) -> None:
     export_again(args.run_dir, args.overrides, args.checkpoint, args.to, console)
 
 
+def _launch(args: argparse.Namespace, console: Console) -> None:
+    from cml_dist.launching.slurm import follow, prepare, request_of, submit
+
+    batch = prepare(request_of(vars(args)))
+    if args.dry_run:
+        print(batch.script, end="")
+        return
+    for line in follow(batch, submit(batch)):
+        console.note(line)
+
+
 def _data(args: argparse.Namespace, console: Console) -> None:
     (_pack if args.data_command == "pack" else _inspect)(args, console)
 
@@ -361,7 +380,15 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     console.note(f"Contact sheet: {found.sheet}")
 
 
-COMMANDS = {"train": _train, "config": _config, "plan": _plan, "eval": _eval, "export": _export, "data": _data}
+COMMANDS = {
+    "train": _train,
+    "config": _config,
+    "plan": _plan,
+    "eval": _eval,
+    "export": _export,
+    "launch": _launch,
+    "data": _data,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,8 +13,9 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from
 # bash runs the trap after srun. Signals are answered by node.sh.
 trap 'echo "Job $SLURM_JOB_ID was told to end"' TERM
 # What differs from node to node is found by node.sh: expanded here, each node would be node 0.
+node=$(<"$LAUNCH/slurm/node.sh") # as text: a container need not have the file
 code=0
-srun --kill-on-bad-exit=1 "${options[@]}" bash -c "$(<"$LAUNCH/slurm/node.sh")" node.sh "$@" || code=$?
+srun --kill-on-bad-exit=1 "${options[@]}" bash -c "$node" node.sh "$@" || code=$?
 if [ "$code" -ne 0 ]; then
     echo "error: job $SLURM_JOB_ID: its step ended with code $code; the reason stands above" >&2
     exit "$code"

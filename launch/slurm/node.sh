@@ -6,12 +6,13 @@ set -euo pipefail
 # SLURM_NODEID is this node's own only here, inside srun. The address: the name of the step's first node, by hand since
 # containers have no scontrol: rack[1-2]n[03,05],x7 -> rack1n03.
 nodes=$SLURM_STEP_NUM_NODES
+processes=$((nodes * PROCESSES_PER_NODE)) # parallel.processes below has the run refuse any other world
 first=$SLURM_STEP_NODELIST
 while [[ $first =~ ^([^],]*)\[([0-9]+)[^]]*\](.*)$ ]]; do
     first=${BASH_REMATCH[1]}${BASH_REMATCH[2]}${BASH_REMATCH[3]}
 done
 launch=(accelerate.commands.accelerate_cli launch --config_file "$LAUNCH/accelerate/$ACCELERATE_FILE"
-    --num_machines "$nodes" --num_processes $((nodes * PROCESSES_PER_NODE)) --max_restarts "$MAX_RESTARTS")
+    --num_machines "$nodes" --num_processes "$processes" --max_restarts "$MAX_RESTARTS")
 if [ "$nodes" -gt 1 ]; then
     # A port of the job and of this start of it: what an earlier start left on a lost node must not be met.
     port=$((15000 + (SLURM_JOB_ID * 8 + ${SLURM_RESTART_COUNT:-0}) % 15000))
@@ -19,11 +20,11 @@ if [ "$nodes" -gt 1 ]; then
         --rdzv_backend c10d)
 fi
 
-# SLURM signals this shell alone, and the processes must hear of it, but not the launcher: it would kill them 30 s later,
+# SLURM signals this shell alone. The processes must hear of it, and not the launcher: it would kill them 30 s later,
 # and a meta-step may take minutes. The first variable is for sites that signal all processes (newer torch heeds it).
 export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT LOGLEVEL="${LOGLEVEL:-ERROR}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 trap '' USR1 TERM # inherited: a process that is not up yet ignores them
-"$PYTHON" -m "${launch[@]}" -m cml_dist train "$@" run.dir="$RUN_DIR" parallel.processes=$((nodes * PROCESSES_PER_NODE)) &
+"$PYTHON" -m "${launch[@]}" -m cml_dist train "$@" "run.dir=$RUN_DIR" "parallel.processes=$processes" &
 launcher=$!
 stopping=
 trap 'stopping=yes' USR1 TERM
