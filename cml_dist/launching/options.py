@@ -26,7 +26,7 @@ def add_slurm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strategy",
         metavar="FILE",
-        help="a file of launch/accelerate: ddp (default with GPUs), zero1, zero2, zero3, zero2-offload, zero3-offload, cpu",
+        help="a file of launch/accelerate: ddp (default with GPUs), cpu (without), zero1, zero2, zero3, zero2-offload ...",
     )
     sweep = parser.add_argument_group("a sweep: a job array with a run for each seed and backbone, below run.dir")
     sweep.add_argument("--seeds", type=_numbers, default=(), metavar="0,1,2", help="values of run.seed")
