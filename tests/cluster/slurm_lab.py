@@ -35,8 +35,7 @@ class Cluster:
     """
 
     def __init__(self, nodes: int) -> None:
-        # Short: munge's socket lies in it, and the name of a socket has at most 107 characters.
-        self.lab = Path(tempfile.mkdtemp(prefix="cml-slurm-", dir="/tmp"))
+        self.lab = Path(tempfile.mkdtemp(prefix="slurm-"))
         me = os.getpid()
         self.env = {
             **{key: value for key, value in os.environ.items() if not key.startswith("SLURM")},

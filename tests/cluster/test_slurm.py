@@ -7,8 +7,6 @@ runs that are to be disturbed have no end, and are cancelled once they have show
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -125,8 +123,8 @@ def test_a_pretended_gpu_job_is_preempted_and_comes_back(cluster, jobs, tmp_path
     )  # fmt: skip
     job.until(lambda: job.steps >= 3)
     # Only this job holds GPUs: no other has to go.
-    urgent = ("--partition=urgent", "--nodes=2", "--gres=gpu:4", "--nodelist=n01,n02", "--wrap=true", "--output=/dev/null")
-    cluster.run("sbatch", *urgent)
+    urgent = ("--partition=urgent", "--nodes=2", "--gres=gpu:4", "--nodelist=n01,n02")
+    cluster.run("sbatch", *urgent, "--output=/dev/null", "--wrap=true")
     job.until(lambda: len(job.starts) == 2)
     job.until(lambda: job.steps >= job.starts[1] + MORE)
     assert f"after step {job.starts[1]} of" in job.output, "not saved, but killed"
