@@ -14,6 +14,7 @@ from cml_dist import __version__
 from cml_dist.errors import CmlError
 from cml_dist.launching.options import add_slurm_options
 from cml_dist.parallel.leave import leave
+from cml_dist.parallel.watch import this_watch
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 
 if TYPE_CHECKING:
@@ -130,23 +131,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CmlError as error:
         if rank == 0 or not error.everywhere:
             Console().error(error.what if rank == 0 else f"rank {rank}: {error.what}", error.remedy)
-        return leave(error.exit_code)
+        return leave(error.exit_code, str(error), everywhere=error.everywhere)
     except KeyboardInterrupt:
         console.warn(INTERRUPTED.get(getattr(args, "data_command", args.command), "Interrupted"))
-        return leave(STOPPED_BY_USER)
+        return leave(STOPPED_BY_USER, "it was interrupted", everywhere=True)
     except OSError as error:
-        Console().error(
-            f"{error.filename or 'a file'}: {error.strerror or error}", "mend it, then run the same command"
-        )
-        return leave(1)
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        Console().error(what, "mend it, then run the same command")
+        return leave(1, what)
     except Exception as error:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and _LOST.search(str(error)):
-            Console().error(f"rank {rank} lost another rank", "that one's own error, above or below, says why")
-            return leave(1)
+        # Where another rank is to blame, the watch knows it soon, names it, and ends this process.
+        broken = _BROKEN.search(str(error)) is not None
+        this_watch().await_verdict(BLAME_S if broken else 1.0)
         import traceback
 
         traceback.print_exc()
-        return leave(1)
+        return leave(1, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -161,8 +161,11 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-_LOST = re.compile(r"gloo|NCCL|ProcessGroup|Connection (closed|reset)|Socket")
+_BROKEN = re.compile(r"gloo|NCCL|ProcessGroup|Connection (closed|reset)|Socket")
 """How collectives word it when the other side has gone."""
+
+BLAME_S = 10.0
+"""Seconds that the watch gets to find out who."""
 
 
 # --------------------------------------------------------------------------- commands
@@ -183,6 +186,8 @@ def _train(args: argparse.Namespace, console: Console) -> int:
 
         code = train(config, console, interrupts).exit_code
     except Stopped:
+        this_watch().await_verdict(1.0)  # a launcher stops all when one dies: then that one is the news
+        this_watch().fail(f"it was stopped by {interrupts.stop} before training began", everywhere=True)
         console.warn(f"Stopped by {interrupts.stop} before training began; nothing is lost: run the same command again")
         code = STOPPED_BY_SCHEDULER
     except KeyboardInterrupt:
@@ -191,6 +196,7 @@ def _train(args: argparse.Namespace, console: Console) -> int:
         if not RunFolder(config.run.dir).has_checkpoint:
             raise
         console.warn("Interrupted; the last checkpoint is whole, and the same command resumes from it")
+        this_watch().fail("it was interrupted", everywhere=True)
         code = STOPPED_BY_USER
     # Stopped and saved is not finished: a script that goes on with `&&` must be able to tell. But a launcher that may
     # restart its processes takes any code but 0 for a fault, and would start again what was asked to stop.

@@ -324,7 +324,15 @@ class ParallelConfig(Section):
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads a process; null: the machine's cores shared out"
     )
-    timeout_s: float = Field(600.0, gt=0, description="seconds after which a collective that does not end is a failure")
+    timeout_s: float = Field(
+        600.0,
+        gt=0,
+        description="seconds after which a rank that does not move, while others wait for it, is a failure that ends all",
+    )
+    silence_s: float = Field(
+        30.0, ge=3, description="seconds without a word after which a rank or its machine is taken for lost"
+    )
+    join_timeout_s: float = Field(300.0, gt=0, description="seconds in which all processes must have come at the start")
 
 
 class RunSection(Section):

@@ -9,8 +9,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +29,9 @@ from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CmlError, WorldError
 from cml_dist.parallel.allocator import give_back_freed_memory, keep_freed_memory
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
+from cml_dist.parallel.ending import outlast_the_launcher
+from cml_dist.parallel.meeting import group_timeout, meet
+from cml_dist.parallel.watch import Watch, keep_watch, this_watch
 
 T = TypeVar("T")
 
@@ -43,6 +45,7 @@ class World:
         rank, size: this process, and how many there are.
         local_rank, local_size: the same on this machine.
         device: where this process computes.
+        watch: of the other ranks; knows where this one is.
     """
 
     accelerator: Accelerator
@@ -51,6 +54,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def is_main(self) -> bool:
@@ -61,20 +65,25 @@ class World:
         if self.size == 1:
             return values.cpu()
         values = values.to(self.device, copy=True)
-        torch.distributed.all_reduce(values)
-        return values.cpu()
+        with self.watch.waiting():
+            torch.distributed.all_reduce(values)
+            return values.cpu()
 
     def max(self, value: float) -> float:
         """Largest value over all ranks. Collective: all ranks."""
         if self.size == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
-        return tensor.item()
+        with self.watch.waiting():
+            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+            return tensor.item()
 
     def gather(self, value: T) -> list[T]:
         """A small value of each rank, in order, on all ranks. Collective: all ranks."""
-        return [value] if self.size == 1 else gather_object([value])
+        if self.size == 1:
+            return [value]
+        with self.watch.waiting():
+            return gather_object([value])
 
     def together(self, work: Callable[[], T]) -> T:
         """Run ``work`` on each rank, and fail on all ranks with the first rank's error if it fails on any.
@@ -112,6 +121,7 @@ class World:
         self.accelerator.end_training()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        self.watch.close()
 
 
 def join_world(config: RunConfig) -> World:
@@ -134,6 +144,7 @@ def join_world(config: RunConfig) -> World:
     launched = os.environ.get("WORLD_SIZE")
     plan = make_plan(config, int(launched or 1))
     by_deepspeed = zero_stage(plan.strategy) is not None
+    _join_group(config, plan.processes, use_cpu, by_deepspeed)
     with _environment_for_deepspeed(use_cpu) if by_deepspeed else nullcontext():
         plugin = _deepspeed_plugin(deepspeed_config(config, plan)) if by_deepspeed else None
         accelerator = _accelerator(config, use_cpu, plugin)
@@ -163,7 +174,31 @@ def join_world(config: RunConfig) -> World:
         local_rank=accelerator.local_process_index,
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if size > 1 else 1,
         device=accelerator.device,
+        watch=this_watch(),
     )
+
+
+def _join_group(config: RunConfig, size: int, use_cpu: bool, by_deepspeed: bool) -> None:
+    """Meet the other ranks in the watch, and make the process group that Accelerate and DeepSpeed then find.
+
+    The watch comes first, so that no rank waits in vain for another: neither in torch's own meeting, nor later.
+    """
+    if size == 1 or torch.distributed.is_initialized():
+        return
+    watch, store = meet(config.parallel)
+    keep_watch(watch)
+    outlast_the_launcher(watch)
+    watch.beat("the start of the process group")
+    with watch.waiting():
+        torch.distributed.init_process_group(
+            "gloo" if use_cpu else "nccl",
+            store=store,
+            rank=watch.me.rank,
+            world_size=size,
+            timeout=group_timeout(config.parallel),
+            # As DeepSpeed itself does it.
+            device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])) if by_deepspeed and not use_cpu else None,
+        )
 
 
 def _accelerator(config: RunConfig, use_cpu: bool, plugin: DeepSpeedPlugin | None) -> Accelerator:
@@ -179,7 +214,7 @@ def _accelerator(config: RunConfig, use_cpu: bool, plugin: DeepSpeedPlugin | Non
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
         deepspeed_plugin=plugin,
         kwargs_handlers=[
-            InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.parallel.timeout_s)),
+            InitProcessGroupKwargs(backend=backend, timeout=group_timeout(config.parallel)),
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )

@@ -86,27 +86,34 @@ def assemble(
     """
     dtype = getattr(torch, config.run.dtype)
 
-    progress = progress if world.local_rank == 0 else None
+    def tell(done: int, total: int, what: str) -> None:
+        world.watch.beat(f"{what} ({done} of {total})")
+        if progress is not None and world.local_rank == 0:
+            progress(done, total, what)
 
     def find_data() -> Domain:
         seeds = {"train_seed": config.run.seed, "eval_seed": config.eval.seed}
-        return build_domain(config.domain, **seeds, processes=world.local_size, progress=progress)
+        return build_domain(config.domain, **seeds, processes=world.local_size, progress=tell)
 
     def load() -> None:
+        world.watch.beat("loading the data")
         for split in splits:
-            domain.load(split, progress)
+            domain.load(split, tell)
 
     def make() -> CmlNet:
+        world.watch.beat("building the network")
         net = make_network(config, domain)
         if world.local_rank == 0 and config.method.order == 2:
             check_twice_differentiable(net, domain.input_shape, domain.output_dim, config.model.backbone)
         return net.to(dtype)
 
+    world.watch.beat("looking for the data")
     domain = world.main_first(find_data)  # fills the cache of embedded or remote data
     world.together(load)  # every rank decodes at once
     net = world.main_first(make)  # fills the cache of pre-trained weights
     method = world.together(lambda: method_of(config.method, net))
     task = task_of(config.domain, domain.input_shape, domain.output_dim, dtype, domain.loss, domain.score)
+    world.watch.beat("measuring memory")
     plan = world.together(lambda: fit_memory(config, plan, net, method, task, world.device, training=training))
     model = MetaModel(
         net,

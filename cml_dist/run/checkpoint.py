@@ -106,9 +106,11 @@ def save(
     fault: CheckpointError | None = None
     if world.is_main:
         try:
-            _write(folder, step, state, layout, tensors, before)
+            _write(folder, step, state, layout, _watched(world, step, tensors), before)
         except CheckpointError as error:
             fault = error
+    else:
+        world.watch.wait(f"saving step {step}")
     # The other ranks, and rank 0 after a fault: each tensor is gathered by all, also where nobody writes it any more.
     deque(tensors, maxlen=0)
 
@@ -118,6 +120,15 @@ def save(
 
     world.together(tell)
     return path_of(folder, step)
+
+
+def _watched(world: World, step: int, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """``tensors``, of each of which the watch hears: a large model on a slow disk takes its time, and does not hang."""
+    world.watch.beat(f"saving step {step}")
+    for item in tensors:
+        yield item
+        del item  # or it would live on while the next one is made
+        world.watch.beat(f"saving step {step}")
 
 
 def _write(

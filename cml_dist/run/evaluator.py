@@ -96,6 +96,7 @@ def evaluate(
     scores = torch.zeros(len(learners), num_episodes, dtype=torch.float64)
     broken_off = 0.0
     stream = EpisodeStream(domain, split, mine, device=world.device, dtype=dtype, workers=workers)
+    world.watch.beat(f"{split}, episode 1 of {len(mine)}")
     for done, episode in enumerate(stream, start=1):
         if stop is not None and stop():
             broken_off = 1.0
@@ -104,6 +105,7 @@ def evaluate(
             scores[row, episode.index] = score_episode(params, episode, problem, method, learner, co_adapt).double()
         if progress is not None:
             progress(min(done * world.size, num_episodes))
+        world.watch.beat(f"{split}, episode {done + 1} of {len(mine)}")
     *_, broken_off = summed = world.sum(torch.cat([scores.flatten(), torch.tensor([broken_off], dtype=torch.float64)]))
     if broken_off > 0:
         raise Stopped

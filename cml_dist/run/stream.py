@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -11,6 +14,9 @@ from cml_dist.config.plan import share
 from cml_dist.domains.base import Domain
 from cml_dist.errors import CmlError
 from cml_dist.types import Episode
+
+PR_SET_PDEATHSIG = 1
+"""See prctl(2)."""
 
 
 def rank_share(step: int, batch: int, rank: int, world: int) -> range:
@@ -49,7 +55,7 @@ class EpisodeStream:
                     batch_size=None,
                     sampler=indices,
                     num_workers=workers,
-                    worker_init_fn=_ignore_interrupts,
+                    worker_init_fn=_follow_the_trainer,
                     # Workers never touch the global generators, and must not take from the trainer's.
                     generator=torch.Generator(),
                 )
@@ -66,11 +72,6 @@ class EpisodeStream:
             raise episode
         return self.domain.prepare(episode, self.device, self.dtype)
 
-    def take(self, count: int) -> Iterator[Episode]:
-        """The next ``count`` episodes."""
-        for _ in range(count):
-            yield next(self)
-
 
 class _ByIndex(Dataset):
     def __init__(self, domain: Domain, split: str) -> None:
@@ -83,14 +84,16 @@ class _ByIndex(Dataset):
             return error
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process; the trainer decides when its workers end.
+def _follow_the_trainer(worker: int) -> None:
+    """The trainer decides when its workers end, and they end with it.
 
-    torch's own handler would end a worker at SIGTERM, and thereby the step that is to be saved. Other stop signals come
-    to the trainer's handler, which the worker has a copy of and nobody asks.
+    Ctrl-C and a scheduler's SIGTERM reach every process: torch's own handler would end a worker at SIGTERM, and thereby
+    the step that is to be saved. Other stop signals come to the trainer's handler, which the worker has a copy of and
+    nobody asks.
     """
-    import signal
-
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # One that outlived a killed trainer would keep the run folder's lock, and the screen, for some seconds more.
+    with suppress(OSError, AttributeError):  # Linux alone
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     torch.set_num_threads(1)

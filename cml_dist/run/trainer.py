@@ -23,6 +23,7 @@ from cml_dist.config.plan import RunPlan, make_plan, plan_rows, share
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, CmlError, TrainingError, WorldError
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
+from cml_dist.parallel.ending import restarts
 from cml_dist.parallel.world import World, join_world, set_arithmetic
 from cml_dist.parallel.zero import build_strategy
 from cml_dist.run import checkpoint as checkpoints
@@ -105,13 +106,20 @@ class _Run:
     def go(self) -> Outcome:
         world, config = self.world, self.config
         world.together(self._claim)
+        world.watch.at_end = self._lost
+        restart, most = restarts()
+        if restart:
+            self.console.note(f"Restart {restart} of {most} in place")
         with preparing(self.console) as progress:
             self.parts: Parts = assemble(config, self.plan, world, progress, self._splits())
         self.plan = self.parts.plan
         self.state["data"] = self.parts.domain.fingerprint()
         # Frozen weights and statistics are in no checkpoint: they must be the same at each start.
         self.state["constants"] = checkpoints.fingerprint(self.parts.net.named_buffers())
-        self.strategy = build_strategy(config, self.plan, world, self.parts.model)
+        world.watch.beat("sharing out the parameters")
+        with world.watch.waiting():
+            self.strategy = build_strategy(config, self.plan, world, self.parts.model)
+        world.watch.beat("looking for a checkpoint")
         self._resume()
         world.together(self._announce)
         try:
@@ -151,6 +159,11 @@ class _Run:
         self.step = self.step or max(checkpoints.steps_in(self.folder.checkpoints), default=0)
         with suppress(CmlError):  # the first error counts
             self._tell("stopped" if asked else "failed", reason)
+
+    def _lost(self, what: str) -> None:
+        """The watch is about to end this process."""
+        if self.folder.claimed and self.folder.exists:
+            self._tell("failed", what)
 
     def _tell(self, state: State, reason: str) -> None:
         """Rank 0 writes ``status.json``, and renews its right to."""
@@ -263,7 +276,7 @@ class _Run:
         ) as live:
             self._validate_if_due()
             while self.step < config.train.steps:
-                metrics, wishes = self._meta_step(stream.take(mine))
+                metrics, wishes = self._meta_step(self._handed_out(stream, mine))
                 live.step(metrics)
                 # Saved before a long validation too: who stops or is killed in it loses nothing, and resume runs it.
                 if wishes.stop or wishes.save or self._validation_due() or self._checkpoint_due():
@@ -282,6 +295,7 @@ class _Run:
         self.world.together(lambda: self._export(tested["step"]))
 
     def _export(self, step: int) -> None:
+        self.world.watch.beat("the export")
         if self.world.is_main:
             made = export_run(self.config, self.parts, self.folder, self.console, str(step))
             self.console.note(f"Exported model: {made}")
@@ -296,9 +310,11 @@ class _Run:
         num_episodes = config.train.episodes_per_step
         # The cosine costs a backward pass: one episode of each step, the same one for any world size.
         diagnose = frozenset({self.step * num_episodes})
+        world.watch.wait(f"the start of step {self.step + 1}")  # where ZeRO-3 gathers the parameters
         sums = self.strategy.gradient(episodes, num_episodes, diagnose)
         lr = learning_rate(config.optim, self.step, config.train.steps)
         norm, taken = self.strategy.apply(lr, config.optim.clip_norm)
+        world.watch.beat(f"the end of step {self.step + 1}")
         terms, wishes = self._reduce(sums)
         self.step += 1
         self.state["skipped"] += not taken
@@ -345,6 +361,14 @@ class _Run:
         """Whether this rank was asked to stop. Asked between tested episodes too, where a run shows that it lives."""
         self._tell_if_due("testing")
         return self.interrupts.stop is not None
+
+    def _handed_out(self, stream: EpisodeStream, count: int) -> Iterator[Episode]:
+        """The next episodes. The watch hears of each; after the last one the reduction brings the ranks together."""
+        watch, step = self.world.watch, self.step + 1
+        for number in range(1, count + 1):
+            watch.beat(f"step {step}, episode {number} of {count}")
+            yield next(stream)
+        watch.wait(f"the reduction of step {step}")
 
     # ------------------------------------------------------------------ validation and checkpoints
 

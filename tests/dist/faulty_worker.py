@@ -3,39 +3,62 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
+import signal
 import sys
+import time
+
+import torch
 
 from cml_dist.cli import main
 from cml_dist.domains.sinusoid import SinusoidDomain
 from cml_dist.errors import DataError
 
 FAULT, RANK = os.environ.get("FAULT", ""), int(os.environ.get("RANK", 0))
+IS_FAULTY = RANK == int(os.environ.get("FAULTY_RANK", 1)) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 episode, build = SinusoidDomain.episode, SinusoidDomain.build.__func__
 
 
 def faulty_episode(self, split, index):
-    if split == "train" and index >= 12 and RANK == 1:
+    if split == "train" and index >= 12 and IS_FAULTY:
         if FAULT == "data":
             raise DataError("image x.png in shard train-000003.tar cannot be decoded", "pack the set again")
         if FAULT == "bug":
             raise RuntimeError("a fault of ours")
         if FAULT == "killed":
-            os.kill(os.getpid(), 9)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if FAULT == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if FAULT == "hangs":
+            hang_in_python()
+        if FAULT == "keeps the lock":
+            ctypes.PyDLL(None).sleep(1000)  # of Python: no other thread of this process runs
     made = episode(self, split, index)
     if FAULT == "nan" and split == "train" and index == 7:
         made.support.inputs[0] = float("nan")  # an episode of one rank only
     return made
 
 
+def hang_in_python():
+    while True:
+        time.sleep(0.1)
+
+
+def killed_at_start(*arguments, **rest):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def faulty_build(cls, config, **rest):
-    if FAULT == "setup" and RANK == 1:
+    if FAULT == "setup" and IS_FAULTY:
         raise DataError("shard train-000003.tar is missing", "copy it to this machine")
     return build(cls, config, **rest)
 
 
 if FAULT == "teardown":
     atexit.register(os.abort)  # as torch's gloo threads do, now and then, while the interpreter goes down
+if FAULT == "start" and IS_FAULTY:
+    torch.distributed.init_process_group = killed_at_start
 SinusoidDomain.episode = faulty_episode
 SinusoidDomain.build = classmethod(faulty_build)
 sys.exit(main())

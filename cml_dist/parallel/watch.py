@@ -1,0 +1,281 @@
+"""The ranks watch each other: who was killed, fell silent, hangs or failed is named, and all end within seconds.
+
+A daemon thread of each rank talks to that of rank 0 (:mod:`cml_dist.parallel.star`), which decides who is to blame
+(:mod:`cml_dist.parallel.verdict`); how they meet is in :mod:`cml_dist.parallel.meeting`. The main thread says where it
+is (:meth:`Watch.beat`) and where it waits for others, at the cost of an assignment. No torch: a collective that hangs
+cannot hold the watch up.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+from cml_dist.errors import WorldError
+from cml_dist.parallel.ending import end_process, guard, is_alive
+from cml_dist.parallel.verdict import AGAIN, Member, Verdict
+
+TICK_S = 1.0
+"""Seconds between two words of a rank."""
+
+GRACE_S = 10.0
+"""What a rank has to find out by itself, it finds out within this many seconds."""
+
+
+class Watch:
+    """What the main thread sees. This one, of a world of one, has nobody to watch.
+
+    Attributes:
+        log: a file for this rank's own copy of what befell the world, and for stacks; None: stacks go to stderr.
+        at_end: is told why, before the watch ends this process; in the watch's thread, and for a few seconds at most.
+    """
+
+    def __init__(self) -> None:
+        self.log: TextIO | None = None
+        self.at_end: Callable[[str], None] = lambda what: None
+        self._at: tuple[str, bool, float] = ("its start", False, time.monotonic())
+
+    def beat(self, where: str) -> None:
+        """The main thread is at work in ``where`` (for people: ``step 12, episode 3``)."""
+        self._at = (where, False, time.monotonic())
+
+    def wait(self, where: str) -> None:
+        """The main thread waits in ``where`` for other ranks, until its next beat."""
+        self._at = (where, True, time.monotonic())
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Round a collective: the main thread waits for other ranks where it is."""
+        where = self._at[0]
+        self.wait(where)
+        try:
+            yield
+        finally:
+            self.beat(where)
+
+    def fail(self, cause: str, *, everywhere: bool = False) -> None:
+        """Tell the others why this rank is about to leave.
+
+        Args:
+            cause: one line.
+            everywhere: every rank is about to find out by itself: they get the time to.
+        """
+
+    def await_verdict(self, seconds: float) -> None:
+        """Give the watch time to name who is to blame, for a collective that broke. It ends the process then."""
+
+    def close(self) -> None:
+        """Leave in peace."""
+
+
+class Joined(Watch):
+    """A rank's watch in a world of several: the part that rank 0 and the others share.
+
+    Args:
+        me: this rank.
+        size: of the world.
+        silence_s: seconds without a word after which a rank is lost.
+        timeout_s: seconds after which a collective that does not end is a failure.
+        end: ends this process: ``end(verdict, watch, speaks)``.
+    """
+
+    def __init__(
+        self,
+        me: Member,
+        size: int,
+        *,
+        silence_s: float,
+        timeout_s: float,
+        end: Callable[[Verdict, Joined, bool], None] = end_process,
+    ) -> None:
+        super().__init__()
+        self.me, self.size, self.silence_s, self.timeout_s = me, size, silence_s, timeout_s
+        self.meeting = ""  # a word that no other start of a world has
+        self.everyone: list[Member] = []  # by rank
+        self._end_process = end
+        self._here = threading.Event()  # the start is over: all came, or will not
+        self._error: Verdict | None = None  # ... and this is why not
+        self._over = False
+        self._thawed_s = 0.0
+        self._orders: list[tuple[str, Any, threading.Event]] = []  # of the main thread
+        self._selector = selectors.PollSelector()  # no kernel object that a forked loader process would share
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._selector.register(self._wake_in, selectors.EVENT_READ, self._obey)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        os.register_at_fork(after_in_child=self._forked)
+
+    # ------------------------------------------------------------------ for the main thread
+
+    @property
+    def described(self) -> str:
+        """This rank, and where its main thread is."""
+        self._look()
+        here = f"{'waiting for others' if self.me.waiting else 'at work'} in {self.me.where}"
+        return f"{self.me.name}, {here} for {time.monotonic() - self.me.moved_s:.0f} s"
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def await_all(self, seconds: float) -> None:
+        """Wait until all ranks are here.
+
+        Raises:
+            WorldError: some do not come, or one of those that came is lost again.
+        """
+        came = self._here.wait(seconds)
+        if self._error is None and not came:
+            self._error = Verdict((0,), f"rank 0 does not say within {seconds:.0f} s that all ranks came", AGAIN)
+        if self._error is not None:
+            error = WorldError(self._error.what, self._error.remedy)
+            error.everywhere = 0 not in self._error.ranks
+            raise error
+
+    def fail(self, cause: str, *, everywhere: bool = False) -> None:
+        self._order("fail", (cause, everywhere))
+
+    def await_verdict(self, seconds: float) -> None:
+        self._thread.join(seconds)  # which ends with the process
+
+    def close(self) -> None:
+        self._order("leave", None)
+        self._thread.join(GRACE_S)
+
+    def _order(self, name: str, detail: Any) -> None:
+        done = threading.Event()
+        self._orders.append((name, detail, done))
+        with suppress(OSError):
+            self._wake_out.send(b"!")
+        while not done.wait(0.05) and self._thread.is_alive() and self._error is None:
+            pass
+
+    def _forked(self) -> None:
+        """In a child: a connection that it held open would hide that this rank was killed."""
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+
+    # ------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        try:
+            last_s = time.monotonic()
+            next_s = last_s
+            while not self._over:
+                for key, _ in self._selector.select(max(0.0, next_s - time.monotonic())):
+                    key.data()
+                now_s = time.monotonic()
+                if now_s - last_s > 2 * TICK_S:  # this process itself stood still: the others' words wait to be read
+                    self._thawed_s = now_s
+                    self._excuse(now_s - last_s)
+                last_s = now_s
+                if now_s >= next_s:
+                    next_s = now_s + TICK_S
+                    self._tick(now_s)
+                due_s = self._due_s()
+                if due_s is not None:
+                    next_s = min(next_s, due_s)
+        except Exception:  # of ours: a world that nobody watches is worse than one that ends
+            self._end(Verdict((self.me.rank,), f"the watch of {self.me.name} failed: {traceback.format_exc()}"))
+        finally:
+            if self._over:
+                self._shut()
+
+    def _look(self) -> None:
+        """Where the main thread is now. A process that stood still as a whole (a suspended job) does not hang."""
+        self.me.where, self.me.waiting, moved_s = self._at
+        self.me.moved_s = max(moved_s, self._thawed_s)
+
+    def _state(self, now_s: float) -> dict[str, Any]:
+        self._look()
+        return {"where": self.me.where, "waiting": self.me.waiting, "idle_s": round(now_s - self.me.moved_s, 3)}
+
+    def _obey(self) -> None:
+        with suppress(BlockingIOError):
+            self._wake_in.recv(2**10)
+        while self._orders:
+            name, detail, done = self._orders.pop(0)
+            if name == "fail":
+                self._tell_failure(*detail)
+            else:
+                self._say_goodbye()
+            self._over = True
+            done.set()
+
+    def _end(self, verdict: Verdict) -> None:
+        """The world is lost: during the start the main thread hears of it, afterwards the process ends."""
+        if not self._here.is_set():
+            self._error = verdict
+            self._over = True
+            self._here.set()
+            return
+        self._error = verdict  # the main thread no longer waits for this one
+        speaks = self._speaks(verdict)
+        if verdict.everywhere:
+            time.sleep(GRACE_S)  # the main thread ends the process before that
+            speaks = self.me.rank == 0
+        self._over = True
+        self._end_process(verdict, self, speaks)
+
+    def _speaks(self, verdict: Verdict) -> bool:
+        """Whether this rank is the one that puts the line on the screen."""
+        if 0 not in verdict.ranks or verdict.said:
+            # Who failed has said so, on its machine's screen.
+            return self.me.rank == 0 and verdict.said != self.me.machine
+        leader = self.everyone[0]
+        if self.me.machine == leader.machine:
+            return not any(is_alive(m) for m in self.everyone[1 : self.me.rank] if m.machine == leader.machine)
+        # Its machine may be lost with all its ranks: then nobody there speaks.
+        return self.me.rank == next(m.rank for m in self.everyone if m.machine != leader.machine)
+
+    def _shut(self) -> None:
+        guard(None, 0, False)
+        for key in list(self._selector.get_map().values()):
+            self._selector.unregister(key.fileobj)
+        self._wake_in.close()
+        self._wake_out.close()
+
+    def _guard(self) -> None:
+        """Should this thread not run again for lack of Python's lock, faulthandler's own shows who holds it."""
+        alone = sum(member.machine == self.me.machine for member in self.everyone) == 1
+        # Who is not alone on its machine is ended by the others there.
+        guard(self.log, 2 * self.timeout_s if alone else 0.8 * self.silence_s, alone)
+
+    # ------------------------------------------------------------------ what rank 0 and the others do differently
+
+    def _tick(self, now_s: float) -> None:
+        raise NotImplementedError
+
+    def _due_s(self) -> float | None:
+        """When there is something to decide before the next tick."""
+        return None
+
+    def _excuse(self, seconds: float) -> None:
+        """This process stood still: nobody was silent meanwhile."""
+        raise NotImplementedError
+
+    def _tell_failure(self, cause: str, everywhere: bool) -> None:
+        raise NotImplementedError
+
+    def _say_goodbye(self) -> None:
+        raise NotImplementedError
+
+
+_this: Watch = Watch()
+
+
+def this_watch() -> Watch:
+    """This process's watch, wherever its world was joined."""
+    return _this
+
+
+def keep_watch(watch: Watch) -> None:
+    """Make ``watch`` this process's."""
+    global _this
+    _this = watch

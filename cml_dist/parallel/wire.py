@@ -1,0 +1,94 @@
+"""Small JSON messages over a TCP connection, one a line, without ever blocking."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import time
+from contextlib import suppress
+from typing import Any
+
+MAX_BYTES = 2**22
+"""Of one message: the hosts of many thousand ranks."""
+
+
+class Wire:
+    """One connection.
+
+    Args:
+        connection: a connected socket.
+        max_bytes: of a message; who sends more is no rank of ours.
+    """
+
+    def __init__(self, connection: socket.socket, max_bytes: int = MAX_BYTES) -> None:
+        connection.setblocking(False)
+        with suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket, self._max = connection, max_bytes
+        self._in, self._out = b"", b""
+        self._kept: list[dict[str, Any]] = []
+        self.open = True
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def read(self) -> list[dict[str, Any]]:
+        """What has come; ``open`` is False once the other side has gone.
+
+        Raises:
+            ValueError: no message of ours.
+        """
+        try:
+            while chunk := self._socket.recv(2**16):
+                self._in += chunk
+                if len(self._in) > self._max:
+                    raise ValueError("too long")
+            self.open = False
+        except BlockingIOError:
+            pass
+        except OSError:  # reset, unreachable
+            self.open = False
+        *lines, self._in = self._in.split(b"\n")
+        kept, self._kept = self._kept, []
+        messages = kept + [json.loads(line) for line in lines]
+        if not all(isinstance(message, dict) for message in messages):
+            raise ValueError("no object")
+        return messages
+
+    def await_one(self, within_s: float) -> dict[str, Any]:
+        """The next message; what came with it is kept for :meth:`read`. Raises OSError, ValueError: none comes."""
+        until_s = time.monotonic() + within_s
+        while (left_s := until_s - time.monotonic()) > 0 and self.open:
+            waiting = select.poll()
+            waiting.register(self._socket, select.POLLIN)
+            waiting.poll(1000 * left_s)
+            if messages := self.read():
+                self._kept = messages[1:]
+                return messages[0]
+        raise OSError("no answer")
+
+    def write(self, message: dict[str, Any]) -> None:
+        """Send as much as the kernel takes now; :meth:`flush` sends the rest."""
+        self._out += json.dumps(message).encode() + b"\n"
+        self.flush()
+
+    def flush(self, within_s: float = 0.0) -> None:
+        """Send what is left, and wait up to ``within_s`` for a kernel that does not take it."""
+        until_s = time.monotonic() + within_s
+        while self._out and self.open:
+            try:
+                self._out = self._out[self._socket.send(self._out) :]
+            except BlockingIOError:
+                left_s = until_s - time.monotonic()
+                if left_s <= 0:
+                    return
+                waiting = select.poll()
+                waiting.register(self._socket, select.POLLOUT)
+                waiting.poll(1000 * left_s)
+            except OSError:
+                self._out = b""  # reading tells that the other side has gone
+
+    def close(self) -> None:
+        self.open = False
+        self._socket.close()
