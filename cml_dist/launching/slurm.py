@@ -230,7 +230,7 @@ def _check(request: SlurmRequest) -> None:
             f"--signal-lead-s is {request.signal_lead_s}, but --time is {request.time} ({limit_s} s)",
             "give the job more time, or less of a lead",
         )
-    lowest = {"nodes": 1, "gpus_per_node": 0, "processes_per_node": 1, "cpus_per_task": 1, "max_restarts": 0}
+    lowest = {"nodes": 1, "gpus_per_node": 0, "processes_per_node": 1, "cpus_per_task": 1, "max_restarts": 1}
     for name, least in {**lowest, "signal_lead_s": 1, "array_limit": 1}.items():
         value = getattr(request, name)
         if value is not None and value < least:

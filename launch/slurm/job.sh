@@ -24,11 +24,12 @@ fi
 id=$SLURM_JOB_ID
 # The first task of an array has the number of the whole array, and would requeue all of it.
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-# Finished, or stopped and saved? The run folder knows. Options of srun may name a container, where Python is.
+# The step ended in order: finished, or stopped. The run folder knows; where a run was stopped before it began, there
+# may be none. Options of srun may name a container, where Python is.
 check=("$PYTHON" -m cml_dist status "$RUN_DIR" --check)
 [ ${#options[@]} -eq 0 ] || check=(srun --nodes=1 --ntasks=1 "${options[@]}" "${check[@]}")
 "${check[@]}" || code=$?
-[ "$code" -eq 75 ] || exit "$code"
+case $code in 0) exit 0 ;; 1 | 3 | 75) ;; *) exit "$code" ;; esac
 # At pre-emption a job still runs. What a user cancelled stays so: scontrol would bring it back.
 case $(squeue --noheader --jobs="$id" --format='%T %r') in RUNNING* | *TimeLimit) ;; *) exit 75 ;; esac
 scontrol requeue "$id" || exit 75

@@ -27,7 +27,7 @@ trap '' USR1 TERM # inherited: a process that is not up yet ignores them
 "$PYTHON" -m "${launch[@]}" -m cml_dist train "$@" "run.dir=$RUN_DIR" "parallel.processes=$processes" &
 launcher=$!
 stopping=
-trap 'stopping=yes' USR1 TERM
+trap 'stopping=yes' USR1 TERM # a process that was stopped and saved leaves with 0, since MAX_RESTARTS is not 0
 while kill -0 "$launcher" 2>/dev/null; do
     if [ -n "$stopping" ]; then # every second: a process may just be starting
         # shellcheck disable=SC2046 # one word a process
@@ -35,15 +35,4 @@ while kill -0 "$launcher" 2>/dev/null; do
     fi
     sleep 1
 done
-code=0
-wait "$launcher" || code=$?
-
-# Without restarts left, the launcher takes a process that was stopped for one that failed. The run folder knows better,
-# as soon as rank 0 has told it; only then may this node end, since a bad code ends all others.
-for ((tries = 0; tries < 30 && code != 0; tries++)); do
-    [ -n "$stopping" ] || break
-    state=0
-    "$PYTHON" -m cml_dist status "$RUN_DIR" --check || state=$?
-    case $state in 0 | 75) code=0 ;; 3) sleep 1 ;; *) break ;; esac
-done
-exit "$code"
+wait "$launcher"

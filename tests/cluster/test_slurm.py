@@ -15,48 +15,69 @@ from slurm_lab import FAST, ROOT, Cluster, Job
 
 from cml_dist.launching.batch_script import fill_in
 
-TWO_NODES = ("--nodes=2", "--processes-per-node=1", "--sbatch=--nodelist=n01,n02")
+TWO_NODES = ("--nodes=2", "--processes-per-node=1")
 ENDLESS = ("train.steps=100000", "train.episodes_per_step=40", "run.dtype=float64", "checkpoint.every=7")
 MORE = 5
 """Meta-steps after a resume that are compared."""
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="session")
 def jobs(cluster: Cluster, tmp_path_factory) -> dict[str, Job]:
-    """Everything that runs side by side."""
+    """Everything that runs side by side; what is to be disturbed as soon as it trains has been."""
     root = tmp_path_factory.mktemp("slurm")
 
     def launch(name: str, *words: str) -> Job:
         return cluster.launch(root / name / "run", f"--job-name={name}", *words)
 
-    return {
-        # The time limit of two minutes warns a minute or so after the start.
-        "limit": launch("limit", *TWO_NODES, *ENDLESS, "--time=2", "--signal-lead-s=30"),
-        "undisturbed": launch("undisturbed", *TWO_NODES, *ENDLESS, "--time=30", "--signal-lead-s=60"),
-        "requeued": launch("requeued", *TWO_NODES, *ENDLESS, "--time=30", "train.steps=60"),
-        "zero2": launch("zero2", *TWO_NODES, "--strategy=zero2", "--time=30", "train.steps=12"),
-        "sweep": _sweep(cluster, root / "sweep"),
+    gpus = ("--nodes=2", "--gpus-per-node=4", "--processes-per-node=1", "--cpus-per-task=1", "run.device=cpu")
+    on_two, half_an_hour = ("--sbatch=--nodelist=n01,n02",), ("--time=30", "--signal-lead-s=60")
+    jobs = {
+        # The limit of two minutes warns a minute or so after the start.
+        "limit": launch("limit", *TWO_NODES, *on_two, *ENDLESS, "--time=2", "--signal-lead-s=30"),
+        "undisturbed": launch("undisturbed", *TWO_NODES, *on_two, *ENDLESS, *half_an_hour),
+        "requeued": launch("requeued", *TWO_NODES, *on_two, *ENDLESS, *half_an_hour, "train.steps=60"),
+        "preempted": launch("preempted", *gpus, *on_two, *ENDLESS, *half_an_hour),
+        "killed": launch("killed", *TWO_NODES, "--sbatch=--nodelist=n03,n04", *ENDLESS, *half_an_hour),
+        "zero2": launch("zero2", *TWO_NODES, *on_two, "--strategy=zero2", "train.steps=12", *half_an_hour),
+        "once": launch("once", "--processes-per-node=2", "--no-requeue", *ENDLESS, *half_an_hour),
+        **_sweep(cluster, root / "sweep"),
     }
+    # Only the one holds GPUs: no other has to go.
+    urgent = ("--partition=urgent", "--nodes=2", "--gres=gpu:4", "--nodelist=n01,n02", "--output=/dev/null")
+    disturb = {
+        "requeued": ("scontrol", "requeue", jobs["requeued"].id),
+        "seed 0": ("scancel", "--signal=USR1", jobs["seed 0"].id),
+        "preempted": ("sbatch", *urgent, "--wrap=true"),
+        "once": ("scancel", "--signal=USR1", jobs["once"].id),
+    }
+    while disturb:
+        jobs["undisturbed"].until(lambda: any(jobs[name].steps >= 3 for name in disturb))
+        for name in [name for name in disturb if jobs[name].steps >= 3]:
+            cluster.run(*disturb.pop(name))
+    return jobs
 
 
-def _sweep(cluster: Cluster, folder: Path) -> Job:
+def _sweep(cluster: Cluster, folder: Path) -> dict[str, Job]:
     """The shipped script by hand: only what must be edited is."""
     folder.mkdir()
     shipped = (ROOT / "launch" / "slurm" / "sweep.sbatch").read_text()
     script = fill_in(
         shipped,
-        {"array": "0-1", "gres": None, "cpus-per-task": "2", "output": "log-%a.out"},
+        {"array": "0-1", "gres": None, "cpus-per-task": "1", "output": "log-%a.out"},
         {
-            "LAUNCH": str(ROOT / "launch"), "ACCELERATE_FILE": "cpu.yaml", "PROCESSES_PER_NODE": 2,
+            "LAUNCH": str(ROOT / "launch"), "ACCELERATE_FILE": "cpu.yaml", "PROCESSES_PER_NODE": 1,
             "PYTHON": sys.executable, "RUN_DIR": str(folder), "SEEDS": ["0", "1"], "BACKBONES": ["mlp"],
         },
     )  # fmt: skip
     (folder / "sweep.sbatch").write_text(script)
     words = ("sinusoid", "run.device=cpu", *FAST, "train.episodes_per_step=40", "train.steps=100")
     number = cluster.run("sbatch", "--parsable", "sweep.sbatch", *words, cwd=folder).strip()
-    return Job(cluster, number, folder, folder / "log-0.out")
+    return {
+        f"seed {seed}": Job(cluster, f"{number}_{seed}", folder / f"mlp-seed{seed}", folder / f"log-{seed}.out")
+        for seed in (0, 1)
+    }
 
 
 def assert_same_curve(disturbed: Job, jobs: dict[str, Job]) -> None:
@@ -67,6 +88,26 @@ def assert_same_curve(disturbed: Job, jobs: dict[str, Job]) -> None:
     assert lines == jobs["undisturbed"].metrics()[: len(lines)]
 
 
+def test_scontrol_requeue_resumes_and_finishes_exactly(jobs):
+    job = jobs["requeued"]
+    assert job.ended() == "COMPLETED 0:0", job.output
+    assert len(job.starts) == 2 and job.starts[1] > 0, job.output
+    assert "2 processes (ddp)" in job.output
+    assert (job.status["state"], job.status["restart"], job.steps) == ("finished", 1, 60)
+    assert_same_curve(job, jobs)
+
+
+def test_an_array_runs_each_seed_and_one_task_is_requeued_alone(jobs):
+    tasks = [jobs["seed 0"], jobs["seed 1"]]
+    for task in tasks:
+        assert task.ended() == "COMPLETED 0:0", task.output
+        assert (task.status["state"], task.status["world"], task.steps) == ("finished", 1, 100)
+    # The first task has the number of the whole array, which must not be requeued with it.
+    assert [len(task.starts) for task in tasks] == [2, 1]
+    assert f"Stopped by SIGUSR1 after step {tasks[0].starts[1]} of" in tasks[0].output
+    assert tasks[0].metrics()[0]["loss"] != tasks[1].metrics()[0]["loss"]
+
+
 def test_zero2_on_two_nodes(jobs):
     job = jobs["zero2"]
     assert job.ended() == "COMPLETED 0:0", job.output
@@ -75,56 +116,14 @@ def test_zero2_on_two_nodes(jobs):
     assert (job.status["state"], job.status["world"], job.steps) == ("finished", 2, 12)
 
 
-def test_an_array_runs_each_seed_and_one_task_is_requeued_alone(jobs):
-    array = jobs["sweep"]
-    tasks = [
-        Job(array.cluster, f"{array.id}_{seed}", array.folder / f"mlp-seed{seed}", array.folder / f"log-{seed}.out")
-        for seed in (0, 1)
-    ]
-    # The first task has the number of the whole array, which must not be requeued with it.
-    tasks[0].until(lambda: tasks[0].steps >= 3)
-    array.cluster.run("scancel", "--signal=USR1", tasks[0].id)
-    for task in tasks:
-        assert task.ended() == "COMPLETED 0:0", task.output
-        assert (task.status["state"], task.status["world"], task.steps) == ("finished", 2, 100)
-        assert "2 processes (ddp)" in task.output
-    assert [len(task.starts) for task in tasks] == [2, 1]
-    assert tasks[0].starts[1] > 0 and "Stopped by SIGUSR1" in tasks[0].output
-    assert tasks[0].metrics()[0]["loss"] != tasks[1].metrics()[0]["loss"]
+def test_where_a_job_may_not_be_requeued_it_ends_with_75(jobs):
+    job = jobs["once"]
+    assert job.ended() == "FAILED 75:0", job.output
+    assert (job.status["state"], job.status["world"], job.status["step"]) == ("stopped", 2, job.steps)
 
 
-def test_scontrol_requeue_resumes_and_finishes_exactly(jobs):
-    job = jobs["requeued"]
-    job.until(lambda: job.steps >= 3)
-    job.cluster.run("scontrol", "requeue", job.id)
-    assert job.ended() == "COMPLETED 0:0", job.output
-    assert len(job.starts) == 2 and job.starts[1] > 0, job.output
-    assert "2 processes (ddp)" in job.output
-    assert (job.status["state"], job.status["restart"], job.steps) == ("finished", 1, 60)
-    assert_same_curve(job, jobs)
-
-
-def test_the_warning_before_the_time_limit_saves_and_requeues(jobs):
-    job = jobs["limit"]
-    # On a slow machine the warning may come before training does; then nothing was lost, and the next one counts.
-    job.until(lambda: max(job.starts, default=0) > 0)
-    job.until(lambda: job.steps >= job.starts[-1] + MORE)
-    stopped_at = job.starts[-1]
-    assert f"Stopped by SIGUSR1 after step {stopped_at} of" in job.output
-    assert "CANCELLED" not in "".join(job.ends), "it was killed at its limit"
-    assert_same_curve(job, jobs)
-    job.cancel()
-
-
-def test_a_pretended_gpu_job_is_preempted_and_comes_back(cluster, jobs, tmp_path):
-    job = cluster.launch(
-        tmp_path / "run", *ENDLESS, "--nodes=2", "--gpus-per-node=4", "--processes-per-node=1", "--cpus-per-task=1",
-        "--time=30", "run.device=cpu", "--sbatch=--nodelist=n01,n02", "--job-name=preempted",
-    )  # fmt: skip
-    job.until(lambda: job.steps >= 3)
-    # Only this job holds GPUs: no other has to go.
-    urgent = ("--partition=urgent", "--nodes=2", "--gres=gpu:4", "--nodelist=n01,n02")
-    cluster.run("sbatch", *urgent, "--output=/dev/null", "--wrap=true")
+def test_a_preempted_job_with_pretended_gpus_saves_and_comes_back(jobs):
+    job = jobs["preempted"]
     job.until(lambda: len(job.starts) == 2)
     job.until(lambda: job.steps >= job.starts[1] + MORE)
     assert f"after step {job.starts[1]} of" in job.output, "not saved, but killed"
@@ -132,11 +131,8 @@ def test_a_pretended_gpu_job_is_preempted_and_comes_back(cluster, jobs, tmp_path
     job.cancel()
 
 
-def test_a_killed_node_is_named_and_the_job_comes_back(cluster, jobs, tmp_path):
-    job = cluster.launch(
-        tmp_path / "run", *ENDLESS, "--nodes=2", "--processes-per-node=1", "--time=30", "--job-name=killed",
-        "--sbatch=--nodelist=n03,n04",
-    )  # fmt: skip
+def test_a_killed_node_is_named_and_the_job_comes_back(cluster, jobs):
+    job = jobs["killed"]
     job.until(lambda: job.steps >= 10)
     assert cluster.tool("kill-node", "n04").returncode == 0
     job.until(lambda: "error: " in job.output, timeout_s=60)
@@ -150,20 +146,19 @@ def test_a_killed_node_is_named_and_the_job_comes_back(cluster, jobs, tmp_path):
     job.cancel()
 
 
-def test_where_a_job_may_not_be_requeued_it_ends_with_75(cluster, tmp_path):
-    job = cluster.launch(
-        tmp_path / "run", *ENDLESS, "--processes-per-node=2", "--time=30", "--no-requeue", "--max-restarts=0",
-        "--job-name=once",
-    )  # fmt: skip
-    job.until(lambda: job.steps >= 3)
-    cluster.run("scancel", "--signal=USR1", job.id)
-    assert job.ended() == "FAILED 75:0", job.output
-    assert (job.status["state"], job.status["step"]) == ("stopped", job.steps)
+def test_the_warning_before_the_time_limit_saves_and_requeues(jobs):
+    job = jobs["limit"]
+    # On a slow machine the warning may come before training does; then nothing was lost, and the next one counts.
+    job.until(lambda: max(job.starts, default=0) > 0, timeout_s=400)
+    job.until(lambda: job.steps >= job.starts[-1] + MORE)
+    assert f"Stopped by SIGUSR1 after step {job.starts[-1]} of" in job.output
+    assert not any(end.startswith("TIMEOUT") for end in job.ends), "it was killed at its limit"
+    assert_same_curve(job, jobs)
+    job.cancel()
 
 
 def test_a_cancelled_job_saves_and_stays_away(jobs):
     job = jobs["undisturbed"]
-    job.until(lambda: job.steps >= 3)
     job.cancel()
     assert job.ended().startswith("CANCELLED"), job.output
     assert len(job.ends) == 1 and job.status["restart"] == 0
