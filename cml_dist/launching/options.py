@@ -26,14 +26,16 @@ def add_slurm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strategy",
         metavar="FILE",
-        help="a file of launch/accelerate: ddp (default with GPUs), cpu (without), zero1, zero2, zero3, zero2-offload ...",
+        help="a file of launch/accelerate: ddp (default with GPUs), cpu (default without), zero1, zero2, zero3, ...",
     )
     sweep = parser.add_argument_group("a sweep: a job array with a run for each seed and backbone, below run.dir")
     sweep.add_argument("--seeds", type=_numbers, default=(), metavar="0,1,2", help="values of run.seed")
     sweep.add_argument("--backbones", type=_words, default=(), metavar="A,B", help="values of model.backbone")
     sweep.add_argument("--array-limit", type=int, metavar="N", help="runs at once (default: all)")
     end = parser.add_argument_group("how a job ends")
-    end.add_argument("--signal", default="USR1", metavar="NAME", help="what SLURM warns with (default USR1)")
+    end.add_argument(
+        "--signal", default="USR1", choices=["USR1", "USR2", "TERM"], help="what SLURM warns with (default USR1)"
+    )
     end.add_argument(
         "--signal-lead-s",
         type=int,

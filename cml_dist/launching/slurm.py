@@ -259,6 +259,11 @@ def _check_run(request: SlurmRequest, config: RunConfig, folder: RunFolder) -> N
             f"parallel.processes is {asked}, but {request.nodes} x {request.processes} processes were asked for",
             "drop parallel.processes: the batch script sets it",
         )
+    if "SIGUSR1" not in config.run.stop_signals:
+        raise ConfigError(
+            f"run.stop_signals is {list(config.run.stop_signals)}, but the batch script stops processes by SIGUSR1",
+            "add SIGUSR1 to run.stop_signals",
+        )
     zero = re.match(r"zero\d", request.launch_file)
     if zero and config.parallel.strategy not in ("auto", zero[0]):
         raise ConfigError(

@@ -23,11 +23,11 @@ fi
 # SLURM signals this shell alone. The processes must hear of it, and not the launcher: it would kill them 30 s later,
 # and a meta-step may take minutes. The first variable is for sites that signal all processes (newer torch heeds it).
 export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT LOGLEVEL="${LOGLEVEL:-ERROR}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-trap '' USR1 TERM # inherited: a process that is not up yet ignores them
+trap '' USR1 USR2 TERM # inherited: a process that is not up yet ignores them
 "$PYTHON" -m "${launch[@]}" -m cml_dist train "$@" "run.dir=$RUN_DIR" "parallel.processes=$processes" &
 launcher=$!
 stopping=
-trap 'stopping=yes' USR1 TERM # a process that was stopped and saved leaves with 0, since MAX_RESTARTS is not 0
+trap 'stopping=yes' USR1 USR2 TERM # a process that was stopped and saved leaves with 0, since MAX_RESTARTS is not 0
 while kill -0 "$launcher" 2>/dev/null; do
     if [ -n "$stopping" ]; then # every second: a process may just be starting
         # shellcheck disable=SC2046 # one word a process
