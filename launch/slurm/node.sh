@@ -11,12 +11,12 @@ first=$SLURM_STEP_NODELIST
 while [[ $first =~ ^([^],]*)\[([0-9]+)[^]]*\](.*)$ ]]; do
     first=${BASH_REMATCH[1]}${BASH_REMATCH[2]}${BASH_REMATCH[3]}
 done
-launch=(accelerate.commands.accelerate_cli launch --config_file "$LAUNCH/accelerate/$ACCELERATE_FILE"
+command=(accelerate.commands.accelerate_cli launch --config_file "$LAUNCH/accelerate/$ACCELERATE_FILE"
     --num_machines "$nodes" --num_processes "$processes" --max_restarts "$MAX_RESTARTS")
 if [ "$nodes" -gt 1 ]; then
     # A port of the job and of this start of it: what an earlier start left on a lost node must not be met.
     port=$((15000 + (SLURM_JOB_ID * 8 + ${SLURM_RESTART_COUNT:-0}) % 15000))
-    launch+=(--machine_rank "$SLURM_NODEID" --main_process_ip "${first%%,*}" --main_process_port "$port"
+    command+=(--machine_rank "$SLURM_NODEID" --main_process_ip "${first%%,*}" --main_process_port "$port"
         --rdzv_backend c10d)
 fi
 
@@ -24,7 +24,7 @@ fi
 # and a meta-step may take minutes. The first variable is for sites that signal all processes (newer torch heeds it).
 export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT LOGLEVEL="${LOGLEVEL:-ERROR}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 trap '' USR1 USR2 TERM # inherited: a process that is not up yet ignores them
-"$PYTHON" -m "${launch[@]}" -m cml_dist train "$@" "run.dir=$RUN_DIR" "parallel.processes=$processes" &
+"$PYTHON" -m "${command[@]}" -m cml_dist train "$@" "run.dir=$RUN_DIR" "parallel.processes=$processes" &
 launcher=$!
 stopping=
 trap 'stopping=yes' USR1 USR2 TERM # a process that was stopped and saved leaves with 0, since MAX_RESTARTS is not 0
