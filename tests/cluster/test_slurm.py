@@ -34,9 +34,12 @@ def jobs(cluster: Cluster, tmp_path_factory) -> dict[str, Job]:
     gpus = ("--nodes=2", "--gpus-per-node=4", "--processes-per-node=1", "--cpus-per-task=1", "run.device=cpu")
     on_two, half_an_hour = ("--sbatch=--nodelist=n01,n02",), ("--time=30", "--signal-lead-s=60")
     jobs = {
-        # The limit of two minutes warns a minute or so after the start.
+        # The limit of two minutes warns a minute or so after the start, so that it has to train by then.
         "limit": launch("limit", *TWO_NODES, *on_two, *ENDLESS, "--time=2", "--signal-lead-s=30"),
         "undisturbed": launch("undisturbed", *TWO_NODES, *on_two, *ENDLESS, *half_an_hour),
+    }
+    jobs["limit"].until(lambda: jobs["limit"].steps)
+    jobs |= {
         "requeued": launch("requeued", *TWO_NODES, *on_two, *ENDLESS, *half_an_hour, "train.steps=60"),
         "preempted": launch("preempted", *gpus, *on_two, *ENDLESS, *half_an_hour),
         "killed": launch("killed", *TWO_NODES, "--sbatch=--nodelist=n03,n04", *ENDLESS, *half_an_hour),
@@ -148,7 +151,7 @@ def test_a_killed_node_is_named_and_the_job_comes_back(cluster, jobs):
 
 def test_the_warning_before_the_time_limit_saves_and_requeues(jobs):
     job = jobs["limit"]
-    # On a slow machine the warning may come before training does; then nothing was lost, and the next one counts.
+    # On a slow machine the warning may come before training does; then nothing is lost, and the next one counts.
     job.until(lambda: max(job.starts, default=0) > 0, timeout_s=400)
     job.until(lambda: job.steps >= job.starts[-1] + MORE)
     assert f"Stopped by SIGUSR1 after step {job.starts[-1]} of" in job.output
