@@ -17,6 +17,7 @@ REQUIREMENTS = [
     "huggingface-hub>=0.23",
     "matplotlib>=3.8",
     "numpy>=1.26",
+    "packaging>=23.2",
     "pillow>=10.1",
     "pydantic>=2.7",
     "pyyaml>=6.0.1",
@@ -31,8 +32,15 @@ DEEPSPEED_REQUIREMENTS = [
     "deepspeed>=0.19.8",
     "transformers>=4.46",
 ]
+# Through Accelerate's classes, which start on demand since 1.8.
+TRACKER_REQUIREMENTS = [
+    "accelerate>=1.8",
+    "tensorboard>=2.16",
+    "wandb>=0.18",
+]
 TEST_REQUIREMENTS = [
     *DEEPSPEED_REQUIREMENTS,
+    *TRACKER_REQUIREMENTS,
     "pytest>=8.2",
     "pytest-timeout>=2.3",
     "ruff>=0.6",
@@ -74,6 +82,6 @@ setup(
     include_package_data=False,
     zip_safe=False,
     install_requires=REQUIREMENTS,
-    extras_require={"deepspeed": DEEPSPEED_REQUIREMENTS, "test": TEST_REQUIREMENTS},
+    extras_require={"deepspeed": DEEPSPEED_REQUIREMENTS, "trackers": TRACKER_REQUIREMENTS, "test": TEST_REQUIREMENTS},
     entry_points={"console_scripts": ["cml-dist = cml_dist.cli:main"]},
 )

@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from cml_dist import __version__
-from cml_dist.errors import CmlError
+from cml_dist.errors import CmlError, ConfigError
 from cml_dist.launching.options import add_slurm_options
 from cml_dist.parallel.leave import leave
 from cml_dist.parallel.watch import this_watch
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 
 if TYPE_CHECKING:
+    from cml_dist.doctor.report import Report
     from cml_dist.planning.strategies import RankBudget
     from cml_dist.telemetry.console import Console
+    from cml_dist.tools.run_status import RunView
 
 DESCRIPTION = "Distributed meta-training with Cooperative Meta-Learning (CML): exact meta-gradients on many devices."
 CONFIG_HELP = "a YAML file, or the short name of a shipped recipe (glyphs, omniglot, cifar_fs, mini_imagenet, sinusoid)"
@@ -66,11 +69,38 @@ def build_parser() -> argparse.ArgumentParser:
     _checkpoint(evaluate)
     _overrides(evaluate)
 
+    status = commands.add_parser("status", help="how runs stand, from another terminal or machine; reads only")
+    status.add_argument("run_dir", metavar="RUN_DIR", nargs="+", help="the folder of a run; several make a table")
+    status.add_argument(
+        "--watch",
+        type=_interval,
+        nargs="?",
+        const=5.0,
+        metavar="SECONDS",
+        help="show it again every so many seconds (default 5), until all runs are finished or Ctrl-C",
+    )
+    shape = status.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true", help="print everything as JSON (several runs: a list)")
+    shape.add_argument(
+        "--check",
+        action="store_true",
+        help="one line a run, and as exit code: 0 finished, 75 stopped and saved, 3 running or unknown, 1 failed or "
+        "dead; of several the worst",
+    )
+
     export = commands.add_parser("export", help="write body and head of a run as safetensors with a model card")
     export.add_argument("run_dir", metavar="RUN_DIR", help="the folder of a run (its run.dir)")
     export.add_argument("--to", metavar="DIR", help="where to write (default: RUN_DIR/export)")
     _checkpoint(export)
     _overrides(export)
+
+    doctor = commands.add_parser(
+        "doctor", help="look at this machine, or at all processes of a world, before a long run: ready, or what to mend"
+    )
+    doctor.add_argument("config", metavar="CONFIG", nargs="?", help=f"{CONFIG_HELP}: also check its backbone and data")
+    doctor.add_argument("--run-dir", metavar="DIR", help="the folder to look at (default: run.dir)")
+    doctor.add_argument("--json", action="store_true", help="print everything as JSON")
+    _overrides(doctor)
 
     launch = commands.add_parser("launch", help="submit a run to a cluster")
     places = launch.add_subparsers(dest="launch_command", required=True, metavar="COMMAND")
@@ -118,11 +148,20 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _interval(word: str) -> float:
+    try:
+        seconds = float(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of seconds; RUN_DIR comes before --watch") from None
+    if not 0.1 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{word} seconds; give 0.1 to 86400")
+    return seconds
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parsed(argv)
-    # A RANK that something else left behind must not silence a lone process.
-    rank = int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+    rank = _rank()
     from cml_dist.telemetry.console import Console, console_for
 
     console = console_for(rank)
@@ -140,13 +179,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console().error(what, "mend it, then run the same command")
         return leave(1, what)
     except Exception as error:
-        # Where another rank is to blame, the watch knows it soon, names it, and ends this process.
-        broken = _BROKEN.search(str(error)) is not None
-        this_watch().await_verdict(BLAME_S if broken else 1.0)
+        this_watch().blame(error)
         import traceback
 
         traceback.print_exc()
         return leave(1, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+
+
+def _rank() -> int:
+    """Of this process; a RANK that something else left behind must not silence a lone one."""
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -159,13 +201,6 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
-
-
-_BROKEN = re.compile(r"gloo|NCCL|ProcessGroup|Connection (closed|reset)|Socket")
-"""How collectives word it when the other side has gone."""
-
-BLAME_S = 10.0
-"""Seconds that the watch gets to find out who."""
 
 
 # --------------------------------------------------------------------------- commands
@@ -185,8 +220,8 @@ def _train(args: argparse.Namespace, console: Console) -> int:
         from cml_dist.run.trainer import train
 
         code = train(config, console, interrupts).exit_code
-    except Stopped:
-        this_watch().await_verdict(1.0)  # a launcher stops all when one dies: then that one is the news
+    except Stopped as stopped:
+        this_watch().blame(stopped)  # a launcher stops all when one dies
         this_watch().fail(f"it was stopped by {interrupts.stop} before training began", everywhere=True)
         console.warn(f"Stopped by {interrupts.stop} before training began; nothing is lost: run the same command again")
         code = STOPPED_BY_SCHEDULER
@@ -319,6 +354,82 @@ def _launch(args: argparse.Namespace, console: Console) -> None:
         console.note(line)
 
 
+def _status(args: argparse.Namespace, console: Console) -> int:
+    from cml_dist.telemetry.console import redrawn
+    from cml_dist.tools import run_status
+
+    if args.check:
+        if args.watch is not None:
+            raise ConfigError("--check answers once", "leave --watch out, or --check")
+        views = [run_status.state_of(run_dir) for run_dir in args.run_dir]
+        for view in views:
+            print(run_status.check_line(view))
+        return run_status.worst_exit_code(views)
+    if len(args.run_dir) == 1 and not os.path.isdir(args.run_dir[0]):
+        raise CmlError(f"there is no folder {args.run_dir[0]}", "name the run.dir of a training run")
+
+    def draw(console: Console) -> None:
+        if args.json:
+            found = [view.as_dict() for view in views]
+            print(json.dumps(found[0] if len(found) == 1 else found, indent=2), flush=True)
+        elif len(views) == 1:
+            console.header(views[0].run_dir, run_status.rows_of(views[0]))
+        else:
+            parent, names = run_status.names_of(views)
+            rows = [run_status.columns_of(view, name) for view, name in zip(views, names, strict=True)]
+            console.table(parent, run_status.COLUMNS, rows)
+            for view, name in zip(views, names, strict=True):
+                if view.state != "running" and view.reason:
+                    console.note(f"{name}: {view.state}, {view.reason}")
+
+    views: list[RunView] = []
+    with (
+        suppress(KeyboardInterrupt),
+        redrawn(console) if args.watch and not args.json else nullcontext(lambda draw: draw(console)) as show,
+    ):
+        while True:
+            views[:] = [run_status.look(run_dir) for run_dir in args.run_dir]
+            show(draw)
+            if args.watch is None or all(view.state == "finished" for view in views):
+                break
+            time.sleep(args.watch)
+    return 0
+
+
+def _doctor(args: argparse.Namespace, console: Console) -> int:
+    from cml_dist.parallel.srun import join_srun
+    from cml_dist.telemetry.console import NullConsole, console_for
+
+    os.environ.update(join_srun())
+    console = NullConsole() if args.json else console_for(_rank())
+    from cml_dist.config.load import load_config
+    from cml_dist.doctor.examine import Examination, bare_config, num_steps
+
+    overrides = list(args.overrides)
+    if args.config is not None and "=" in args.config and not os.path.exists(args.config):
+        overrides.insert(0, args.config)  # the first override, where no configuration is named
+        args.config = None
+    config = bare_config(overrides) if args.config is None else load_config(args.config, overrides)
+    run_dir = args.run_dir or config.run.dir
+
+    def present(report: Report) -> None:
+        if args.json:
+            print(json.dumps(report.as_dict(), indent=2), flush=True)
+            return
+        console.header("cml-dist doctor", report.head())
+        console.findings(report.groups())
+        faults = [(f"{row.check}: {row.value}", row.remedy) for row in report.of("fault")]
+        console.verdict(report.verdict(), report.ready, faults)
+
+    with console.progress("looking", num_steps()) as view:
+        examination = Examination(config, args.config, run_dir, present, lambda done, at: view.update(done, at=at))
+        code = examination.run()
+    if examination.hung:  # a thread that hangs would keep the interpreter from going down
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
 def _data(args: argparse.Namespace, console: Console) -> None:
     (_pack if args.data_command == "pack" else _inspect)(args, console)
 
@@ -390,8 +501,10 @@ COMMANDS = {
     "train": _train,
     "config": _config,
     "plan": _plan,
+    "doctor": _doctor,
     "eval": _eval,
     "export": _export,
+    "status": _status,
     "launch": _launch,
     "data": _data,
 }

@@ -350,6 +350,13 @@ class RunSection(Section):
     log_every: int = Field(
         50, ge=1, description="meta-steps between lines where the output is no terminal (metrics.jsonl has every step)"
     )
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_as_list)] = Field(
+        (),
+        description="also shown in: tensorboard (in the run's folder), wandb (WANDB_MODE=offline: contacts nobody); metrics, validations, test and configuration, by rank 0; needs pip install 'cml-dist[trackers]'",
+    )
+    tracker_project: str | None = Field(
+        None, min_length=1, description="W&B's project; null: WANDB_PROJECT, else cml-dist (the run is named after its folder)"
+    )
     stop_signals: tuple[str, ...] = Field(
         ("SIGUSR1", "SIGTERM"),
         description="signals besides Ctrl-C that end the running meta-step, save and leave with exit code 75; a second one changes nothing",

@@ -11,12 +11,16 @@ def available_bytes() -> int:
     """Memory that could be had now without swapping, at most the limit of this process's control groups."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     assert found is not None, "Linux says MemAvailable since 3.14"
-    return min(int(found[1]) * 1024, *_limits())
+    return min([int(found[1]) * 1024, *_limits()])
+
+
+def limit_bytes() -> int | None:
+    """The smallest memory limit of this process's control groups; None where there is none."""
+    return min((limit for limit in _limits() if limit < 2**60), default=None)  # version 1 says 2**63 for none
 
 
 def _limits() -> Iterator[int]:
-    """Limits of the control groups, own and above (containers and SLURM set them); a huge one where there is none."""
-    yield 2**62
+    """Limits of the control groups, own and above (containers and SLURM set them)."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:

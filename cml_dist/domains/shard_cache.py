@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from cml_dist.domains.shard_format import DATASET_FILE, FileInfo, Progress, parse_dataset
+from cml_dist.domains.shard_format import DATASET_FILE, DatasetInfo, FileInfo, Progress, parse_dataset
 from cml_dist.errors import DataError
 
 _BLOCK_BYTES = 2**20
@@ -46,6 +46,16 @@ def local_folder(root: str, cache: str | os.PathLike[str] | None = None, progres
     if root.startswith("file:"):
         return Path(unquote(urlsplit(root).path))
     return Path(root).expanduser()
+
+
+def description(root: str) -> DatasetInfo:
+    """What a remote set says of itself; nothing else of it is fetched.
+
+    Raises:
+        DataError: it cannot be fetched, or describes no set.
+    """
+    url = f"{root.rstrip('/')}/{DATASET_FILE}"
+    return parse_dataset(b"".join(_stream(url)), url)
 
 
 def _fetch(root: str, cache: Path, progress: Progress | None) -> Path:

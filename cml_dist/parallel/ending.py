@@ -28,21 +28,21 @@ def end_process(verdict: Verdict, watch: Joined, speaks: bool) -> None:
         speaks: whether this rank is the one that puts the line on the screen.
     """
     faulthandler.dump_traceback_later(LAST_WORDS_S, exit=True, file=STDERR)
-    with suppress(Exception):
-        watch.at_end(verdict.what)
-    log = _descriptor(watch.log)
-    line = f"error: {verdict.what}; {_remedy(verdict)}".rstrip("; ") + "\n"
-    if log is not None:
-        _write(log, line)
-    if speaks:
-        # A live display may have hidden the cursor, and left it in the middle of a line.
-        _write(STDERR, "\x1b[?25h\n" + line if os.isatty(STDERR) else line)
-    if verdict.stacks:
-        _write(STDERR if log is None else log, f"{watch.described}; its threads:\n{_stacks()}")
     for machine, pid in verdict.stopped:
         if machine == watch.me.machine and pid != os.getpid():
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+    line = f"error: {verdict.what}; {_remedy(verdict)}".rstrip("; ") + "\n"
+    if speaks:
+        # A live display may have hidden the cursor, and left it in the middle of a line.
+        _write(STDERR, "\x1b[?25h\n" + line if os.isatty(STDERR) else line)
+    log = _descriptor(watch.log)
+    if log is not None:
+        _write(log, line)
+    if verdict.stacks:
+        _write(STDERR if log is None else log, f"{watch.described}; its threads:\n{_stacks()}")
+    with suppress(Exception):
+        watch.at_end(verdict.what)
     os._exit(1)
 
 

@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 
@@ -15,8 +15,9 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from cml_dist.config.schema import ParallelConfig
 from cml_dist.errors import WorldError
+from cml_dist.parallel.ending import end_process
 from cml_dist.parallel.star import Follower, Leader
-from cml_dist.parallel.verdict import Member
+from cml_dist.parallel.verdict import Member, Verdict
 from cml_dist.parallel.watch import Joined
 from cml_dist.parallel.wire import Wire
 
@@ -40,29 +41,38 @@ def meet(config: ParallelConfig, environment: Mapping[str, str] | None = None) -
     Collective: all ranks.
     """
     environment = os.environ if environment is None else environment
-    rank, size, host, port = _launched(environment)
+    rank, size, host, port = launched(environment)
     until_s = time.monotonic() + config.join_timeout_s
-    agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    try:
-        # The launcher's agent on rank 0's machine serves the store; without one rank 0 does.
-        store = TCPStore(
-            host,
-            port,
-            is_master=rank == 0 and not agent,
-            timeout=timedelta(seconds=config.join_timeout_s),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except (DistError, RuntimeError, ValueError) as error:
-        raise WorldError(
-            f"rank {rank} cannot reach the rendezvous at {host}:{port}: {_first_line(error)}",
-            "see whether rank 0's process runs there, and whether MASTER_ADDR and MASTER_PORT are the same everywhere",
-        ) from error
+    store = launcher_store(rank, host, port, config.join_timeout_s, environment)
     one_machine = environment.get("LOCAL_WORLD_SIZE") == str(size)
     watch = join(store, identity(rank), size, config, until_s, "127.0.0.1" if one_machine else host)
     # A store outlives its ranks when the launcher starts them again: what they have written may not be read.
     store.set_timeout(group_timeout(config))
     return watch, PrefixStore(watch.meeting, store)
+
+
+def launcher_store(rank: int, host: str, port: int, timeout_s: float, environment: Mapping[str, str]) -> TCPStore:
+    """Where the launcher says that the ranks meet; who else has come is not waited for.
+
+    Raises:
+        WorldError: nobody listens there.
+    """
+    agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        # The launcher's agent on rank 0's machine serves the store; without one rank 0 does.
+        return TCPStore(
+            host,
+            port,
+            is_master=rank == 0 and not agent,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except (DistError, RuntimeError, ValueError) as error:
+        raise _of_this_rank(
+            f"cannot reach the rendezvous at {host}:{port}: {_first_line(error)}",
+            "see whether rank 0's process runs there, and whether MASTER_ADDR and MASTER_PORT are the same everywhere",
+        ) from error
 
 
 def group_timeout(config: ParallelConfig) -> timedelta:
@@ -82,17 +92,26 @@ def identity(rank: int) -> Member:
     return Member(rank, name, os.getpid(), machine, moved_s=time.monotonic())
 
 
-def join(store: Store, me: Member, size: int, config: ParallelConfig, until_s: float, address: str) -> Joined:
+def join(
+    store: Store,
+    me: Member,
+    size: int,
+    config: ParallelConfig,
+    until_s: float,
+    address: str,
+    end: Callable[[Verdict, Joined, bool], None] = end_process,
+) -> Joined:
     """This rank's watch, once all are there.
 
     Args:
         until_s: when to give up, by the monotonic clock.
         address: of rank 0's machine.
+        end: see :class:`Joined`.
 
     Raises:
         WorldError: not all came.
     """
-    limits = {"silence_s": config.silence_s, "timeout_s": config.timeout_s}
+    limits = {"silence_s": config.silence_s, "timeout_s": config.timeout_s, "end": end}
     watch: Joined
     if me.rank == 0:
         server, token, countersign = _listen(address), secrets.token_hex(16), secrets.token_hex(16)
@@ -107,11 +126,17 @@ def join(store: Store, me: Member, size: int, config: ParallelConfig, until_s: f
         leader, wire = _find_leader(store, me, size, until_s)
         watch = Follower(me, size, leader, wire, **limits)
         watch.start()
-    watch.await_all(until_s - time.monotonic() + MARGIN_S)
+    try:
+        watch.await_all(until_s - time.monotonic() + MARGIN_S)
+    except WorldError:
+        raise
+    except BaseException:  # Ctrl-C, a scheduler's signal
+        watch.fail("it was stopped while the world met", everywhere=True)
+        raise
     return watch
 
 
-def _launched(environment: Mapping[str, str]) -> tuple[int, int, str, int]:
+def launched(environment: Mapping[str, str]) -> tuple[int, int, str, int]:
     """(rank, size, MASTER_ADDR, MASTER_PORT)."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     absent = [name for name in names if not environment.get(name)]
@@ -157,8 +182,8 @@ def _find_leader(store: Store, me: Member, size: int, until_s: float) -> tuple[M
             except (OSError, ValueError) as error:
                 why = f"{address}:{meeting['port']}: {error}"
         time.sleep(RETRY_S)
-    raise WorldError(
-        f"rank {me.rank} on host {me.host} was not let in by rank 0: {why}",
+    raise _of_this_rank(
+        f"rank 0 did not let in this process on host {me.host}: {why}",
         "see what rank 0 says, and whether its machine lets connections in",
     )
 
@@ -180,6 +205,13 @@ def _knock(address: str, meeting: dict, me: Member, size: int) -> tuple[Member, 
     except BaseException:
         wire.close()
         raise
+
+
+def _of_this_rank(what: str, remedy: str) -> WorldError:
+    """What no other rank may see, so that this one has to say it."""
+    error = WorldError(what, remedy)
+    error.everywhere = False
+    return error
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ cannot hold the watch up.
 from __future__ import annotations
 
 import os
+import re
 import selectors
 import socket
 import threading
@@ -18,12 +19,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from cml_dist.errors import WorldError
+from cml_dist.errors import CmlError, WorldError
 from cml_dist.parallel.ending import end_process, guard, is_alive
 from cml_dist.parallel.verdict import AGAIN, Member, Verdict
 
 TICK_S = 1.0
 """Seconds between two words of a rank."""
+
+_BROKEN = re.compile(r"gloo|NCCL|ProcessGroup|Connection (closed|reset)|Socket")
+"""How collectives word it when the other side has gone."""
+
+BLAME_S = 10.0
+"""Seconds in which the watch finds out who broke one."""
 
 GRACE_S = 10.0
 """What a rank has to find out by itself, it finds out within this many seconds."""
@@ -68,8 +75,14 @@ class Watch:
             everywhere: every rank is about to find out by itself: they get the time to.
         """
 
+    def blame(self, error: BaseException) -> None:
+        """Give the watch time to find that another rank is to blame for ``error``: it names it, and ends the process.
+
+        Returns after some seconds where that is not so, and at once when asked again.
+        """
+
     def await_verdict(self, seconds: float) -> None:
-        """Give the watch time to name who is to blame, for a collective that broke. It ends the process then."""
+        """Give the watch time to end the process, if it is about to."""
 
     def close(self) -> None:
         """Leave in peace."""
@@ -103,6 +116,7 @@ class Joined(Watch):
         self._here = threading.Event()  # the start is over: all came, or will not
         self._error: Verdict | None = None  # ... and this is why not
         self._over = False
+        self._blamed: BaseException | None = None
         self._thawed_s = 0.0
         self._orders: list[tuple[str, Any, threading.Event]] = []  # of the main thread
         self._selector = selectors.PollSelector()  # no kernel object that a forked loader process would share
@@ -141,6 +155,11 @@ class Joined(Watch):
     def fail(self, cause: str, *, everywhere: bool = False) -> None:
         self._order("fail", (cause, everywhere))
 
+    def blame(self, error: BaseException) -> None:
+        if not isinstance(error, CmlError) and error is not self._blamed:
+            self._blamed = error
+            self.await_verdict(BLAME_S if _BROKEN.search(str(error)) else 1.0)
+
     def await_verdict(self, seconds: float) -> None:
         self._thread.join(seconds)  # which ends with the process
 
@@ -169,7 +188,10 @@ class Joined(Watch):
             next_s = last_s
             while not self._over:
                 for key, _ in self._selector.select(max(0.0, next_s - time.monotonic())):
-                    key.data()
+                    if not self._over:
+                        key.data()
+                if self._over:
+                    break
                 now_s = time.monotonic()
                 if now_s - last_s > 2 * TICK_S:  # this process itself stood still: the others' words wait to be read
                     self._thawed_s = now_s

@@ -268,7 +268,7 @@ def _deepspeed_plugin(dictionary: dict[str, Any]) -> DeepSpeedPlugin:
                 f"parallel.strategy is one of DeepSpeed's, but {package} is not installed",
                 "pip install 'cml-dist[deepspeed]', or set parallel.strategy=ddp",
             )
-    _import_deepspeed()
+    import_deepspeed()
     return DeepSpeedPlugin(
         hf_ds_config=dictionary,
         gradient_accumulation_steps=1,
@@ -278,7 +278,7 @@ def _deepspeed_plugin(dictionary: dict[str, Any]) -> DeepSpeedPlugin:
     )
 
 
-def _import_deepspeed() -> None:
+def import_deepspeed() -> None:
     """Import DeepSpeed so that it compiles nothing and says nothing but errors.
 
     Its communication layer builds a C++ operator on CPUs when it starts, for minutes, which serves inference alone;

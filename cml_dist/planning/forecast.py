@@ -113,8 +113,8 @@ def forecast(
     Cost: seconds to a minute; memory of Python and torch alone.
     """
     _check(config, gpus, gpu_memory_gib)
-    inputs = _inputs(config, image_size, channels)
-    net = _network(config, inputs)
+    inputs = known_inputs(config, image_size, channels)
+    net = network_structure(config, inputs)
     # Strategies are what is compared here; the plan is asked for the rest.
     parallel = config.parallel.model_copy(update={"strategy": "auto", "offload": "auto"})
     plan = make_plan(config.model_copy(update={"parallel": parallel}), gpus)
@@ -159,7 +159,7 @@ def _check(config: RunConfig, gpus: int, gpu_memory_gib: float) -> None:
         raise ConfigError(f"parallel.processes is {asked}, but --gpus is {gpus}", f"set parallel.processes={gpus}")
 
 
-def _network(config: RunConfig, inputs: Inputs) -> CmlNet:
+def network_structure(config: RunConfig, inputs: Inputs) -> CmlNet:
     """The network without values: pre-trained weights change no size, and are neither read nor fetched."""
     shape = {"input_shape": inputs.shape, "output_dim": inputs.output_dim}
     colearner = config.method.name == "cml"
@@ -172,7 +172,12 @@ def _network(config: RunConfig, inputs: Inputs) -> CmlNet:
 # --------------------------------------------------------------------------- shapes of an episode
 
 
-def _inputs(config: RunConfig, image_size: int | None, channels: int | None) -> Inputs:
+def known_inputs(config: RunConfig, image_size: int | None = None, channels: int | None = None) -> Inputs:
+    """What a run reads, as far as it is known without its data.
+
+    Raises:
+        ConfigError: the size of the images is not known.
+    """
     domain, dtype = config.domain, getattr(torch, config.run.dtype)
     if domain.name == "sinusoid":
         from cml_dist.domains.sinusoid import SinusoidDomain as Sinusoid

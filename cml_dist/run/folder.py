@@ -21,6 +21,7 @@ NEUTRAL_KEYS = (
     "run.device",
     "run.log_every",
     "run.stop_signals",
+    "run.tracker",
     "parallel.",
     "engine.",
     "memory.",
@@ -43,7 +44,8 @@ class RunFolder:
 
     Layout: ``config.yaml`` (resolved), ``deepspeed.json`` (of the last start under a ZeRO strategy), ``sessions.jsonl``
     (versions and hardware of each start), ``status.json`` (how it stands), ``metrics.jsonl``, ``validation.jsonl``,
-    ``checkpoints/``, ``eval.json`` + ``eval_scores.npz``, ``evals/``, ``export/``.
+    ``checkpoints/``, ``eval.json`` + ``eval_scores.npz``, ``evals/``, ``export/``, ``logs/`` (one a rank), and of
+    ``run.trackers`` ``tensorboard/`` and ``wandb/``.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -58,6 +60,7 @@ class RunFolder:
         self.scores_file = self.path / "eval_scores.npz"
         self.own_eval_file = self.path / "evals" / "own.json"
         self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
         self.export = self.path / "export"
         self._lease: Lease | None = None
         self._made: list[Path] = []  # folders that claim() made, innermost first

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cml_dist.config.plan import share
 from cml_dist.domains.base import Domain
-from cml_dist.errors import CmlError
+from cml_dist.errors import CmlError, DataError
 from cml_dist.types import Episode
 
 PR_SET_PDEATHSIG = 1
@@ -67,7 +67,13 @@ class EpisodeStream:
         return self
 
     def __next__(self) -> Episode:
-        episode = next(self._episodes)
+        try:
+            episode = next(self._episodes)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            why = "see what it said" if "exited" in str(error) else "if memory ran out, lower domain.workers"
+            raise DataError(f"a process that makes episodes ended: {error}", why) from error
         if isinstance(episode, CmlError):
             raise episode
         return self.domain.prepare(episode, self.device, self.dtype)

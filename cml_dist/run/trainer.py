@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from cml_dist import __version__
 from cml_dist.config.plan import RunPlan, make_plan, plan_rows, share
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, CmlError, TrainingError, WorldError
@@ -38,9 +39,11 @@ from cml_dist.run.report import learner_name, score_run
 from cml_dist.run.session import session_record, session_rows, set_rows, set_warning
 from cml_dist.run.status import RunStatus, State, now, this_start
 from cml_dist.run.stream import EpisodeStream, rank_share
-from cml_dist.telemetry.console import Console, ResultRow
+from cml_dist.telemetry.console import BothConsole, Console, ResultRow
 from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
 from cml_dist.telemetry.preparing import preparing
+from cml_dist.telemetry.rank_log import RankLog
+from cml_dist.telemetry.trackers import Trackers, check_installed
 from cml_dist.types import Episode
 
 TERMS = ("outer_loss", "score", "colearner_loss", "colearner_score", "gradient_cosine")
@@ -90,7 +93,7 @@ class _Run:
     """One start of a run: state of the loop, and the steps between."""
 
     def __init__(self, config: RunConfig, world: World, console: Console, interrupts: Interrupts) -> None:
-        self.config, self.world, self.console, self.interrupts = config, world, console, interrupts
+        self.config, self.world, self.interrupts = config, world, interrupts
         self.plan: RunPlan = make_plan(config, world.size)
         self.folder = RunFolder(config.run.dir)
         self.threads = set_arithmetic(config, world)
@@ -100,12 +103,17 @@ class _Run:
         self.longest_s = {"step": 0.0, "save": 0.0}
         self.step = 0
         self.state: dict[str, Any] = {"best": None, "validated": 0, "skipped": 0, "skipped_in_a_row": 0}
+        self.log = RankLog(world.rank)
+        self.console: Console = BothConsole(console, self.log.console)
+        self.trackers = Trackers(config, 0, self.console, active=False)  # until the run has begun
 
     # ------------------------------------------------------------------ phases
 
     def go(self) -> Outcome:
         world, config = self.world, self.config
         world.together(self._claim)
+        if self.folder.exists:
+            self._open_log()
         world.watch.at_end = self._lost
         restart, most = restarts()
         if restart:
@@ -122,6 +130,9 @@ class _Run:
         world.watch.beat("looking for a checkpoint")
         self._resume()
         world.together(self._announce)
+        self._open_log()  # only now: a run that never began leaves nothing behind
+        world.watch.beat("starting the trackers")
+        self.trackers = Trackers(config, self.step, self.console, active=world.is_main)
         try:
             self.interrupts.patient()
             self._loop()
@@ -152,6 +163,8 @@ class _Run:
 
     def fail(self, error: BaseException) -> None:
         """Leave word of an end before the end in the run folder."""
+        self.world.watch.blame(error)
+        self.log.failed(error)
         if not self.folder.claimed or not self.folder.exists:
             return
         asked = isinstance(error, (Stopped, KeyboardInterrupt))
@@ -197,11 +210,14 @@ class _Run:
         """Close the files; the folder is free for another trainer."""
         if self.metrics is not None:
             self.metrics.close()
+        self.trackers.close()
+        self.log.close()
         self.folder.release()
 
     def _claim(self) -> None:
         """Rank 0 takes the folder, new or resumable; the others hear if it may not."""
         if self.world.is_main:
+            check_installed(self.config)
             if self.folder.exists:
                 self.folder.check_resumable(self.config)
             self.folder.claim()
@@ -258,6 +274,18 @@ class _Run:
         if (warning := set_warning(self.config, self.parts)) is not None:
             self.console.warn(warning)
 
+    def _open_log(self) -> None:
+        """This rank's log, in a folder where a run lives."""
+        world, start = self.world, this_start()
+        job = f", job {start.job}" if start.job else ""
+        restart = f", restart {start.restart}" if start.restart else ""
+        self.log.open(
+            self.folder.logs,
+            f"-------- cml-dist {__version__}: rank {world.rank} of {world.size} (here {world.local_rank} of "
+            f"{world.local_size}), pid {start.pid} on {start.host}{job}{restart}",
+        )
+        world.watch.log = self.log.file
+
     def _loop(self) -> None:
         """All meta-steps that are left. Raises Stopped where someone asked to stop, once it is saved."""
         config, world = self.config, self.world
@@ -292,6 +320,7 @@ class _Run:
         tested = score_run(
             self.config, self.plan, self.parts, self.folder, self.world, self.console, stop=self._stop_wanted
         )
+        self.trackers.test(tested, self.step)
         self.world.together(lambda: self._export(tested["step"]))
 
     def _export(self, step: int) -> None:
@@ -336,6 +365,7 @@ class _Run:
         if self.metrics is not None:
             self.folder.check_ours()
             self.metrics.write(metrics)
+        self.trackers.step(metrics)
         if self.state["skipped_in_a_row"] >= config.train.max_nonfinite:
             raise TrainingError(
                 f"the meta-gradient was NaN or inf in {config.train.max_nonfinite} steps in a row, "
@@ -433,6 +463,7 @@ class _Run:
         if self.world.is_main:
             self.folder.check_ours()
             append_json_line(self.folder.validation_file, line)
+        self.trackers.validation(line, domain.score_name)
         row = ResultRow(learner_name(config.method.name, learner), report.mean, report.ci95, len(report.scores))
         self.console.validation(self.step, [row], score_name=domain.score_name, best=self._best())
 

@@ -5,18 +5,20 @@ Nothing is ever read as markup: names of files and classes are shown as they are
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, Protocol, TextIO
 
 from rich import box
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.constrain import Constrain
+from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
 from rich.table import Column, Table
@@ -35,6 +37,8 @@ SILENT_S = 60.0
 MAX_WIDTH = 100
 """Columns that live displays use at most."""
 
+VERDICT_STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "fault": "bold red"}
+
 
 @dataclass(frozen=True)
 class ResultRow:
@@ -44,6 +48,25 @@ class ResultRow:
     mean: float | None
     ci95: float | None = None
     episodes: int | None = None
+
+
+class Row(Protocol):
+    """A line of findings, see :meth:`Console.findings`."""
+
+    @property
+    def check(self) -> str: ...
+
+    @property
+    def verdict(self) -> str: ...
+
+    @property
+    def value(self) -> str: ...
+
+    @property
+    def remedy(self) -> str: ...
+
+    @property
+    def who(self) -> str: ...
 
 
 class ProgressView:
@@ -175,6 +198,41 @@ class Console:
         self._out.print()
         self._show(title, table)
 
+    def findings(self, groups: Mapping[str, Sequence[Row]]) -> None:
+        """What was looked at, under headings: verdict, name, what was found, and below it what to do.
+
+        A line a finding where there is no terminal, for grep.
+        """
+        width = max((len(row.check) for rows in groups.values() for row in rows), default=0)
+        for group, rows in groups.items():
+            self._say(Text(text.printable(group), style="bold"))
+            grid = Table.grid(
+                Column(no_wrap=True, min_width=9),
+                Column(no_wrap=True, min_width=width),
+                Column(overflow="fold"),
+                padding=(0, 2, 0, 0),
+            )
+            for row in rows:
+                found = text.printable(f"{row.who}: {row.value}" if row.who else row.value)
+                remedy = text.printable(row.remedy)
+                if not self.interactive:
+                    line = f"  {row.verdict:<7}  {text.printable(row.check)}: {found}"
+                    self._say(Text(f"{line}; {remedy}" if remedy else line))
+                    continue
+                style = VERDICT_STYLES[row.verdict]
+                grid.add_row(Text(f"  {row.verdict}", style=style), Text(text.printable(row.check)), Text(found))
+                if remedy:
+                    grid.add_row("", "", Text(f"-> {remedy}", style="" if row.verdict == "note" else style))
+            if self.interactive:
+                self._out.print(Constrain(grid, MAX_WIDTH))
+
+    def verdict(self, said: str, ready: bool, repairs: Sequence[tuple[str, str]]) -> None:
+        """The last word, with a numbered list of (what is wrong, what to do)."""
+        self._out.print()
+        self._say(Text(text.printable(said), style="bold green" if ready else "bold red"))
+        for number, (what, remedy) in enumerate(repairs, 1):
+            self._say(Text(text.printable(f"  {number}. {what}" + (f"; {remedy}" if remedy else ""))))
+
     # ------------------------------------------------------------------ running displays
 
     @contextmanager
@@ -305,6 +363,10 @@ class NullConsole(Console):
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None: ...
 
+    def findings(self, groups: Mapping[str, Sequence[Row]]) -> None: ...
+
+    def verdict(self, said: str, ready: bool, repairs: Sequence[tuple[str, str]]) -> None: ...
+
     def results(self, rows: Sequence[ResultRow], *, title: str = "Test", score_name: str = "accuracy") -> None: ...
 
     @contextmanager
@@ -324,9 +386,110 @@ class NullConsole(Console):
         yield TrainingView()
 
 
+class BothConsole(Console):
+    """Says everything to two consoles: the screen, and the log of this rank."""
+
+    def __init__(self, screen: Console, log: Console) -> None:
+        self.interactive = screen.interactive
+        self._both = (screen, log)
+
+    def note(self, message: object) -> None:
+        for console in self._both:
+            console.note(message)
+
+    def warn(self, message: object) -> None:
+        for console in self._both:
+            console.warn(message)
+
+    def error(self, what: object, remedy: object = "") -> None:
+        for console in self._both:
+            console.error(what, remedy)
+
+    def validation(
+        self,
+        step: int,
+        rows: Sequence[ResultRow],
+        *,
+        score_name: str = "accuracy",
+        best: tuple[int, float] | None = None,
+    ) -> None:
+        for console in self._both:
+            console.validation(step, rows, score_name=score_name, best=best)
+
+    def header(self, title: str, rows: Mapping[str, object]) -> None:
+        for console in self._both:
+            console.header(title, rows)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        for console in self._both:
+            console.table(title, columns, rows)
+
+    def results(self, rows: Sequence[ResultRow], *, title: str = "Test", score_name: str = "accuracy") -> None:
+        for console in self._both:
+            console.results(rows, title=title, score_name=score_name)
+
+    @contextmanager
+    def progress(self, description: str, total: int | None) -> Iterator[ProgressView]:
+        with self._both[0].progress(description, total) as one, self._both[1].progress(description, total) as other:
+            yield _BothProgress((one, other))
+
+    @contextmanager
+    def training(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        *,
+        score_name: str = "accuracy",
+        log_every: int = 50,
+        best: tuple[int, float] | None = None,
+    ) -> Iterator[TrainingView]:
+        settings: dict[str, Any] = {"score_name": score_name, "log_every": log_every, "best": best}
+        screen, log = (console.training(total_steps, start_step, **settings) for console in self._both)
+        with screen as one, log as other:
+            yield _BothTraining((one, other))
+
+
+class _BothProgress(ProgressView):
+    def __init__(self, views: tuple[ProgressView, ProgressView]) -> None:
+        self._views = views
+
+    def update(self, done: int, **fields: object) -> None:
+        for view in self._views:
+            view.update(done, **fields)
+
+
+class _BothTraining(TrainingView):
+    def __init__(self, views: tuple[TrainingView, TrainingView]) -> None:
+        self._views = views
+
+    def step(self, metrics: StepMetrics) -> None:
+        for view in self._views:
+            view.step(metrics)
+
+
 def console_for(rank: int) -> Console:
     """The console of a process: a real one on rank 0, a silent one elsewhere."""
     return Console() if rank == 0 else NullConsole()
+
+
+@contextmanager
+def redrawn(console: Console) -> Iterator[Callable[[Callable[[Console], None]], None]]:
+    """Yields ``show(draw)``: what ``draw(console)`` prints takes the place of what it printed before.
+
+    Without a terminal each comes under the one before.
+    """
+    if not console.interactive:
+        yield lambda draw: draw(console)
+        return
+    screen = console._out
+    with Live(console=screen, auto_refresh=False, vertical_overflow="crop") as live:
+
+        def show(draw: Callable[[Console], None]) -> None:
+            page = io.StringIO()
+            draw(Console(page, width=screen.width, interactive=True))
+            live.update(Text.from_ansi(page.getvalue()), refresh=True)
+
+        yield show
 
 
 def _cell(value: object) -> str:

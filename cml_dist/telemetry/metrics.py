@@ -154,6 +154,21 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return records  # type: ignore[return-value]
 
 
+def read_tail(path: str | os.PathLike[str], limit: int = 1 << 16) -> list[dict[str, Any]]:
+    """The records that lie whole in the last ``limit`` bytes of a file of JSON lines with a ``step``, oldest first.
+
+    For readers beside a running trainer: what is torn or damaged is passed over; no file is no record.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - limit)
+            file.seek(start)
+            lines = file.read(limit).splitlines(keepends=True)
+    except OSError:
+        return []
+    return [record for line in lines[start > 0 :] if (record := _parse(line)) is not None]
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     """The record, or None for a line that is torn (no line end), not JSON, or without a step."""
     try:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 
 import torch
 
@@ -22,6 +23,7 @@ episode, build = SinusoidDomain.episode, SinusoidDomain.build.__func__
 
 def faulty_episode(self, split, index):
     if split == "train" and index >= 12 and IS_FAULTY:
+        print(f"fault at {time.time()}", flush=True)
         if FAULT == "data":
             raise DataError("image x.png in shard train-000003.tar cannot be decoded", "pack the set again")
         if FAULT == "bug":
@@ -46,10 +48,13 @@ def hang_in_python():
 
 
 def killed_at_start(*arguments, **rest):
+    print(f"fault at {time.time()}", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def faulty_build(cls, config, **rest):
+    if FAULT == "warned":
+        warnings.warn(f"a library's warning on rank {RANK}", UserWarning, stacklevel=2)
     if FAULT == "setup" and IS_FAULTY:
         raise DataError("shard train-000003.tar is missing", "copy it to this machine")
     return build(cls, config, **rest)

@@ -10,7 +10,7 @@ import re
 import pytest
 
 from cml_dist.telemetry import text
-from cml_dist.telemetry.console import Console, NullConsole, ResultRow, console_for
+from cml_dist.telemetry.console import BothConsole, Console, NullConsole, ResultRow, console_for
 from cml_dist.telemetry.metrics import StepMetrics
 from cml_dist.telemetry.summary import TrainingSummary
 
@@ -289,8 +289,8 @@ def test_other_ranks_say_nothing(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_silent_console_has_the_same_calls():
+def test_the_silent_console_and_the_double_one_have_the_same_calls():
     def calls(kind):
         return {n: inspect.signature(f) for n, f in vars(kind).items() if inspect.isfunction(f) and n[0] != "_"}
 
-    assert calls(NullConsole) == calls(Console)
+    assert calls(NullConsole) == calls(BothConsole) == calls(Console)

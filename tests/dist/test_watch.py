@@ -1,0 +1,110 @@
+"""A rank that is killed, stopped or hangs: it is named, and all ends soon; a launcher that may restarts the run in place.
+
+The machine is busy while tests run, so times are asserted with a wide margin; benchmarks/ has measured ones.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from launching import finish, run, start
+from test_train import command, lines
+
+from cml_dist.run.status import read_status
+
+FAULTY = str(Path(__file__).with_name("faulty_worker.py"))
+SOON_S = 30.0
+NAME = r"rank {} \(host \S+, pid \d+\)"
+KILLED = f"error: {NAME} ended without a word, last seen in .+ \\(killed\\? out of memory\\?\\); run the same command again"
+SILENT = f"error: no word from {NAME} for [345] s, last seen in "
+HANGS = f"error: {NAME} did not move for [56] s in step 5, episode 1 of 1, and the others wait"
+
+
+def left(mark: str) -> list[str]:
+    """Processes that have ``mark`` in their environment: what is still there of a launch."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark.encode() in (entry / "environ").read_bytes():
+                found.append(f"{entry.name}: {(entry / 'cmdline').read_text()}")
+    return found
+
+
+def ends(processes: int, folder: Path, *overrides: str, fault: str, rank: int) -> tuple[str, float]:
+    """(what a launch with a fault printed, seconds from the fault to its last process's end)."""
+    mark = uuid.uuid4().hex
+    process = start(processes, FAULTY, *command(folder, *overrides), FAULT=fault, FAULTY_RANK=str(rank), MARK=mark)
+    out = finish(process, timeout_s=120)  # open until the last of its processes has ended
+    seconds = time.time() - float(re.search(r"^fault at (\S+)$", out, re.MULTILINE).group(1))
+    print(f"{fault} of rank {rank} of {processes}: all ended after {seconds:.1f} s")
+    assert process.returncode != 0, out
+    assert not left(mark)
+    return out, seconds
+
+
+def said_once(pattern: str, out: str) -> None:
+    errors = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.match(pattern, errors[0]), out
+
+
+@pytest.mark.parametrize(("processes", "rank"), [(2, 1), (3, 0)])
+def test_a_killed_rank_is_named_once_and_all_end(tmp_path, processes, rank):
+    folder = tmp_path / "run"
+    out, seconds = ends(processes, folder, "train.episodes_per_step=6", fault="killed", rank=rank)
+    said_once(KILLED.format(rank), out)
+    assert seconds < SOON_S
+    if rank != 0:  # who could say so
+        status = read_status(folder / "status.json")
+        assert status.state == "failed" and re.match(NAME.format(rank), status.reason), status
+
+
+def test_a_rank_killed_before_there_is_a_process_group_is_named(tmp_path):
+    out, seconds = ends(2, tmp_path / "run", fault="start", rank=1)
+    said_once(KILLED.format(1), out)
+    assert seconds < SOON_S
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_process_is_missed_and_does_not_stay(tmp_path, rank):
+    out, seconds = ends(2, tmp_path / "run", "parallel.silence_s=4", fault="stopped", rank=rank)
+    said_once(SILENT.format(rank), out)
+    assert seconds < SOON_S
+
+
+def test_a_rank_that_hangs_is_named_and_every_rank_shows_its_stacks(tmp_path):
+    out, seconds = ends(2, tmp_path / "run", "parallel.timeout_s=5", fault="hangs", rank=1)
+    said_once(HANGS.format(1), out)
+    assert re.search(f"^{NAME.format(1)}, at work in step 5, episode 1 of 1 for [56] s; its threads:$", out, re.M), out
+    assert re.search(f"^{NAME.format(0)}, waiting for others in the reduction of step 5 for", out, re.M), out
+    assert "in hang_in_python" in out and out.count("cml_dist/run/trainer.py") >= 2, out
+    assert seconds < SOON_S
+
+
+def test_a_rank_that_keeps_pythons_lock_shows_where_and_is_ended(tmp_path):
+    out, seconds = ends(2, tmp_path / "run", "parallel.silence_s=4", fault="keeps the lock", rank=1)
+    said_once(SILENT.format(1), out)
+    before, _, _ = out.partition("error: ")  # from a thread that needs no lock
+    assert "faulty_worker.py" in before and "in faulty_episode" in before, out
+    assert seconds < SOON_S
+
+
+def test_a_restart_in_place_leaves_no_trace_in_the_curve(tmp_path):
+    code, out = run(2, FAULTY, *command(tmp_path / "whole"))
+    assert code == 0, out
+    folder = tmp_path / "run"
+    process = start(2, "--max_restarts=2", FAULTY, *command(folder, "checkpoint.every=3"), FAULT="killed")
+    out = finish(process, timeout_s=150)
+    assert process.returncode == 0, out
+    assert "the launcher starts all again from the last checkpoint (restart 1 of 2)" in out, out
+    assert "Restart 1 of 2 in place" in out and "Resuming at step 3 of 20" in out, out
+    assert lines(folder) == lines(tmp_path / "whole")
+    reports = [json.loads((path / "eval.json").read_text()) for path in (folder, tmp_path / "whole")]
+    assert reports[0]["meta"] == reports[1]["meta"] and reports[0]["co"] == reports[1]["co"]
+    status = read_status(folder / "status.json")
+    assert (status.state, status.restart, status.starts) == ("finished", 1, 2)
