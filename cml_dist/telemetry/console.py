@@ -424,6 +424,14 @@ class BothConsole(Console):
         for console in self._both:
             console.table(title, columns, rows)
 
+    def findings(self, groups: Mapping[str, Sequence[Row]]) -> None:
+        for console in self._both:
+            console.findings(groups)
+
+    def verdict(self, said: str, ready: bool, repairs: Sequence[tuple[str, str]]) -> None:
+        for console in self._both:
+            console.verdict(said, ready, repairs)
+
     def results(self, rows: Sequence[ResultRow], *, title: str = "Test", score_name: str = "accuracy") -> None:
         for console in self._both:
             console.results(rows, title=title, score_name=score_name)
