@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from cml_dist import __version__
 from cml_dist.errors import CmlError, ConfigError
+from cml_dist.launching.options import add_slurm_options
 from cml_dist.parallel.launched import launched_or_alone
 from cml_dist.parallel.leave import leave
 from cml_dist.parallel.parent import launched_by_torchrun, signal_when_parent_ends
@@ -103,6 +104,13 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--run-dir", metavar="DIR", help="the folder to look at (default: run.dir)")
     doctor.add_argument("--json", action="store_true", help="print everything as JSON")
     _overrides(doctor)
+
+    launch = commands.add_parser("launch", help="submit a run to a cluster")
+    places = launch.add_subparsers(dest="launch_command", required=True, metavar="COMMAND")
+    slurm = places.add_parser("slurm", help="check a run, fill in the shipped batch script and hand it to sbatch")
+    slurm.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
+    add_slurm_options(slurm)
+    _overrides(slurm)
 
     data = commands.add_parser("data", help="pack image sets into WebDataset shards, and look at them")
     kinds = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
@@ -337,6 +345,17 @@ def _export(args: argparse.Namespace, console: Console) -> None:
     export_again(args.run_dir, args.overrides, args.checkpoint, args.to, console)
 
 
+def _launch(args: argparse.Namespace, console: Console) -> None:
+    from cml_dist.launching.slurm import follow, prepare, request_of, submit
+
+    batch = prepare(request_of(vars(args)))
+    if args.dry_run:
+        print(batch.script, end="")
+        return
+    for line in follow(batch, submit(batch)):
+        console.note(line)
+
+
 def _status(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.telemetry.console import redrawn
     from cml_dist.tools import run_status
@@ -488,6 +507,7 @@ COMMANDS = {
     "eval": _eval,
     "export": _export,
     "status": _status,
+    "launch": _launch,
     "data": _data,
 }
 
