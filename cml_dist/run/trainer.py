@@ -25,6 +25,7 @@ from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, CmlError, TrainingError, WorldError
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
 from cml_dist.parallel.ending import restarts
+from cml_dist.parallel.launched import idle_nodes
 from cml_dist.parallel.world import World, join_world, set_arithmetic
 from cml_dist.parallel.zero import build_strategy
 from cml_dist.run import checkpoint as checkpoints
@@ -32,11 +33,11 @@ from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.checkpoint import Checkpoint
 from cml_dist.run.evaluator import evaluate
 from cml_dist.run.export import export_run
-from cml_dist.run.folder import RunFolder, append_json_line, write_text
+from cml_dist.run.folder import RunFolder, append_json_line, same_everywhere, write_text
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 from cml_dist.run.optim import learning_rate
 from cml_dist.run.report import learner_name, score_run
-from cml_dist.run.session import session_record, session_rows, set_rows, set_warning
+from cml_dist.run.session import session_record, session_rows, set_rows, set_warning, versions
 from cml_dist.run.status import RunStatus, State, now, this_start
 from cml_dist.run.stream import EpisodeStream, rank_share
 from cml_dist.telemetry.console import BothConsole, Console, ResultRow
@@ -111,6 +112,7 @@ class _Run:
 
     def go(self) -> Outcome:
         world, config = self.world, self.config
+        world.check_alike({**same_everywhere(config), **versions()})
         world.together(self._claim)
         if self.folder.exists:
             self._open_log()
@@ -124,12 +126,14 @@ class _Run:
         self.state["data"] = self.parts.domain.fingerprint()
         # Frozen weights and statistics are in no checkpoint: they must be the same at each start.
         self.state["constants"] = checkpoints.fingerprint(self.parts.net.named_buffers())
+        world.check_alike({f"the checksum of {what}": self.state[what] for what in ("data", "constants")})
         world.watch.beat("sharing out the parameters")
         with world.watch.waiting():
             self.strategy = build_strategy(config, self.plan, world, self.parts.model)
         world.watch.beat("looking for a checkpoint")
         self._resume()
         world.together(self._announce)
+        world.together(self.folder.wait_until_seen)
         self._open_log()  # only now: a run that never began leaves nothing behind
         world.watch.beat("starting the trackers")
         self.trackers = Trackers(config, self.step, self.console, active=world.is_main)
@@ -271,8 +275,9 @@ class _Run:
         self._tell("running", "training")
         rows = {**plan_rows(self.config, self.plan), **session_rows(record), **set_rows(self.config, self.parts)}
         self.console.header("cml-dist train", rows)
-        if (warning := set_warning(self.config, self.parts)) is not None:
-            self.console.warn(warning)
+        for warning in (set_warning(self.config, self.parts), idle_nodes()):
+            if warning is not None:
+                self.console.warn(warning)
 
     def _open_log(self) -> None:
         """This rank's log, in a folder where a run lives."""
