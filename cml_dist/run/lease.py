@@ -73,8 +73,12 @@ class Lease:
                 "wait for it, stop it, or choose another run.dir",
             )
         fresh = self._file.with_name(f".lease.json.{self._token}")
-        fresh.write_text(json.dumps({"token": self._token, **asdict(self._start)}) + "\n")
-        os.replace(fresh, self._file)
+        try:
+            fresh.write_text(json.dumps({"token": self._token, **asdict(self._start)}) + "\n")
+            os.replace(fresh, self._file)
+        except OSError:  # no space
+            fresh.unlink(missing_ok=True)
+            raise
 
     def check(self) -> None:
         """Make sure that the lease is still ours, right before something is written.
