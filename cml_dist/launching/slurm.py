@@ -111,6 +111,8 @@ def prepare(request: SlurmRequest) -> Batch:
     overrides = [*(["run.device=cpu"] if not request.gpus_per_node else []), *request.overrides]
     config = load_config(request.config, overrides)
     root = (here / Path(config.run.dir).expanduser()).resolve()
+    is_file = Path(request.config).is_file()
+    _check_container(request, here, {"run.dir": root} | ({"CONFIG": recipe.resolve()} if is_file else {}))
     seeds, backbones = request.seeds or (config.run.seed,), request.backbones or (config.model.backbone,)
     run_dirs = []
     for backbone in backbones if request.is_sweep else (None,):
@@ -148,7 +150,7 @@ def prepare(request: SlurmRequest) -> Batch:
         "PYTHON": request.python or ("python" if request.container else sys.executable),
         "RUN_DIR": str(root),
         # A file by its path, a recipe by its name: in a container it lies elsewhere.
-        "CONFIG": [str(recipe.resolve()) if Path(request.config).is_file() else recipe.stem, *_kept(overrides)],
+        "CONFIG": [str(recipe.resolve()) if is_file else recipe.stem, *_kept(overrides)],
         "SRUN_OPTIONS": _container(request, here, launch),
     }
     if request.is_sweep:
@@ -275,6 +277,20 @@ def _check_run(request: SlurmRequest, config: RunConfig, folder: RunFolder) -> N
     make_plan(config, world)
     if folder.exists:
         folder.check_resumable(config)
+
+
+def _check_container(request: SlurmRequest, here: Path, needed: Mapping[str, Path]) -> None:
+    """A run folder inside the container alone would be gone with each job, and the run begin anew in the next one."""
+    if not request.container:
+        return
+    mounts = [mount.split(":") for mount in (request.container_mounts or "").split(",") if mount]
+    seen = [here, *(Path(mount[min(1, len(mount) - 1)]) for mount in mounts)]
+    for name, path in needed.items():
+        if not any(path.is_relative_to(folder) for folder in seen):
+            raise ConfigError(
+                f"{name} is {path}, which the container does not see",
+                f"mount its folder, e.g. --container-mounts={path.parent}:{path.parent}",
+            )
 
 
 def _kept(overrides: Sequence[str]) -> list[str]:

@@ -242,6 +242,17 @@ def test_a_container_sees_the_folder_and_the_launch_files(tmp_path, monkeypatch)
     ]  # fmt: skip
 
 
+def test_a_run_folder_that_the_container_does_not_see_is_refused(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    inside = {"gpus_per_node": 1, "container": "a/b:1"}
+    with pytest.raises(ConfigError, match=f"run.dir is {there}/run, which the container does not see"):
+        prepare(request(f"run.dir={there}/run", **inside, container_mounts=f"/data,{tmp_path}/other:/other:ro"))
+    for mounts in (f"/data:/data,{there}:{there}:rw", str(tmp_path)):
+        prepare(request(f"run.dir={there}/run", **inside, container_mounts=mounts))
+
+
 @pytest.mark.parametrize(
     ("time", "expected"),
     [
