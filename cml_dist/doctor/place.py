@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cml_dist.parallel.launched import launched
+
 
 @dataclass(frozen=True)
 class Place:
@@ -34,26 +36,27 @@ class Place:
 
 
 def place_of(environment: Mapping[str, str] | None = None) -> Place:
-    """The place of this process."""
+    """The place of this process.
+
+    Raises:
+        WorldError: the launcher's variables are missing or impossible, as a run would be refused for.
+    """
     environment = os.environ if environment is None else environment
-    size = int(environment.get("WORLD_SIZE", 1))
-    host = socket.gethostname()
-    if size == 1:
-        return Place(0, 1, 0, 1, host, _launcher(environment))
+    here, host = launched(environment), socket.gethostname()
+    if here.size == 1:
+        return Place(0, 1, 0, 1, host, _launcher(environment, here.size))
     try:
         address = socket.gethostbyname(host)
     except OSError:
         address = ""
-    rank = int(environment.get("RANK", 0))
-    local_rank = int(environment.get("LOCAL_RANK", 0))
-    local_size = int(environment.get("LOCAL_WORLD_SIZE", 1))
-    return Place(rank, size, local_rank, local_size, host, _launcher(environment), address)
+    launcher = _launcher(environment, here.size)
+    return Place(here.rank, here.size, here.local_rank, here.local_size, host, launcher, address)
 
 
-def _launcher(environment: Mapping[str, str]) -> str:
+def _launcher(environment: Mapping[str, str], size: int) -> str:
     if "TORCHELASTIC_RUN_ID" in environment:
         by = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in environment else "torchrun"
         return f"{by}, inside srun" if "SLURM_STEP_ID" in environment else by
     if "SLURM_STEP_ID" in environment:
         return "srun"
-    return "another launcher" if int(environment.get("WORLD_SIZE", 1)) > 1 else "none"
+    return "another launcher" if size > 1 else "none"
