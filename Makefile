@@ -26,7 +26,7 @@ $(INSTALLED): setup.py pyproject.toml
 # A finished demo is started anew; one that was stopped goes on.
 demo: $(INSTALLED)
 	@if [ -e $(DEMO)/eval.json ]; then echo "Removing the finished demo in $(DEMO) to run it anew"; rm -rf $(DEMO); fi
-	@trap : INT; CML_PYTHON=$(BIN)/python launch/quickstart.sh configs/recipes/glyphs.yaml run.dir=$(DEMO) $(DEMO_ARGS) || \
+	@trap : INT TERM; CML_PYTHON=$(BIN)/python launch/quickstart.sh configs/recipes/glyphs.yaml run.dir=$(DEMO) $(DEMO_ARGS) || \
 	{ code=$$?; echo "The demo did not finish: the reason stands above the launcher's traceback. make demo goes on from" \
 		"the last checkpoint, make clean removes it."; exit $$code; }
 

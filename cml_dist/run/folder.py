@@ -215,14 +215,17 @@ def changes(then: RunConfig, now: RunConfig, free: tuple[str, ...]) -> dict[str,
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one record to a file of JSON lines.
+    """Append one record to a file of JSON lines, on a line of its own, also after one that a power cut tore.
 
     Raises:
         CmlError: the file system refused.
     """
+    line = json.dumps(record, allow_nan=False).encode() + b"\n"
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        with open(path, "a+b") as file:
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                line = b"\n" + line
+            file.write(line)
     except OSError as error:
         raise CmlError(
             f"cannot write {path}: {error.strerror}", "free space or mend the folder's permissions"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import signal
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -13,10 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from cml_dist.config.plan import share
 from cml_dist.domains.base import Domain
 from cml_dist.errors import CmlError, DataError
+from cml_dist.parallel.parent import signal_when_parent_ends
 from cml_dist.types import Episode
-
-PR_SET_PDEATHSIG = 1
-"""See prctl(2)."""
 
 
 def rank_share(step: int, batch: int, rank: int, world: int) -> range:
@@ -100,6 +96,5 @@ def _follow_the_trainer(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     # One that outlived a killed trainer would keep the run folder's lock, and the screen, for some seconds more.
-    with suppress(OSError, AttributeError):  # Linux alone
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    signal_when_parent_ends(signal.SIGKILL)
     torch.set_num_threads(1)

@@ -48,6 +48,11 @@ def ends(processes: int, folder: Path, *overrides: str, fault: str, rank: int) -
     return out, seconds
 
 
+def logs(folder: Path, ranks: int) -> list[str]:
+    """What each rank wrote into its own log."""
+    return [(folder / "logs" / f"rank-{rank:05d}.log").read_text() for rank in range(ranks)]
+
+
 def said_once(pattern: str, out: str) -> None:
     errors = [line for line in out.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and re.match(pattern, errors[0]), out
@@ -78,19 +83,24 @@ def test_a_stopped_process_is_missed_and_does_not_stay(tmp_path, rank):
 
 
 def test_a_rank_that_hangs_is_named_and_every_rank_shows_its_stacks(tmp_path):
-    out, seconds = ends(2, tmp_path / "run", "parallel.timeout_s=5", fault="hangs", rank=1)
+    folder = tmp_path / "run"
+    out, seconds = ends(2, folder, "parallel.timeout_s=5", fault="hangs", rank=1)
     said_once(HANGS.format(1), out)
-    assert re.search(f"^{NAME.format(1)}, at work in step 5, episode 1 of 1 for [56] s; its threads:$", out, re.M), out
-    assert re.search(f"^{NAME.format(0)}, waiting for others in the reduction of step 5 for", out, re.M), out
-    assert "in hang_in_python" in out and out.count("cml_dist/run/trainer.py") >= 2, out
+    waiting, hanging = logs(folder, 2)
+    assert re.search(f"^{NAME.format(1)}, at work in step 5, episode 1 of 1 for [56] s; its threads:$", hanging, re.M)
+    assert re.search(f"^{NAME.format(0)}, waiting for others in the reduction of step 5 for", waiting, re.M), waiting
+    assert "in hang_in_python" in hanging and "cml_dist/run/trainer.py" in waiting
+    assert all(re.search(HANGS.format(1), log, re.M) for log in (waiting, hanging))
     assert seconds < SOON_S
 
 
 def test_a_rank_that_keeps_pythons_lock_shows_where_and_is_ended(tmp_path):
-    out, seconds = ends(2, tmp_path / "run", "parallel.silence_s=4", fault="keeps the lock", rank=1)
+    folder = tmp_path / "run"
+    out, seconds = ends(2, folder, "parallel.silence_s=4", fault="keeps the lock", rank=1)
     said_once(SILENT.format(1), out)
-    before, _, _ = out.partition("error: ")  # from a thread that needs no lock
-    assert "faulty_worker.py" in before and "in faulty_episode" in before, out
+    # From a thread that needs no lock; so soon after the start it may not know of the log yet.
+    shown = out.partition("error: ")[0] + logs(folder, 2)[1]
+    assert "Timeout" in shown and "in faulty_episode" in shown, shown
     assert seconds < SOON_S
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cml_dist.errors import CheckpointError
+from cml_dist.run.folder import append_json_line
 from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics, read_metrics
 
 KEYS = [
@@ -127,3 +128,11 @@ def test_a_missing_or_unwritable_file_is_named(tmp_path):
         read_metrics(tmp_path / "nowhere.jsonl")
     with pytest.raises(CheckpointError, match="no-folder.*cannot be written: No such file or directory"):
         MetricsWriter(tmp_path / "no-folder" / "metrics.jsonl").write(at(1))
+
+
+def test_a_torn_line_does_not_swallow_the_next_record(tmp_path):
+    path = tmp_path / "sessions.jsonl"
+    append_json_line(path, {"step": 1})
+    path.write_bytes(path.read_bytes() + b'{"step": 2, "ti')
+    append_json_line(path, {"step": 3})
+    assert path.read_text().splitlines() == ['{"step": 1}', '{"step": 2, "ti', '{"step": 3}']
