@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from cml_dist import __version__
 from cml_dist.errors import CmlError, ConfigError
 from cml_dist.launching.options import add_slurm_options
+from cml_dist.parallel.ending import restarts
 from cml_dist.parallel.launched import launched_or_alone
 from cml_dist.parallel.leave import leave
 from cml_dist.parallel.parent import launched_by_torchrun, signal_when_parent_ends
@@ -237,7 +238,7 @@ def _train(args: argparse.Namespace, console: Console) -> int:
         code = STOPPED_BY_USER
     # Stopped and saved is not finished: a script that goes on with `&&` must be able to tell. But a launcher that may
     # restart its processes takes any code but 0 for a fault, and would start again what was asked to stop.
-    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0 else code
+    return 0 if restarts()[1] > 0 else code
 
 
 def _config(args: argparse.Namespace, console: Console) -> None:
