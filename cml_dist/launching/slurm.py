@@ -20,7 +20,6 @@ from cml_dist.launching.batch_script import fill_in
 from cml_dist.launching.files import accelerate_files, launch_folder
 from cml_dist.run.folder import RunFolder
 
-
 OURS = {
     "array": "use --seeds and --backbones",
     "chdir": "submit from that folder",

@@ -186,13 +186,15 @@ def what_job_sh_gets(tmp_path: Path, script: str, **environment: str) -> list[st
 def test_only_settings_are_replaced_and_words_arrive_as_they_were_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     odd = ("model.hidden=[8, 8]", "run.dir=a b/it's", 'optim.name="sgd"')
-    batch = prepare(request(*odd, gpus_per_node=4, partition="gpu", sbatch=("--mem=64G", "--exclusive")))
+    batch = prepare(request(*odd, gpus_per_node=4, partition="gpu", account="us", constraint="a100|h100",
+                            sbatch=("--mem=64G", "--exclusive")))  # fmt: skip
     shipped = (ROOT / "launch/slurm/multi_node.sbatch").read_text()
     assert batch.script.partition(END)[2] == shipped.partition(END)[2] != ""
     directives = [line.removeprefix("#SBATCH ") for line in batch.script.splitlines() if line.startswith("#SBATCH")]
     for line in (
         "--nodes=2", "--gres=gpu:4", "--cpus-per-task=16", "--time=04:00:00", "--signal=USR1@300", "--requeue",
-        "--ntasks-per-node=1", "--open-mode=append", "--partition=gpu", "--mem=64G", "--exclusive",
+        "--ntasks-per-node=1", "--open-mode=append", "--partition=gpu", "--account=us", "--constraint='a100|h100'",
+        "--mem=64G", "--exclusive",
     ):  # fmt: skip
         assert directives.count(line) == 1, line
     got = what_job_sh_gets(tmp_path, batch.script)
