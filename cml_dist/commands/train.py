@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 from typing import TYPE_CHECKING
 
+from cml_dist.parallel.ending import restarts
 from cml_dist.parallel.parent import launched_by_torchrun, signal_when_parent_ends
 from cml_dist.parallel.watch import this_watch
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
@@ -49,4 +49,4 @@ def train(args: argparse.Namespace, console: Console) -> int:
     interrupts.deafen()
     # Stopped and saved is not finished: a script that goes on with `&&` must be able to tell. But a launcher that may
     # restart its processes takes any code but 0 for a fault, and would start again what was asked to stop.
-    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0 else code
+    return 0 if restarts()[1] > 0 else code

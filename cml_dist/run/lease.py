@@ -79,10 +79,9 @@ class Lease:
     def _succeeds(self, holder: dict[str, Any] | None) -> bool:
         """Whether the holder is an earlier start of our job: SLURM has given it up, and may have told it or not."""
         mine = self._start
-        return holder is not None and mine.job is not None and (holder["job"], mine.restart > holder["restart"]) == (
-            mine.job,
-            True,
-        )
+        if holder is None or mine.job is None or holder["job"] != mine.job:
+            return False
+        return (mine.requeued, mine.restart) > (holder["requeued"], holder["restart"])
 
     def check(self) -> None:
         """Make sure that the lease is still ours, right before something is written.
@@ -123,4 +122,5 @@ class Lease:
             found = json.loads(self._file.read_text())
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) and {"token", "host", "pid", "job", "restart"} <= found.keys() else None
+        known = {"token", "host", "pid", "job", "restart", "requeued"}
+        return found if isinstance(found, dict) and known <= found.keys() else None

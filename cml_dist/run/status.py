@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from cml_dist.parallel.ending import restarts
+
 State = Literal["running", "stopped", "finished", "failed"]
 
 
@@ -72,18 +74,19 @@ class Start:
     Attributes:
         host, pid: of the process.
         job: SLURM's number, None outside.
-        restart: of the job (requeued), or of the launcher (in place).
+        restart: how often the job was requeued, and the launcher of this start started the processes again in place.
+        requeued: the former alone. It counts first: the launcher of a requeued job begins at 0 again.
     """
 
     host: str
     pid: int
     job: str | None
     restart: int
+    requeued: int = 0
 
 
 def this_start() -> Start:
     """The start that this process belongs to."""
-    requeued, in_place = (
-        int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-    )
-    return Start(socket.gethostname(), os.getpid(), os.environ.get("SLURM_JOB_ID") or None, requeued + in_place)
+    requeued, (in_place, _) = int(os.environ.get("SLURM_RESTART_COUNT") or 0), restarts()
+    job = os.environ.get("SLURM_JOB_ID") or None
+    return Start(socket.gethostname(), os.getpid(), job, requeued + in_place, requeued)

@@ -26,8 +26,8 @@ def _no_open_files(monkeypatch):
             lease._lock.close()
 
 
-def start(job: str | None = None, restart: int = 0) -> Start:
-    return Start("n01", os.getpid(), job, restart)
+def start(job: str | None = None, requeued: int = 0, in_place: int = 0) -> Start:
+    return Start("n01", os.getpid(), job, requeued + in_place, requeued)
 
 
 @pytest.fixture(params=["locks", "no locks"])
@@ -63,6 +63,18 @@ def test_a_requeued_job_takes_over_from_its_earlier_start_which_notices(tmp_path
     with pytest.raises(CheckpointError, match="another process trains"):
         Lease(tmp_path, start("7", 0))
     requeued.release(began=True)
+
+
+def test_a_requeued_job_takes_over_however_often_the_earlier_start_was_restarted_in_place(tmp_path, locks):
+    cut_off = Lease(tmp_path, start("7", 0, in_place=3))
+    requeued = Lease(tmp_path, start("7", 1))
+    requeued.check()
+    with pytest.raises(CheckpointError, match="a later start of this run has taken over"):
+        cut_off.check()
+    with pytest.raises(CheckpointError, match="another process trains"):
+        Lease(tmp_path, start("7", 0, in_place=4))
+    requeued.release(began=True)
+    cut_off.release(began=True)
 
 
 def test_a_killed_trainer_leaves_the_folder_free(tmp_path, locks):
