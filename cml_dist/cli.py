@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,7 @@ from cml_dist.errors import CmlError
 from cml_dist.launching.options import add_slurm_options
 from cml_dist.parallel.launched import launched_or_alone
 from cml_dist.parallel.leave import leave
-from cml_dist.parallel.watch import this_watch
+from cml_dist.parallel.watch import Joined, this_watch
 from cml_dist.run.interrupts import STOPPED_BY_USER
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ INTERRUPTED = {
     "pack": "Interrupted; nothing was left half",
     "export": "Interrupted; run the same command again before the exported model is used",
 }
+SPEAKS_WITHIN_S = 30.0
+"""A busy machine may bring its ranks to the same error this long after each other."""
 OVERRIDE_HELP = "settings that replace the file's, e.g. train.steps=2000 run.dir=runs/a (all: cml-dist config --keys)"
 
 
@@ -163,8 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return leave(_command(args.command)(args, console) or 0)
     except CmlError as error:
-        if rank == 0 or not error.everywhere:
-            Console().error(error.what if rank == 0 else f"rank {rank}: {error.what}", error.remedy)
+        _say(error)
         return leave(error.exit_code, str(error), everywhere=error.everywhere)
     except KeyboardInterrupt:
         console.warn(INTERRUPTED.get(getattr(args, "data_command", args.command), "Interrupted"))
@@ -179,6 +182,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         traceback.print_exc()
         return leave(1, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+
+
+def _say(error: CmlError) -> None:
+    """Put an error on the screen: once, where every rank raises it; by every machine, as long as they have not met."""
+    from cml_dist.telemetry.console import Console
+
+    here, met = launched_or_alone(), isinstance(this_watch(), Joined)
+    if error.everywhere and (here.rank if met else here.local_rank) > 0:
+        if met:
+            return
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # The launcher ends all processes of this machine when the first one leaves: let that be the one who speaks.
+            time.sleep(SPEAKS_WITHIN_S)
+    Console().error(error.what if here.rank == 0 else f"rank {here.rank}: {error.what}", error.remedy)
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
