@@ -39,24 +39,24 @@ def place_of(environment: Mapping[str, str] | None = None) -> Place:
     """The place of this process.
 
     Raises:
-        WorldError: the launcher's variables are missing or impossible, as a run would be refused for.
+        WorldError: the environment describes no world that can be.
     """
     environment = os.environ if environment is None else environment
-    here, host = launched(environment), socket.gethostname()
+    here = launched(environment)
+    host = socket.gethostname()
     if here.size == 1:
-        return Place(0, 1, 0, 1, host, _launcher(environment, here.size))
+        return Place(0, 1, 0, 1, host, _launcher(environment))
     try:
         address = socket.gethostbyname(host)
     except OSError:
         address = ""
-    launcher = _launcher(environment, here.size)
-    return Place(here.rank, here.size, here.local_rank, here.local_size, host, launcher, address)
+    return Place(here.rank, here.size, here.local_rank, here.local_size, host, _launcher(environment), address)
 
 
-def _launcher(environment: Mapping[str, str], size: int) -> str:
+def _launcher(environment: Mapping[str, str]) -> str:
     if "TORCHELASTIC_RUN_ID" in environment:
         by = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in environment else "torchrun"
         return f"{by}, inside srun" if "SLURM_STEP_ID" in environment else by
     if "SLURM_STEP_ID" in environment:
         return "srun"
-    return "another launcher" if size > 1 else "none"
+    return "another launcher" if launched(environment).size > 1 else "none"

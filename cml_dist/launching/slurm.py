@@ -20,6 +20,22 @@ from cml_dist.launching.batch_script import fill_in
 from cml_dist.launching.files import accelerate_files, launch_folder
 from cml_dist.run.folder import RunFolder
 
+OURS = {
+    "array": "use --seeds and --backbones",
+    "chdir": "submit from that folder",
+    "job-name": "use --job-name",
+    "no-requeue": "use --no-requeue",
+    "nodes": "use --nodes",
+    "ntasks": "there is one task a node",
+    "ntasks-per-node": "there is one task a node",
+    "open-mode": "a requeued job appends to its log",
+    "output": "the log is written where the job is submitted",
+    "requeue": "it is requeued unless --no-requeue is given",
+    "signal": "use --signal and --signal-lead-s",
+    "time": "use --time",
+}
+"""sbatch's options that have another way here, which is checked and told of, or that may not be changed."""
+
 
 @dataclass(frozen=True)
 class SlurmRequest:
@@ -248,6 +264,9 @@ def _check(request: SlurmRequest) -> None:
     for option in request.sbatch:
         if not re.fullmatch(r"--[a-z-]+(=.*)?", option):
             raise ConfigError(f"--sbatch is {option!r}", "give one long option of sbatch, e.g. --sbatch=--mem=64G")
+        name = option.removeprefix("--").partition("=")[0]
+        if name in OURS:
+            raise ConfigError(f"--sbatch is {option!r}, which the batch script depends on", OURS[name])
     if request.container_mounts and not request.container:
         raise ConfigError("--container-mounts is given without --container", "name the image as well")
 
@@ -302,7 +321,8 @@ def _container(request: SlurmRequest, here: Path, launch: Path) -> list[str]:
     """Options of srun (pyxis): the folder that the job starts in and the launch files are always there inside."""
     if not request.container:
         return []
-    mounts = ",".join(
-        [*([request.container_mounts] if request.container_mounts else []), f"{here}:{here}", f"{launch}:{launch}"]
-    )
-    return [f"--container-image={request.container}", f"--container-mounts={mounts}", f"--container-workdir={here}"]
+    asked = request.container_mounts.split(",") if request.container_mounts else []
+    mounts = ",".join([*asked, f"{here}:{here}", f"{launch}:{launch}"])
+    # pyxis takes a word without a slash in front for the name of an image in a registry.
+    image = Path(request.container).resolve() if Path(request.container).is_file() else request.container
+    return [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={here}"]

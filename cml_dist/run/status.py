@@ -30,8 +30,8 @@ class RunStatus:
         job: the SLURM job, if there is one.
         restart: how often the job was requeued, and the launcher started the processes again since.
         starts: how often this run was started, this time included.
-        exit_s: seconds that a safe exit takes at most, as far as seen: the longest meta-step and the longest save; None
-            before there was one of each.
+        exit_s: seconds that a safe exit takes at most, as far as seen: the longest meta-step and two of the longest
+            saves, one of which may just have begun; None before there was one of each.
     """
 
     state: State

@@ -206,7 +206,8 @@ class _Run:
             job=start.job,
             restart=start.restart,
             starts=self.starts,
-            exit_s=round(sum(seen.values()), 3) if all(seen.values()) else None,
+            # A signal may come as a save begins, after which ranks next agree at the end of a meta-step.
+            exit_s=round(seen["step"] + 2 * seen["save"], 3) if all(seen.values()) else None,
         )
         write_text(self.folder.status_file, status.text())
         self.told_s = time.monotonic()

@@ -12,12 +12,14 @@ import heapq
 import os
 import random
 import select
+import signal
 import struct
 import sys
 import time
 
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 CLONE_NEWNET = 0x40000000
+PR_SET_PDEATHSIG = 1
 FRAME_BYTES = 2048
 
 
@@ -61,6 +63,7 @@ def carry(ends: tuple[int, int], delay_s: float, loss: float) -> None:
 
 if __name__ == "__main__":
     one, two, delay_ms, loss_percent = sys.argv[1:]
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # with who started it
     taps = tap(one), tap(two)
     print("up", flush=True)
     carry(taps, float(delay_ms) / 1000, float(loss_percent) / 100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -50,7 +51,7 @@ class Machine:
 
     def pids(self) -> list[int]:
         """All processes that run here, by their numbers outside."""
-        return [int(pid) for pid in _run("ip", "netns", "pids", self.namespace).split()]
+        return _pids(self.namespace)
 
     def rank_pid(self) -> int:
         """The process of the one rank that trains here."""
@@ -69,11 +70,6 @@ class Machine:
     def plug(self) -> None:
         _run("ip", "-n", self.namespace, "link", "set", "eth0", "up")
 
-    def kill_all(self) -> None:
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
 
 @contextlib.contextmanager
 def two_machines(delay_ms: float, loss_percent: float) -> Iterator[tuple[Machine, Machine]]:
@@ -84,6 +80,7 @@ def two_machines(delay_ms: float, loss_percent: float) -> Iterator[tuple[Machine
     names = [f"cml-{os.getpid()}-{number}" for number in (0, 1)]
     machines = tuple(Machine(name, f"machine{i}", f"10.77.0.{i + 1}") for i, name in enumerate(names))
     wire = None
+    _sweep()
     try:
         for machine in machines:
             _run("ip", "netns", "add", machine.namespace)
@@ -100,11 +97,30 @@ def two_machines(delay_ms: float, loss_percent: float) -> Iterator[tuple[Machine
     finally:
         for machine in machines:
             if machine.namespace in _run("ip", "netns", "list").split():
-                machine.kill_all()
-                _run("ip", "netns", "delete", machine.namespace)
+                _remove(machine.namespace)
         if wire is not None:
             wire.kill()
             wire.communicate()
+
+
+def _pids(namespace: str) -> list[int]:
+    return [int(pid) for pid in _run("ip", "netns", "pids", namespace).split()]
+
+
+def _remove(namespace: str) -> None:
+    """Take away a namespace with every process in it."""
+    for pid in _pids(namespace):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    _run("ip", "netns", "delete", namespace)
+
+
+def _sweep() -> None:
+    """Remove what an earlier run of these tests left behind that was itself killed."""
+    for name in _run("ip", "netns", "list").split():
+        owner = re.fullmatch(r"cml-(\d+)-[01]", name)
+        if owner and not Path(f"/proc/{owner[1]}").exists():
+            _remove(name)
 
 
 def _netem(names: list[str], delay_ms: float, loss_percent: float) -> bool:

@@ -14,6 +14,7 @@ from launching import FROM_A_LAUNCHER, ROOT, finish, run, start
 
 from cml_dist.telemetry.metrics import read_metrics
 
+pytestmark = pytest.mark.timeout(900)  # whichever test comes first waits for by_accelerate
 SETTINGS = (
     "domain.shots=5", "domain.queries=5", "model.hidden=[8, 8]", "method.inner_steps=2", "train.steps=4",
     "train.episodes_per_step=3", "eval.every=0", "eval.val_episodes=4", "eval.final=false", "optim.name=sgd",

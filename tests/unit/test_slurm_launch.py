@@ -198,13 +198,15 @@ def what_job_sh_gets(tmp_path: Path, script: str, **environment: str) -> list[st
 def test_only_settings_are_replaced_and_words_arrive_as_they_were_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     odd = ("model.hidden=[8, 8]", "run.dir=a b/it's", 'optim.name="sgd"')
-    batch = prepare(request(*odd, gpus_per_node=4, partition="gpu", sbatch=("--mem=64G", "--exclusive")))
+    batch = prepare(request(*odd, gpus_per_node=4, partition="gpu", account="us", constraint="a100|h100",
+                            sbatch=("--mem=64G", "--exclusive")))  # fmt: skip
     shipped = (ROOT / "launch/slurm/multi_node.sbatch").read_text()
     assert batch.script.partition(END)[2] == shipped.partition(END)[2] != ""
     directives = [line.removeprefix("#SBATCH ") for line in batch.script.splitlines() if line.startswith("#SBATCH")]
     for line in (
         "--nodes=2", "--gres=gpu:4", "--cpus-per-task=16", "--time=04:00:00", "--signal=USR1@300", "--requeue",
-        "--ntasks-per-node=1", "--open-mode=append", "--partition=gpu", "--mem=64G", "--exclusive",
+        "--ntasks-per-node=1", "--open-mode=append", "--partition=gpu", "--account=us", "--constraint='a100|h100'",
+        "--mem=64G", "--exclusive",
     ):  # fmt: skip
         assert directives.count(line) == 1, line
     got = what_job_sh_gets(tmp_path, batch.script)
@@ -240,6 +242,14 @@ def test_a_container_sees_the_folder_and_the_launch_files(tmp_path, monkeypatch)
         "python", "1", "--container-image=nvcr.io#a/b:1", f"--container-mounts={mounts}",
         f"--container-workdir={tmp_path}", "--",
     ]  # fmt: skip
+
+
+def test_an_image_file_is_named_by_its_path_and_a_run_elsewhere_is_mounted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "image.sqsh").touch()
+    mounts = {"container_mounts": "/data,/scratch/me:/runs:rw"}
+    batch = prepare(request("run.dir=/runs/a", gpus_per_node=1, container="image.sqsh", **mounts))
+    assert f"--container-image={tmp_path}/image.sqsh" in what_job_sh_gets(tmp_path, batch.script)
 
 
 def test_a_run_folder_that_the_container_does_not_see_is_refused(tmp_path, monkeypatch):
@@ -279,6 +289,8 @@ def test_times_are_slurms(time, expected):
         ({}, ("parallel.processes=4",), "parallel.processes is 4, but 2 x 8 processes were asked for"),
         ({}, ("run.stop_signals=[SIGTERM]",), "add SIGUSR1 to run.stop_signals"),
         ({"sbatch": ("mem=4",)}, (), "--sbatch is 'mem=4'"),
+        ({"sbatch": ("--time=9",)}, (), "--sbatch is '--time=9', which the batch script depends on; use --time"),
+        ({"container": "a/b"}, ("run.dir=/else/where",), "run.dir is /else/where, which the container does not see"),
         ({"job_name": "a b"}, (), "--job-name is 'a b'"),
         ({"container_mounts": "/a:/a"}, (), "--container-mounts is given without --container"),
     ],
