@@ -24,6 +24,9 @@ from cml_dist.run.status import Start
 FRESH_S = 60.0
 """Without locks: a lease that was renewed within this time has a living owner."""
 
+LATER_S = 3600.0
+"""An earlier start is kept out for so long after a later one renewed its lease: its meta-steps may take minutes."""
+
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system says that has none."""
 
@@ -54,6 +57,10 @@ class Lease:
 
     def _take(self) -> None:
         holder = self._read()
+        try:
+            quiet_s = time.time() - self._file.stat().st_mtime
+        except FileNotFoundError:  # none, or put away just now
+            holder, quiet_s = None, 0.0
         held, locks = False, True
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,9 +70,12 @@ class Lease:
             if error.errno not in NO_LOCKS:
                 raise
             locks = False
-            held = holder is not None and time.time() - self._file.stat().st_mtime < FRESH_S
+            held = holder is not None and quiet_s < FRESH_S
         if locks and not held:
             held = not self._lock_is_there()
+        if holder and quiet_s < LATER_S and _start_of(holder).succeeds(self._start):
+            # It may not have the lock yet, which its predecessor lets go only now, to be started again in place.
+            raise self._taken_over(holder)
         if held and not (holder and self._start.succeeds(_start_of(holder))):
             who = f" (pid {holder['pid']} on {holder['host']})" if holder else ""
             raise CheckpointError(
@@ -95,11 +105,14 @@ class Lease:
         """
         holder = self._read()
         if holder is None or holder["token"] != self._token:
-            who = f"pid {holder['pid']} on {holder['host']}" if holder else "an unknown process"
-            raise CheckpointError(
-                f"a later start of this run has taken over {self._folder} ({who})",
-                "nothing is lost: that one goes on from the last checkpoint",
-            )
+            raise self._taken_over(holder)
+
+    def _taken_over(self, holder: dict[str, Any] | None) -> CheckpointError:
+        who = f"pid {holder['pid']} on {holder['host']}" if holder else "an unknown process"
+        return CheckpointError(
+            f"a later start of this run has taken over {self._folder} ({who})",
+            "nothing is lost: that one goes on from the last checkpoint",
+        )
 
     def renew(self) -> None:
         """Show that the owner lives, and lock what was taken over once its old owner has gone; see :meth:`check`."""

@@ -109,6 +109,14 @@ def this_start() -> Start:
     job, launcher = environment.get("SLURM_JOB_ID") or None, None
     if "TORCHELASTIC_RUN_ID" in environment:
         step = environment.get("SLURM_STEP_ID")  # its launchers, one a node, are one
-        launcher = f"{host}:{os.getppid()}" if step is None else f"step {step}"
+        launcher = f"{host}:{os.getppid()}:{_began(os.getppid())}" if step is None else f"step {step}"
     in_place, _ = restarts()
     return Start(host, os.getpid(), job, int(environment.get("SLURM_RESTART_COUNT") or 0), launcher, in_place)
+
+
+def _began(pid: int) -> str:
+    """When a process began, in the kernel's ticks: in containers a launcher has the same number each time."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from cml_dist.errors import CheckpointError
-from cml_dist.run.lease import FRESH_S, Lease
+from cml_dist.run.lease import FRESH_S, LATER_S, Lease
 from cml_dist.run.status import Start, this_start
 
 
@@ -61,16 +61,30 @@ def test_a_requeued_job_takes_over_from_its_earlier_start_which_notices(tmp_path
     cut_off.release(began=True)
     requeued.renew()  # the old one's end takes nothing away
     with pytest.raises(CheckpointError, match="another process trains"):
-        Lease(tmp_path, start("7", 0))
+        Lease(tmp_path, start("7", 1))
     requeued.release(began=True)
 
 
 def test_a_requeue_counts_more_than_any_restart_in_place(tmp_path, locks):
     Lease(tmp_path, start("7", 0, "step 0", 2))
     requeued = Lease(tmp_path, start("7", 1, "step 0", 0))
-    with pytest.raises(CheckpointError, match="another process trains"):
+    with pytest.raises(CheckpointError, match="has taken over"):
         Lease(tmp_path, start("7", 0, "step 0", 3))
     requeued.check()
+
+
+def test_a_lost_start_that_its_launcher_starts_again_does_not_take_the_folder_back(tmp_path, locks):
+    """It lets the lock go when it notices that it was replaced, and who replaced it has not looked for it since."""
+    cut_off = Lease(tmp_path, start("7", 0, "step 0", 0))
+    requeued = Lease(tmp_path, start("7", 1, "step 0", 0))
+    cut_off.release(began=True)
+    with pytest.raises(CheckpointError, match="a later start of this run has taken over"):
+        Lease(tmp_path, start("7", 0, "step 0", 1))
+    requeued.renew()
+    requeued._lock.close()  # killed: its number alone keeps nobody out for ever
+    old = time.time() - LATER_S - 1
+    os.utime(tmp_path / "lease.json", (old, old))
+    Lease(tmp_path, start("7", 0, "step 0", 1)).release(began=True)
 
 
 @pytest.mark.parametrize("job", ["7", None])
@@ -90,7 +104,7 @@ def test_a_start_knows_its_job_and_its_launcher(monkeypatch):
     assert (this_start().job, this_start().launcher, this_start().restart) == (None, None, 0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert this_start().launcher.endswith(f":{os.getppid()}")
+    assert f":{os.getppid()}:" in this_start().launcher and this_start().launcher[-1].isdigit()
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3", "SLURM_RESTART_COUNT": "2"}.items():
         monkeypatch.setenv(name, value)
     here = this_start()
