@@ -27,10 +27,13 @@ def train(args: argparse.Namespace, console: Console) -> int:
         # left to end its ranks: they stop and save.
         signal_when_parent_ends(signal.SIGTERM)
     try:
-        from cml_dist.run.trainer import train
+        with interrupts.held():
+            from cml_dist.run.trainer import train
 
         code = train(config, console, interrupts).exit_code
-    except Stopped as stopped:
+    except (Stopped, Exception) as stopped:
+        if not isinstance(stopped, Stopped) and not interrupts.cut_short:
+            raise
         this_watch().blame(stopped)  # a launcher stops all when one dies
         this_watch().fail(f"it was stopped by {interrupts.stop} before training began", everywhere=True)
         console.warn(f"Stopped by {interrupts.stop} before training began; nothing is lost: run the same command again")
@@ -43,6 +46,7 @@ def train(args: argparse.Namespace, console: Console) -> int:
         console.warn("Interrupted; the last checkpoint is whole, and the same command resumes from it")
         this_watch().fail("it was interrupted", everywhere=True)
         code = STOPPED_BY_USER
+    interrupts.deafen()
     # Stopped and saved is not finished: a script that goes on with `&&` must be able to tell. But a launcher that may
     # restart its processes takes any code but 0 for a fault, and would start again what was asked to stop.
     return 0 if restarts()[1] > 0 else code

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -248,7 +249,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         CmlError: the file system refused.
     """
-    temporary = path.with_name(f".{path.name}.writing")
+    # The watch's thread writes too, while the main thread may be at it.
+    temporary = path.with_name(f".{path.name}.{threading.current_thread().name}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from cml_dist.parallel.ending import restarts
-
 State = Literal["running", "stopped", "finished", "failed"]
 
 
@@ -28,7 +26,7 @@ class RunStatus:
         host, pid: of rank 0.
         world: processes.
         job: the SLURM job, if there is one.
-        restart: how often the job was requeued, or the launcher started the processes again.
+        restart: how often the job was requeued, and the launcher started the processes again since.
         starts: how often this run was started, this time included.
         exit_s: seconds that a safe exit takes at most, as far as seen: the longest meta-step and two of the longest
             saves, one of which may just have begun; None before there was one of each.
@@ -74,19 +72,43 @@ class Start:
     Attributes:
         host, pid: of the process.
         job: SLURM's number, None outside.
-        restart: how often the job was requeued, and the launcher of this start started the processes again in place.
-        requeued: the former alone. It counts first: the launcher of a requeued job begins at 0 again.
+        requeued: how often SLURM has put the job back into the queue.
+        launcher: which launcher made the process, None without one.
+        in_place: how often that launcher has started its processes again.
     """
 
     host: str
     pid: int
-    job: str | None
-    restart: int
+    job: str | None = None
     requeued: int = 0
+    launcher: str | None = None
+    in_place: int = 0
+
+    @property
+    def restart(self) -> int:
+        """How often the job was requeued or started again in place: for people, since it can fall after a requeue."""
+        return self.requeued + self.in_place
+
+    def succeeds(self, other: Start) -> bool:
+        """Whether ``other`` is an earlier start of the same, that SLURM or the launcher has given up.
+
+        A requeue begins the launcher's count anew, and the counts of two launchers have nothing to do with each other.
+        """
+        if self.job != other.job:
+            return False
+        if self.requeued != other.requeued:
+            return self.requeued > other.requeued
+        return self.launcher is not None and self.launcher == other.launcher and self.in_place > other.in_place
 
 
 def this_start() -> Start:
     """The start that this process belongs to."""
-    requeued, (in_place, _) = int(os.environ.get("SLURM_RESTART_COUNT") or 0), restarts()
-    job = os.environ.get("SLURM_JOB_ID") or None
-    return Start(socket.gethostname(), os.getpid(), job, requeued + in_place, requeued)
+    environment, host = os.environ, socket.gethostname()
+    job, launcher = environment.get("SLURM_JOB_ID") or None, None
+    if "TORCHELASTIC_RUN_ID" in environment:
+        step = environment.get("SLURM_STEP_ID")  # its launchers, one a node, are one
+        launcher = f"{host}:{os.getppid()}" if step is None else f"step {step}"
+    requeued, in_place = (
+        int(environment.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    )
+    return Start(host, os.getpid(), job, requeued, launcher, in_place)

@@ -102,6 +102,7 @@ class _Run:
         self.started, self.starts = now(), 1
         self.told_s = self.saved_s = time.monotonic()
         self.longest_s = {"step": 0.0, "save": 0.0}
+        self.lost = False  # the watch ends this process
         self.step = 0
         self.state: dict[str, Any] = {"best": None, "validated": 0, "skipped": 0, "skipped_in_a_row": 0}
         self.log = RankLog(world.rank)
@@ -134,11 +135,12 @@ class _Run:
         self._resume()
         world.together(self._announce)
         world.together(self.folder.wait_until_seen)
+        # Right after the ranks met: one that still ends at once at a signal leaves the patient ones behind.
+        self.interrupts.patient()
         self._open_log()  # only now: a run that never began leaves nothing behind
         world.watch.beat("starting the trackers")
         self.trackers = Trackers(config, self.step, self.console, active=world.is_main)
         try:
-            self.interrupts.patient()
             self._loop()
             if config.eval.final:
                 self._finish()
@@ -178,14 +180,17 @@ class _Run:
             self._tell("stopped" if asked else "failed", reason)
 
     def _lost(self, what: str) -> None:
-        """The watch is about to end this process."""
+        """The watch is about to end this process, from a thread of its own: what it says is the last word."""
+        self.lost = True
         if self.folder.claimed and self.folder.exists:
-            self._tell("failed", what)
+            self._write_status("failed", what)
 
     def _tell(self, state: State, reason: str) -> None:
         """Rank 0 writes ``status.json``, and renews its right to."""
-        if not self.world.is_main:
-            return
+        if self.world.is_main and not self.lost:
+            self._write_status(state, reason)
+
+    def _write_status(self, state: State, reason: str) -> None:
         start, seen = this_start(), self.longest_s
         self.folder.renew()
         status = RunStatus(
@@ -387,14 +392,14 @@ class _Run:
         for number, term in enumerate(TERMS):
             if term in sums:
                 vector[2 * number : 2 * number + 2] = sums[term]
-        vector[-2] = float(self._stop_wanted())
+        vector[-2] = float(self.interrupts.stop is not None)
         vector[-1] = float(self._time_to_save())
         *values, stop, save = self.world.sum(vector).tolist()
         pairs = zip(TERMS, values[::2], values[1::2], strict=True)
         return {term: total / count if count else None for term, total, count in pairs}, _Wishes(stop > 0, save > 0)
 
     def _stop_wanted(self) -> bool:
-        """Whether this rank was asked to stop. Asked between tested episodes too, where a run shows that it lives."""
+        """Whether this rank was asked to stop: asked between tested episodes, where a run shows that it lives."""
         self._tell_if_due("testing")
         return self.interrupts.stop is not None
 
@@ -483,6 +488,7 @@ class _Run:
 
         def prune() -> None:
             if self.world.is_main:
+                self.folder.check_ours()  # the last write may have hung for as long as a requeue takes
                 best = self.state["best"]
                 keep = frozenset() if best is None else frozenset({best["step"]})
                 checkpoints.prune(self.folder.checkpoints, self.config.checkpoint.keep_last, keep)

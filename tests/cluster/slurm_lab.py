@@ -88,6 +88,7 @@ class Job:
     id: str
     folder: Path
     log: Path
+    fault: AssertionError | None = None
 
     @property
     def state(self) -> str:
@@ -100,6 +101,8 @@ class Job:
     def ends(self) -> list[str]:
         """State and exit code of each end of the job so far, e.g. ``COMPLETED 0:0``; a requeued job has several."""
         file = self.cluster.lab / "log" / "jobs.txt"
+        if "_" in self.id and not (self.folder / "status.json").exists():
+            return []
         # A task of an array has a number of its own there.
         number = self.status["job"] if "_" in self.id else self.id
         found = re.findall(rf"^JobId={number} .*?JobState=(\S+) .* ExitCode=(\S+)", file.read_text(), re.M)
@@ -123,6 +126,11 @@ class Job:
         return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
 
     @property
+    def resumed_at(self) -> int:
+        """The step at which the run first went on; 0: it has not yet."""
+        return next((step for step in self.starts if step), 0)
+
+    @property
     def output(self) -> str:
         """The job's log."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -132,22 +140,19 @@ class Job:
         lines = read_metrics(self.folder / "metrics.jsonl")
         return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
-    def until(self, what: Callable[[], object], timeout_s: float = 240, *, ends: bool = False) -> None:
-        """Wait for ``what``; fail, with the log, where it never comes, or the job ends before (unless it ``ends``)."""
+    def until(self, what: Callable[[], object], timeout_s: float = 240) -> None:
+        """Wait for ``what``; fail, with the log, where it does not come."""
         end = time.monotonic() + timeout_s
         while not what():
-            gone = not ends and not self.state and not what()
-            if gone or time.monotonic() > end:
-                queue = self.cluster.run("squeue", "--format=%i %j %T %r %M %N")
-                raise AssertionError(f"job {self.id} {'has ended' if gone else 'is late'}:\n{self.output}\n{queue}")
+            if time.monotonic() > end:
+                raise AssertionError(f"job {self.id} is late:\n{self.output}\n{self.cluster.run('squeue')}")
             time.sleep(0.3)
 
-    def ended(self, timeout_s: float = 240) -> str:
-        """How the job ended, see :attr:`ends`; waits until it has left the queue for good."""
+    @property
+    def over(self) -> bool:
+        """Whether it has left the queue for good."""
         # A finished job is listed for a minute more where it is asked for by number.
-        over = ("", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL")
-        self.until(lambda: self.state in over and self.ends, timeout_s, ends=True)
-        return self.ends[-1]
+        return self.state in ("", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL") and bool(self.ends)
 
     def cancel(self) -> None:
         """For good."""

@@ -64,6 +64,7 @@ def played_job(tmp_path: Path, step: int, status: int, queue: str, requeue: int,
         python=f"exit {status}",
     )
     env = {"PATH": path, "LAUNCH": str(ROOT / "launch"), "SLURM_JOB_ID": "7", "PYTHON": "python", "RUN_DIR": "run"}
+    env["MAX_RESTARTS"] = "1"
     run = subprocess.run(
         ["bash", str(ROOT / "launch/slurm/job.sh"), "--", "glyphs"],
         env=env | environment, capture_output=True, text=True, timeout=30,
@@ -88,6 +89,17 @@ def played_job(tmp_path: Path, step: int, status: int, queue: str, requeue: int,
 def test_how_a_job_ends(tmp_path, step, status, queue, requeue, code, requeued):
     found, output = played_job(tmp_path, step, status, queue, requeue)
     assert (found, "scontrol requeue 7\n" in output) == (code, requeued), output
+
+
+def test_a_job_does_not_come_back_for_ever(tmp_path):
+    assert "scontrol" in played_job(tmp_path, 0, 75, "RUNNING None", 0, SLURM_RESTART_COUNT="199")[1]
+    code, output = played_job(tmp_path, 0, 75, "RUNNING None", 0, SLURM_RESTART_COUNT="200")
+    assert code == 75 and "job 7 was requeued 200 times" in output and "scontrol" not in output
+
+
+def test_without_restarts_in_place_a_stopped_run_would_be_taken_for_a_failed_one(tmp_path):
+    code, output = played_job(tmp_path, 0, 75, "RUNNING None", 0, MAX_RESTARTS="0")
+    assert code == 2 and output == "error: MAX_RESTARTS is 0; set it to 1 or more in the batch script\n"
 
 
 def test_a_task_of_an_array_requeues_itself_alone(tmp_path):
