@@ -128,6 +128,8 @@ def prepare(request: SlurmRequest) -> Batch:
     overrides = [*(["run.device=cpu"] if not request.gpus_per_node else []), *request.overrides]
     config = load_config(request.config, overrides)
     root = (here / Path(config.run.dir).expanduser()).resolve()
+    is_file = Path(request.config).is_file()
+    _check_container(request, here, {"run.dir": root} | ({"CONFIG": recipe.resolve()} if is_file else {}))
     seeds, backbones = request.seeds or (config.run.seed,), request.backbones or (config.model.backbone,)
     run_dirs = []
     for backbone in backbones if request.is_sweep else (None,):
@@ -165,8 +167,8 @@ def prepare(request: SlurmRequest) -> Batch:
         "PYTHON": request.python or ("python" if request.container else sys.executable),
         "RUN_DIR": str(root),
         # A file by its path, a recipe by its name: in a container it lies elsewhere.
-        "CONFIG": [str(recipe.resolve()) if Path(request.config).is_file() else recipe.stem, *_kept(overrides)],
-        "SRUN_OPTIONS": _container(request, here, launch, root),
+        "CONFIG": [str(recipe.resolve()) if is_file else recipe.stem, *_kept(overrides)],
+        "SRUN_OPTIONS": _container(request, here, launch),
     }
     if request.is_sweep:
         limit = f"%{request.array_limit}" if request.array_limit else ""
@@ -299,26 +301,30 @@ def _check_run(request: SlurmRequest, config: RunConfig, folder: RunFolder) -> N
         folder.check_resumable(config)
 
 
+def _check_container(request: SlurmRequest, here: Path, needed: Mapping[str, Path]) -> None:
+    """A run folder inside the container alone would be gone with each job, and the run begin anew in the next one."""
+    if not request.container:
+        return
+    mounts = [mount.split(":") for mount in (request.container_mounts or "").split(",") if mount]
+    seen = [here, *(Path(mount[min(1, len(mount) - 1)]) for mount in mounts)]
+    for name, path in needed.items():
+        if not any(path.is_relative_to(folder) for folder in seen):
+            raise ConfigError(
+                f"{name} is {path}, which the container does not see",
+                f"mount its folder, e.g. --container-mounts={path.parent}:{path.parent}",
+            )
+
+
 def _kept(overrides: Sequence[str]) -> list[str]:
     """Those that the batch script does not set itself."""
     return [word for word in overrides if not word.startswith(("run.dir=", "parallel.processes="))]
 
 
-def _container(request: SlurmRequest, here: Path, launch: Path, root: Path) -> list[str]:
-    """Options of srun (pyxis): the folder that the job starts in and the launch files are always there inside.
-
-    Raises:
-        ConfigError: ``root`` is not: the run would be written inside the container, and gone with it.
-    """
+def _container(request: SlurmRequest, here: Path, launch: Path) -> list[str]:
+    """Options of srun (pyxis): the folder that the job starts in and the launch files are always there inside."""
     if not request.container:
         return []
     asked = request.container_mounts.split(",") if request.container_mounts else []
-    inside = [(*mount.split(":"), "")[1] or mount for mount in asked]  # SOURCE:TARGET:FLAGS, or one path for both
-    if not any(root.is_relative_to(folder) for folder in (here, *inside)):
-        raise ConfigError(
-            f"run.dir {root} is not mounted in the container: what is written there would be lost",
-            f"add it, e.g. --container-mounts {root.parent}:{root.parent}",
-        )
     mounts = ",".join([*asked, f"{here}:{here}", f"{launch}:{launch}"])
     # pyxis takes a word without a slash in front for the name of an image in a registry.
     image = Path(request.container).resolve() if Path(request.container).is_file() else request.container

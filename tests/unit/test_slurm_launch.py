@@ -252,6 +252,17 @@ def test_an_image_file_is_named_by_its_path_and_a_run_elsewhere_is_mounted(tmp_p
     assert f"--container-image={tmp_path}/image.sqsh" in what_job_sh_gets(tmp_path, batch.script)
 
 
+def test_a_run_folder_that_the_container_does_not_see_is_refused(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    inside = {"gpus_per_node": 1, "container": "a/b:1"}
+    with pytest.raises(ConfigError, match=f"run.dir is {there}/run, which the container does not see"):
+        prepare(request(f"run.dir={there}/run", **inside, container_mounts=f"/data,{tmp_path}/other:/other:ro"))
+    for mounts in (f"/data:/data,{there}:{there}:rw", str(tmp_path)):
+        prepare(request(f"run.dir={there}/run", **inside, container_mounts=mounts))
+
+
 @pytest.mark.parametrize(
     ("time", "expected"),
     [
@@ -279,7 +290,7 @@ def test_times_are_slurms(time, expected):
         ({}, ("run.stop_signals=[SIGTERM]",), "add SIGUSR1 to run.stop_signals"),
         ({"sbatch": ("mem=4",)}, (), "--sbatch is 'mem=4'"),
         ({"sbatch": ("--time=9",)}, (), "--sbatch is '--time=9', which the batch script depends on; use --time"),
-        ({"container": "a/b"}, ("run.dir=/else/where",), "run.dir /else/where is not mounted in the container"),
+        ({"container": "a/b"}, ("run.dir=/else/where",), "run.dir is /else/where, which the container does not see"),
         ({"job_name": "a b"}, (), "--job-name is 'a b'"),
         ({"container_mounts": "/a:/a"}, (), "--container-mounts is given without --container"),
     ],
