@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from cml_dist.parallel.ending import restarts
+
 State = Literal["running", "stopped", "finished", "failed"]
 
 
@@ -108,7 +110,5 @@ def this_start() -> Start:
     if "TORCHELASTIC_RUN_ID" in environment:
         step = environment.get("SLURM_STEP_ID")  # its launchers, one a node, are one
         launcher = f"{host}:{os.getppid()}" if step is None else f"step {step}"
-    requeued, in_place = (
-        int(environment.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-    )
+    requeued, (in_place, _) = int(environment.get("SLURM_RESTART_COUNT") or 0), restarts()
     return Start(host, os.getpid(), job, requeued, launcher, in_place)
