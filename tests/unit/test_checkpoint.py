@@ -352,7 +352,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
 
 
 def test_a_checkpoint_that_may_not_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch):
-    """A file server that is away, or permissions: an older checkpoint must not be used for it, nor this one set aside."""
+    """A file server that is away: an older checkpoint must not be used instead, nor this one set aside."""
     for step in (1, 2):
         save(tmp_path, step)
 
