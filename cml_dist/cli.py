@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -194,6 +195,7 @@ def _say(error: CmlError) -> None:
             return
         if "TORCHELASTIC_RUN_ID" in os.environ:
             # The launcher ends all processes of this machine when the first one leaves: let that be the one who speaks.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(SPEAKS_WITHIN_S)
     Console().error(error.what if here.rank == 0 else f"rank {here.rank}: {error.what}", error.remedy)
 

@@ -33,6 +33,7 @@ def train(args: argparse.Namespace, console: Console) -> int:
         code = train(config, console, interrupts).exit_code
     except (Stopped, Exception) as stopped:
         if not isinstance(stopped, Stopped) and not interrupts.cut_short:
+            interrupts.patient()  # a launcher that ends all after the first must not break off who says why
             raise
         this_watch().blame(stopped)  # a launcher stops all when one dies
         this_watch().fail(f"it was stopped by {interrupts.stop} before training began", everywhere=True)

@@ -64,8 +64,8 @@ class Lease:
                 raise
             locks = False
             held = holder is not None and time.time() - self._file.stat().st_mtime < FRESH_S
-        if locks and not held and not os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self._lock_file)):
-            held = True  # a run that never began removed this file, and another has made a new one
+        if locks and not held:
+            held = not self._lock_is_there()
         if held and not (holder and self._start.succeeds(_start_of(holder))):
             who = f" (pid {holder['pid']} on {holder['host']})" if holder else ""
             raise CheckpointError(
@@ -79,6 +79,13 @@ class Lease:
         except OSError:  # no space
             fresh.unlink(missing_ok=True)
             raise
+
+    def _lock_is_there(self) -> bool:
+        """Whether the file that is locked is still the folder's: a run that never began removes it as it leaves."""
+        try:
+            return os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self._lock_file))
+        except FileNotFoundError:
+            return False
 
     def check(self) -> None:
         """Make sure that the lease is still ours, right before something is written.

@@ -173,7 +173,7 @@ class _Run:
         self.log.failed(error)
         if not self.folder.claimed or not self.folder.exists:
             return
-        asked = isinstance(error, (Stopped, KeyboardInterrupt))
+        asked = isinstance(error, (Stopped, KeyboardInterrupt)) or self.interrupts.cut_short
         reason = (self.interrupts.stop or "SIGINT") if asked else str(error) or repr(error)
         self.step = self.step or max(checkpoints.steps_in(self.folder.checkpoints), default=0)
         with suppress(CmlError):  # the first error counts

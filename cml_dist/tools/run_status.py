@@ -27,10 +27,9 @@ SILENT_S = 120.0
 GONE_S = 15.0
 """The same where its process is known to be gone."""
 
-EXIT_CODES = {"finished": 0, "stopped": 75, "running": 3, "unknown": 3, "failed": 1, "dead": 1}
+EXIT_CODES = {"finished": 0, "stopped": 75, "unknown": 3, "running": 3, "dead": 1, "failed": 1}
 """Of ``cml-dist status --check``; of several runs the one that comes last here counts."""
 
-_RANKING = ("finished", "stopped", "unknown", "running", "dead", "failed")
 _CHECKPOINT = re.compile(r"step-(\d{8})\.safetensors")
 
 
@@ -172,7 +171,7 @@ def check_line(view: RunView) -> str:
 
 def worst_exit_code(views: Iterable[RunView]) -> int:
     """The exit code of the run that needs attention most."""
-    return max(views, key=lambda view: _RANKING.index(view.state)).exit_code
+    return max(views, key=lambda view: list(EXIT_CODES).index(view.state)).exit_code
 
 
 def rows_of(view: RunView) -> dict[str, str]:

@@ -385,6 +385,8 @@ def test_tasks_of_srun_are_told_who_they_are(monkeypatch):
     assert told["MASTER_ADDR"] == "a" and 20000 <= int(told["MASTER_PORT"]) < 32000
     place = place_of({**task, **told})
     assert (place.rank, place.size, place.local_size, place.launcher) == (4, 5, 1, "srun")
+    with pytest.raises(WorldError, match="WORLD_SIZE is 5, but LOCAL_RANK is not set"):
+        place_of({name: value for name, value in told.items() if name != "LOCAL_RANK"})
     assert join_srun({**task, "RANK": "1"}) == {}, "a launcher has said it already"
     assert join_srun({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "5"}) == {}, "a batch script is one process"
     with pytest.raises(WorldError, match="does not say enough"):

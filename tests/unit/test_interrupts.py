@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +75,29 @@ def test_only_a_stopped_run_is_deaf_on_its_way_out():
         interrupts.deafen()
         assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
     assert not interrupts.cut_short
+
+
+def test_who_lets_another_rank_say_the_error_is_ended_by_the_launcher_without_a_word(tmp_path):
+    """Two ranks of a machine come to one error before they meet; the launcher ends the second once the first left."""
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cml_dist", "train", "sinusoid", "parallel.processes=3", f"run.dir={tmp_path}/run"],
+        env=os.environ | place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+    def obeys_by_itself() -> bool:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return bool(int(status.partition("SigCgt:")[2].split()[0], 16) & 1 << signal.SIGTERM - 1)
+
+    try:
+        for wanted in (True, False):
+            end_s = time.monotonic() + 60
+            while obeys_by_itself() is not wanted:
+                assert time.monotonic() < end_s and process.poll() is None
+                time.sleep(0.01)
+        process.terminate()
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (-signal.SIGTERM, "")

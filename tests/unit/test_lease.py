@@ -126,6 +126,21 @@ def test_of_a_run_that_never_began_nothing_is_left(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("made_anew", [True, False])
+def test_a_lock_that_its_owner_removed_while_leaving_locks_nothing(tmp_path, monkeypatch, made_anew):
+    flock = fcntl.flock
+
+    def late(file, how):
+        flock(file, how)
+        (tmp_path / "lock").unlink()
+        if made_anew:
+            (tmp_path / "lock").touch()
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(CheckpointError, match="another process trains"):
+        Lease(tmp_path, start())
+
+
 def test_a_torn_lease_file_is_nobodys(tmp_path):
     (tmp_path / "lease.json").write_text('{"token": "x"')
     Lease(tmp_path, start()).check()
