@@ -26,17 +26,13 @@ $(INSTALLED): setup.py pyproject.toml
 # A finished demo is started anew; one that was stopped goes on.
 demo: $(INSTALLED)
 	@if [ -e $(DEMO)/eval.json ]; then echo "Removing the finished demo in $(DEMO) to run it anew"; rm -rf $(DEMO); fi
-	@gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \
-	if [ "$$gpus" -gt 0 ]; then file=ddp processes=$$gpus; else file=cpu processes=2; fi; \
-	echo "Starting $$processes processes on $$(echo $$file | sed 's/ddp/as many GPUs/; s/cpu/the CPU (no GPU here)/'); run folder $(DEMO)"; \
-	trap : INT TERM; \
-	LOGLEVEL=ERROR $(BIN)/accelerate launch --config_file launch/accelerate/$$file.yaml --num_processes $$processes \
-		-m cml_dist train configs/recipes/glyphs.yaml run.dir=$(DEMO) parallel.processes=$$processes $(DEMO_ARGS) || \
+	@trap : INT TERM; CML_PYTHON=$(BIN)/python launch/quickstart.sh configs/recipes/glyphs.yaml run.dir=$(DEMO) $(DEMO_ARGS) || \
 	{ code=$$?; echo "The demo did not finish: the reason stands above the launcher's traceback. make demo goes on from" \
 		"the last checkpoint, make clean removes it."; exit $$code; }
 
+# Two files at a time: much of what the tests of clusters and launchers do is to wait.
 test: $(INSTALLED)
-	@$(BIN)/ruff check --output-format concise; lint=$$?; $(BIN)/python -m pytest $(PYTEST_ARGS) && exit $$lint
+	@$(BIN)/ruff check --output-format concise; lint=$$?; $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS) && exit $$lint
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --output-format concise

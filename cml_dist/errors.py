@@ -53,6 +53,12 @@ class WorldError(CmlError):
     everywhere = True
 
 
+class NetworkError(WorldError):
+    """This machine has no way to the others, which only it can say."""
+
+    everywhere = False
+
+
 class TrainingError(CmlError):
     """Training cannot go on, e.g. too many non-finite meta-gradients in a row."""
 

@@ -34,16 +34,17 @@ class Board:
         """Go where the launcher says that rank 0 (or its own agent) listens.
 
         Raises:
-            WorldError: nobody listens there.
+            WorldError: the launcher's variables are missing.
+            NetworkError: nobody listens there.
         """
         from torch.distributed import HashStore, PrefixStore
 
-        from cml_dist.parallel.meeting import launched, launcher_store
+        from cml_dist.parallel.launched import launched
+        from cml_dist.parallel.meeting import launcher_store
 
         if place.size == 1:
             return cls(HashStore(), place)
-        rank, _, host, port = launched(os.environ)
-        store = launcher_store(rank, host, port, limit_s, os.environ)
+        store = launcher_store(launched(), limit_s)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return cls(PrefixStore(f"doctor/{attempt}", store), place)
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cml_dist.parallel.launched import launched
+
 
 @dataclass(frozen=True)
 class Place:
@@ -34,20 +36,21 @@ class Place:
 
 
 def place_of(environment: Mapping[str, str] | None = None) -> Place:
-    """The place of this process."""
+    """The place of this process.
+
+    Raises:
+        WorldError: the environment describes no world that can be.
+    """
     environment = os.environ if environment is None else environment
-    size = int(environment.get("WORLD_SIZE", 1))
+    here = launched(environment)
     host = socket.gethostname()
-    if size == 1:
+    if here.size == 1:
         return Place(0, 1, 0, 1, host, _launcher(environment))
     try:
         address = socket.gethostbyname(host)
     except OSError:
         address = ""
-    rank = int(environment.get("RANK", 0))
-    local_rank = int(environment.get("LOCAL_RANK", 0))
-    local_size = int(environment.get("LOCAL_WORLD_SIZE", 1))
-    return Place(rank, size, local_rank, local_size, host, _launcher(environment), address)
+    return Place(here.rank, here.size, here.local_rank, here.local_size, host, _launcher(environment), address)
 
 
 def _launcher(environment: Mapping[str, str]) -> str:
@@ -56,4 +59,4 @@ def _launcher(environment: Mapping[str, str]) -> str:
         return f"{by}, inside srun" if "SLURM_STEP_ID" in environment else by
     if "SLURM_STEP_ID" in environment:
         return "srun"
-    return "another launcher" if int(environment.get("WORLD_SIZE", 1)) > 1 else "none"
+    return "another launcher" if launched(environment).size > 1 else "none"

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from cml_dist.doctor.check import Case
 from cml_dist.doctor.findings import Finding
+from cml_dist.parallel.launched import idle_nodes
 
 LITTLE_S = 15 * 60
 
@@ -19,7 +20,7 @@ def check_slurm(case: Case) -> Iterator[Finding]:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return
-    yield _size(job, case)
+    yield _size(job)
     shown = ask("scontrol", "show", "job", job)
     known = dict(re.findall(r"(\w+)=(\S+)", shown or ""))
     yield _time_left(job, os.environ)
@@ -27,7 +28,7 @@ def check_slurm(case: Case) -> Iterator[Finding]:
     yield _signal(job)
 
 
-def _size(job: str, case: Case) -> Finding:
+def _size(job: str) -> Finding:
     environment = os.environ
     nodes = environment.get("SLURM_JOB_NUM_NODES", "?")
     value = f"{job} on {nodes} node{'s' * (nodes != '1')} ({environment.get('SLURM_JOB_NODELIST', '?')})"
@@ -35,12 +36,10 @@ def _size(job: str, case: Case) -> Finding:
     for variable, words in (("SLURM_MEM_PER_NODE", "a node"), ("SLURM_MEM_PER_CPU", "a core")):
         if environment.get(variable, "0").isdigit() and environment.get(variable, "0") != "0":
             value += f", {int(environment[variable]) / 1024:.3g} GiB {words}"
-    hosts = int(nodes) if nodes.isdigit() else 1
-    if case.place.size < hosts:
-        remedy = "start one accelerate launch a node by srun, see launch/slurm; or ask for fewer nodes"
-        return Finding(
-            "job", "warning", f"{value}, of which this world ({case.place.size} processes) uses a part", remedy
-        )
+    idle = idle_nodes()
+    if idle is not None:
+        what, _, remedy = idle.partition(": ")
+        return Finding("job", "warning", f"{value}; {what}", remedy)
     return Finding("job", "ok", value)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from cml_dist.parallel.launched import launched_or_alone
 from cml_dist.parallel.watch import this_watch
 
 
@@ -25,6 +26,6 @@ def leave(code: int, cause: str = "", *, everywhere: bool = False) -> int:
         this_watch().fail(cause, everywhere=everywhere)
     sys.stdout.flush()
     sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if launched_or_alone().size > 1:
         os._exit(code)
     return code

@@ -7,15 +7,16 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from cml_dist.config.schema import ParallelConfig
-from cml_dist.errors import WorldError
+from cml_dist.errors import NetworkError, WorldError
 from cml_dist.parallel.ending import end_process
+from cml_dist.parallel.launched import Launched, launched
 from cml_dist.parallel.star import Follower, Leader
 from cml_dist.parallel.verdict import Member, Verdict
 from cml_dist.parallel.watch import Joined
@@ -24,55 +25,79 @@ from cml_dist.parallel.wire import Wire
 KEY = "cml_dist/watch"
 RETRY_S = 0.5
 ANSWER_S = 5.0
+REACH = (
+    "see whether rank 0's process runs there, whether MASTER_ADDR and MASTER_PORT are the same everywhere, and whether "
+    "a firewall is in between"
+)
 MARGIN_S = 15.0
 """Rank 0 names who is missing; the others wait this much longer for it to."""
 
 
-def meet(config: ParallelConfig, environment: Mapping[str, str] | None = None) -> tuple[Joined, Store]:
+def meet(config: ParallelConfig) -> tuple[Joined, Store]:
     """Find the other processes that the launcher started, and watch each other from now on.
 
     Returns:
         (the watch, a store that no other start of a world has written to).
 
     Raises:
-        WorldError: the launcher's variables are missing, the rendezvous cannot be reached, or ranks do not come within
-            ``parallel.join_timeout_s``.
+        NetworkError: the rendezvous, or rank 0's watch, cannot be reached.
+        WorldError: the launcher's variables are missing, or ranks do not come within ``parallel.join_timeout_s``.
 
     Collective: all ranks.
     """
-    environment = os.environ if environment is None else environment
-    rank, size, host, port = launched(environment)
+    here = launched()
     until_s = time.monotonic() + config.join_timeout_s
-    store = launcher_store(rank, host, port, config.join_timeout_s, environment)
-    one_machine = environment.get("LOCAL_WORLD_SIZE") == str(size)
-    watch = join(store, identity(rank), size, config, until_s, "127.0.0.1" if one_machine else host)
+    store = launcher_store(here, config.join_timeout_s)
+    address = "127.0.0.1" if here.local_size == here.size else here.host
+    watch = join(store, identity(here.rank), here.size, config, until_s, address)
     # A store outlives its ranks when the launcher starts them again: what they have written may not be read.
     store.set_timeout(group_timeout(config))
     return watch, PrefixStore(watch.meeting, store)
 
 
-def launcher_store(rank: int, host: str, port: int, timeout_s: float, environment: Mapping[str, str]) -> TCPStore:
+def launcher_store(here: Launched, timeout_s: float) -> TCPStore:
     """Where the launcher says that the ranks meet; who else has come is not waited for.
 
     Raises:
-        WorldError: nobody listens there.
+        NetworkError: nobody listens there.
     """
-    agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # The launcher's agent on rank 0's machine serves the store; without one rank 0 does.
+    serves = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    where = f"the rendezvous at {here.host}:{here.port}"
+    if not serves:
+        _await_listener(here, where, timeout_s)
     try:
-        # The launcher's agent on rank 0's machine serves the store; without one rank 0 does.
         return TCPStore(
-            host,
-            port,
-            is_master=rank == 0 and not agent,
+            here.host,
+            here.port,
+            is_master=serves,
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
             multi_tenant=True,
         )
     except (DistError, RuntimeError, ValueError) as error:
-        raise _of_this_rank(
-            f"cannot reach the rendezvous at {host}:{port}: {_first_line(error)}",
-            "see whether rank 0's process runs there, and whether MASTER_ADDR and MASTER_PORT are the same everywhere",
-        ) from error
+        what = "serve" if serves else "use"
+        raise NetworkError(f"{socket.gethostname()} cannot {what} {where}: {_first_line(error)}", REACH) from error
+
+
+def _await_listener(here: Launched, where: str, timeout_s: float) -> None:
+    """One line where nobody listens, instead of torch's pages.
+
+    Raises:
+        NetworkError: nobody does within ``timeout_s``.
+    """
+    until_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((here.host, here.port), timeout=min(ANSWER_S, timeout_s)).close()
+            return
+        except OSError as error:
+            if time.monotonic() + RETRY_S > until_s:
+                why = error.strerror or error
+                raise NetworkError(
+                    f"{socket.gethostname()} did not reach {where} within {timeout_s:.0f} s: {why}", REACH
+                ) from error
+        time.sleep(RETRY_S)
 
 
 def group_timeout(config: ParallelConfig) -> timedelta:
@@ -109,6 +134,7 @@ def join(
         end: see :class:`Joined`.
 
     Raises:
+        NetworkError: rank 0 cannot be reached, or lets nobody in.
         WorldError: not all came.
     """
     limits = {"silence_s": config.silence_s, "timeout_s": config.timeout_s, "end": end}
@@ -134,25 +160,6 @@ def join(
         watch.fail("it was stopped while the world met", everywhere=True)
         raise
     return watch
-
-
-def launched(environment: Mapping[str, str]) -> tuple[int, int, str, int]:
-    """(rank, size, MASTER_ADDR, MASTER_PORT)."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    absent = [name for name in names if not environment.get(name)]
-    if absent:
-        raise WorldError(
-            f"a world of {environment.get('WORLD_SIZE')} processes was asked for, but {absent[0]} is not set",
-            "start with accelerate launch or torchrun, or set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, "
-            "MASTER_ADDR and MASTER_PORT in each process",
-        )
-    rank, size, host, port = (environment[name] for name in names)
-    try:
-        return int(rank), int(size), host, int(port)
-    except ValueError:
-        raise WorldError(
-            f"RANK is {rank!r}, WORLD_SIZE {size!r}, MASTER_PORT {port!r}, which are to be whole numbers", "mend them"
-        ) from None
 
 
 def _listen(address: str) -> socket.socket:
@@ -182,7 +189,7 @@ def _find_leader(store: Store, me: Member, size: int, until_s: float) -> tuple[M
             except (OSError, ValueError) as error:
                 why = f"{address}:{meeting['port']}: {error}"
         time.sleep(RETRY_S)
-    raise _of_this_rank(
+    raise NetworkError(
         f"rank 0 did not let in this process on host {me.host}: {why}",
         "see what rank 0 says, and whether its machine lets connections in",
     )
@@ -205,13 +212,6 @@ def _knock(address: str, meeting: dict, me: Member, size: int) -> tuple[Member, 
     except BaseException:
         wire.close()
         raise
-
-
-def _of_this_rank(what: str, remedy: str) -> WorldError:
-    """What no other rank may see, so that this one has to say it."""
-    error = WorldError(what, remedy)
-    error.everywhere = False
-    return error
 
 
 def _first_line(error: BaseException) -> str:

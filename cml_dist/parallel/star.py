@@ -174,6 +174,8 @@ class Leader(Joined):
             if now_s > self._join_until_s:
                 absent = sorted(set(range(1, self.size)) - set(self._members))
                 self._decide(verdicts.missing(absent, self.size, self._join_timeout_s))
+                return
+            self._tell(self._state(now_s))  # who is here already must not take rank 0 for lost
             return
         self._look()
         verdict = verdicts.hanging([self.me, *self._members.values()], now_s, self.timeout_s)

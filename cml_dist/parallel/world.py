@@ -30,6 +30,8 @@ from cml_dist.errors import CmlError, WorldError
 from cml_dist.parallel.allocator import give_back_freed_memory, keep_freed_memory
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
 from cml_dist.parallel.ending import outlast_the_launcher
+from cml_dist.parallel.interface import choose_interface
+from cml_dist.parallel.launched import check_launch, forget_others
 from cml_dist.parallel.meeting import group_timeout, meet
 from cml_dist.parallel.watch import Watch, keep_watch, this_watch
 
@@ -108,6 +110,29 @@ class World:
             raise error
         return result  # type: ignore[return-value]
 
+    def check_alike(self, facts: dict[str, Any]) -> None:
+        """Refuse to go on where the processes were not started alike: each machine has a command line of its own.
+
+        Args:
+            facts: by name what must be the same everywhere, such as settings and versions.
+
+        Raises:
+            WorldError: on all ranks, naming the first difference.
+
+        Collective: all ranks.
+        """
+        if self.size == 1:
+            return
+        (host, first), *others = self.gather((socket.gethostname(), facts))
+        for rank, (there, other) in enumerate(others, 1):
+            for name in sorted({**first, **other}):
+                if first.get(name) != other.get(name):
+                    raise WorldError(
+                        f"the processes were not started alike: {name} is {first.get(name)!r} at rank 0 on {host}, but "
+                        f"{other.get(name)!r} at rank {rank} on {there}",
+                        "start all with the same command, in the same environment",
+                    )
+
     def main_first(self, work: Callable[[], T]) -> T:
         """Run ``work`` on each machine's first rank, then on its others (e.g. to fill a shared cache once)."""
         if self.local_rank == 0:
@@ -128,21 +153,24 @@ def join_world(config: RunConfig) -> World:
     """Meet the other processes, and make sure that they are those that were asked for.
 
     Raises:
-        WorldError: fewer or more processes than ``parallel.processes`` or the launcher's WORLD_SIZE; or a launcher
-            that set up something else than plain data parallelism.
+        WorldError: fewer or more processes than ``parallel.processes`` or the launcher's WORLD_SIZE, several worlds
+            where one was meant, or a launcher that set up another strategy.
+        NetworkError: this machine has no way to rank 0's.
     """
-    _refuse_launch_of_one()
+    here = check_launch(config.parallel.processes)
+    forget_others()
     use_cpu = config.run.device == "cpu" or not torch.cuda.is_available()
     if config.run.device == "cuda" and use_cpu:
         raise WorldError("run.device is cuda, but torch sees no GPU", "set run.device=auto, or mend the driver")
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if not use_cpu and here > gpus:
+    gpus = torch.cuda.device_count()
+    if not use_cpu and here.local_size > gpus:
         raise WorldError(
-            f"{here} processes were launched on this machine, which has {gpus} GPUs",
-            f"launch with --num_processes {gpus}, or set run.device=cpu",
+            f"{here.local_size} processes were launched on this machine, which has {gpus} GPUs",
+            f"launch {gpus} a machine, or set run.device=cpu",
         )
-    launched = os.environ.get("WORLD_SIZE")
-    plan = make_plan(config, int(launched or 1))
+    plan = make_plan(config, here.size)
+    if here.size > here.local_size:
+        choose_interface(here.host, here.port)
     by_deepspeed = zero_stage(plan.strategy) is not None
     _join_group(config, plan.processes, use_cpu, by_deepspeed)
     with _environment_for_deepspeed(use_cpu) if by_deepspeed else nullcontext():
@@ -160,19 +188,18 @@ def join_world(config: RunConfig) -> World:
             "unset ACCELERATE_USE_CPU, or set run.device=cpu",
         )
     size = accelerator.num_processes
-    for asked, who in ((config.parallel.processes, "parallel.processes"), (launched and int(launched), "WORLD_SIZE")):
-        if asked and asked != size:
-            raise WorldError(
-                f"{who} asks for {asked} processes, but the world has {size}",
-                "launch with accelerate launch --config_file launch/accelerate/cpu.yaml (or ddp.yaml) --num_processes "
-                f"{asked} -m cml_dist ..., or set parallel.processes={size}",
-            )
+    if size != here.size:
+        raise WorldError(
+            f"{here.size} processes were launched (WORLD_SIZE), but the world has {size}",
+            "launch with accelerate launch --config_file launch/accelerate/cpu.yaml (or ddp.yaml) --num_processes "
+            f"{here.size} -m cml_dist ...",
+        )
     return World(
         accelerator=accelerator,
         rank=accelerator.process_index,
         size=size,
-        local_rank=accelerator.local_process_index,
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if size > 1 else 1,
+        local_rank=here.local_rank,
+        local_size=here.local_size,
         device=accelerator.device,
         watch=this_watch(),
     )
@@ -294,17 +321,6 @@ def import_deepspeed() -> None:
     warnings.filterwarnings("ignore", message=calls, category=FutureWarning)
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.utils.logger.setLevel(logging.ERROR)
-
-
-def _refuse_launch_of_one() -> None:
-    """``accelerate launch --cpu --num_processes 2`` starts one process alone; this is all it tells of the other."""
-    launched = "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ
-    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-    if launched and not any(name in os.environ for name in sizes):
-        raise WorldError(
-            "several processes were asked for, but accelerate launch started one (it takes --cpu for one process)",
-            "launch with accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes N -m cml_dist ...",
-        )
 
 
 def set_arithmetic(config: RunConfig, world: World) -> int:

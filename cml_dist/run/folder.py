@@ -6,13 +6,16 @@ import hashlib
 import json
 import os
 import re
+import socket
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cml_dist.config.load import dump_config, flatten, parse_config, read_yaml
 from cml_dist.config.schema import RunConfig
-from cml_dist.errors import CheckpointError, CmlError
+from cml_dist.errors import CheckpointError, CmlError, NetworkError
 from cml_dist.run.lease import Lease
 from cml_dist.run.status import this_start
 
@@ -37,6 +40,13 @@ NEUTRAL_KEYS = (
 
 FREE_KEYS = (*NEUTRAL_KEYS, "eval.episodes", "eval.split", "eval.untrained")
 """Settings that a resumed run may change: no step of its training depends on them."""
+
+
+PER_MACHINE_KEYS = ("domain.root", "domain.cache")
+"""Settings that may differ from machine to machine: places of the same data (its checksum is compared)."""
+
+SEEN_WITHIN_S = 60.0
+"""NFS may keep an old view of a folder for as long (acdirmax)."""
 
 
 class RunFolder:
@@ -139,6 +149,21 @@ class RunFolder:
         """Write the configuration: from now on a run lives here. Only once its parts are known to fit together."""
         write_text(self.config_file, dump_config(config))
 
+    def wait_until_seen(self) -> None:
+        """Make sure that what :meth:`begin` wrote at rank 0 is seen here: on all machines the folder must be one.
+
+        Raises:
+            NetworkError: it is not, after the time for which a network file system may show an old view.
+        """
+        end_s = time.monotonic() + SEEN_WITHIN_S
+        while not self.exists:
+            if time.monotonic() > end_s:
+                raise NetworkError(
+                    f"{socket.gethostname()} does not see run.dir {self.path.resolve()}, which rank 0 has made",
+                    "put run.dir on a file system that all machines share, and name it by its full path",
+                )
+            time.sleep(0.1)
+
     @property
     def claimed(self) -> bool:
         """Whether this process has claimed the folder."""
@@ -164,6 +189,12 @@ class RunFolder:
             with suppress(OSError):  # where something else lies in the folder, it stays
                 for folder in self._made:
                     folder.rmdir()
+
+
+def same_everywhere(config: RunConfig) -> dict[str, Any]:
+    """The settings that every process of a world must have alike, by key."""
+    settings = flatten(config.model_dump(mode="json"))
+    return {key: value for key, value in settings.items() if key not in PER_MACHINE_KEYS}
 
 
 def differences(then: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -218,7 +249,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         CmlError: the file system refused.
     """
-    temporary = path.with_name(f".{path.name}.writing")
+    # The watch's thread writes too, while the main thread may be at it.
+    temporary = path.with_name(f".{path.name}.{threading.current_thread().name}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)

@@ -6,7 +6,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -50,6 +51,26 @@ class Interrupts:
     def seconds(self) -> float:
         """Since the signal came (0 where it came to another rank alone)."""
         return 0.0 if self._came_s is None else time.monotonic() - self._came_s
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Signals wait meanwhile: in the middle of an import Stopped may be swallowed, and leave half a module."""
+        self._patient = True
+        yield
+        self._patient = False
+        if self.stop is not None:
+            raise KeyboardInterrupt if self.stop == "SIGINT" else Stopped
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether a signal came while there was nothing to lose: whatever is raised then may come of it."""
+        return self.stop is not None and not self._patient
+
+    def deafen(self) -> None:
+        """On the way out of a stopped run: the interpreter drops its handlers, and a repeated signal would kill it."""
+        if self.stop is not None:
+            for number in self._previous:
+                signal.signal(number, signal.SIG_IGN)
 
     def patient(self) -> None:
         """From now on there is something to lose: signals wait until the run asks."""

@@ -1,8 +1,8 @@
 """One trainer writes a run folder: also after a requeue, while the old job still lives on a node that was cut off.
 
 Two means. ``lock`` is held (flock) while a process lives; a killed one lets go at once. ``lease.json`` names the
-writer, who looks at it before each write: the next start of the same job takes it over, held or not, and a file system
-without locks has this alone.
+writer, who looks at it before each write: a later start of the same job (:meth:`Start.succeeds`) takes it over, held or
+not, and a file system without locks has this alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -66,23 +66,19 @@ class Lease:
             held = holder is not None and time.time() - self._file.stat().st_mtime < FRESH_S
         if locks and not held and not os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self._lock_file)):
             held = True  # a run that never began removed this file, and another has made a new one
-        if held and not self._succeeds(holder):
+        if held and not (holder and self._start.succeeds(_start_of(holder))):
             who = f" (pid {holder['pid']} on {holder['host']})" if holder else ""
             raise CheckpointError(
                 f"another process trains in run.dir {self._folder}{who}",
                 "wait for it, stop it, or choose another run.dir",
             )
         fresh = self._file.with_name(f".lease.json.{self._token}")
-        fresh.write_text(json.dumps({"token": self._token, **asdict(self._start)}) + "\n")
-        os.replace(fresh, self._file)
-
-    def _succeeds(self, holder: dict[str, Any] | None) -> bool:
-        """Whether the holder is an earlier start of our job: SLURM has given it up, and may have told it or not."""
-        mine = self._start
-        return holder is not None and mine.job is not None and (holder["job"], mine.restart > holder["restart"]) == (
-            mine.job,
-            True,
-        )
+        try:
+            fresh.write_text(json.dumps({"token": self._token, **asdict(self._start)}) + "\n")
+            os.replace(fresh, self._file)
+        except OSError:  # no space
+            fresh.unlink(missing_ok=True)
+            raise
 
     def check(self) -> None:
         """Make sure that the lease is still ours, right before something is written.
@@ -123,4 +119,12 @@ class Lease:
             found = json.loads(self._file.read_text())
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) and {"token", "host", "pid", "job", "restart"} <= found.keys() else None
+        return found if isinstance(found, dict) and {"token", *_START} <= found.keys() else None
+
+
+_START = tuple(field.name for field in fields(Start))
+
+
+def _start_of(holder: dict[str, Any]) -> Start:
+    """Whose lease it is."""
+    return Start(**{name: holder[name] for name in _START})

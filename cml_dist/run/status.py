@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from cml_dist.parallel.ending import restarts
+
 State = Literal["running", "stopped", "finished", "failed"]
 
 
@@ -26,10 +28,10 @@ class RunStatus:
         host, pid: of rank 0.
         world: processes.
         job: the SLURM job, if there is one.
-        restart: how often the job was requeued, or the launcher started the processes again.
+        restart: how often the job was requeued, and the launcher started the processes again since.
         starts: how often this run was started, this time included.
-        exit_s: seconds that a safe exit takes at most, as far as seen: the longest meta-step and the longest save; None
-            before there was one of each.
+        exit_s: seconds that a safe exit takes at most, as far as seen: the longest meta-step and two of the longest
+            saves, one of which may just have begun; None before there was one of each.
     """
 
     state: State
@@ -72,18 +74,41 @@ class Start:
     Attributes:
         host, pid: of the process.
         job: SLURM's number, None outside.
-        restart: of the job (requeued), or of the launcher (in place).
+        requeued: how often SLURM has put the job back into the queue.
+        launcher: which launcher made the process, None without one.
+        in_place: how often that launcher has started its processes again.
     """
 
     host: str
     pid: int
-    job: str | None
-    restart: int
+    job: str | None = None
+    requeued: int = 0
+    launcher: str | None = None
+    in_place: int = 0
+
+    @property
+    def restart(self) -> int:
+        """How often the job was requeued or started again in place: for people, since it can fall after a requeue."""
+        return self.requeued + self.in_place
+
+    def succeeds(self, other: Start) -> bool:
+        """Whether ``other`` is an earlier start of the same, that SLURM or the launcher has given up.
+
+        A requeue begins the launcher's count anew, and the counts of two launchers have nothing to do with each other.
+        """
+        if self.job != other.job:
+            return False
+        if self.requeued != other.requeued:
+            return self.requeued > other.requeued
+        return self.launcher is not None and self.launcher == other.launcher and self.in_place > other.in_place
 
 
 def this_start() -> Start:
     """The start that this process belongs to."""
-    requeued, in_place = (
-        int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-    )
-    return Start(socket.gethostname(), os.getpid(), os.environ.get("SLURM_JOB_ID") or None, requeued + in_place)
+    environment, host = os.environ, socket.gethostname()
+    job, launcher = environment.get("SLURM_JOB_ID") or None, None
+    if "TORCHELASTIC_RUN_ID" in environment:
+        step = environment.get("SLURM_STEP_ID")  # its launchers, one a node, are one
+        launcher = f"{host}:{os.getppid()}" if step is None else f"step {step}"
+    requeued, (in_place, _) = int(environment.get("SLURM_RESTART_COUNT") or 0), restarts()
+    return Start(host, os.getpid(), job, requeued, launcher, in_place)

@@ -25,6 +25,7 @@ from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, CmlError, TrainingError, WorldError
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
 from cml_dist.parallel.ending import restarts
+from cml_dist.parallel.launched import idle_nodes
 from cml_dist.parallel.world import World, join_world, set_arithmetic
 from cml_dist.parallel.zero import build_strategy
 from cml_dist.run import checkpoint as checkpoints
@@ -32,11 +33,11 @@ from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.checkpoint import Checkpoint
 from cml_dist.run.evaluator import evaluate
 from cml_dist.run.export import export_run
-from cml_dist.run.folder import RunFolder, append_json_line, write_text
+from cml_dist.run.folder import RunFolder, append_json_line, same_everywhere, write_text
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 from cml_dist.run.optim import learning_rate
 from cml_dist.run.report import learner_name, score_run
-from cml_dist.run.session import session_record, session_rows, set_rows, set_warning
+from cml_dist.run.session import session_record, session_rows, set_rows, set_warning, versions
 from cml_dist.run.status import RunStatus, State, now, this_start
 from cml_dist.run.stream import EpisodeStream, rank_share
 from cml_dist.telemetry.console import BothConsole, Console, ResultRow
@@ -101,6 +102,7 @@ class _Run:
         self.started, self.starts = now(), 1
         self.told_s = self.saved_s = time.monotonic()
         self.longest_s = {"step": 0.0, "save": 0.0}
+        self.lost = False  # the watch ends this process
         self.step = 0
         self.state: dict[str, Any] = {"best": None, "validated": 0, "skipped": 0, "skipped_in_a_row": 0}
         self.log = RankLog(world.rank)
@@ -111,6 +113,7 @@ class _Run:
 
     def go(self) -> Outcome:
         world, config = self.world, self.config
+        world.check_alike({**same_everywhere(config), **versions()})
         world.together(self._claim)
         if self.folder.exists:
             self._open_log()
@@ -124,17 +127,20 @@ class _Run:
         self.state["data"] = self.parts.domain.fingerprint()
         # Frozen weights and statistics are in no checkpoint: they must be the same at each start.
         self.state["constants"] = checkpoints.fingerprint(self.parts.net.named_buffers())
+        world.check_alike({f"the checksum of {what}": self.state[what] for what in ("data", "constants")})
         world.watch.beat("sharing out the parameters")
         with world.watch.waiting():
             self.strategy = build_strategy(config, self.plan, world, self.parts.model)
         world.watch.beat("looking for a checkpoint")
         self._resume()
         world.together(self._announce)
+        world.together(self.folder.wait_until_seen)
+        # Right after the ranks met: one that still ends at once at a signal leaves the patient ones behind.
+        self.interrupts.patient()
         self._open_log()  # only now: a run that never began leaves nothing behind
         world.watch.beat("starting the trackers")
         self.trackers = Trackers(config, self.step, self.console, active=world.is_main)
         try:
-            self.interrupts.patient()
             self._loop()
             if config.eval.final:
                 self._finish()
@@ -174,14 +180,17 @@ class _Run:
             self._tell("stopped" if asked else "failed", reason)
 
     def _lost(self, what: str) -> None:
-        """The watch is about to end this process."""
+        """The watch is about to end this process, from a thread of its own: what it says is the last word."""
+        self.lost = True
         if self.folder.claimed and self.folder.exists:
-            self._tell("failed", what)
+            self._write_status("failed", what)
 
     def _tell(self, state: State, reason: str) -> None:
         """Rank 0 writes ``status.json``, and renews its right to."""
-        if not self.world.is_main:
-            return
+        if self.world.is_main and not self.lost:
+            self._write_status(state, reason)
+
+    def _write_status(self, state: State, reason: str) -> None:
         start, seen = this_start(), self.longest_s
         self.folder.renew()
         status = RunStatus(
@@ -197,7 +206,8 @@ class _Run:
             job=start.job,
             restart=start.restart,
             starts=self.starts,
-            exit_s=round(sum(seen.values()), 3) if all(seen.values()) else None,
+            # A signal may come as a save begins, after which ranks next agree at the end of a meta-step.
+            exit_s=round(seen["step"] + 2 * seen["save"], 3) if all(seen.values()) else None,
         )
         write_text(self.folder.status_file, status.text())
         self.told_s = time.monotonic()
@@ -271,8 +281,9 @@ class _Run:
         self._tell("running", "training")
         rows = {**plan_rows(self.config, self.plan), **session_rows(record), **set_rows(self.config, self.parts)}
         self.console.header("cml-dist train", rows)
-        if (warning := set_warning(self.config, self.parts)) is not None:
-            self.console.warn(warning)
+        for warning in (set_warning(self.config, self.parts), idle_nodes()):
+            if warning is not None:
+                self.console.warn(warning)
 
     def _open_log(self) -> None:
         """This rank's log, in a folder where a run lives."""
@@ -381,14 +392,14 @@ class _Run:
         for number, term in enumerate(TERMS):
             if term in sums:
                 vector[2 * number : 2 * number + 2] = sums[term]
-        vector[-2] = float(self._stop_wanted())
+        vector[-2] = float(self.interrupts.stop is not None)
         vector[-1] = float(self._time_to_save())
         *values, stop, save = self.world.sum(vector).tolist()
         pairs = zip(TERMS, values[::2], values[1::2], strict=True)
         return {term: total / count if count else None for term, total, count in pairs}, _Wishes(stop > 0, save > 0)
 
     def _stop_wanted(self) -> bool:
-        """Whether this rank was asked to stop. Asked between tested episodes too, where a run shows that it lives."""
+        """Whether this rank was asked to stop: asked between tested episodes, where a run shows that it lives."""
         self._tell_if_due("testing")
         return self.interrupts.stop is not None
 
@@ -477,6 +488,7 @@ class _Run:
 
         def prune() -> None:
             if self.world.is_main:
+                self.folder.check_ours()  # the last write may have hung for as long as a requeue takes
                 best = self.state["best"]
                 keep = frozenset() if best is None else frozenset({best["step"]})
                 checkpoints.prune(self.folder.checkpoints, self.config.checkpoint.keep_last, keep)

@@ -290,13 +290,21 @@ def _tested(test: dict[str, Any]) -> str | None:
 def _state(status: RunStatus, quiet_s: float, folder: RunFolder) -> tuple[str, str]:
     """The state that is, of the state that was written last."""
     if status.state != "running":
-        return status.state, status.reason
+        return ("running", "starting") if _starts_again(folder) else (status.state, status.reason)
     gone = status.host == socket.gethostname() and not Path(f"/proc/{status.pid}").exists()
     patience_s = GONE_S if gone else max(SILENT_S, 3 * (status.exit_s or 0.0))
     if quiet_s <= patience_s or _held(folder):
         return "running", status.reason
     who = f"process {status.pid} on {status.host} is gone" if gone else f"was {status.reason or 'running'}"
     return "dead", f"nothing written for {text.duration(quiet_s)}, {who}"
+
+
+def _starts_again(folder: RunFolder) -> bool:
+    """Whether a later start than that of the status has the folder: it says nothing of itself until it is ready."""
+    taken_s = _mtime(folder.path / "lease.json")
+    if taken_s <= _mtime(folder.status_file):
+        return False
+    return time.time() - taken_s <= SILENT_S or _held(folder)
 
 
 def _state_without_status(folder: RunFolder) -> tuple[str, str]:

@@ -155,7 +155,7 @@ def test_a_stopped_run_is_not_restarted_by_a_launcher_that_may(tmp_path):
 def test_a_fault_on_one_rank_ends_all(tmp_path, fault, words):
     folder = tmp_path / "run"
     process = start(2, FAULTY, *command(folder, "checkpoint.every=2"), FAULT=fault)
-    out = finish(process, timeout_s=60)  # starting takes most of it; the fault itself ends all within 30 s
+    out = finish(process)  # starting takes most of it; the fault itself ends all within 30 s
     assert process.returncode != 0, out
     assert words in out, out
     if fault in ("data", "setup"):

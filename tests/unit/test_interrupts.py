@@ -51,3 +51,23 @@ def test_a_second_ctrl_c_interrupts_unless_a_launcher_passes_it_on(monkeypatch):
         send("SIGINT")
         send("SIGINT")
         assert interrupts.stop == "SIGINT"
+
+
+def test_a_signal_in_the_middle_of_imports_waits_for_their_end():
+    with Interrupts() as interrupts, pytest.raises(Stopped):
+        with interrupts.held():
+            signal.raise_signal(signal.SIGUSR1)
+            reached = True
+        raise AssertionError("it went on")
+    assert reached and interrupts.cut_short
+
+
+def test_only_a_stopped_run_is_deaf_on_its_way_out():
+    with Interrupts() as interrupts:
+        interrupts.deafen()
+        assert callable(signal.getsignal(signal.SIGUSR1))
+        interrupts.patient()
+        signal.raise_signal(signal.SIGUSR1)
+        interrupts.deafen()
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+    assert not interrupts.cut_short

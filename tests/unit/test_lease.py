@@ -11,7 +11,7 @@ import pytest
 
 from cml_dist.errors import CheckpointError
 from cml_dist.run.lease import FRESH_S, Lease
-from cml_dist.run.status import Start
+from cml_dist.run.status import Start, this_start
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +26,8 @@ def _no_open_files(monkeypatch):
             lease._lock.close()
 
 
-def start(job: str | None = None, restart: int = 0) -> Start:
-    return Start("n01", os.getpid(), job, restart)
+def start(job: str | None = None, requeued: int = 0, launcher: str | None = None, in_place: int = 0) -> Start:
+    return Start("n01", os.getpid(), job, requeued, launcher, in_place)
 
 
 @pytest.fixture(params=["locks", "no locks"])
@@ -63,6 +63,38 @@ def test_a_requeued_job_takes_over_from_its_earlier_start_which_notices(tmp_path
     with pytest.raises(CheckpointError, match="another process trains"):
         Lease(tmp_path, start("7", 0))
     requeued.release(began=True)
+
+
+def test_a_requeue_counts_more_than_any_restart_in_place(tmp_path, locks):
+    Lease(tmp_path, start("7", 0, "step 0", 2))
+    requeued = Lease(tmp_path, start("7", 1, "step 0", 0))
+    with pytest.raises(CheckpointError, match="another process trains"):
+        Lease(tmp_path, start("7", 0, "step 0", 3))
+    requeued.check()
+
+
+@pytest.mark.parametrize("job", ["7", None])
+def test_a_launcher_takes_over_from_its_own_processes_alone(tmp_path, locks, job):
+    cut_off = Lease(tmp_path, start(job, 0, "step 0", 0))
+    with pytest.raises(CheckpointError, match="another process trains"):
+        Lease(tmp_path, start(job, 0, "step 1", 1))  # another run in the same folder, refused and started again
+    again = Lease(tmp_path, start(job, 0, "step 0", 1))
+    again.check()
+    with pytest.raises(CheckpointError, match="has taken over"):
+        cut_off.check()
+
+
+def test_a_start_knows_its_job_and_its_launcher(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
+        monkeypatch.delenv(name)
+    assert (this_start().job, this_start().launcher, this_start().restart) == (None, None, 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert this_start().launcher.endswith(f":{os.getppid()}")
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3", "SLURM_RESTART_COUNT": "2"}.items():
+        monkeypatch.setenv(name, value)
+    here = this_start()
+    assert (here.job, here.launcher, here.requeued, here.in_place, here.restart) == ("7", "step 3", 2, 1, 3)
 
 
 def test_a_killed_trainer_leaves_the_folder_free(tmp_path, locks):

@@ -31,6 +31,7 @@ def python(code: str) -> str:
         "from cml_dist.cli import main; main(['--help'])",
         "from cml_dist.cli import main; main(['train', '--help'])",
         "from cml_dist.cli import main; main(['config', 'glyphs'])",
+        "from cml_dist.cli import main; main('launch slurm glyphs --dry-run --gpus-per-node=2 --time=60'.split())",
     ],
 )
 def test_these_import_nothing_heavy(act):
@@ -65,13 +66,14 @@ def _installed_command() -> str:
     return str(command)
 
 
-def test_a_wheel_carries_the_recipes_and_every_module(tmp_path):
+def test_a_wheel_carries_the_recipes_the_launch_files_and_every_module(tmp_path):
     # From a copy: building leaves a build folder behind.
     copy = tmp_path / "copy"
     for part in (
         "cml_dist/**/*.py",
         "cml_dist/py.typed",
         "configs/recipes/*.yaml",
+        "launch/*/*",
         "setup.py",
         "pyproject.toml",
         "LICENSE",
@@ -103,6 +105,17 @@ def test_a_wheel_carries_the_recipes_and_every_module(tmp_path):
         *("cifar_fs", "glyphs", "mini_imagenet", "omniglot", "sinusoid"),
         str(tmp_path / "site/cml_dist/recipes/glyphs.yaml"),
     ], found.stderr
+
+
+    # What launches is looked for where the installation is, and nothing of it is missing.
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from cml_dist.launching.files import *; print(launch_folder())"
+    found = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "site"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert found.stdout.strip() == str(tmp_path / "site/cml_dist/launch"), found.stderr
+    for kind in ("accelerate", "slurm"):
+        names = {path.name for path in (ROOT / "launch" / kind).iterdir()}
+        assert {path.name for path in (tmp_path / "site/cml_dist/launch" / kind).iterdir()} == names
 
 
 def test_every_import_is_declared():

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -233,21 +234,74 @@ def test_the_status_tells_how_a_run_stands(undisturbed, tmp_path, monkeypatch):
     assert status.exit_s > 0
     folder = tmp_path / "run"
     seen = []
-    meta_step = trainers._Run._meta_step
+    meta_step, evaluate = trainers._Run._meta_step, trainers.evaluate
+
+    def tested(*args, **rest):
+        reports = evaluate(*args, **rest)
+        seen.append(read_status(folder / "status.json"))
+        return reports
 
     def watched(self, episodes):
-        if self.step == 6:
+        if self.step in (4, 6):
             seen.append(read_status(folder / "status.json"))
+        if self.step == 6:
             raise TrainingError("the sky fell", "look up")
         return meta_step(self, episodes)
 
     monkeypatch.setattr(trainers, "STATUS_S", 0.0)
     monkeypatch.setattr(trainers._Run, "_meta_step", watched)
+    monkeypatch.setattr(trainers, "evaluate", tested)
     with pytest.raises(TrainingError):
         go(folder)
-    assert (seen[0].state, seen[0].step) == ("running", 6)
+    told = [(one.state, one.reason, one.step) for one in seen]
+    assert told == [("running", "training", 4), ("running", "testing", 5), ("running", "training", 6)]
     status = read_status(folder / "status.json")
     assert (status.state, status.reason, status.step) == ("failed", "the sky fell; look up", 6)
+
+
+def test_the_last_word_is_that_of_the_watch(tmp_path, monkeypatch):
+    """It ends the process from a thread of its own, while the main thread may be about to say that all is well."""
+    folder = tmp_path / "run"
+    meta_step = trainers._Run._meta_step
+
+    def lost(self, episodes):
+        if self.step == 6:
+            thread = threading.Thread(target=self._lost, args=("rank 1 was killed",), name="watch")
+            thread.start()
+            thread.join()
+        return meta_step(self, episodes)
+
+    monkeypatch.setattr(trainers, "STATUS_S", 0.0)
+    monkeypatch.setattr(trainers._Run, "_meta_step", lost)
+    go(folder)
+    status = read_status(folder / "status.json")
+    assert (status.state, status.reason, status.step) == ("failed", "rank 1 was killed", 6)
+    assert not list(folder.glob(".*.writing"))
+
+
+def test_a_trainer_that_was_cut_off_while_it_saved_deletes_nothing(tmp_path, monkeypatch):
+    """Its write hung until the job went on elsewhere: what lies there now is not its own."""
+    folder = tmp_path / "run"
+    save = checkpoints.save
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def hung(world, folder_, step, *rest, **more):
+        made = save(world, folder_, step, *rest, **more)
+        if step == 8:
+            with monkeypatch.context() as patch:
+                patch.setenv("SLURM_RESTART_COUNT", "1")
+                patch.setattr(checkpoints, "save", save)
+                assert go(folder).finished
+            left.append(sorted(path.name for path in folder_.iterdir()))
+            (folder_ / ".step-00000013.safetensors.writing-elsewhere").write_bytes(b"")
+        return made
+
+    left = []
+    monkeypatch.setattr(checkpoints, "save", hung)
+    with pytest.raises(CheckpointError, match="a later start of this run has taken over"):
+        go(folder, "checkpoint.every=4")
+    there = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert there == sorted([*left[0], ".step-00000013.safetensors.writing-elsewhere"])
 
 
 def test_a_trainer_whose_job_was_requeued_elsewhere_writes_nothing_more(tmp_path, monkeypatch):

@@ -142,6 +142,16 @@ def test_a_rank_lost_while_others_are_still_to_come_is_named():
     assert ranks.errors[0].what.startswith("rank 1 (host ") and "ended without a word" in ranks.errors[0].what
 
 
+def test_a_rank_may_come_later_than_silence_would_be_borne():
+    ranks = Ranks(3, absent=(2,), silence_s=1.0)
+    time.sleep(2.5)
+    assert ranks.errors == {}, "rank 0 is alive, and says so"
+    ranks._join(2)
+    ranks.joined()
+    assert set(ranks.watches) == {0, 1, 2}
+    ranks.close()
+
+
 def test_rank_0_that_does_not_come_is_named():
     ranks = Ranks(2, absent=(0,), join_s=0.3).joined()
     assert ranks.errors[1].what.startswith("rank 0 did not let in this process on host ")

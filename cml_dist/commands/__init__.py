@@ -1,0 +1,1 @@
+"""What each command does: parsed arguments in, an exit code or None out. Heavy imports come inside."""

@@ -1,0 +1,52 @@
+"""``cml-dist train``: the run under the signals that may stop it."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from typing import TYPE_CHECKING
+
+from cml_dist.parallel.ending import restarts
+from cml_dist.parallel.parent import launched_by_torchrun, signal_when_parent_ends
+from cml_dist.parallel.watch import this_watch
+from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
+
+if TYPE_CHECKING:
+    from cml_dist.telemetry.console import Console
+
+
+def train(args: argparse.Namespace, console: Console) -> int:
+    from cml_dist.config.load import load_config
+
+    config = load_config(args.config, args.overrides)
+    # Open to the end of the process: a signal that comes while it leaves must not turn a saved run into a killed one.
+    interrupts = Interrupts(config.run.stop_signals)
+    interrupts.__enter__()
+    if launched_by_torchrun():
+        # Of a launcher that is killed (or that a signal ends which it does not know, e.g. SIGUSR1) nothing would be
+        # left to end its ranks: they stop and save.
+        signal_when_parent_ends(signal.SIGTERM)
+    try:
+        with interrupts.held():
+            from cml_dist.run.trainer import train
+
+        code = train(config, console, interrupts).exit_code
+    except (Stopped, Exception) as stopped:
+        if not isinstance(stopped, Stopped) and not interrupts.cut_short:
+            raise
+        this_watch().blame(stopped)  # a launcher stops all when one dies
+        this_watch().fail(f"it was stopped by {interrupts.stop} before training began", everywhere=True)
+        console.warn(f"Stopped by {interrupts.stop} before training began; nothing is lost: run the same command again")
+        code = STOPPED_BY_SCHEDULER
+    except KeyboardInterrupt:
+        from cml_dist.run.folder import RunFolder
+
+        if not RunFolder(config.run.dir).has_checkpoint:
+            raise
+        console.warn("Interrupted; the last checkpoint is whole, and the same command resumes from it")
+        this_watch().fail("it was interrupted", everywhere=True)
+        code = STOPPED_BY_USER
+    interrupts.deafen()
+    # Stopped and saved is not finished: a script that goes on with `&&` must be able to tell. But a launcher that may
+    # restart its processes takes any code but 0 for a fault, and would start again what was asked to stop.
+    return 0 if restarts()[1] > 0 else code

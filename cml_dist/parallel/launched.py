@@ -1,0 +1,166 @@
+"""What the environment says of the world, by a launcher or by hand; checked before anything waits. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from cml_dist.errors import WorldError
+
+STARTED_BY = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "MV2_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+}
+"""How many copies of the command something started, without telling them of each other in torch's way."""
+
+
+NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Beside WORLD_SIZE."""
+
+
+class Launched(NamedTuple):
+    """This process among all, as the environment has it; a world of one where it says nothing.
+
+    Attributes:
+        rank, size: this process, and how many there are.
+        local_rank, local_size: the same on this machine.
+        host, port: where the ranks meet (MASTER_ADDR and MASTER_PORT).
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    host: str = ""
+    port: int = 0
+
+
+def launched(environment: Mapping[str, str] | None = None) -> Launched:
+    """Read RANK, WORLD_SIZE and the like, as torchrun and accelerate launch set them.
+
+    Nothing is guessed: a wrong LOCAL_RANK would put two processes on one GPU, a wrong WORLD_SIZE train two runs.
+
+    Raises:
+        WorldError: some of them are missing, or cannot be.
+    """
+    environment = os.environ if environment is None else environment
+    size = _number(environment, "WORLD_SIZE")
+    if size is None and environment.get("RANK") and environment.get("MASTER_ADDR"):
+        raise WorldError(
+            "RANK and MASTER_ADDR are set, but WORLD_SIZE is not",
+            "set WORLD_SIZE to the number of all processes, or unset RANK and MASTER_ADDR",
+        )
+    if size is None or size == 1:  # a RANK that something else left behind must not turn a lone process into another
+        return Launched()
+    missing = [name for name in NEEDED if not environment.get(name)]
+    if missing:
+        raise WorldError(
+            f"WORLD_SIZE is {size}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set",
+            "set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process "
+            "(one process a machine: LOCAL_RANK=0 LOCAL_WORLD_SIZE=1), or unset WORLD_SIZE",
+        )
+    rank, local_rank, local_size, port = (
+        _number(environment, name) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    )
+    for name, value, first, end in (
+        ("RANK", rank, 0, size),
+        ("LOCAL_WORLD_SIZE", local_size, 1, size + 1),
+        ("LOCAL_RANK", local_rank, 0, local_size),
+        ("MASTER_PORT", port, 1, 2**16),
+    ):
+        if not first <= value < end:
+            raise WorldError(
+                f"{name} is {value}, but must lie in {first} to {end - 1} (WORLD_SIZE is {size})", f"set {name} right"
+            )
+    return Launched(rank, size, local_rank, local_size, environment["MASTER_ADDR"], port)
+
+
+def launched_or_alone() -> Launched:
+    """As :func:`launched`, for who speaks and how a process ends: a world that cannot be is one of this process."""
+    try:
+        return launched()
+    except WorldError:
+        return Launched()
+
+
+def check_launch(asked: int | None, environment: Mapping[str, str] | None = None) -> Launched:
+    """The world that was launched, refused where it is not the one that was asked for.
+
+    Args:
+        asked: ``parallel.processes``; a run that names its world means it, also where something started it many times.
+
+    Raises:
+        WorldError: another number of processes, or one world a copy where srun or mpirun started several copies.
+    """
+    environment = os.environ if environment is None else environment
+    world = launched(environment)
+    if asked is not None and asked != world.size:
+        raise WorldError(
+            f"parallel.processes asks for {asked} processes, but the world has {world.size}",
+            f"launch with accelerate launch --num_processes {asked}, or set parallel.processes={world.size}",
+        )
+    if asked is None:
+        _refuse_worlds_apart(world, environment)
+    return world
+
+
+def idle_nodes(environment: Mapping[str, str] | None = None) -> str | None:
+    """A warning where a SLURM job has more nodes than the world, and no srun chose so: as in a batch script without."""
+    environment = os.environ if environment is None else environment
+    nodes, step = _number(environment, "SLURM_JOB_NUM_NODES") or 1, environment.get("SLURM_STEP_NUM_NODES")
+    world = launched(environment)
+    used = -(-world.size // world.local_size)
+    if used >= nodes or step == str(used):
+        return None
+    return (
+        f"the job has {nodes} nodes, but this run is on {used}: start it by srun, as the scripts in launch/slurm do, "
+        f"or ask for --nodes={used}"
+    )
+
+
+def forget_others() -> None:
+    """Remove what the environment says of other processes, if this one is alone and no launcher's.
+
+    Accelerate would wait for those that a stray LOCAL_RANK or an mpirun of separate runs (PMI_SIZE) speaks of.
+    """
+    by_a_launcher = all(os.environ.get(name) for name in ("WORLD_SIZE", *NEEDED))
+    if launched().size == 1 and not by_a_launcher:
+        for name in ("WORLD_SIZE", *NEEDED, *STARTED_BY):
+            os.environ.pop(name, None)
+
+
+def _refuse_worlds_apart(world: Launched, environment: Mapping[str, str]) -> None:
+    """Several copies of one command that do not know of each other would train several runs, in one folder."""
+    # `accelerate launch --cpu --num_processes 2` starts one process alone; this is all it tells of the other.
+    if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        raise WorldError(
+            "several processes were asked for, but accelerate launch started one (it takes --cpu and MULTI_CPU for it)",
+            "launch with accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes N -m cml_dist ...",
+        )
+    # torchrun and accelerate launch: one agent a copy. Else each copy is a process of the world.
+    parts = _number(environment, "GROUP_WORLD_SIZE") or world.size
+    for name, starter in STARTED_BY.items():
+        copies = _number(environment, name) or 1
+        if copies > 1 and parts < copies:
+            raise WorldError(
+                f"{starter} started {copies} copies of this command ({name}), but they do not form one world: that of "
+                f"this copy has {world.size} process{'es' * (world.size != 1)} on {parts} machine{'s' * (parts != 1)}",
+                "start with accelerate launch or torchrun on each machine (docs/clusters.md); if separate runs are "
+                f"meant, say so by parallel.processes={world.size}",
+            )
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name, "").strip()
+    if not text:
+        return None
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise WorldError(f"{name} is {text!r}, which is no count", f"set it right, or unset {name}") from None
+    return number

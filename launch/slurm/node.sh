@@ -1,0 +1,38 @@
+#!/bin/bash
+# Runs once on each node, started by srun (job.sh): this node's processes, and SLURM's signals for them.
+# Arguments: CONFIG and key=value overrides. Settings: the batch script's environment.
+set -euo pipefail
+
+# SLURM_NODEID is this node's own only here, inside srun. The address: the name of the step's first node, by hand since
+# containers have no scontrol: rack[1-2]n[03,05],x7 -> rack1n03.
+nodes=$SLURM_STEP_NUM_NODES
+processes=$((nodes * PROCESSES_PER_NODE)) # parallel.processes below has the run refuse any other world
+first=$SLURM_STEP_NODELIST
+while [[ $first =~ ^([^],]*)\[([0-9]+)[^]]*\](.*)$ ]]; do
+    first=${BASH_REMATCH[1]}${BASH_REMATCH[2]}${BASH_REMATCH[3]}
+done
+command=(accelerate.commands.accelerate_cli launch --config_file "$LAUNCH/accelerate/$ACCELERATE_FILE"
+    --num_machines "$nodes" --num_processes "$processes" --max_restarts "$MAX_RESTARTS")
+if [ "$nodes" -gt 1 ]; then
+    # A port of the job and of this start of it: what an earlier start left on a lost node must not be met.
+    port=$((15000 + (SLURM_JOB_ID * 8 + ${SLURM_RESTART_COUNT:-0}) % 15000))
+    command+=(--machine_rank "$SLURM_NODEID" --main_process_ip "${first%%,*}" --main_process_port "$port"
+        --rdzv_backend c10d)
+fi
+
+# SLURM signals this shell alone. The processes must hear of it, and not the launcher: it would kill them 30 s later,
+# and a meta-step may take minutes. The first variable is for sites that signal all processes (newer torch heeds it).
+export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT LOGLEVEL="${LOGLEVEL:-ERROR}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+trap '' USR1 USR2 TERM # inherited: a process that is not up yet ignores them
+"$PYTHON" -m "${command[@]}" -m cml_dist train "$@" "run.dir=$RUN_DIR" "parallel.processes=$processes" &
+launcher=$!
+stopping=
+trap 'stopping=yes' USR1 USR2 TERM # a process that was stopped and saved leaves with 0, since MAX_RESTARTS is not 0
+while kill -0 "$launcher" 2>/dev/null; do
+    if [ -n "$stopping" ]; then # every second: a process may just be starting
+        # shellcheck disable=SC2046 # one word a process
+        kill -USR1 $(cat /proc/"$launcher"/task/*/children) 2>/dev/null || true
+    fi
+    sleep 1
+done
+wait "$launcher"

@@ -1,0 +1,227 @@
+"""The batch scripts on a real SLURM of four nodes: started, stopped, requeued, broken, and the curve is the same.
+
+All jobs are in the queue at once. How long a meta-step takes here, nobody knows: what has no end of its own is
+cancelled once it has shown what it should.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from slurm_lab import FAST, ROOT, Cluster, Job
+
+from cml_dist.launching.batch_script import fill_in
+
+TWO_NODES = ("--nodes=2", "--processes-per-node=1")
+ENDLESS = ("train.steps=100000", "train.episodes_per_step=40", "run.dtype=float64", "checkpoint.every=7")
+MORE = 5
+"""Meta-steps after a resume that are compared."""
+
+LONGEST_S = 900
+"""On a busy machine: with two cores and a load of 20 all of it took 450 s."""
+
+pytestmark = pytest.mark.timeout(LONGEST_S + 300)
+
+
+@pytest.fixture(scope="session")
+def jobs(cluster: Cluster, tmp_path_factory) -> dict[str, Job]:
+    """Everything runs side by side; each job's script is played to its end, or to what went wrong."""
+    root = tmp_path_factory.mktemp("slurm")
+
+    def launch(name: str, *words: str) -> Job:
+        return cluster.launch(root / name / "run", f"--job-name={name}", *words)
+
+    gpus = ("--nodes=2", "--gpus-per-node=4", "--processes-per-node=1", "--cpus-per-task=1", "run.device=cpu")
+    on_two, half_an_hour = ("--sbatch=--nodelist=n01,n02",), ("--time=30", "--signal-lead-s=60")
+    jobs = {
+        # The limit of two minutes warns a minute or so after the start, so that it has to train by then.
+        "limit": launch("limit", *TWO_NODES, *on_two, *ENDLESS, "--time=2", "--signal-lead-s=30"),
+        "undisturbed": launch("undisturbed", *TWO_NODES, *on_two, *ENDLESS, *half_an_hour),
+    }
+    jobs["limit"].until(lambda: jobs["limit"].steps)
+    jobs |= {
+        "requeued": launch("requeued", *TWO_NODES, *on_two, *ENDLESS, *half_an_hour, "train.steps=60"),
+        "preempted": launch("preempted", *gpus, *on_two, *ENDLESS, *half_an_hour),
+        "killed": launch("killed", *TWO_NODES, "--sbatch=--nodelist=n03,n04", *ENDLESS, *half_an_hour),
+        "zero2": launch("zero2", *TWO_NODES, *on_two, "--strategy=zero2", "train.steps=12", *half_an_hour),
+        "once": launch("once", "--processes-per-node=2", "--no-requeue", *ENDLESS, *half_an_hour),
+        **_sweep(cluster, root / "sweep"),
+    }
+    # Only the one holds GPUs: no other has to go.
+    urgent = ("sbatch", "--partition=urgent", "--nodes=2", "--gres=gpu:4", "--nodelist=n01,n02", "--output=/dev/null")
+    stop = ("scancel", "--signal=USR1")
+    play(
+        cluster,
+        jobs,
+        {
+            "limit": goes_on(jobs["limit"]),
+            "requeued": disturbed(jobs["requeued"], ("scontrol", "requeue", jobs["requeued"].id)),
+            "preempted": goes_on(jobs["preempted"], (*urgent, "--wrap=true")),
+            "killed": loses_a_node(jobs["killed"]),
+            "zero2": disturbed(jobs["zero2"]),
+            "once": disturbed(jobs["once"], (*stop, jobs["once"].id)),
+            "seed 0": disturbed(jobs["seed 0"], (*stop, jobs["seed 0"].id)),
+            "seed 1": disturbed(jobs["seed 1"]),
+        },
+    )
+    return jobs
+
+
+Script = Iterator[Callable[[], object]]
+"""What is done to a job: it yields what has to come before it goes on."""
+
+
+def disturbed(job: Job, *commands: tuple[str, ...]) -> Script:
+    """Once it trains, these commands come over the job, which then runs to its end."""
+    for command in commands:
+        yield lambda: job.steps >= 3
+        job.cluster.run(*command)
+    yield lambda: job.over
+
+
+def goes_on(job: Job, *commands: tuple[str, ...]) -> Script:
+    """The same for a job without an end: it resumes, is seen to train, and is cancelled."""
+    for command in commands:
+        yield lambda: job.steps >= 3
+        job.cluster.run(*command)
+    # On a slow machine the warning may come before training does; then nothing is lost, and the next one counts.
+    yield lambda: job.resumed_at and job.steps >= job.resumed_at + MORE
+    job.cancel()
+
+
+def loses_a_node(job: Job) -> Script:
+    """Its second node is killed, and comes back once SLURM has seen it."""
+    yield lambda: job.steps >= 10
+    assert job.cluster.tool("kill-node", "n04").returncode == 0
+    killed_s = time.monotonic()
+    yield lambda: "error: " in job.output and "n04" in job.output
+    assert time.monotonic() - killed_s < 60, f"the failure was named late:\n{job.output}"
+    yield lambda: job.state != "RUNNING"
+    assert job.cluster.tool("start-node", "n04").returncode == 0
+    yield from goes_on(job)
+
+
+def play(cluster: Cluster, jobs: dict[str, Job], scripts: dict[str, Script]) -> None:
+    """Play all scripts at once; what goes wrong is kept in the job, for its own test."""
+    end = time.monotonic() + LONGEST_S
+    waiting = {name: next(script) for name, script in scripts.items()}
+    while waiting:
+        for name, come in list(waiting.items()):
+            job = jobs[name]
+            try:
+                if come():
+                    waiting[name] = next(scripts[name])
+                elif time.monotonic() > end or job.over:
+                    raise AssertionError(f"job {job.id} is late, or over:\n{job.output}\n{cluster.run('squeue')}")
+            except StopIteration:
+                del waiting[name]
+            except AssertionError as error:
+                job.fault = error
+                job.cancel()
+                del waiting[name]
+        time.sleep(1)
+
+
+def _sweep(cluster: Cluster, folder: Path) -> dict[str, Job]:
+    """The shipped script by hand: only what must be edited is."""
+    folder.mkdir()
+    shipped = (ROOT / "launch" / "slurm" / "sweep.sbatch").read_text()
+    script = fill_in(
+        shipped,
+        {"array": "0-1", "gres": None, "cpus-per-task": "1", "output": "log-%a.out"},
+        {
+            "LAUNCH": str(ROOT / "launch"), "ACCELERATE_FILE": "cpu.yaml", "PROCESSES_PER_NODE": 1,
+            "PYTHON": sys.executable, "RUN_DIR": str(folder), "SEEDS": ["0", "1"], "BACKBONES": ["mlp"],
+        },
+    )  # fmt: skip
+    (folder / "sweep.sbatch").write_text(script)
+    words = ("sinusoid", "run.device=cpu", *FAST, "train.episodes_per_step=40", "train.steps=100")
+    number = cluster.run("sbatch", "--parsable", "sweep.sbatch", *words, cwd=folder).strip()
+    return {
+        f"seed {seed}": Job(cluster, f"{number}_{seed}", folder / f"mlp-seed{seed}", folder / f"log-{seed}.out")
+        for seed in (0, 1)
+    }
+
+
+def played(jobs: dict[str, Job], name: str) -> Job:
+    """The job, whose script was played without a fault."""
+    if jobs[name].fault is not None:
+        raise jobs[name].fault
+    return jobs[name]
+
+
+def assert_same_curve(job: Job, jobs: dict[str, Job]) -> None:
+    """What a disturbed run has recorded is bit for bit what the undisturbed one has."""
+    lines = job.metrics()
+    jobs["undisturbed"].until(lambda: jobs["undisturbed"].steps >= len(lines))
+    assert job.resumed_at and len(lines) >= job.resumed_at + MORE
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert lines == jobs["undisturbed"].metrics()[: len(lines)]
+
+
+def test_scontrol_requeue_resumes_and_finishes_exactly(jobs):
+    job = played(jobs, "requeued")
+    assert job.ends[-1] == "COMPLETED 0:0", job.output
+    assert len(job.starts) == 2, job.output
+    assert "2 processes (ddp)" in job.output
+    assert (job.status["state"], job.status["restart"], job.steps) == ("finished", 1, 60)
+    assert_same_curve(job, jobs)
+
+
+def test_an_array_runs_each_seed_and_one_task_is_requeued_alone(jobs):
+    tasks = [played(jobs, "seed 0"), played(jobs, "seed 1")]
+    for task in tasks:
+        assert task.ends[-1] == "COMPLETED 0:0", task.output
+        assert (task.status["state"], task.status["world"], task.steps) == ("finished", 1, 100)
+    # The first task has the number of the whole array, which must not be requeued with it.
+    assert [len(task.starts) for task in tasks] == [2, 1]
+    assert f"Stopped by SIGUSR1 after step {tasks[0].starts[1]} of" in tasks[0].output
+    assert tasks[0].metrics()[0]["loss"] != tasks[1].metrics()[0]["loss"]
+
+
+def test_zero2_on_two_nodes(jobs):
+    job = played(jobs, "zero2")
+    assert job.ends[-1] == "COMPLETED 0:0", job.output
+    assert "2 processes (zero2)" in job.output
+    assert json.loads((job.folder / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 2
+    assert (job.status["state"], job.status["world"], job.steps) == ("finished", 2, 12)
+
+
+def test_where_a_job_may_not_be_requeued_it_ends_with_75(jobs):
+    job = played(jobs, "once")
+    assert job.ends[-1] == "FAILED 75:0", job.output
+    assert (job.status["state"], job.status["world"], job.status["step"]) == ("stopped", 2, job.steps)
+
+
+def test_a_preempted_job_with_pretended_gpus_saves_and_comes_back(jobs):
+    job = played(jobs, "preempted")
+    assert f"after step {job.resumed_at} of" in job.output, "not saved, but killed"
+    assert_same_curve(job, jobs)
+
+
+def test_a_killed_node_is_named_and_the_job_comes_back(jobs):
+    job = played(jobs, "killed")
+    assert job.resumed_at % 7 == 0, "not from a checkpoint"
+    assert_same_curve(job, jobs)
+
+
+def test_the_warning_before_the_time_limit_saves_and_requeues(jobs):
+    job = played(jobs, "limit")
+    assert f"Stopped by SIGUSR1 after step {job.resumed_at} of" in job.output
+    assert not any(end.startswith("TIMEOUT") for end in job.ends), "it was killed at its limit"
+    assert_same_curve(job, jobs)
+
+
+def test_a_cancelled_job_saves_and_stays_away(jobs):
+    job = jobs["undisturbed"]
+    job.cancel()
+    job.until(lambda: job.over)
+    assert job.ends[-1].startswith("CANCELLED"), job.output
+    assert len(job.ends) == 1 and job.status["restart"] == 0
+    assert (job.status["state"], job.status["step"]) == ("stopped", job.steps), job.output
+    assert "goes back into the queue" not in job.output
