@@ -207,9 +207,12 @@ class Launch:
             popen.poll()  # reaps it: a launcher is our child
         launchers = {popen.pid for popen in self.launchers}
         for name in os.listdir("/proc"):
-            if not name.isdigit() or int(name) in self._seen:
+            pid = int(name) if name.isdigit() else 0
+            known = self._seen.get(pid)
+            # Between its fork and its exec a trainer has its launcher's environment: it is looked at again.
+            if not pid or (known is not None and (known.rank is not None or known.parent not in launchers)):
                 continue
-            pid, environment = int(name), _environment(int(name))
+            environment = _environment(pid)
             if environment.get(TAG) == self.tag and (stat := _stat(pid)) is not None:
                 # A trainer is started by us or is the child of a launcher; its own children inherit its RANK.
                 alone = self.setup.launcher == "python"

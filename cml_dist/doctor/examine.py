@@ -31,7 +31,7 @@ from cml_dist.doctor.report import Report
 from cml_dist.doctor.slurm import check_slurm
 from cml_dist.doctor.storage import check_run_folder, check_temporary_folder
 from cml_dist.doctor.together import GRACE_S, STORAGE, WORLD, look_together
-from cml_dist.doctor.versions import check_deepspeed, check_torch, check_versions
+from cml_dist.doctor.versions import check_deepspeed, check_torch, check_trackers, check_versions
 from cml_dist.errors import WorldError
 from cml_dist.parallel.watch import this_watch
 
@@ -43,6 +43,7 @@ CHECKS = (
     Check(VERSIONS, "versions", check_versions, "rank"),
     Check(VERSIONS, "torch build", check_torch, "rank"),
     Check(VERSIONS, "DeepSpeed", check_deepspeed, limit_s=120),
+    Check(VERSIONS, "trackers", check_trackers, "main"),
     Check(MACHINE, "GPUs", check_gpus, limit_s=120),
     Check(MACHINE, "GPU", check_own_gpu, "rank", limit_s=120),
     Check(MACHINE, "CPU cores", check_cores, "rank"),

@@ -102,6 +102,16 @@ def check_deepspeed(case: Case) -> Iterator[Finding]:
     )
 
 
+def check_trackers(case: Case) -> Iterator[Finding]:
+    """Whether the trackers that rank 0 is to feed are installed: a run without them is refused."""
+    names = case.config.run.trackers
+    if names:
+        from cml_dist.telemetry.trackers import check_installed
+
+        check_installed(case.config)
+        yield Finding("trackers", "ok", f"{' and '.join(names)} installed", brief=True)
+
+
 def _package(requirement: Requirement) -> Finding:
     name = requirement.name
     try:

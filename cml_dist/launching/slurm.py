@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -207,12 +208,14 @@ def submit(batch: Batch) -> str:
 
 def follow(batch: Batch, job: str) -> list[str]:
     """What to do with a submitted job, a line each."""
-    log = batch.log.replace("%j", job).replace("%A_%a", f"{job}_*")
+    log, several = Path(batch.log), len(batch.run_dirs) > 1
+    log_name = log.name.replace("%j", job).replace("%A_%a", f"{job}_*")
+    runs = f"{shlex.quote(str(batch.run_dirs[0].parent))}/*" if several else shlex.quote(str(batch.run_dirs[0]))
     return [
-        f"Submitted job {job}: {batch.world}" + (f", {len(batch.run_dirs)} runs" if len(batch.run_dirs) > 1 else ""),
+        f"Submitted job {job}: {batch.world}" + (f", {len(batch.run_dirs)} runs" if several else ""),
         f"  queue   squeue --jobs={job}",
-        f"  log     tail -F {log}",
-        *(f"  status  cml-dist status {folder}" for folder in batch.run_dirs),
+        f"  log     tail -F {shlex.quote(str(log.parent))}/{log_name}",
+        f"  status  cml-dist status {runs}",
         f"  cancel  scancel {job}",
         f"  pause   scancel --signal={batch.signal} {job}    (saves, and {batch.after})",
     ]

@@ -7,6 +7,7 @@ tensor by tensor: whatever the size of the model, one tensor is in memory here.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -304,9 +305,23 @@ def _damage_named(path: Path) -> Iterator[None]:
     """Turn what a damaged file does to its reader into DamagedCheckpoint."""
     try:
         yield
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        fault = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
-        raise DamagedCheckpoint(f"checkpoint {path} is {fault}", "delete it; an older one is used") from error
+    except OSError as error:
+        if error.errno not in _NOT_NOW:
+            raise _damaged(path, error) from error
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read: {error.strerror}", "mend that, then run the same command"
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+_NOT_NOW = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.EINTR)
+"""What says nothing of a file's contents: an older one must not be used for it."""
+
+
+def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:
+    fault = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
+    return DamagedCheckpoint(f"checkpoint {path} is {fault}", "delete it; an older one is used")
 
 
 @contextmanager

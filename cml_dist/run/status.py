@@ -110,8 +110,8 @@ def this_start() -> Start:
     if "TORCHELASTIC_RUN_ID" in environment:
         step = environment.get("SLURM_STEP_ID")  # its launchers, one a node, are one
         launcher = f"{host}:{os.getppid()}:{_began(os.getppid())}" if step is None else f"step {step}"
-    in_place, _ = restarts()
-    return Start(host, os.getpid(), job, int(environment.get("SLURM_RESTART_COUNT") or 0), launcher, in_place)
+    requeued, (in_place, _) = int(environment.get("SLURM_RESTART_COUNT") or 0), restarts()
+    return Start(host, os.getpid(), job, requeued, launcher, in_place)
 
 
 def _began(pid: int) -> str:

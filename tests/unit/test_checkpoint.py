@@ -349,3 +349,19 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     checkpoints.prune(tmp_path, 2, frozenset({3}))
     assert checkpoints.steps_in(tmp_path) == [3, 5, 6]
     assert len(os.listdir(tmp_path)) == 3
+
+
+def test_a_checkpoint_that_may_not_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    """A file server that is away: an older checkpoint must not be used instead, nor this one set aside."""
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def away(path):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "StreamReader", away)
+        with pytest.raises(CheckpointError, match="step-00000002.safetensors cannot be read: Stale") as error:
+            checkpoints.load_newest(tmp_path)
+    assert not isinstance(error.value, checkpoints.DamagedCheckpoint)
+    assert checkpoints.load_newest(tmp_path)[0].step == 2

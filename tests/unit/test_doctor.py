@@ -77,6 +77,14 @@ def test_deepspeed_is_missed_only_where_it_is_asked_for(monkeypatch):
     assert wanted.verdict == "fault" and "pip install 'cml-dist[deepspeed]'" in wanted.remedy
 
 
+def test_a_tracker_that_is_asked_for_and_missing_is_a_fault(monkeypatch):
+    (check,) = [check for check in examine.CHECKS if check.name == "trackers"]
+    assert run_check(check, case()) == []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (found,) = run_check(check, case("runs/none", "run.trackers=wandb"))
+    assert found.verdict == "fault" and found.value == "run.trackers has wandb, which is not installed"
+
+
 # --------------------------------------------------------------------------- the machine
 
 

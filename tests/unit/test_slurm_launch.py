@@ -333,6 +333,15 @@ def test_a_job_is_submitted_and_one_is_told_how_to_follow_and_cancel_it(tmp_path
     assert capfd.readouterr().out == submitted
 
 
+def test_the_lines_that_follow_a_sweep_can_be_pasted(tmp_path, monkeypatch):
+    here = tmp_path / "a b"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    lines = slurm.follow(prepare(request("run.dir=runs", gpus_per_node=1, seeds=(0, 1))), "7")
+    assert f"  log     tail -F '{here}'/slurm-cml-dist-7_*.out" in lines
+    assert [line for line in lines if "cml-dist status" in line] == [f"  status  cml-dist status '{here}/runs'/*"]
+
+
 def test_what_sbatch_refuses_is_passed_on_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = r"sbatch: error: invalid partition: x\nsbatch: error: Batch job failed\n"
