@@ -33,7 +33,7 @@ from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.checkpoint import Checkpoint
 from cml_dist.run.evaluator import evaluate
 from cml_dist.run.export import export_run
-from cml_dist.run.folder import RunFolder, append_json_line, same_everywhere, write_text
+from cml_dist.run.folder import SEEN_WITHIN_S, RunFolder, append_json_line, same_everywhere, write_text
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 from cml_dist.run.optim import learning_rate
 from cml_dist.run.report import learner_name, score_run
@@ -234,14 +234,8 @@ class _Run:
 
     def _resume(self) -> None:
         """Load the newest whole checkpoint, and drop the metrics of steps after it."""
-        found, faults = self.world.together(lambda: checkpoints.load_newest(self.folder.checkpoints))
+        found, faults = self._newest_checkpoint()
         step = -1 if found is None else found.step
-        if self.world.max(step) != -self.world.max(-step):
-            raise WorldError(
-                f"the processes see different checkpoints in {self.folder.checkpoints} "
-                f"(rank {self.world.rank}: step {step})",
-                "put run.dir on a file system that all machines share",
-            )
         for fault in faults:
             self.console.warn(f"{fault.what}: the one before it is used")
         if faults and self.world.is_main:
@@ -256,6 +250,26 @@ class _Run:
             self.metrics = MetricsWriter(self.folder.metrics_file)
             self.metrics.truncate_after(self.step)
             MetricsWriter(self.folder.validation_file).truncate_after(self.state["validated"])
+
+    def _newest_checkpoint(self) -> tuple[Checkpoint | None, list[CheckpointError]]:
+        """See :func:`checkpoints.load_newest`; the same one on all ranks, also soon after rank 0 has saved one.
+
+        Raises:
+            WorldError: they see different ones, also after the time for which NFS may show an old view.
+        """
+        for wait_s in (SEEN_WITHIN_S, 0.0):
+            found, faults = self.world.together(lambda: checkpoints.load_newest(self.folder.checkpoints))
+            step = -1 if found is None else found.step
+            if self.world.max(step) == -self.world.max(-step):
+                return found, faults
+            if wait_s:
+                self.console.note("The processes see different checkpoints: the file system gets a minute to show all")
+            time.sleep(wait_s)
+        raise WorldError(
+            f"the processes see different checkpoints in {self.folder.checkpoints} "
+            f"(rank {self.world.rank}: step {step})",
+            "put run.dir on a file system that all machines share",
+        )
 
     def _check_data(self, found: Checkpoint) -> None:
         """Where the set lies may change from start to start, but not what is in it."""

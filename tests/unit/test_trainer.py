@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -324,6 +325,37 @@ def test_a_trainer_whose_job_was_requeued_elsewhere_writes_nothing_more(tmp_path
     assert [line["step"] for line in losses(folder)] == list(range(1, 13))
     assert read_status(folder / "status.json").state == "finished"
     assert read_status(folder / "status.json").restart == 1
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_rank_that_sees_an_old_view_of_the_checkpoints_looks_again(undisturbed, tmp_path, monkeypatch, shared):
+    """Started again in place right after rank 0, on another machine, saved step 7."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        go(folder)
+    looks, load_newest, most = [], checkpoints.load_newest, World.max
+    rank_0 = itertools.cycle((7, -7))
+
+    def late(where):
+        looks.append(where)
+        return load_newest(where) if shared and len(looks) > 1 else (None, [])
+
+    def with_rank_0(self, value):
+        if sys._getframe(1).f_code.co_name == "_newest_checkpoint":
+            return max(value, next(rank_0))
+        return most(self, value)
+
+    monkeypatch.setattr(trainers, "SEEN_WITHIN_S", 0.01)
+    monkeypatch.setattr(checkpoints, "load_newest", late)
+    monkeypatch.setattr(World, "max", with_rank_0)
+    if shared:
+        assert go(folder).finished
+        assert losses(folder) == losses(undisturbed)
+    else:
+        with pytest.raises(WorldError, match=r"see different checkpoints in .* \(rank 0: step -1\)"):
+            go(folder)
+        assert len(looks) == 2
 
 
 def test_a_truncated_checkpoint_is_passed_over_and_said(undisturbed, tmp_path, monkeypatch):
