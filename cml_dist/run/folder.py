@@ -174,11 +174,6 @@ class RunFolder:
         if self._lease is not None:
             self._lease.check()
 
-    def renew(self) -> None:
-        """Show other machines that the trainer lives; see :meth:`check_ours`."""
-        if self._lease is not None:
-            self._lease.renew()
-
     def release(self) -> None:
         """Let other trainers in; of a run that never began nothing is left."""
         if self._lease is None:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import threading
 import time
 import uuid
 from contextlib import suppress
@@ -26,6 +27,8 @@ FRESH_S = 60.0
 
 LATER_S = 3600.0
 """An earlier start is kept out for so long after a later one renewed its lease: its meta-steps may take minutes."""
+
+AGAIN_S = 1.0
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system says that has none."""
@@ -54,6 +57,17 @@ class Lease:
         except BaseException:
             self._lock.close()
             raise
+        self._released = threading.Event()
+        # Of its own: between two writes of the trainer there may be a long step, or the loading of data.
+        self._renewing = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._renewing.start()
+
+    def _keep(self) -> None:
+        while not self._released.wait(FRESH_S / 6):
+            try:
+                self.renew()
+            except CheckpointError:  # the trainer finds out before it writes
+                return
 
     def _take(self) -> None:
         holder = self._read()
@@ -104,6 +118,9 @@ class Lease:
             CheckpointError: a later start of this job has taken over; nothing more may be written.
         """
         holder = self._read()
+        if holder is None:  # a file server may have been away for a moment
+            time.sleep(AGAIN_S)
+            holder = self._read()
         if holder is None or holder["token"] != self._token:
             raise self._taken_over(holder)
 
@@ -117,7 +134,7 @@ class Lease:
     def renew(self) -> None:
         """Show that the owner lives, and lock what was taken over once its old owner has gone; see :meth:`check`."""
         self.check()
-        with suppress(OSError):
+        with suppress(OSError, TypeError, ValueError):  # also released meanwhile, by the trainer's own thread
             os.utime(self._file)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -125,6 +142,8 @@ class Lease:
         """Let others in; where the run never ``began``, leave no trace."""
         if self._lock is None:
             return
+        self._released.set()
+        self._renewing.join(AGAIN_S)  # no longer: its file server may hang
         holder = self._read()
         if holder is not None and holder["token"] == self._token:
             with suppress(OSError):

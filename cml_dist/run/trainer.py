@@ -186,13 +186,13 @@ class _Run:
             self._write_status("failed", what)
 
     def _tell(self, state: State, reason: str) -> None:
-        """Rank 0 writes ``status.json``, and renews its right to."""
+        """Rank 0 writes ``status.json``."""
         if self.world.is_main and not self.lost:
             self._write_status(state, reason)
 
     def _write_status(self, state: State, reason: str) -> None:
         start, seen = this_start(), self.longest_s
-        self.folder.renew()
+        self.folder.check_ours()
         status = RunStatus(
             state=state,
             reason=reason,

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from cml_dist.errors import CheckpointError
+from cml_dist.run import lease as leases
 from cml_dist.run.lease import FRESH_S, LATER_S, Lease
 from cml_dist.run.status import Start, this_start
 
@@ -133,6 +134,19 @@ def test_renewing_keeps_it_fresh_where_there_are_no_locks(tmp_path, monkeypatch)
     lease.renew()
     with pytest.raises(CheckpointError, match="another process trains"):
         Lease(tmp_path, start())
+
+
+def test_the_owner_is_known_to_live_while_it_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "FRESH_S", 0.3)
+    lease = Lease(tmp_path, start())
+    ends_s = time.monotonic() + 20
+    old = time.time() - 100
+    os.utime(tmp_path / "lease.json", (old, old))
+    while time.time() - (tmp_path / "lease.json").stat().st_mtime > 50:
+        assert time.monotonic() < ends_s
+        time.sleep(0.01)
+    lease.release(began=True)
+    assert not lease._renewing.is_alive()
 
 
 def test_of_a_run_that_never_began_nothing_is_left(tmp_path):
