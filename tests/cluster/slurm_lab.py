@@ -46,6 +46,8 @@ class Cluster:
             # On a busy machine a save takes its time.
             "SLURM_LAB_KILL_WAIT": "60",
             "SLURM_LAB_GRACE": "120",
+            # Also how long a credential holds: a node that has just been killed may take its time to start a step.
+            "SLURM_LAB_REQUEUE_WAIT": "25",
             "PYTHONPATH": str(ROOT),
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",

@@ -24,13 +24,15 @@ STRATEGIES = {"ddp": ("run.dtype=float64",), "zero2": ("parallel.strategy=zero2"
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 TIMES = ("seconds", "episodes_per_s", "peak_memory_gib")
 PROBE = """
+import os
 import torch.distributed as dist
 from accelerate import Accelerator
 import torch
 accelerator = Accelerator(cpu=True)
 total = torch.tensor([accelerator.process_index + 1.0])
 dist.all_reduce(total)
-print(f"world {accelerator.num_processes} total {total.item():.0f}", flush=True)
+# In one piece: print would write the end of the line by itself, and the other process in between.
+os.write(1, f"world {accelerator.num_processes} total {total.item():.0f}\n".encode())
 dist.destroy_process_group()
 """
 
