@@ -32,7 +32,7 @@ accelerator = Accelerator(cpu=True)
 total = torch.tensor([accelerator.process_index + 1.0])
 dist.all_reduce(total)
 # In one piece: print would write the end of the line by itself, and the other process in between.
-os.write(1, f"world {accelerator.num_processes} total {total.item():.0f}\n".encode())
+os.write(1, f"world {accelerator.num_processes} total {total.item():.0f}\\n".encode())
 dist.destroy_process_group()
 """
 
