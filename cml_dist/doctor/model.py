@@ -27,16 +27,11 @@ def check_backbone(case: Case) -> Iterator[Finding]:
         yield Finding("second derivative", "ok", f"right for {named}; name a configuration to check its own backbone")
         return
     from cml_dist.planning.forecast import known_inputs
+    from cml_dist.run.assemble import make_network
 
     config = case.config
     inputs = known_inputs(config)
-    net = build_net(
-        config.model,
-        input_shape=inputs.shape,
-        output_dim=inputs.output_dim,
-        seed=config.run.seed,
-        colearner=config.method.name == "cml",
-    )
+    net = make_network(config, inputs.shape, inputs.output_dim)
     size = f"{config.model.backbone}, {sum(p.numel() for p in net.parameters()):,} parameters"
     if config.method.order != 2:
         yield Finding("second derivative", "ok", f"{size}: not needed, method.order is 1")

@@ -12,12 +12,10 @@ import torch
 from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
-from cml_dist.nets.build import build_net
 from cml_dist.nets.network import CmlNet
-from cml_dist.nets.partition import freeze, select
 from cml_dist.planning.choose import USABLE, Means, MemoryPlanner, Task, task_of
 from cml_dist.planning.strategies import STRATEGIES, RankBudget, Strategy
-from cml_dist.run.assemble import method_of
+from cml_dist.run.assemble import make_network, method_of
 
 KNOWN_INPUTS = {
     "glyphs": (1, 28, 28),
@@ -161,11 +159,8 @@ def _check(config: RunConfig, gpus: int, gpu_memory_gib: float) -> None:
 
 def network_structure(config: RunConfig, inputs: Inputs) -> CmlNet:
     """The network without values: pre-trained weights change no size, and are neither read nor fetched."""
-    shape = {"input_shape": inputs.shape, "output_dim": inputs.output_dim}
-    colearner = config.method.name == "cml"
     with torch.device("meta"):
-        net = build_net(config.model, **shape, seed=0, colearner=colearner, structure_only=True)
-    freeze(net, select(net, config.model.trained, "model.trained"))
+        net = make_network(config, inputs.shape, inputs.output_dim, structure_only=True)
     return net.to(getattr(torch, config.run.dtype))
 
 

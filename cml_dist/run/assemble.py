@@ -54,14 +54,17 @@ def method_of(config: MethodConfig, net: CmlNet) -> Method:
     )
 
 
-def make_network(config: RunConfig, domain: Domain) -> CmlNet:
-    """The network that a configuration names, for a domain's inputs and outputs; a pure function of ``run.seed``."""
+def make_network(
+    config: RunConfig, input_shape: tuple[int, ...], output_dim: int, *, structure_only: bool = False
+) -> CmlNet:
+    """The network that a configuration names; a pure function of ``run.seed``. Arguments as of ``build_net``."""
     net = build_net(
         config.model,
-        input_shape=domain.input_shape,
-        output_dim=domain.output_dim,
+        input_shape=input_shape,
+        output_dim=output_dim,
         seed=config.run.seed,
         colearner=config.method.name == "cml",
+        structure_only=structure_only,
     )
     freeze(net, select(net, config.model.trained, "model.trained"))
     return net
@@ -102,7 +105,7 @@ def assemble(
 
     def make() -> CmlNet:
         world.watch.beat("building the network")
-        net = make_network(config, domain)
+        net = make_network(config, domain.input_shape, domain.output_dim)
         if world.local_rank == 0 and config.method.order == 2:
             check_twice_differentiable(net, domain.input_shape, domain.output_dim, config.model.backbone)
         return net.to(dtype)
