@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from collections.abc import Mapping
 
 from cml_dist.errors import WorldError
@@ -58,15 +57,10 @@ def tasks_of_node(counts: str, node: int) -> int:
 
 
 def first_host(nodes: str) -> str:
-    """The first of a list in SLURM's notation, e.g. ``n[01-04]`` -> ``n01``."""
-    if "[" not in nodes:
-        return nodes.split(",")[0]
-    try:
-        said = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True
-        ).stdout.split()
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ValueError(f"scontrol show hostnames {nodes} failed: {error}") from error
-    if not said:
-        raise ValueError(f"scontrol show hostnames {nodes} names none")
-    return said[0]
+    """The first of a list in SLURM's notation, e.g. ``n[01-04],x7`` -> ``n01``.
+
+    As launch/slurm/node.sh finds it: scontrol is on no node by necessity, and in no container.
+    """
+    while found := re.fullmatch(r"([^],]*?)\[(\d+)[^]]*\](.*)", nodes):
+        nodes = "".join(found.groups())
+    return nodes.split(",")[0]

@@ -31,7 +31,7 @@ from cml_dist.parallel.allocator import give_back_freed_memory, keep_freed_memor
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
 from cml_dist.parallel.ending import outlast_the_launcher
 from cml_dist.parallel.interface import choose_interface
-from cml_dist.parallel.launched import check_launch, forget_others
+from cml_dist.parallel.launched import Launched, check_launch, forget_others
 from cml_dist.parallel.meeting import group_timeout, meet
 from cml_dist.parallel.watch import Watch, keep_watch, this_watch
 
@@ -172,7 +172,7 @@ def join_world(config: RunConfig) -> World:
     if here.size > here.local_size:
         choose_interface(here.host, here.port)
     by_deepspeed = zero_stage(plan.strategy) is not None
-    _join_group(config, plan.processes, use_cpu, by_deepspeed)
+    _join_group(config, here, use_cpu, by_deepspeed)
     with _environment_for_deepspeed(use_cpu) if by_deepspeed else nullcontext():
         plugin = _deepspeed_plugin(deepspeed_config(config, plan)) if by_deepspeed else None
         accelerator = _accelerator(config, use_cpu, plugin)
@@ -205,12 +205,12 @@ def join_world(config: RunConfig) -> World:
     )
 
 
-def _join_group(config: RunConfig, size: int, use_cpu: bool, by_deepspeed: bool) -> None:
+def _join_group(config: RunConfig, here: Launched, use_cpu: bool, by_deepspeed: bool) -> None:
     """Meet the other ranks in the watch, and make the process group that Accelerate and DeepSpeed then find.
 
     The watch comes first, so that no rank waits in vain for another: neither in torch's own meeting, nor later.
     """
-    if size == 1 or torch.distributed.is_initialized():
+    if here.size == 1 or torch.distributed.is_initialized():
         return
     watch, store = meet(config.parallel)
     keep_watch(watch)
@@ -221,10 +221,10 @@ def _join_group(config: RunConfig, size: int, use_cpu: bool, by_deepspeed: bool)
             "gloo" if use_cpu else "nccl",
             store=store,
             rank=watch.me.rank,
-            world_size=size,
+            world_size=here.size,
             timeout=group_timeout(config.parallel),
             # As DeepSpeed itself does it.
-            device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])) if by_deepspeed and not use_cpu else None,
+            device_id=torch.device("cuda", here.local_rank) if by_deepspeed and not use_cpu else None,
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launching import FROM_A_LAUNCHER, ROOT
+from launching import spawn
 
 APART = ("unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 """A host name, and processes that no other machine sees: the watch may kill a silent rank on its own machine."""
@@ -36,18 +36,8 @@ class Machine:
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen:
         """Run ``command`` here, with standard error in its output; :func:`launching.finish` ends it."""
-        env = {key: value for key, value in os.environ.items() if key not in FROM_A_LAUNCHER}
-        env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment}
         named = [*APART, "sh", "-c", 'hostname "$0" && exec "$@"', self.host]
-        return subprocess.Popen(
-            ["ip", "netns", "exec", self.namespace, *named, *command],
-            env=env,
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        return spawn(["ip", "netns", "exec", self.namespace, *named, *command], **environment)
 
     def pids(self) -> list[int]:
         """All processes that run here, by their numbers outside."""

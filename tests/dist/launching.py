@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,19 +17,24 @@ FROM_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAST
 def start(
     processes: int, *arguments: str, launch_file: Path = CPU_LAUNCH, **environment: str
 ) -> subprocess.Popen:
-    """``accelerate launch`` (or plain python for one process) with a script or ``-m module`` and its arguments.
-
-    The processes form a group of their own, so that :func:`finish` can end all of them.
-    """
+    """``accelerate launch`` (or plain python for one process) with a script or ``-m module`` and its arguments."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(launch_file)]
         command += ["--num_processes", str(processes)]
+    return spawn([*command, *arguments], **environment)
+
+
+def spawn(command: Sequence[str], **environment: str) -> subprocess.Popen:
+    """Start a command outside of any launcher's world, with standard error in its output.
+
+    Its processes form a group of their own, so that :func:`finish` can end all of them.
+    """
     env = {key: value for key, value in os.environ.items() if key not in FROM_A_LAUNCHER}
     # Two cores carry all ranks: more threads than cores only fight each other.
     env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment}
     return subprocess.Popen(
-        [*command, *arguments],
+        command,
         env=env,
         cwd=ROOT,
         text=True,

@@ -393,6 +393,8 @@ def test_tasks_of_srun_are_told_who_they_are(monkeypatch):
         join_srun({**task, "SLURM_STEP_TASKS_PER_NODE": "2"})
     assert [tasks_of_node("2(x2),1", node) for node in range(3)] == [2, 2, 1]
     assert first_host("login") == "login"
+    lists = {"n[01-04]": "n01", "n[3,5-7],x9": "n3", "rack[1-2]n[03,05],x7": "rack1n03", "a,b[1-2]": "a"}
+    assert {nodes: first_host(nodes) for nodes in lists} == lists
 
 
 def test_a_job_is_read_from_what_slurm_says(tmp_path, monkeypatch):
