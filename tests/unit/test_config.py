@@ -24,6 +24,20 @@ def test_defaults_overrides_and_types():
         config.train.steps = 8
 
 
+def test_a_home_folder_is_meant_wherever_a_path_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse("run.dir=~/a", "domain.root=~/b", "model.pretrained=~/c.pth", "parallel.deepspeed=~/d.json")
+    places = config.run.dir, config.domain.root, config.model.pretrained, config.parallel.deepspeed
+    assert places == tuple(f"{tmp_path}/{name}" for name in ("a", "b", "c.pth", "d.json"))
+    images = {"domain": {"name": "images", "root": "s3://bucket/~set", "cache": "~"}}
+    assert parse(base=images).domain.cache == str(tmp_path)
+    # Nothing else is expanded, and no folder is ever called ~someone.
+    assert parse("run.dir=a/~/$HOME", base=images).run.dir == "a/~/$HOME"
+    for key in ("run.dir", "model.pretrained"):
+        with pytest.raises(ConfigError, match=f"{key}: '~no-such-user/x' names no home folder that is known: write"):
+            parse(f"{key}=~no-such-user/x")
+
+
 def test_dump_reads_back_to_the_same(tmp_path):
     config = parse("method.name=fomaml", "domain.augment.flip=true", "optim.betas=[0.5, 0.9]")
     path = tmp_path / "config.yaml"
