@@ -7,7 +7,6 @@ Unknown keys are refused with the nearest valid name (``load.py``). Nothing here
 from __future__ import annotations
 
 import os
-import signal
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -347,6 +346,14 @@ class ParallelConfig(Section):
     join_timeout_s: float = Field(300.0, gt=0, description="seconds in which all processes must have come at the start")
 
 
+STOP_SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU")
+"""What schedulers, launchers and terminals send to end a process; Ctrl-C's SIGINT besides, in every run.
+
+Of the others some come by themselves (SIGCHLD, SIGWINCH, SIGPIPE, timers), some say that a process is broken (SIGSEGV),
+and some no process can catch (SIGKILL).
+"""
+
+
 class RunSection(Section):
     """Where the run lives, and what makes it repeatable."""
 
@@ -376,11 +383,10 @@ class RunSection(Section):
 
     @field_validator("stop_signals")
     @classmethod
-    def _can_be_handled(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        known = {s.name for s in signal.Signals} - {"SIGKILL", "SIGSTOP", "SIGINT", "SIGSEGV", "SIGFPE", "SIGILL", "SIGBUS"}
+    def _ask_to_stop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name not in known:
-                raise ValueError(f"{name!r} is no signal that can be handled: give names such as SIGUSR1 and SIGTERM")
+            if name not in STOP_SIGNALS:
+                raise ValueError(f"{name!r} does not ask a process to stop: choose from {', '.join(STOP_SIGNALS)}")
         return value
 
     @field_validator("compute", mode="before")

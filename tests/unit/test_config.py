@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from cml_dist.config.load import dump_config, load_config, merge, parse_config, valid_keys
 from cml_dist.config.plan import make_plan, plan_rows, share
+from cml_dist.config.schema import STOP_SIGNALS
 from cml_dist.errors import ConfigError
+from cml_dist.run.interrupts import Interrupts
 
 GLYPHS = {"domain": {"name": "glyphs"}}
 
@@ -108,6 +112,24 @@ def test_every_key_has_a_meaning_or_speaks_for_itself():
     assert silent == []
     assert next(iter(keys)) == "domain.name"
     assert all(meaning.count("null") <= 1 for meaning in keys.values())
+
+
+@pytest.mark.parametrize("name", ["SIGCHLD", "SIGWINCH", "SIGKILL", "SIGSEGV", "SIGINT", "USR1", "15"])
+def test_a_signal_that_does_not_ask_to_stop_is_refused_with_those_that_do(name):
+    with pytest.raises(ConfigError) as caught:
+        parse(f"run.stop_signals=[SIGUSR1, '{name}']")
+    told = f"run.stop_signals: '{name}' does not ask a process to stop: choose from SIGUSR1, SIGUSR2, SIGTERM, SIGHUP, "
+    assert str(caught.value) == f"configuration: {told}SIGQUIT, SIGXCPU"
+
+
+def test_all_that_ask_to_stop_can_be_caught():
+    config = parse(f"run.stop_signals=[{','.join(STOP_SIGNALS)}]")
+    with Interrupts(config.run.stop_signals) as interrupts:
+        interrupts.patient()
+        for name in STOP_SIGNALS:
+            interrupts.stop = None
+            signal.raise_signal(signal.Signals[name])
+            assert interrupts.stop == name
 
 
 @pytest.mark.parametrize(("total", "world"), [(4, 1), (4, 2), (4, 3), (1, 4), (7, 4)])
