@@ -99,6 +99,9 @@ def score_run(
     Args:
         stop: asked before each episode: whether to break off, and raise Stopped on all ranks.
 
+    Raises:
+        CheckpointError: there is no checkpoint, none that fits, or a later start of the run has taken over the folder.
+
     Collective: all ranks.
     """
     choice = world.together(lambda: choose_checkpoint(folder, which))
@@ -125,16 +128,21 @@ def score_run(
         "co_adapt": config.eval.co_adapt,
         "seed": config.eval.seed,
     }
-    if world.is_main:
+    summary_file, scores_file = folder.eval_files(summary["overrides"], which)
+
+    def write() -> None:
         arrays = {learner: report.scores.numpy() for learner, report in reports.items()}
         arrays |= {f"untrained_{learner}": report.scores.numpy() for learner, report in floor.items()}
         scores = io.BytesIO()
         np.savez(scores, **arrays)
-        summary_file, scores_file = folder.eval_files(summary["overrides"], which)
+        folder.check_ours()
         for path in (scores_file, folder.scores_file):
             write_bytes(path, scores.getvalue())
         for path in (summary_file, folder.eval_file):
             write_json(path, summary)
+
+    world.together(write if world.is_main else lambda: None)
+    if world.is_main:
         rows = [_row(learner_name(config.method.name, learner), report) for learner, report in reports.items()]
         rows += [_row(f"untrained {learner_name(config.method.name, learner)}", r) for learner, r in floor.items()]
         if parts.domain.chance is not None:

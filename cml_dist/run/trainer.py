@@ -239,6 +239,7 @@ class _Run:
         for fault in faults:
             self.console.warn(f"{fault.what}: the one before it is used")
         if faults and self.world.is_main:
+            self.folder.check_ours()
             checkpoints.set_aside(self.folder.checkpoints, step)
         if found is not None:
             self.world.together(lambda: checkpoints.check_fits(found, self.strategy.saved_layout()))
@@ -247,6 +248,7 @@ class _Run:
             self.step, self.state = found.step, {**self.state, **found.state}
             self.console.note(f"Resuming at step {self.step} of {self.config.train.steps} from {found.path}")
         if self.world.is_main:
+            self.folder.check_ours()  # loading the data may have taken as long as a requeue
             self.metrics = MetricsWriter(self.folder.metrics_file)
             self.metrics.truncate_after(self.step)
             MetricsWriter(self.folder.validation_file).truncate_after(self.state["validated"])
@@ -286,6 +288,7 @@ class _Run:
         if not self.world.is_main:
             return
         record = session_record(self.plan, self.parts, self.world, self.threads, self.step)
+        self.folder.check_ours()
         self.folder.begin(self.config)
         if zero_stage(self.plan.strategy) is not None:
             dictionary = json.dumps(deepspeed_config(self.config, self.plan), indent=2)

@@ -327,6 +327,33 @@ def test_a_trainer_whose_job_was_requeued_elsewhere_writes_nothing_more(tmp_path
     assert read_status(folder / "status.json").restart == 1
 
 
+@pytest.mark.parametrize("at", ["assemble", "score_run", "export_run"])
+def test_a_trainer_that_was_cut_off_writes_no_test_no_export_and_no_start(tmp_path, monkeypatch, at):
+    """Wherever the job goes on elsewhere, to its end: nothing that this one leaves behind is new."""
+    folder = tmp_path / "run"
+    phase, left = getattr(trainers, at), {}
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def files():
+        theirs = ("lock", "lease.json", "logs")
+        found = [path for path in folder.rglob("*") if path.is_file() and not {path.name, path.parent.name} & {*theirs}]
+        return {path: (path.stat().st_ino, path.read_bytes()) for path in found}
+
+    def requeued(*args, **rest):
+        with monkeypatch.context() as patch:
+            patch.setenv("SLURM_RESTART_COUNT", "1")
+            patch.setattr(trainers, at, phase)
+            assert go(folder).finished
+        left.update(files())
+        return phase(*args, **rest)
+
+    monkeypatch.setattr(trainers, at, requeued)
+    with pytest.raises(CheckpointError, match="a later start of this run has taken over"):
+        go(folder)
+    assert {"eval.json", "own.json", "model.json", "sessions.jsonl"} <= {path.name for path in left}
+    assert files() == left
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_rank_that_sees_an_old_view_of_the_checkpoints_looks_again(undisturbed, tmp_path, monkeypatch, shared):
     """Started again in place right after rank 0, on another machine, saved step 7."""
