@@ -53,6 +53,10 @@ class Watch:
         """The main thread is at work in ``where`` (for people: ``step 12, episode 3``)."""
         self._at = (where, False, time.monotonic())
 
+    def touch(self) -> None:
+        """The main thread gets on with what it is at."""
+        self.beat(self._at[0])
+
     def wait(self, where: str) -> None:
         """The main thread waits in ``where`` for other ranks, until its next beat."""
         self._at = (where, True, time.monotonic())

@@ -15,9 +15,11 @@ import torch
 from cml_dist.cli import main
 from cml_dist.domains.sinusoid import SinusoidDomain
 from cml_dist.errors import DataError
+from cml_dist.nets.mlp import MLP
 
 FAULT, RANK = os.environ.get("FAULT", ""), int(os.environ.get("RANK", 0))
 IS_FAULTY = RANK == int(os.environ.get("FAULTY_RANK", 1)) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+forward = MLP.forward
 episode, build = SinusoidDomain.episode, SinusoidDomain.build.__func__
 
 
@@ -36,6 +38,7 @@ def faulty_episode(self, split, index):
             hang_in_python()
         if FAULT == "keeps the lock":
             ctypes.PyDLL(None).sleep(1000)  # of Python: no other thread of this process runs
+    MLP.forward = slow_forward if FAULT == "slow" and split == "train" and 12 <= index < 15 and IS_FAULTY else forward
     made = episode(self, split, index)
     if FAULT == "nan" and split == "train" and index == 7:
         made.support.inputs[0] = float("nan")  # an episode of one rank only
@@ -45,6 +48,12 @@ def faulty_episode(self, split, index):
 def hang_in_python():
     while True:
         time.sleep(0.1)
+
+
+def slow_forward(self, inputs):
+    """Of a large network: each pass takes its time, and an episode has many."""
+    time.sleep(1.0)
+    return forward(self, inputs)
 
 
 def killed_at_start(*arguments, **rest):

@@ -17,6 +17,7 @@ from launching import finish, run, start
 from test_train import command, lines
 
 from cml_dist.run.status import read_status
+from cml_dist.telemetry.metrics import read_metrics
 
 FAULTY = str(Path(__file__).with_name("faulty_worker.py"))
 SOON_S = 30.0
@@ -92,6 +93,13 @@ def test_a_rank_that_hangs_is_named_and_every_rank_shows_its_stacks(tmp_path):
     assert "in hang_in_python" in hanging and "cml_dist/run/trainer.py" in waiting
     assert all(re.search(HANGS.format(1), log, re.M) for log in (waiting, hanging))
     assert seconds < SOON_S
+
+
+def test_an_episode_may_take_longer_than_a_rank_may_stand_still(tmp_path):
+    folder, overrides = tmp_path / "run", ("method.inner_steps=6", "parallel.timeout_s=5", "eval.final=false")
+    code, out = run(2, FAULTY, *command(folder, *overrides), FAULT="slow")
+    assert code == 0, out
+    assert read_metrics(folder / "metrics.jsonl")[4]["seconds"] > 10, "it was slow"
 
 
 def test_a_rank_that_keeps_pythons_lock_shows_where_and_is_ended(tmp_path):

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from cml_dist.config.load import merge, parse_config
 from cml_dist.domains.sinusoid import SinusoidDomain
 from cml_dist.errors import CheckpointError, ConfigError, TrainingError, WorldError
 from cml_dist.parallel import strategy as strategies
+from cml_dist.parallel.watch import Watch
 from cml_dist.parallel.world import World
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run import trainer as trainers
@@ -278,6 +280,16 @@ def test_the_last_word_is_that_of_the_watch(tmp_path, monkeypatch):
     status = read_status(folder / "status.json")
     assert (status.state, status.reason, status.step) == ("failed", "rank 1 was killed", 6)
     assert not list(folder.glob(".*.writing"))
+
+
+def test_the_watch_hears_of_every_pass_through_the_network(tmp_path, monkeypatch):
+    heard = Counter()
+    monkeypatch.setattr(Watch, "touch", lambda self: heard.update([self._at[0]]))
+    steps = ("train.steps=1", "method.inner_steps=3", "engine.name=adjoint", "engine.micro_batch=2")
+    go(tmp_path / "run", *steps, "eval.val_episodes=2", "eval.final=false")
+    # Of 5 support and 5 query examples, in threes: three inner steps, the query set, and three steps back.
+    assert [heard[f"step 1, episode {number} of 3"] for number in (1, 2, 3)] == 3 * [7 * 3]
+    assert heard["val, episode 1 of 2"] == 4 * 3
 
 
 def test_a_trainer_that_was_cut_off_while_it_saved_deletes_nothing(tmp_path, monkeypatch):
