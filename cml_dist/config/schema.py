@@ -338,7 +338,7 @@ class ParallelConfig(Section):
     timeout_s: float = Field(
         600.0,
         gt=0,
-        description="seconds after which a rank that does not move, while others wait for it, is a failure that ends all",
+        description="seconds after which a rank that does not move, while others wait for it or as the only one, is a failure that ends all; each episode, pass through the network and saved tensor is a move",
     )
     silence_s: float = Field(
         30.0, ge=3, description="seconds without a word after which a rank or its machine is taken for lost"

@@ -37,7 +37,7 @@ GRACE_S = 10.0
 
 
 class Watch:
-    """What the main thread sees. This one, of a world of one, has nobody to watch.
+    """What the main thread sees. This one, where there is no world yet or any more, watches nobody.
 
     Attributes:
         log: a file for this rank's own copy of what befell the world, and for stacks; None: stacks go to stderr.

@@ -26,7 +26,7 @@ from cml_dist.errors import CheckpointError, CmlError, TrainingError, WorldError
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
 from cml_dist.parallel.ending import restarts
 from cml_dist.parallel.launched import idle_nodes
-from cml_dist.parallel.world import World, join_world, set_arithmetic
+from cml_dist.parallel.world import World, joined_world, set_arithmetic
 from cml_dist.parallel.zero import build_strategy
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.assemble import Parts, assemble
@@ -75,19 +75,18 @@ def train(config: RunConfig, console: Console, interrupts: Interrupts | None = N
         CmlError: anything a user can mend; on all ranks where all can know of it.
         Stopped: asked to stop before there was anything to save.
     """
-    with nullcontext(interrupts) if interrupts is not None else Interrupts(config.run.stop_signals) as interrupts:
-        world = join_world(config)
+    with (
+        nullcontext(interrupts) if interrupts is not None else Interrupts(config.run.stop_signals) as interrupts,
+        joined_world(config) as world,
+    ):
         run = _Run(config, world, console, interrupts)
         try:
-            outcome = run.go()
+            return run.go()
         except BaseException as error:
             run.fail(error)
             raise
         finally:
             run.close()
-    # Only here: after an error the other ranks may never come, and a group that is left in order waits for them.
-    world.close()
-    return outcome
 
 
 class _Run:
