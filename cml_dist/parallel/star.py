@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import selectors
 import socket
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -51,7 +52,13 @@ class Leader(Joined):
         self._strangers: dict[Wire, float] = {}
         self._lost: list[Member] = []
         self._decide_s: float | None = None
+        self._last = threading.Event()  # the others have left in peace
         self._selector.register(server, selectors.EVENT_READ, self._accept)
+
+    def outlast(self) -> None:
+        self.wait("the end of the others")
+        while not self._last.wait(TICK_S) and self._thread.is_alive():
+            pass
 
     def _accept(self) -> None:
         with suppress(OSError):
@@ -129,6 +136,8 @@ class Leader(Joined):
                 return
             elif "bye" in message:
                 self._remove(rank)
+                if not self._members:
+                    self._last.set()
                 return
         if not wire.open:
             self._remove(rank)
@@ -219,6 +228,7 @@ class Follower(Joined):
     def __init__(self, me: Member, size: int, leader: Member, wire: Wire, **rest: Any) -> None:
         super().__init__(me, size, **rest)
         self._leader, self._wire = leader, wire
+        self._told = False  # rank 0 lives, and speaks
         leader.heard_s = time.monotonic()
         self._selector.register(wire, selectors.EVENT_READ, self._hear)
 
@@ -236,6 +246,7 @@ class Follower(Joined):
                 self.everyone = [Member(**member) for member in message["everyone"]]
                 self._here.set()
             elif "verdict" in message:
+                self._told = True
                 self._end(Verdict.from_json(message["verdict"]))
                 return
             elif "bye" in message:  # only at the end of everything
@@ -243,6 +254,9 @@ class Follower(Joined):
                 return
         if not self._wire.open:
             self._end(verdicts.lost([self._leader]))
+
+    def _speaks(self, verdict: Verdict) -> bool:
+        return not self._told and super()._speaks(verdict)
 
     def _tick(self, now_s: float) -> None:
         self._hear()  # also what came with the welcome, of which the kernel says nothing any more

@@ -88,6 +88,9 @@ class Watch:
     def await_verdict(self, seconds: float) -> None:
         """Give the watch time to end the process, if it is about to."""
 
+    def outlast(self) -> None:
+        """At the end of all, rank 0: wait until the others have left, and watch them meanwhile."""
+
     def close(self) -> None:
         """Leave in peace."""
 

@@ -217,6 +217,7 @@ class _Run:
 
     def close(self) -> None:
         """Close the files; the folder is free for another trainer."""
+        self.world.watch.beat("closing files and trackers")
         if self.metrics is not None:
             self.metrics.close()
         self.trackers.close()

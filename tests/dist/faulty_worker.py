@@ -16,6 +16,7 @@ from cml_dist.cli import main
 from cml_dist.domains.sinusoid import SinusoidDomain
 from cml_dist.errors import DataError
 from cml_dist.nets.mlp import MLP
+from cml_dist.telemetry.trackers import Trackers
 
 FAULT, RANK = os.environ.get("FAULT", ""), int(os.environ.get("RANK", 0))
 IS_FAULTY = RANK == int(os.environ.get("FAULTY_RANK", 1)) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
@@ -50,6 +51,11 @@ def hang_in_python():
         time.sleep(0.1)
 
 
+def hang_at_the_end(*_):
+    print(f"fault at {time.time()}", flush=True)
+    hang_in_python()
+
+
 def slow_forward(self, inputs):
     """Of a large network: each pass takes its time, and an episode has many."""
     time.sleep(1.0)
@@ -71,6 +77,10 @@ def faulty_build(cls, config, **rest):
 
 if FAULT == "teardown":
     atexit.register(os.abort)  # as torch's gloo threads do, now and then, while the interpreter goes down
+if FAULT == "hangs at the end" and IS_FAULTY:
+    Trackers.close = hang_at_the_end
+if FAULT == "hangs as it leaves" and IS_FAULTY:
+    torch.distributed.destroy_process_group = hang_at_the_end
 if FAULT == "start" and IS_FAULTY:
     torch.distributed.init_process_group = killed_at_start
 SinusoidDomain.episode = faulty_episode

@@ -16,6 +16,7 @@ import pytest
 from launching import finish, run, start
 from test_train import command, lines
 
+from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.status import read_status
 from cml_dist.telemetry.metrics import read_metrics
 
@@ -92,6 +93,18 @@ def test_a_rank_that_hangs_is_named_and_every_rank_shows_its_stacks(tmp_path):
     assert re.search(f"^{NAME.format(0)}, waiting for others in the reduction of step 5 for", waiting, re.M), waiting
     assert "in hang_in_python" in hanging and "cml_dist/run/trainer.py" in waiting
     assert all(re.search(HANGS.format(1), log, re.M) for log in (waiting, hanging))
+    assert seconds < SOON_S
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "where"),
+    [("hangs at the end", 0, "closing files and trackers"), ("hangs as it leaves", 1, "leaving the process group")],
+)
+def test_a_rank_that_hangs_after_everything_is_done_is_named(tmp_path, fault, rank, where):
+    folder, short = tmp_path / "run", ("train.steps=2", "parallel.timeout_s=5", "eval.final=false")
+    out, seconds = ends(2, folder, *short, fault=fault, rank=rank)
+    said_once(f"error: {NAME.format(rank)} did not move for [5-9] s in {where}, and the others wait", out)
+    assert checkpoints.steps_in(folder / "checkpoints")[-1] == 2
     assert seconds < SOON_S
 
 
