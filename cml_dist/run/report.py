@@ -18,6 +18,7 @@ from cml_dist.run.assemble import Parts
 from cml_dist.run.checkpoint import Checkpoint, DamagedCheckpoint
 from cml_dist.run.evaluator import EvalReport, evaluate
 from cml_dist.run.folder import RunFolder, write_bytes, write_json
+from cml_dist.run.same_checkpoint import same_checkpoint
 from cml_dist.telemetry.console import Console, ResultRow
 from cml_dist.types import Params
 
@@ -42,10 +43,15 @@ class Choice:
             console.warn(f"{fault.what}: step {self.checkpoint.step} is used ({self.how})")
 
 
-def choose_checkpoint(folder: RunFolder, which: str = "best") -> Choice:
+def choose_checkpoint(
+    folder: RunFolder, which: str = "best", progress: Callable[[], None] = lambda: None
+) -> Choice:
     """The checkpoint of the best validation (``best``), the newest (``last``), or of a step (its number).
 
     Where ``best`` has none (never validated, or damaged) it is the newest, which then is called ``last``.
+
+    Args:
+        progress: see :func:`checkpoints.load`.
 
     Raises:
         CheckpointError: there is none, or none that is whole.
@@ -56,8 +62,9 @@ def choose_checkpoint(folder: RunFolder, which: str = "best") -> Choice:
                 f"{folder.path} keeps no checkpoint {which!r}",
                 f"use best, last, or one of the steps {checkpoints.steps_in(folder.checkpoints)}",
             )
-        return Choice(checkpoints.load(checkpoints.path_of(folder.checkpoints, int(which))), which)
-    newest, faults = checkpoints.load_newest(folder.checkpoints)
+        path = checkpoints.path_of(folder.checkpoints, int(which))
+        return Choice(checkpoints.load(path, progress=progress), which)
+    newest, faults = checkpoints.load_newest(folder.checkpoints, progress)
     if newest is None:
         raise CheckpointError(f"{folder.path} has no checkpoint yet", "train it first: cml-dist train")
     best = newest.state.get("best")
@@ -66,7 +73,7 @@ def choose_checkpoint(folder: RunFolder, which: str = "best") -> Choice:
             return Choice(newest, "best", tuple(faults))
         try:
             path = checkpoints.path_of(folder.checkpoints, best["step"])
-            return Choice(checkpoints.load(path), "best", tuple(faults))
+            return Choice(checkpoints.load(path, progress=progress), "best", tuple(faults))
         except DamagedCheckpoint as error:
             faults.append(error)
     return Choice(newest, "last", tuple(faults))
@@ -104,9 +111,15 @@ def score_run(
 
     Collective: all ranks.
     """
-    choice = world.together(lambda: choose_checkpoint(folder, which))
+    world.watch.beat("looking for a checkpoint")
+
+    def look() -> tuple[Checkpoint, tuple[str, tuple[CheckpointError, ...]]]:
+        choice = choose_checkpoint(folder, which, world.watch.touch)
+        return choice.checkpoint, (choice.how, choice.passed_over)
+
+    checkpoint, (how, passed_over) = same_checkpoint(world, look, console.note)
+    choice = Choice(checkpoint, how, passed_over)
     choice.say(console)
-    checkpoint = choice.checkpoint
     world.together(lambda: checkpoints.check_fits(checkpoint, checkpoints.layout_of(parts.net)))
     world.together(lambda: checkpoints.check_constants(checkpoint, parts.net))
     params = world.together(checkpoint.params)

@@ -16,11 +16,12 @@ from cml_dist.cli import main
 from cml_dist.domains.sinusoid import SinusoidDomain
 from cml_dist.errors import DataError
 from cml_dist.nets.mlp import MLP
+from cml_dist.run.safetensors_stream import StreamReader
 from cml_dist.telemetry.trackers import Trackers
 
 FAULT, RANK = os.environ.get("FAULT", ""), int(os.environ.get("RANK", 0))
 IS_FAULTY = RANK == int(os.environ.get("FAULTY_RANK", 1)) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-forward = MLP.forward
+forward, read = MLP.forward, StreamReader.read
 episode, build = SinusoidDomain.episode, SinusoidDomain.build.__func__
 
 
@@ -56,6 +57,11 @@ def hang_at_the_end(*_):
     hang_in_python()
 
 
+def counted_read(self, name):
+    print(f"rank {RANK} reads {name}", flush=True)
+    return read(self, name)
+
+
 def slow_forward(self, inputs):
     """Of a large network: each pass takes its time, and an episode has many."""
     time.sleep(1.0)
@@ -77,6 +83,8 @@ def faulty_build(cls, config, **rest):
 
 if FAULT == "teardown":
     atexit.register(os.abort)  # as torch's gloo threads do, now and then, while the interpreter goes down
+if FAULT == "counts reads":
+    StreamReader.read = counted_read
 if FAULT == "hangs at the end" and IS_FAULTY:
     Trackers.close = hang_at_the_end
 if FAULT == "hangs as it leaves" and IS_FAULTY:

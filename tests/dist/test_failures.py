@@ -149,6 +149,25 @@ def test_a_rank_that_keeps_pythons_lock_shows_where_and_is_ended(tmp_path):
     assert seconds < SOON_S
 
 
+def test_the_first_rank_of_a_machine_verifies_for_all_and_all_fall_back_alike(tmp_path):
+    folder = tmp_path / "run"
+    arguments = command(folder, "checkpoint.every=5", "train.steps=10", "eval.every=0", "eval.final=false")
+    code, out = run(2, "-m", "cml_dist", *arguments)
+    assert code == 0, out
+    before = lines(folder)
+    good, newest = (checkpoints.path_of(folder / "checkpoints", step) for step in (5, 10))
+    tensors = len(checkpoints.load(good).layout)
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    code, out = run(2, FAULTY, *arguments, FAULT="counts reads")
+    assert code == 0 and "Resuming at step 5 of 10" in out, out
+    assert all(f"{newest} is damaged" in log for log in logs(folder, 2))
+    assert lines(folder) == before
+    # Rank 0: the damaged one, the good one, and what it trains with; rank 1: that alone.
+    assert [out.count(f"rank {rank} reads ") for rank in (0, 1)] == [3 * tensors, tensors]
+
+
 def test_a_restart_in_place_leaves_no_trace_in_the_curve(tmp_path):
     code, out = run(2, FAULTY, *command(tmp_path / "whole"))
     assert code == 0, out

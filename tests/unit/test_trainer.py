@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from cml_dist.parallel import strategy as strategies
 from cml_dist.parallel.watch import Watch
 from cml_dist.parallel.world import World
 from cml_dist.run import checkpoint as checkpoints
+from cml_dist.run import same_checkpoint
 from cml_dist.run import trainer as trainers
 from cml_dist.run.finished import evaluate_run, export_again, run_config
 from cml_dist.run.status import read_status
@@ -373,26 +373,27 @@ def test_a_rank_that_sees_an_old_view_of_the_checkpoints_looks_again(undisturbed
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
         go(folder)
-    looks, load_newest, most = [], checkpoints.load_newest, World.max
-    rank_0 = itertools.cycle((7, -7))
+    looks, load_newest, gather = [], checkpoints.load_newest, World.gather
+    saved = load_newest(folder / "checkpoints")[0]
+    rank_0 = (str(saved.path), saved.sha256), []
 
-    def late(where):
+    def late(where, *rest):
         looks.append(where)
-        return load_newest(where) if shared and len(looks) > 1 else (None, [])
+        return load_newest(where, *rest) if len(looks) > (1 if shared else 2) else (None, [])
 
     def with_rank_0(self, value):
-        if sys._getframe(1).f_code.co_name == "_newest_checkpoint":
-            return max(value, next(rank_0))
-        return most(self, value)
+        asked = sys._getframe(1).f_code.co_name == "same_checkpoint" and len(looks) <= 2
+        return [rank_0, value] if asked else gather(self, value)
 
-    monkeypatch.setattr(trainers, "SEEN_WITHIN_S", 0.01)
+    monkeypatch.setattr(same_checkpoint, "SEEN_WITHIN_S", 0.01)
     monkeypatch.setattr(checkpoints, "load_newest", late)
-    monkeypatch.setattr(World, "max", with_rank_0)
+    monkeypatch.setattr(World, "gather", with_rank_0)
     if shared:
         assert go(folder).finished
         assert losses(folder) == losses(undisturbed)
     else:
-        with pytest.raises(WorldError, match=r"see different checkpoints in .* \(rank 0: step -1\)"):
+        told = rf"see different checkpoints \(rank 0: {saved.path}, rank 1: none\); put run.dir on"
+        with pytest.raises(WorldError, match=told):
             go(folder)
         assert len(looks) == 2
 
