@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -72,3 +73,9 @@ def run(
     process = start(processes, *arguments, launch_file=launch_file, **environment)
     out = finish(process, timeout_s)
     return process.returncode, out
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
