@@ -21,9 +21,9 @@ from contextlib import suppress
 from cml_dist.config.schema import ParallelConfig
 from cml_dist.parallel.ending import end_process
 from cml_dist.parallel.launched import Launched, check_launch
-from cml_dist.parallel.star import Follower, Leader
+from cml_dist.parallel.star import CUT_S, Follower, Leader
 from cml_dist.parallel.verdict import Member, Verdict
-from cml_dist.parallel.watch import MARGIN_S, Joined, Watch, keep_watch
+from cml_dist.parallel.watch import Joined, Watch, keep_watch
 from cml_dist.parallel.wire import Wire
 
 RETRY_S = 0.5
@@ -92,7 +92,6 @@ class Arriving(Watch):
         self.joined: Joined | None = None
         self.meeting: dict = {}
         self._limits = {"silence_s": config.silence_s, "timeout_s": config.timeout_s, "end": end}
-        self._lost_s = config.silence_s + MARGIN_S  # longer than the watch's own, which says more
         self._at_meeting = threading.Event()
         self._thread: threading.Thread | None = None
         if me.rank == 0:
@@ -130,7 +129,8 @@ class Arriving(Watch):
         Raises:
             OSError, ValueError: nobody answers as long as ``goes_on()``, or rank 0 refuses.
         """
-        wire = Wire(socket.create_connection((address, port), timeout=connect_s), lost_s=self._lost_s)
+        connection = socket.create_connection((address, port), timeout=connect_s)
+        wire = Wire(connection, lost_s=self._limits["silence_s"] + CUT_S)
         try:
             wire.write({"token": token, "member": vars(self.me), "size": self.size})
             while (answer := wire.await_one(RETRY_S)) is None:

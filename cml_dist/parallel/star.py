@@ -11,11 +11,14 @@ from typing import Any
 
 from cml_dist.parallel import verdict as verdicts
 from cml_dist.parallel.verdict import Member, Verdict
-from cml_dist.parallel.watch import MARGIN_S, TICK_S, Joined
+from cml_dist.parallel.watch import TICK_S, Joined
 from cml_dist.parallel.wire import Wire
 
 TOGETHER_S = 0.5
 """The ranks of a machine die one after the other: seconds in which the rest of them is noticed."""
+
+CUT_S = 5.0
+"""The kernel cuts a connection to a machine that is gone so long after the watch has said so, which says more."""
 
 STRANGER_S = 5.0
 """Seconds in which a new connection must say who it is."""
@@ -54,7 +57,7 @@ class Leader(Joined):
     def _accept(self) -> None:
         with suppress(OSError):
             connection, _ = self._server.accept()
-            wire = Wire(connection, 2**16, self.silence_s + MARGIN_S)
+            wire = Wire(connection, 2**16, self.silence_s + CUT_S)
             if len(self._strangers) + len(self._guests) > 3 * self.size + 64:
                 wire.close()
                 return

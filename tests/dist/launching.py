@@ -79,3 +79,30 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+SLOW_IMPORT = """
+import os, sys, time
+
+class Slow:
+    # Not in find_spec, during which Python lets no other thread import anything.
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch" and os.environ.get("RANK") == os.environ["SLOW"]:
+            from importlib.machinery import ModuleSpec
+            return ModuleSpec(name, self)
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        print("imports", flush=True)
+        time.sleep(100)
+
+sys.meta_path.insert(0, Slow())
+"""
+
+
+def slow_imports(folder: Path, rank: int) -> dict[str, str]:
+    """The environment in which a rank says ``imports``, and then takes 100 s to import torch, as over a slow network."""
+    (folder / "sitecustomize.py").write_text(SLOW_IMPORT)
+    return {"PYTHONPATH": f"{folder}:{ROOT}", "SLOW": str(rank)}

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from launching import ROOT, finish, free_port, run, start
+from launching import finish, free_port, run, slow_imports, start
 from test_train import command, lines
 
 from cml_dist.run.status import read_status
@@ -24,27 +24,6 @@ NAME = r"rank {} \(host \S+, pid \d+\)"
 KILLED = f"error: {NAME} ended without a word, last seen in .+ \\(killed\\? out of memory\\?\\); run the same command again"
 SILENT = f"error: no word from {NAME} for [345] s, last seen in "
 HANGS = f"error: {NAME} did not move for [56] s in step 5, episode 1 of 1, and the others wait"
-
-SLOW_IMPORT = """
-import os, sys, time
-
-class Slow:
-    # Not in find_spec, during which Python lets no other thread import anything.
-    def find_spec(self, name, path=None, target=None):
-        if name == "torch" and os.environ.get("RANK") == os.environ["SLOW"]:
-            from importlib.machinery import ModuleSpec
-            return ModuleSpec(name, self)
-
-    def create_module(self, spec):
-        return None
-
-    def exec_module(self, module):
-        print("imports", flush=True)
-        time.sleep(100)
-
-sys.meta_path.insert(0, Slow())
-"""
-
 
 def left(mark: str) -> list[str]:
     """Processes that have ``mark`` in their environment: what is still there of a launch."""
@@ -99,9 +78,9 @@ def test_a_rank_killed_before_there_is_a_process_group_is_named(tmp_path):
 def test_a_rank_killed_in_its_imports_is_named_without_any_launcher(tmp_path, killed):
     """Plain python, as on several machines: nobody else could know, and nobody waits for parallel.join_timeout_s."""
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORT)
-    world |= {"PYTHONPATH": f"{tmp_path}:{ROOT}", "SLOW": str(killed), "MARK": uuid.uuid4().hex}
-    ranks = [start(1, "-m", "cml_dist", *command(tmp_path / "run"), **world, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    world |= {"MARK": uuid.uuid4().hex, **slow_imports(tmp_path, killed)}
+    trains = ("-m", "cml_dist", *command(tmp_path / "run"))
+    ranks = [start(1, *trains, **world, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
     other = ranks[1 - killed]
     assert "imports" in ranks[killed].stdout.readline()
     time.sleep(5)  # the other one is at the meeting by now, on any but a very busy machine
