@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
@@ -41,15 +42,23 @@ def meet(config: ParallelConfig) -> tuple[Joined, Store]:
     here, under_way = launched(), this_watch()
     until_s = time.monotonic() + config.join_timeout_s
     arriving = under_way if isinstance(under_way, Arriving) else arrive(config)
-    store = launcher_store(here, config.join_timeout_s)
+
+    def patience_s() -> float:
+        """Whom the watch knows may take its time to import; whom it does not may never have been started."""
+        return config.join_timeout_s if arriving.joined is None else config.timeout_s
+
+    store = launcher_store(here, patience_s)
     watch = join(arriving, store, until_s)
     # A store outlives its ranks when the launcher starts them again: what they have written may not be read.
     store.set_timeout(group_timeout(config))
     return watch, PrefixStore(watch.meeting, store)
 
 
-def launcher_store(here: Launched, timeout_s: float) -> TCPStore:
+def launcher_store(here: Launched, patience_s: Callable[[], float]) -> TCPStore:
     """Where the launcher says that the ranks meet; who else has come is not waited for.
+
+    Args:
+        patience_s: seconds in which it must be there, as far as is known by now.
 
     Raises:
         NetworkError: nobody listens there.
@@ -58,13 +67,13 @@ def launcher_store(here: Launched, timeout_s: float) -> TCPStore:
     serves = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     where = f"the rendezvous at {here.host}:{here.port}"
     if not serves:
-        _await_listener(here, where, timeout_s)
+        _await_listener(here, where, patience_s)
     try:
         return TCPStore(
             here.host,
             here.port,
             is_master=serves,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=patience_s()),
             wait_for_workers=False,
             multi_tenant=True,
         )
@@ -73,22 +82,22 @@ def launcher_store(here: Launched, timeout_s: float) -> TCPStore:
         raise NetworkError(f"{socket.gethostname()} cannot {what} {where}: {_first_line(error)}", REACH) from error
 
 
-def _await_listener(here: Launched, where: str, timeout_s: float) -> None:
+def _await_listener(here: Launched, where: str, patience_s: Callable[[], float]) -> None:
     """One line where nobody listens, instead of torch's pages.
 
     Raises:
-        NetworkError: nobody does within ``timeout_s``.
+        NetworkError: nobody does within ``patience_s()``.
     """
-    until_s = time.monotonic() + timeout_s
+    began_s = time.monotonic()
     while True:
         try:
-            socket.create_connection((here.host, here.port), timeout=min(ANSWER_S, timeout_s)).close()
+            socket.create_connection((here.host, here.port), timeout=min(ANSWER_S, patience_s())).close()
             return
         except OSError as error:
-            if time.monotonic() + RETRY_S > until_s:
+            if time.monotonic() + RETRY_S > began_s + patience_s():
                 why = error.strerror or error
                 raise NetworkError(
-                    f"{socket.gethostname()} did not reach {where} within {timeout_s:.0f} s: {why}", REACH
+                    f"{socket.gethostname()} did not reach {where} within {patience_s():.0f} s: {why}", REACH
                 ) from error
         time.sleep(RETRY_S)
 

@@ -153,11 +153,13 @@ class Joined(Watch):
         """
         self.wait("the meeting of all ranks")
         self._patience_s, self._until_s = seconds, time.monotonic() + seconds
-        came = self._here.wait(seconds + MARGIN_S)
+        # Rank 0 may still import: it says who is missing once it has come itself.
+        patience_s = max(seconds, self.timeout_s)
+        came = self._here.wait(patience_s + MARGIN_S)
         with self._telling:
             self._met.set()
             if self._error is None and not came:
-                self._error = Verdict((0,), f"rank 0 does not say within {seconds:.0f} s that all ranks came", AGAIN)
+                self._error = Verdict((0,), f"rank 0 does not say within {patience_s:.0f} s that all ranks came", AGAIN)
             why = self._error
         if why is not None:
             error = WorldError(why.what, why.remedy)
