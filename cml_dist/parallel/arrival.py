@@ -105,6 +105,10 @@ class Arriving(Watch):
         if self.joined is not None:
             self.joined.fail(cause, everywhere=everywhere)
 
+    def blame(self, error: BaseException) -> None:
+        if self.joined is not None:
+            self.joined.blame(error)
+
     def stop_looking(self) -> None:
         """From now on ``joined`` changes by :meth:`enter` alone."""
         self._at_meeting.set()
