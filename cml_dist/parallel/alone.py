@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from cml_dist.parallel.arrival import identity
 from cml_dist.parallel.ending import end_process, guard
-from cml_dist.parallel.meeting import identity
 from cml_dist.parallel.verdict import AGAIN, Member, Verdict
 from cml_dist.parallel.watch import TICK_S, Watch, keep_watch
 
