@@ -12,7 +12,7 @@ from datetime import timedelta
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from cml_dist.config.schema import ParallelConfig
-from cml_dist.errors import NetworkError, WorldError
+from cml_dist.errors import NetworkError
 from cml_dist.parallel.arrival import RETRY_S, Arriving, arrive
 from cml_dist.parallel.launched import Launched, launched
 from cml_dist.parallel.verdict import Member
@@ -121,13 +121,7 @@ def join(arriving: Arriving, store: Store, until_s: float) -> Joined:
     if arriving.me.rank == 0:
         store.set(KEY, json.dumps(arriving.meeting))
     watch = arriving.joined or arriving.enter(*_find_leader(arriving, store, until_s))
-    try:
-        watch.await_all(until_s - time.monotonic())
-    except WorldError:
-        raise
-    except BaseException:  # Ctrl-C, a scheduler's signal
-        watch.fail("it was stopped while the world met", everywhere=True)
-        raise
+    watch.await_all(until_s - time.monotonic())
     return watch
 
 

@@ -151,7 +151,7 @@ class Leader(Joined):
                 member.moved_s = now_s - message["idle_s"]
             elif "failed" in message:
                 self._remove(rank)
-                self._decide(verdicts.failed(member, message["failed"], message["everywhere"]))
+                self._decide(verdicts.failed(member, message["failed"], message["everywhere"], message["stop_code"]))
                 return
             elif "bye" in message:
                 self._remove(rank)
@@ -218,9 +218,9 @@ class Leader(Joined):
         for member in self._members.values():
             member.heard_s += seconds
 
-    def _tell_failure(self, cause: str, everywhere: bool) -> None:
+    def _tell_failure(self, cause: str, everywhere: bool, stop_code: int | None) -> None:
         self._look()
-        verdict = verdicts.failed(self.me, cause, everywhere)
+        verdict = verdicts.failed(self.me, cause, everywhere, stop_code)
         self._tell({"verdict": asdict(verdict)})
         for wire in self._wires.values():
             wire.flush(0.5)
@@ -295,8 +295,8 @@ class Follower(Joined):
     def _excuse(self, seconds: float) -> None:
         self._leader.heard_s += seconds
 
-    def _tell_failure(self, cause: str, everywhere: bool) -> None:
-        self._wire.write({"failed": cause, "everywhere": everywhere})
+    def _tell_failure(self, cause: str, everywhere: bool, stop_code: int | None) -> None:
+        self._wire.write({"failed": cause, "everywhere": everywhere, "stop_code": stop_code})
         self._wire.flush(2.0)
 
     def _say_goodbye(self) -> None:

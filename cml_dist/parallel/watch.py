@@ -45,12 +45,12 @@ class Watch:
 
     Attributes:
         log: a file for this rank's own copy of what befell the world, and for stacks; None: stacks go to stderr.
-        at_end: is told why, before the watch ends this process; in the watch's thread, and for a few seconds at most.
+        at_end: hears the verdict before the watch ends this process; in the watch's thread, for a few seconds at most.
     """
 
     def __init__(self) -> None:
         self.log: TextIO | None = None
-        self.at_end: Callable[[str], None] = lambda what: None
+        self.at_end: Callable[[Verdict], None] = lambda verdict: None
         self._at: tuple[str, bool, float] = (START, False, time.monotonic())
 
     def beat(self, where: str) -> None:
@@ -75,12 +75,13 @@ class Watch:
         finally:
             self.beat(where)
 
-    def fail(self, cause: str, *, everywhere: bool = False) -> None:
+    def fail(self, cause: str, *, everywhere: bool = False, stop_code: int | None = None) -> None:
         """Tell the others why this rank is about to leave.
 
         Args:
             cause: one line.
             everywhere: every rank is about to find out by itself: they get the time to.
+            stop_code: it does not fail, but was asked to stop: who does not find out by itself leaves with this code.
         """
 
     def blame(self, error: BaseException) -> None:
@@ -171,10 +172,12 @@ class Joined(Watch):
         if why is not None:
             error = WorldError(why.what, why.remedy)
             error.everywhere = 0 not in why.ranks
+            if why.stop_code is not None:
+                error.exit_code = why.stop_code
             raise error
 
-    def fail(self, cause: str, *, everywhere: bool = False) -> None:
-        self._order("fail", (cause, everywhere))
+    def fail(self, cause: str, *, everywhere: bool = False, stop_code: int | None = None) -> None:
+        self._order("fail", (cause, everywhere, stop_code))
 
     def blame(self, error: BaseException) -> None:
         if not isinstance(error, CmlError) and error is not self._blamed:
@@ -312,7 +315,7 @@ class Joined(Watch):
         """This process stood still: nobody was silent meanwhile."""
         raise NotImplementedError
 
-    def _tell_failure(self, cause: str, everywhere: bool) -> None:
+    def _tell_failure(self, cause: str, everywhere: bool, stop_code: int | None) -> None:
         raise NotImplementedError
 
     def _say_goodbye(self) -> None:

@@ -26,6 +26,7 @@ from cml_dist.errors import CheckpointError, CmlError, TrainingError
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
 from cml_dist.parallel.ending import restarts
 from cml_dist.parallel.launched import idle_nodes
+from cml_dist.parallel.verdict import Verdict
 from cml_dist.parallel.world import World, joined_world, set_arithmetic
 from cml_dist.parallel.zero import build_strategy
 from cml_dist.run import checkpoint as checkpoints
@@ -179,11 +180,11 @@ class _Run:
         with suppress(CmlError):  # the first error counts
             self._tell("stopped" if asked else "failed", reason)
 
-    def _lost(self, what: str) -> None:
+    def _lost(self, verdict: Verdict) -> None:
         """The watch is about to end this process, from a thread of its own: what it says is the last word."""
         self.lost = True
         if self.folder.claimed and self.folder.exists:
-            self._write_status("failed", what)
+            self._write_status("failed" if verdict.stop_code is None else "stopped", verdict.what)
 
     def _tell(self, state: State, reason: str) -> None:
         """Rank 0 writes ``status.json``."""

@@ -76,6 +76,8 @@ def killed_at_start(*arguments, **rest):
 def faulty_build(cls, config, **rest):
     if FAULT == "warned":
         warnings.warn(f"a library's warning on rank {RANK}", UserWarning, stacklevel=2)
+    if FAULT == "asked to stop" and IS_FAULTY:
+        os.kill(os.getpid(), signal.SIGUSR1)
     if FAULT == "setup" and IS_FAULTY:
         raise DataError("shard train-000003.tar is missing", "copy it to this machine")
     return build(cls, config, **rest)

@@ -19,6 +19,7 @@ from cml_dist.config.load import merge, parse_config
 from cml_dist.domains.sinusoid import SinusoidDomain
 from cml_dist.errors import CheckpointError, ConfigError, TrainingError, WorldError
 from cml_dist.parallel import strategy as strategies
+from cml_dist.parallel.verdict import Verdict
 from cml_dist.parallel.watch import Watch
 from cml_dist.parallel.world import World
 from cml_dist.run import checkpoint as checkpoints
@@ -269,7 +270,7 @@ def test_the_last_word_is_that_of_the_watch(tmp_path, monkeypatch):
 
     def lost(self, episodes):
         if self.step == 6:
-            thread = threading.Thread(target=self._lost, args=("rank 1 was killed",), name="watch")
+            thread = threading.Thread(target=self._lost, args=(Verdict((1,), "rank 1 was killed"),), name="watch")
             thread.start()
             thread.join()
         return meta_step(self, episodes)

@@ -257,12 +257,13 @@ def test_who_still_imports_when_a_rank_is_lost_is_ended_after_a_while(monkeypatc
 def test_what_all_will_find_out_may_take_as_long_as_their_imports(monkeypatch):
     monkeypatch.setattr(watch, "GRACE_S", 0.2)
     ranks = early(Ranks(2, late=(0, 1)), 1)
-    ranks.arriving[1].fail("it was stopped by SIGUSR1 before training began", everywhere=True)
+    ranks.arriving[1].fail("it was stopped by SIGUSR1 before training began", everywhere=True, stop_code=75)
     time.sleep(0.6)
     assert ranks.ends == {}
     ranks.late[0].set()
     ranks.threads[0].join(10)
-    assert ranks.errors[0].what.endswith("failed: it was stopped by SIGUSR1 before training began")
+    assert ranks.errors[0].what.endswith("left: it was stopped by SIGUSR1 before training began")
+    assert ranks.errors[0].exit_code == 75, "no fault, which a launcher would answer by another start"
     ranks.late[1].set()
     ranks.joined()
 
