@@ -103,8 +103,11 @@ def _await_listener(here: Launched, where: str, patience_s: Callable[[], float])
 
 
 def group_timeout(config: ParallelConfig) -> timedelta:
-    """Of torch's own collectives: the watch knows more, and speaks first."""
-    return timedelta(seconds=2 * config.timeout_s + 30)
+    """Of torch's own collectives: the watch knows more, and speaks first.
+
+    Long, since it begins anew with no move of the rank that is waited for: a long episode, a save to a slow disk.
+    """
+    return timedelta(seconds=10 * config.timeout_s + 30)
 
 
 def join(arriving: Arriving, store: Store, until_s: float) -> Joined:
