@@ -121,28 +121,29 @@ def test_a_rank_that_hangs_is_named_and_every_rank_shows_its_stacks(tmp_path):
 def test_a_rank_that_hangs_after_everything_is_done_is_named(tmp_path, fault, rank, where):
     folder, short = tmp_path / "run", ("train.steps=2", "parallel.timeout_s=5", "eval.final=false")
     out, seconds = ends(2, folder, *short, fault=fault, rank=rank)
-    said_once(f"error: {NAME.format(rank)} did not move for [5-9] s in {where}, and the others wait", out)
+    said_once(f"error: {NAME.format(rank)} did not move for \\d+ s in {where}, and the others wait", out)
     assert checkpoints.steps_in(folder / "checkpoints")[-1] == 2
     assert seconds < SOON_S
 
 
 def test_a_lone_process_whose_data_hangs_is_ended_with_its_stacks(tmp_path):
     folder = tmp_path / "run"
-    out, seconds = ends(1, folder, "domain.workers=1", "parallel.timeout_s=5", fault="hangs", rank=0)
+    # Longer than a busy machine takes for any part of the start.
+    out, seconds = ends(1, folder, "domain.workers=1", "parallel.timeout_s=15", fault="hangs", rank=0)
     here = "in step 5, episode 1 of 3"
-    said_once(f"error: {NAME.format(0)} did not move for [5-9] s {here}; its log shows its threads; mend it, or", out)
+    said_once(f"error: {NAME.format(0)} did not move for 1[5-9] s {here}; its log shows its threads; mend it, or", out)
     (log,) = logs(folder, 1)
-    assert re.search(f"^{NAME.format(0)}, {here} for [5-9] s; its threads:$", log, re.M), log
+    assert re.search(f"^{NAME.format(0)}, {here} for 1[5-9] s; its threads:$", log, re.M), log
     assert "cml_dist/run/stream.py" in log and "cml_dist/run/trainer.py" in log
     status = read_status(folder / "status.json")
     assert status.state == "failed" and re.match(f"{NAME.format(0)} did not move for", status.reason), status
-    assert seconds < SOON_S
+    assert seconds < 15 + SOON_S
 
 
 def test_a_lone_process_that_hangs_is_started_again_by_its_launcher(tmp_path):
     folder = tmp_path / "run"
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--max_restarts=1")
-    arguments = command(folder, "parallel.timeout_s=5", "checkpoint.every=3")
+    arguments = command(folder, "parallel.timeout_s=15", "checkpoint.every=3")
     code, out = run(1, *torchrun, FAULTY, *arguments, FAULT="hangs", FAULTY_RANK="0")
     assert code == 0, out
     assert "then the launcher starts all again from the last checkpoint (restart 1 of 1)" in out, out
