@@ -20,22 +20,27 @@ trap 'echo "Job $SLURM_JOB_ID was told to end"' TERM
 # What differs from node to node is found by node.sh: expanded here, each node would be node 0.
 node=$(<"$LAUNCH/slurm/node.sh") # as text: a container need not have the file
 code=0
+# --wait: so many seconds after one node has ended srun ends the others, and no longer waits for one that is lost.
 # "${options[@]}" alone is an error in bash before 4.4 where there are none.
-srun --kill-on-bad-exit=1 ${options[@]+"${options[@]}"} bash -c "$node" node.sh "$@" || code=$?
-if [ "$code" -ne 0 ]; then
-    echo "error: job $SLURM_JOB_ID: its step ended with code $code; the reason stands above" >&2
-    exit "$code"
-fi
-
+srun --kill-on-bad-exit=1 --wait=60 ${options[@]+"${options[@]}"} bash -c "$node" node.sh "$@" || code=$?
 id=$SLURM_JOB_ID
 # The first task of an array has the number of the whole array, and would requeue all of it.
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-# The step ended in order: finished, or stopped. The run folder knows; where a run was stopped before it began, there
-# may be none. Options of srun may name a container, where Python is.
-check=("$PYTHON" -m cml_dist status "$RUN_DIR" --check)
-[ ${#options[@]} -eq 0 ] || check=(srun --nodes=1 --ntasks=1 "${options[@]}" "${check[@]}")
-"${check[@]}" || code=$?
-case $code in 0) exit 0 ;; 1 | 3 | 75) ;; *) exit "$code" ;; esac
+if [ "$code" -ne 0 ]; then
+    echo "error: job $id: its step ended with code $code; the reason stands above" >&2
+    # A lost node is no fault of the run. SLURM takes minutes to see that it is DOWN, and requeues what still runs then.
+    probe=(srun --overlap --mem=0 --gres=none)
+    "${probe[@]}" --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" true || exit "$code"
+    all=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES")
+    ! timeout --kill-after=10 60 "${probe[@]}" "${all[@]}" true || exit "$code"
+else
+    # In order: finished, or stopped. The run folder knows; where a run was stopped before it began, there may be none.
+    # Options of srun may name a container, where Python is.
+    check=("$PYTHON" -m cml_dist status "$RUN_DIR" --check)
+    [ ${#options[@]} -eq 0 ] || check=(srun --nodes=1 --ntasks=1 "${options[@]}" "${check[@]}")
+    "${check[@]}" || code=$?
+    case $code in 0) exit 0 ;; 1 | 3 | 75) ;; *) exit "$code" ;; esac
+fi
 # At pre-emption a job still runs. What a user cancelled stays so: scontrol would bring it back.
 case $(squeue --noheader --jobs="$id" --format='%T %r') in RUNNING* | *TimeLimit) ;; *) exit 75 ;; esac
 # A job whose time ends before its first step would come back for ever.
