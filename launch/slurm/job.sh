@@ -38,8 +38,14 @@ else
     # Options of srun may name a container, where Python is.
     check=("$PYTHON" -m cml_dist status "$RUN_DIR" --check)
     [ ${#options[@]} -eq 0 ] || check=(srun --nodes=1 --ntasks=1 "${options[@]}" "${check[@]}")
-    "${check[@]}" || code=$?
+    said=$("${check[@]}") || code=$?
+    echo "$said"
     case $code in 0) exit 0 ;; 1 | 3 | 75) ;; *) exit "$code" ;; esac
+    if [[ $said = *": unknown"* && ${SLURM_RESTART_COUNT:-0} -ge 2 ]]; then
+        echo "error: job $id: three steps ended in order, but there is no run in $RUN_DIR; see that it is on a file" \
+            "system of all nodes, and mounted into the container" >&2
+        exit "$code"
+    fi
 fi
 # At pre-emption a job still runs. What a user cancelled stays so: scontrol would bring it back.
 case $(squeue --noheader --jobs="$id" --format='%T %r') in RUNNING* | *TimeLimit) ;; *) exit 75 ;; esac
