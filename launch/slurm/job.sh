@@ -20,9 +20,10 @@ trap 'echo "Job $SLURM_JOB_ID was told to end"' TERM
 # What differs from node to node is found by node.sh: expanded here, each node would be node 0.
 node=$(<"$LAUNCH/slurm/node.sh") # as text: a container need not have the file
 code=0
-# --wait: so many seconds after one node has ended srun ends the others, and no longer waits for one that is lost.
+# srun's --wait: so many seconds after one node has ended it ends the others, and no longer waits for one that is lost.
+export SLURM_WAIT=${SLURM_WAIT:-60}
 # "${options[@]}" alone is an error in bash before 4.4 where there are none.
-srun --kill-on-bad-exit=1 --wait=60 ${options[@]+"${options[@]}"} bash -c "$node" node.sh "$@" || code=$?
+srun --kill-on-bad-exit=1 ${options[@]+"${options[@]}"} bash -c "$node" node.sh "$@" || code=$?
 id=$SLURM_JOB_ID
 # The first task of an array has the number of the whole array, and would requeue all of it.
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
