@@ -25,11 +25,11 @@ from accelerate.utils import (
 )
 
 from cml_dist.config.plan import make_plan
-from cml_dist.config.schema import ParallelConfig, RunConfig
+from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CmlError, WorldError
 from cml_dist.parallel.allocator import give_back_freed_memory, keep_freed_memory
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
-from cml_dist.parallel.ending import outlast_the_launcher, restarts
+from cml_dist.parallel.ending import outlast_the_launcher
 from cml_dist.parallel.interface import choose_interface
 from cml_dist.parallel.launched import Launched, check_launch, forget_others
 from cml_dist.parallel.meeting import group_timeout, meet
@@ -205,12 +205,6 @@ def join_world(config: RunConfig) -> World:
     )
 
 
-def _limits(config: ParallelConfig) -> ParallelConfig:
-    """Those of this start: one in place, by launchers that know each other, waits a fifth for processes to come."""
-    restart, _ = restarts()
-    return config.model_copy(update={"join_timeout_s": config.join_timeout_s / 5}) if restart else config
-
-
 def _join_group(config: RunConfig, here: Launched, use_cpu: bool, by_deepspeed: bool) -> None:
     """Meet the other ranks in the watch, and make the process group that Accelerate and DeepSpeed then find.
 
@@ -218,7 +212,7 @@ def _join_group(config: RunConfig, here: Launched, use_cpu: bool, by_deepspeed: 
     """
     if here.size == 1 or torch.distributed.is_initialized():
         return
-    watch, store = meet(_limits(config.parallel))
+    watch, store = meet(config.parallel)
     keep_watch(watch)
     outlast_the_launcher(watch)
     watch.beat("the start of the process group")
