@@ -18,6 +18,7 @@ from cml_dist.run.assemble import Parts
 from cml_dist.run.checkpoint import Checkpoint, DamagedCheckpoint
 from cml_dist.run.evaluator import EvalReport, evaluate
 from cml_dist.run.folder import RunFolder, write_bytes, write_json
+from cml_dist.run.unfinished import Unfinished, forget_unfinished
 from cml_dist.telemetry.console import Console, ResultRow
 from cml_dist.types import Params
 
@@ -97,7 +98,8 @@ def score_run(
     settings and checkpoint are the run's own, else named by what is not.
 
     Args:
-        stop: asked before each episode: whether to break off, and raise Stopped on all ranks.
+        stop: asked before each episode: whether to break off, and raise Stopped on all ranks; the next test goes on
+            there. None: nothing breaks it off, and nothing is kept.
 
     Collective: all ranks.
     """
@@ -107,11 +109,16 @@ def score_run(
     world.together(lambda: checkpoints.check_fits(checkpoint, checkpoints.layout_of(parts.net)))
     world.together(lambda: checkpoints.check_constants(checkpoint, parts.net))
     params = world.together(checkpoint.params)
-    reports = _score(config, plan, parts, world, console, params, "Testing", stop)
+
+    def kept(params: str) -> Unfinished | None:
+        what = {"params": params, "step": checkpoint.step, "data": parts.domain.fingerprint()}
+        return None if stop is None else Unfinished(folder, what | config.eval.model_dump(mode="json"))
+
+    reports = _score(config, plan, parts, world, console, params, "Testing", stop, kept("trained"))
     initial = {n: p.detach() for n, p in parts.net.named_parameters()}
     floor: dict[str, EvalReport] = {}
     if config.eval.untrained:
-        floor = _score(config, plan, parts, world, console, initial, "Testing untrained", stop)
+        floor = _score(config, plan, parts, world, console, initial, "Testing untrained", stop, kept("untrained"))
     summary: dict[str, Any] = {learner: report.summary() for learner, report in reports.items()}
     summary |= {
         "untrained": {learner: report.summary() for learner, report in floor.items()},
@@ -135,6 +142,8 @@ def score_run(
             write_bytes(path, scores.getvalue())
         for path in (summary_file, folder.eval_file):
             write_json(path, summary)
+        if stop is not None:
+            forget_unfinished(folder)
         rows = [_row(learner_name(config.method.name, learner), report) for learner, report in reports.items()]
         rows += [_row(f"untrained {learner_name(config.method.name, learner)}", r) for learner, r in floor.items()]
         if parts.domain.chance is not None:
@@ -155,6 +164,7 @@ def _score(
     params: Params,
     what: str,
     stop: Callable[[], bool] | None,
+    kept: Unfinished | None,
 ) -> dict[str, EvalReport]:
     params = {n: p.to(world.device, parts.dtype) for n, p in params.items()}
     model = parts.model.to(world.device)
@@ -173,6 +183,7 @@ def _score(
             workers=config.domain.workers,
             progress=view.update,
             stop=stop,
+            kept=kept,
         )
 
 

@@ -113,7 +113,10 @@ def loses_a_node(job: Job) -> Script:
     yield lambda: "the other nodes did not come back" in job.output
     assert time.monotonic() - killed_s < 60 + int(IN_HASTE["REJOIN_S"]), f"the launcher ended late:\n{job.output}"
     yield lambda: job.state != "RUNNING"
+    # What SLURM does by itself after SlurmdTimeout, and then once the node is back.
+    job.cluster.run("scontrol", "update", "nodename=n04", "state=down", "reason=killed")
     assert job.cluster.tool("start-node", "n04").returncode == 0
+    job.cluster.run("scontrol", "update", "nodename=n04", "state=resume")
     yield from goes_on(job)
 
 
@@ -124,10 +127,11 @@ def play(cluster: Cluster, jobs: dict[str, Job], scripts: dict[str, Script]) -> 
     while waiting:
         for name, come in list(waiting.items()):
             job = jobs[name]
+            over = job.over  # asked first: it may end meanwhile
             try:
                 if come():
                     waiting[name] = next(scripts[name])
-                elif time.monotonic() > end or job.over:
+                elif time.monotonic() > end or over:
                     raise AssertionError(f"job {job.id} is late, or over:\n{job.output}\n{cluster.run('squeue')}")
             except StopIteration:
                 del waiting[name]
