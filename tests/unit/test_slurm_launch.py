@@ -238,6 +238,16 @@ def what_job_sh_gets(tmp_path: Path, script: str, **environment: str) -> list[st
     return run.stdout.split("\0")[:-1]
 
 
+def test_processes_without_an_episode_are_warned_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["launch", "slurm", "sinusoid", "--nodes=4", "--gpus-per-node=8", "--time=1:0:0", "--dry-run"]
+    for episodes, words in ((32, ""), (4, "32 processes share 4 episodes a meta-step: 28 have nothing to do")):
+        assert main([*command, f"train.episodes_per_step={episodes}"]) == 0
+        out, err = capsys.readouterr()
+        assert words in " ".join(err.split()) and bool(err) == bool(words)
+        assert out.startswith("#!/bin/bash\n")
+
+
 def test_only_settings_are_replaced_and_words_arrive_as_they_were_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     odd = ("model.hidden=[8, 8]", "run.dir=a b/it's", 'optim.name="sgd"')
