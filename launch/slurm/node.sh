@@ -35,8 +35,7 @@ met='' seen=0
 # shellcheck disable=SC2046,SC2086 # one word a process
 while kill -0 "$launcher" 2>/dev/null; do
     children=$(cat /proc/"$launcher"/task/*/children 2>/dev/null) || true
-    # Every second: a process may just be starting.
-    [ -z "$stopping" ] || [ -z "$children" ] || kill -USR1 $children 2>/dev/null || true
+    [ -z "$stopping" ] || kill -USR1 $children 2>/dev/null || true # each second: a process may just be starting
     # A launcher that asks a lost node does not bury its dead.
     if grep -qs '^State:.[^XZ]' $(in_proc status); then
         seen=$SECONDS
@@ -47,6 +46,13 @@ while kill -0 "$launcher" 2>/dev/null; do
         echo "error: ${SLURMD_NODENAME:-$HOSTNAME}: the other nodes did not come back within ${REJOIN_S:-60} s" >&2
         kill -KILL "$launcher"
         exit 1
+    elif [ "$SLURM_NODEID$met" = 0 ] && [ "$nodes" -gt 1 ] && [ $((SECONDS - seen)) -ge 60 ]; then
+        seen=$SECONDS # the first node asks each minute; a container has no srun
+        if type srun &>/dev/null && node_is_lost; then
+            echo "error: a node was lost before the run began" >&2
+            kill -KILL "$launcher"
+            exit 1
+        fi
     fi
     sleep 1
 done

@@ -108,7 +108,7 @@ def test_a_run_folder_that_nobody_else_sees_is_said(tmp_path):
     nowhere = {"STATE": "unknown (there is no such folder)"}
     assert "scontrol" in played_job(tmp_path, 0, 3, "RUNNING None", 0, **nowhere, SLURM_RESTART_COUNT="1")[1]
     code, output = played_job(tmp_path, 0, 3, "RUNNING None", 0, **nowhere, SLURM_RESTART_COUNT="2")
-    assert code == 3 and "but there is no run in run; see that it is on a file system of all" in output
+    assert code == 3 and "three steps ended in order, but run has no run; put it where all nodes see it" in output
     # An old view of a shared folder.
     assert "scontrol" in played_job(tmp_path, 0, 3, "RUNNING None", 0, STATE="running", SLURM_RESTART_COUNT="2")[1]
 
