@@ -19,6 +19,7 @@ from cml_dist.run.checkpoint import Checkpoint, DamagedCheckpoint
 from cml_dist.run.evaluator import EvalReport, evaluate
 from cml_dist.run.folder import RunFolder, write_bytes, write_json
 from cml_dist.run.same_checkpoint import same_checkpoint
+from cml_dist.run.unfinished import Unfinished, forget_unfinished
 from cml_dist.telemetry.console import Console, ResultRow
 from cml_dist.types import Params
 
@@ -104,7 +105,8 @@ def score_run(
     settings and checkpoint are the run's own, else named by what is not.
 
     Args:
-        stop: asked before each episode: whether to break off, and raise Stopped on all ranks.
+        stop: asked before each episode: whether to break off, and raise Stopped on all ranks; the next test goes on
+            there. None: nothing breaks it off, and nothing is kept.
 
     Raises:
         CheckpointError: there is no checkpoint, none that fits, or a later start of the run has taken over the folder.
@@ -123,11 +125,16 @@ def score_run(
     world.together(lambda: checkpoints.check_fits(checkpoint, checkpoints.layout_of(parts.net)))
     world.together(lambda: checkpoints.check_constants(checkpoint, parts.net))
     params = world.together(checkpoint.params)
-    reports = _score(config, plan, parts, world, console, params, "Testing", stop)
+
+    def kept(params: str) -> Unfinished | None:
+        what = {"params": params, "step": checkpoint.step, "data": parts.domain.fingerprint()}
+        return None if stop is None else Unfinished(folder, what | config.eval.model_dump(mode="json"))
+
+    reports = _score(config, plan, parts, world, console, params, "Testing", stop, kept("trained"))
     initial = {n: p.detach() for n, p in parts.net.named_parameters()}
     floor: dict[str, EvalReport] = {}
     if config.eval.untrained:
-        floor = _score(config, plan, parts, world, console, initial, "Testing untrained", stop)
+        floor = _score(config, plan, parts, world, console, initial, "Testing untrained", stop, kept("untrained"))
     summary: dict[str, Any] = {learner: report.summary() for learner, report in reports.items()}
     summary |= {
         "untrained": {learner: report.summary() for learner, report in floor.items()},
@@ -153,6 +160,8 @@ def score_run(
             write_bytes(path, scores.getvalue())
         for path in (summary_file, folder.eval_file):
             write_json(path, summary)
+        if stop is not None:
+            forget_unfinished(folder)
 
     world.together(write if world.is_main else lambda: None)
     if world.is_main:
@@ -176,6 +185,7 @@ def _score(
     params: Params,
     what: str,
     stop: Callable[[], bool] | None,
+    kept: Unfinished | None,
 ) -> dict[str, EvalReport]:
     params = {n: p.to(world.device, parts.dtype) for n, p in params.items()}
     model = parts.model.to(world.device)
@@ -194,6 +204,7 @@ def _score(
             workers=config.domain.workers,
             progress=view.update,
             stop=stop,
+            kept=kept,
         )
 
 

@@ -42,6 +42,7 @@ from cml_dist.run.same_checkpoint import same_checkpoint
 from cml_dist.run.session import session_record, session_rows, set_rows, set_warning, versions
 from cml_dist.run.status import RunStatus, State, now, this_start
 from cml_dist.run.stream import EpisodeStream, rank_share
+from cml_dist.run.unfinished import Unfinished, forget_unfinished
 from cml_dist.telemetry.console import BothConsole, Console, ResultRow
 from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
 from cml_dist.telemetry.preparing import preparing
@@ -474,6 +475,7 @@ class _Run:
                 workers=config.domain.workers,
                 progress=view.update,
                 stop=self._stop_wanted,
+                kept=Unfinished(self.folder, {"validation": self.step, "data": self.state["data"], "learner": learner}),
             )[learner]
         best = self.state["best"]
         sign = 1 if domain.higher_is_better else -1
@@ -485,6 +487,7 @@ class _Run:
         if self.world.is_main:
             self.folder.check_ours()
             append_json_line(self.folder.validation_file, line)
+            forget_unfinished(self.folder)
         self.trackers.validation(line, domain.score_name)
         row = ResultRow(learner_name(config.method.name, learner), report.mean, report.ci95, len(report.scores))
         self.console.validation(self.step, [row], score_name=domain.score_name, best=self._best())

@@ -23,6 +23,7 @@ from cml_dist.parallel.verdict import Verdict
 from cml_dist.parallel.watch import Watch
 from cml_dist.parallel.world import World
 from cml_dist.run import checkpoint as checkpoints
+from cml_dist.run import evaluator as evaluators
 from cml_dist.run import same_checkpoint
 from cml_dist.run import trainer as trainers
 from cml_dist.run.finished import evaluate_run, export_again, run_config
@@ -194,9 +195,16 @@ def test_a_run_killed_in_a_validation_loses_nothing(undisturbed, tmp_path, monke
 
 @pytest.mark.parametrize("asked", [3, 12, 20])
 def test_a_stop_between_tested_episodes_loses_nothing(undisturbed, tmp_path, monkeypatch, asked):
-    """Asked in the first validation, in the last one, and in the final test: each is broken off, and run on resume."""
+    """Asked in the first validation, in the last one, and in the final test: each goes on at the next episode."""
     folder = tmp_path / "run"
-    wanted, calls = trainers._Run._stop_wanted, []
+    wanted, calls, scored = trainers._Run._stop_wanted, [], []
+    score_episode = evaluators.score_episode
+
+    def counted(*args, **rest):
+        scored.append(1)
+        return score_episode(*args, **rest)
+
+    monkeypatch.setattr(evaluators, "score_episode", counted)
 
     def stop_wanted(self):
         if sys._getframe(1).f_code.co_name == "evaluate":
@@ -215,6 +223,11 @@ def test_a_stop_between_tested_episodes_loses_nothing(undisturbed, tmp_path, mon
     assert losses(folder) == losses(undisturbed)
     for name in ("validation.jsonl", "eval.json"):
         assert (folder / name).read_text() == (undisturbed / name).read_text()
+    tested = json.loads((folder / "eval.json").read_text())
+    reports = [*(tested[learner] for learner in ("meta", "co")), *tested["untrained"].values()]
+    validated = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert len(scored) == sum(one["episodes"] for one in reports + validated), "an episode was scored twice"
+    assert not list((folder / "evals").glob(".*"))
 
 
 def test_minutes_make_checkpoints_too_and_change_nothing(undisturbed, tmp_path, monkeypatch):
