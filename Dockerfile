@@ -58,10 +58,12 @@ WORKDIR /opt/build
 COPY scripts/deepspeed_ops.py ./
 # hadolint ignore=DL3008,SC2086
 RUN mkdir /opt/operators \
- && [ -z "$DEEPSPEED_OPS" ] || { export DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
- && apt-get update \
- && apt-get install --yes --no-install-recommends g++ python3-dev \
- && python deepspeed_ops.py /opt/operators $PIP_ARGS; }
+ && if [ -n "$DEEPSPEED_OPS" ]; then \
+        export DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+     && apt-get update \
+     && apt-get install --yes --no-install-recommends g++ python3-dev \
+     && python deepspeed_ops.py /opt/operators $PIP_ARGS; \
+    fi
 
 FROM environment
 COPY --from=operators /opt/operators/ /
