@@ -76,7 +76,7 @@ def kill(lab: Lab, launch: Launch, *processes: Process) -> float:
 def names(lab: Lab, rank: int) -> tuple[str, ...]:
     """What is said of a rank that was killed, by others or by the launcher; nobody is left to say it of a lone process.
 
-    Before the ranks have met, on another machine nobody knows more than that one did not come.
+    Of one that is killed before it has read its configuration nobody knows more than that it did not come.
     """
     if lab.setup.processes == 1:
         return ()

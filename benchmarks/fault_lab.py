@@ -57,9 +57,6 @@ IMAGES = (
     "model.filters=4", "eval.val_episodes=20", "eval.episodes=20",
 )  # fmt: skip
 
-SOON_MISSED = "parallel.join_timeout_s=30"
-"""Who dies before the ranks have met, with no launcher to see it, is missed after this (default 300: imports)."""
-
 
 @dataclass(frozen=True)
 class Setup:
@@ -71,7 +68,6 @@ class Setup:
         images: whether it streams a packed set instead of drawing sinusoids.
         launcher: ``torchrun``, ``accelerate``, or ``python``: none.
         restarts: how often the launcher may start the ranks again by itself.
-        settings: more of the run, which change no value.
     """
 
     processes: int = 2
@@ -80,7 +76,6 @@ class Setup:
     images: bool = False
     launcher: str = "torchrun"
     restarts: int = 0
-    settings: tuple[str, ...] = ()
 
     @property
     def values(self) -> tuple[int, str, bool]:
@@ -119,10 +114,10 @@ class Setup:
 
 SETUPS = {
     "ddp": Setup(),
-    "plain": Setup(launcher="python", settings=(SOON_MISSED,)),
+    "plain": Setup(launcher="python"),
     "zero2": Setup(strategy="zero2", launcher="accelerate"),
     "single": Setup(processes=1, launcher="python"),
-    "nodes": Setup(nodes=2, settings=(SOON_MISSED,)),
+    "nodes": Setup(nodes=2),
     "images": Setup(images=True),
     "elastic": Setup(launcher="accelerate", restarts=3),
 }
@@ -339,7 +334,7 @@ class Lab:
     def words(self) -> list[str]:
         """Arguments of ``cml-dist train``: the same for each start."""
         domain = (*IMAGES, f"domain.root={self.data}") if self.setup.images else SINUSOID
-        words = (*domain, *COMMON, *self.setup.settings)
+        words = (*domain, *COMMON)
         return [*words, f"parallel.strategy={self.setup.strategy}", f"run.dir={self.folder}"]
 
     @property

@@ -6,6 +6,7 @@ import argparse
 import signal
 from typing import TYPE_CHECKING
 
+from cml_dist.parallel.arrival import arrive
 from cml_dist.parallel.ending import restarts
 from cml_dist.parallel.parent import launched_by_torchrun, signal_when_parent_ends
 from cml_dist.parallel.watch import this_watch
@@ -27,6 +28,7 @@ def train(args: argparse.Namespace, console: Console) -> int:
         # left to end its ranks: they stop and save.
         signal_when_parent_ends(signal.SIGTERM)
     try:
+        arrive(config.parallel)  # before the imports below, which take their time
         with interrupts.held():
             from cml_dist.run.trainer import train
 

@@ -332,7 +332,9 @@ class ParallelConfig(Section):
     silence_s: float = Field(
         30.0, ge=3, description="seconds without a word after which a rank or its machine is taken for lost"
     )
-    join_timeout_s: float = Field(300.0, gt=0, description="seconds in which all processes must have come at the start")
+    join_timeout_s: float = Field(
+        45.0, gt=0, description="seconds in which all processes must have started, counted from when the first is ready"
+    )
 
 
 class RunSection(Section):

@@ -6,6 +6,7 @@ import faulthandler
 import os
 import signal
 import threading
+import time
 from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
@@ -19,6 +20,9 @@ STDERR = 2
 PATIENCE_S = 2.0
 LAST_WORDS_S = 5.0
 """A file system that hangs holds up the last words, but not the end."""
+
+LINGER_S = 1.5
+"""Of who speaks in rank 0's place: the other ranks of the machine look whether it lives, and speak if not."""
 
 
 def end_process(verdict: Verdict, watch: Joined, speaks: bool) -> None:
@@ -43,6 +47,8 @@ def end_process(verdict: Verdict, watch: Joined, speaks: bool) -> None:
         _write(STDERR if log is None else log, f"{watch.described}; its threads:\n{_stacks()}")
     with suppress(Exception):
         watch.at_end(verdict.what)
+    if speaks and 0 in verdict.ranks:
+        time.sleep(LINGER_S)
     os._exit(1)
 
 

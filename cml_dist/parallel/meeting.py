@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from cml_dist.config.schema import ParallelConfig
 from cml_dist.errors import NetworkError, WorldError
-from cml_dist.parallel.ending import end_process
+from cml_dist.parallel.arrival import RETRY_S, Arriving, arrive
 from cml_dist.parallel.launched import Launched, launched
-from cml_dist.parallel.star import Follower, Leader
-from cml_dist.parallel.verdict import Member, Verdict
-from cml_dist.parallel.watch import Joined
+from cml_dist.parallel.verdict import Member
+from cml_dist.parallel.watch import Joined, this_watch
 from cml_dist.parallel.wire import Wire
 
 KEY = "cml_dist/watch"
-RETRY_S = 0.5
 ANSWER_S = 5.0
 REACH = (
     "see whether rank 0's process runs there, whether MASTER_ADDR and MASTER_PORT are the same everywhere, and whether "
     "a firewall is in between"
 )
-MARGIN_S = 15.0
-"""Rank 0 names who is missing; the others wait this much longer for it to."""
 
 
 def meet(config: ParallelConfig) -> tuple[Joined, Store]:
@@ -45,18 +39,26 @@ def meet(config: ParallelConfig) -> tuple[Joined, Store]:
 
     Collective: all ranks.
     """
-    here = launched()
+    here, under_way = launched(), this_watch()
     until_s = time.monotonic() + config.join_timeout_s
-    store = launcher_store(here, config.join_timeout_s)
-    address = "127.0.0.1" if here.local_size == here.size else here.host
-    watch = join(store, identity(here.rank), here.size, config, until_s, address)
+    arriving = under_way if isinstance(under_way, Arriving) else arrive(config)
+
+    def patience_s() -> float:
+        """Whom the watch knows may take its time to import; whom it does not may never have been started."""
+        return config.join_timeout_s if arriving.joined is None else config.timeout_s
+
+    store = launcher_store(here, patience_s)
+    watch = join(arriving, store, until_s)
     # A store outlives its ranks when the launcher starts them again: what they have written may not be read.
     store.set_timeout(group_timeout(config))
     return watch, PrefixStore(watch.meeting, store)
 
 
-def launcher_store(here: Launched, timeout_s: float) -> TCPStore:
+def launcher_store(here: Launched, patience_s: Callable[[], float]) -> TCPStore:
     """Where the launcher says that the ranks meet; who else has come is not waited for.
+
+    Args:
+        patience_s: seconds in which it must be there, as far as is known by now.
 
     Raises:
         NetworkError: nobody listens there.
@@ -65,13 +67,13 @@ def launcher_store(here: Launched, timeout_s: float) -> TCPStore:
     serves = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     where = f"the rendezvous at {here.host}:{here.port}"
     if not serves:
-        _await_listener(here, where, timeout_s)
+        _await_listener(here, where, patience_s)
     try:
         return TCPStore(
             here.host,
             here.port,
             is_master=serves,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=patience_s()),
             wait_for_workers=False,
             multi_tenant=True,
         )
@@ -80,22 +82,22 @@ def launcher_store(here: Launched, timeout_s: float) -> TCPStore:
         raise NetworkError(f"{socket.gethostname()} cannot {what} {where}: {_first_line(error)}", REACH) from error
 
 
-def _await_listener(here: Launched, where: str, timeout_s: float) -> None:
+def _await_listener(here: Launched, where: str, patience_s: Callable[[], float]) -> None:
     """One line where nobody listens, instead of torch's pages.
 
     Raises:
-        NetworkError: nobody does within ``timeout_s``.
+        NetworkError: nobody does within ``patience_s()``.
     """
-    until_s = time.monotonic() + timeout_s
+    began_s = time.monotonic()
     while True:
         try:
-            socket.create_connection((here.host, here.port), timeout=min(ANSWER_S, timeout_s)).close()
+            socket.create_connection((here.host, here.port), timeout=min(ANSWER_S, patience_s())).close()
             return
         except OSError as error:
-            if time.monotonic() + RETRY_S > until_s:
+            if time.monotonic() + RETRY_S > began_s + patience_s():
                 why = error.strerror or error
                 raise NetworkError(
-                    f"{socket.gethostname()} did not reach {where} within {timeout_s:.0f} s: {why}", REACH
+                    f"{socket.gethostname()} did not reach {where} within {patience_s():.0f} s: {why}", REACH
                 ) from error
         time.sleep(RETRY_S)
 
@@ -105,55 +107,22 @@ def group_timeout(config: ParallelConfig) -> timedelta:
     return timedelta(seconds=2 * config.timeout_s + 30)
 
 
-def identity(rank: int) -> Member:
-    """This process, as the others shall know it."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            kernel = file.read().strip()
-        machine = f"{kernel}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        machine = socket.gethostname()
-    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    return Member(rank, name, os.getpid(), machine, moved_s=time.monotonic())
-
-
-def join(
-    store: Store,
-    me: Member,
-    size: int,
-    config: ParallelConfig,
-    until_s: float,
-    address: str,
-    end: Callable[[Verdict, Joined, bool], None] = end_process,
-) -> Joined:
+def join(arriving: Arriving, store: Store, until_s: float) -> Joined:
     """This rank's watch, once all are there.
 
     Args:
         until_s: when to give up, by the monotonic clock.
-        address: of rank 0's machine.
-        end: see :class:`Joined`.
 
     Raises:
         NetworkError: rank 0 cannot be reached, or lets nobody in.
         WorldError: not all came.
     """
-    limits = {"silence_s": config.silence_s, "timeout_s": config.timeout_s, "end": end}
-    watch: Joined
-    if me.rank == 0:
-        server, token, countersign = _listen(address), secrets.token_hex(16), secrets.token_hex(16)
-        seconds = until_s - time.monotonic()
-        watch = Leader(me, size, server, token, countersign, seconds, **limits)
-        watch.start()
-        # The host's own name too: MASTER_ADDR may be that of an interface which others do not reach.
-        addresses = [address] if address == "127.0.0.1" else [address, socket.gethostname()]
-        meeting = {"addresses": addresses, "port": server.getsockname()[1], "token": token, "countersign": countersign}
-        store.set(KEY, json.dumps(meeting))
-    else:
-        leader, wire = _find_leader(store, me, size, until_s)
-        watch = Follower(me, size, leader, wire, **limits)
-        watch.start()
+    arriving.stop_looking()
+    if arriving.me.rank == 0:
+        store.set(KEY, json.dumps(arriving.meeting))
+    watch = arriving.joined or arriving.enter(*_find_leader(arriving, store, until_s))
     try:
-        watch.await_all(until_s - time.monotonic() + MARGIN_S)
+        watch.await_all(until_s - time.monotonic())
     except WorldError:
         raise
     except BaseException:  # Ctrl-C, a scheduler's signal
@@ -162,18 +131,8 @@ def join(
     return watch
 
 
-def _listen(address: str) -> socket.socket:
-    """On this machine alone where all ranks are on it; otherwise on all its interfaces, at a free port."""
-    if address == "127.0.0.1":
-        return socket.create_server((address, 0), backlog=1024)
-    if socket.has_dualstack_ipv6():
-        with suppress(OSError):  # the kernel may have IPv6 switched off
-            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
-    return socket.create_server(("", 0), backlog=1024)
-
-
-def _find_leader(store: Store, me: Member, size: int, until_s: float) -> tuple[Member, Wire]:
-    """Be let in by rank 0. What the store says may be of an earlier start, whose rank 0 is gone: ask again."""
+def _find_leader(arriving: Arriving, store: Store, until_s: float) -> tuple[Member, Wire]:
+    """Be welcomed by rank 0. What the store says may be of an earlier start, whose rank 0 is gone: ask again."""
     why = "it published no address"
     while (left_s := until_s - time.monotonic()) > 0:
         try:
@@ -185,33 +144,26 @@ def _find_leader(store: Store, me: Member, size: int, until_s: float) -> tuple[M
             break
         for address in meeting["addresses"]:
             try:
-                return _knock(address, meeting, me, size)
+                return _knock(arriving, address, meeting)
             except (OSError, ValueError) as error:
                 why = f"{address}:{meeting['port']}: {error}"
         time.sleep(RETRY_S)
     raise NetworkError(
-        f"rank 0 did not let in this process on host {me.host}: {why}",
+        f"rank 0 did not let in this process on host {arriving.me.host}: {why}",
         "see what rank 0 says, and whether its machine lets connections in",
     )
 
 
-def _knock(address: str, meeting: dict, me: Member, size: int) -> tuple[Member, Wire]:
-    """Connect, show the token, and see that it is rank 0 who answers.
-
-    Raises:
-        OSError, ValueError: it is not, or it refuses.
-    """
-    connection = socket.create_connection((address, meeting["port"]), timeout=ANSWER_S)
-    wire = Wire(connection)
-    try:
-        wire.write({"token": meeting["token"], "member": vars(me), "size": size})
-        answer = wire.await_one(ANSWER_S)
-        if answer.get("welcome") != meeting["countersign"]:
-            raise ValueError(answer.get("refused", "another program answers"))
-        return Member(**answer["leader"]), wire
-    except BaseException:
+def _knock(arriving: Arriving, address: str, meeting: dict) -> tuple[Member, Wire]:
+    """Raises OSError, ValueError: it is not rank 0 who answers, or it refuses."""
+    until_s = time.monotonic() + ANSWER_S
+    wire, answer = arriving.knock(
+        address, meeting["port"], meeting["token"], ANSWER_S, lambda: time.monotonic() < until_s
+    )
+    if answer.get("welcome") != meeting["countersign"]:
         wire.close()
-        raise
+        raise ValueError("another program answers")
+    return Member(**answer["leader"]), wire
 
 
 def _first_line(error: BaseException) -> str:

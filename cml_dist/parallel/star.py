@@ -17,6 +17,9 @@ from cml_dist.parallel.wire import Wire
 TOGETHER_S = 0.5
 """The ranks of a machine die one after the other: seconds in which the rest of them is noticed."""
 
+CUT_S = 5.0
+"""The kernel cuts a connection to a machine that is gone so long after the watch has said so, which says more."""
+
 STRANGER_S = 5.0
 """Seconds in which a new connection must say who it is."""
 
@@ -26,9 +29,8 @@ class Leader(Joined):
 
     Args:
         server: a listening socket.
-        token: what a rank shows to be let in.
-        countersign: what rank 0 shows.
-        join_timeout_s: seconds in which all must have come.
+        tokens: either is shown by a rank to be let in: a secret, and the word of this start of the world.
+        countersign: what rank 0 shows, beside the word.
     """
 
     def __init__(
@@ -36,19 +38,18 @@ class Leader(Joined):
         me: Member,
         size: int,
         server: socket.socket,
-        token: str,
+        tokens: tuple[str, str],
         countersign: str,
-        join_timeout_s: float,
         **rest: Any,
     ) -> None:
         super().__init__(me, size, **rest)
         server.setblocking(False)
-        self._server, self._token, self._countersign = server, token, countersign
-        self._join_timeout_s, self._join_until_s = join_timeout_s, time.monotonic() + join_timeout_s
+        self._server, self._tokens, self._countersign = server, tokens, countersign
         self.meeting = countersign
         self._members: dict[int, Member] = {}
         self._wires: dict[int, Wire] = {}
         self._strangers: dict[Wire, float] = {}
+        self._guests: set[Wire] = set()
         self._lost: list[Member] = []
         self._decide_s: float | None = None
         self._selector.register(server, selectors.EVENT_READ, self._accept)
@@ -56,24 +57,22 @@ class Leader(Joined):
     def _accept(self) -> None:
         with suppress(OSError):
             connection, _ = self._server.accept()
-            wire = Wire(connection, 2**16)
-            if len(self._strangers) > 2 * self.size + 64:
+            wire = Wire(connection, 2**16, self.silence_s + CUT_S)
+            if len(self._strangers) + len(self._guests) > 3 * self.size + 64:
                 wire.close()
                 return
             self._strangers[wire] = time.monotonic() + STRANGER_S
             self._selector.register(wire, selectors.EVENT_READ, lambda: self._hear_stranger(wire))
 
     def _hear_stranger(self, wire: Wire) -> None:
-        """Let in who knows the token; drop whatever else knocks."""
+        """Welcome who knows a token; drop whatever else knocks."""
         try:
             messages = wire.read()
             if messages:
                 hello = messages[0]
-                known = hello.pop("token", "") == self._token
-                if known and not self._refused(wire, hello):
-                    del self._strangers[wire]
-                    self._selector.unregister(wire)
-                    self._let_in(wire, Member(**hello["member"]))
+                known = hello.pop("token", "") in self._tokens
+                if known and not self._refused(wire, hello["member"]["rank"], hello["size"]):
+                    self._welcome(wire, Member(**hello["member"]))
                     return
             elif wire.open:
                 return
@@ -81,10 +80,10 @@ class Leader(Joined):
             pass
         self._drop(wire)
 
-    def _refused(self, wire: Wire, hello: dict[str, Any]) -> bool:
-        rank, why = hello["member"]["rank"], None
-        if hello["size"] != self.size:
-            why = f"rank {rank} was started for a world of {hello['size']}, and rank 0 for one of {self.size}"
+    def _refused(self, wire: Wire, rank: int, size: int) -> bool:
+        why = None
+        if size != self.size:
+            why = f"rank {rank} was started for a world of {size}, and rank 0 for one of {self.size}"
         elif not 0 < rank < self.size:
             why = f"a process calls itself rank {rank} in a world of {self.size}"
         elif rank in self._members:
@@ -93,16 +92,36 @@ class Leader(Joined):
             wire.write({"refused": why})
         return why is not None
 
+    def _welcome(self, wire: Wire, member: Member) -> None:
+        """It comes in by itself: by now it may have gone to knock once more, since this process was held up."""
+        del self._strangers[wire]
+        self._guests.add(wire)
+        self._selector.modify(wire, selectors.EVENT_READ, lambda: self._hear_guest(wire, member))
+        wire.write({"welcome": self._countersign, "word": self._tokens[1], "leader": asdict(self.me)})
+
+    def _hear_guest(self, wire: Wire, member: Member) -> None:
+        with suppress(ValueError, RecursionError):
+            if messages := wire.read():
+                if not self._refused(wire, member.rank, self.size):
+                    wire.keep(messages[1:])
+                    self._let_in(wire, member)
+                    self._hear(member.rank)
+                    return
+            elif wire.open:
+                return
+        self._drop(wire)
+
     def _drop(self, wire: Wire) -> None:
         self._strangers.pop(wire, None)
+        self._guests.discard(wire)
         self._selector.unregister(wire)
         wire.close()
 
     def _let_in(self, wire: Wire, member: Member) -> None:
+        self._guests.discard(wire)
         member.moved_s = member.heard_s = time.monotonic()
         self._members[member.rank], self._wires[member.rank] = member, wire
-        self._selector.register(wire, selectors.EVENT_READ, lambda: self._hear(member.rank))
-        wire.write({"welcome": self._countersign, "leader": asdict(self.me)})
+        self._selector.modify(wire, selectors.EVENT_READ, lambda: self._hear(member.rank))
         if len(self._members) == self.size - 1:
             self._all_here()
 
@@ -165,15 +184,16 @@ class Leader(Joined):
             if now_s >= self._decide_s:
                 self._decide(verdicts.lost(self._lost))
             return
-        silent = [m for m in self._members.values() if now_s - m.heard_s > self.silence_s]
+        silent = [m for m in self._members.values() if now_s - m.heard_s > self.silence_s and not m.starts]
         if silent:  # of a machine that went down, the others too are about to be
             about_s = self.silence_s - 2 * TICK_S
-            self._decide(verdicts.silent([m for m in self._members.values() if now_s - m.heard_s > about_s], now_s))
+            silent = [m for m in self._members.values() if now_s - m.heard_s > about_s and not m.starts]
+            self._decide(verdicts.silent(silent, now_s))
             return
         if not self._here.is_set():
-            if now_s > self._join_until_s:
+            if now_s > self._until_s:
                 absent = sorted(set(range(1, self.size)) - set(self._members))
-                self._decide(verdicts.missing(absent, self.size, self._join_timeout_s))
+                self._decide(verdicts.missing(absent, self.size, self._patience_s))
                 return
             self._tell(self._state(now_s))  # who is here already must not take rank 0 for lost
             return
@@ -203,7 +223,7 @@ class Leader(Joined):
 
     def _shut(self) -> None:
         super()._shut()
-        for wire in [*self._wires.values(), *self._strangers]:
+        for wire in [*self._wires.values(), *self._strangers, *self._guests]:
             wire.close()
         self._server.close()
 
@@ -235,6 +255,9 @@ class Follower(Joined):
                 self.meeting = message["go"]
                 self.everyone = [Member(**member) for member in message["everyone"]]
                 self._here.set()
+            elif "refused" in message:
+                self._end(Verdict((self.me.rank,), message["refused"], ""))
+                return
             elif "verdict" in message:
                 self._end(Verdict.from_json(message["verdict"]))
                 return
@@ -248,7 +271,7 @@ class Follower(Joined):
         self._hear()  # also what came with the welcome, of which the kernel says nothing any more
         if self._over:
             return
-        if now_s - self._leader.heard_s > self.silence_s:
+        if now_s - self._leader.heard_s > self.silence_s and not self._leader.starts:
             self._end(verdicts.silent([self._leader], now_s))
             return
         self._wire.write(self._state(now_s))

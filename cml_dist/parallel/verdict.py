@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+START = "its start"
+"""Where a rank is until its main thread comes to the meeting: it imports libraries, which can hold Python's lock."""
+
 AGAIN = "run the same command again: training goes on from its last checkpoint"
 
 
@@ -25,10 +28,15 @@ class Member:
     host: str
     pid: int
     machine: str
-    where: str = "its start"
+    where: str = START
     waiting: bool = True
     moved_s: float = 0.0
     heard_s: float = 0.0
+
+    @property
+    def starts(self) -> bool:
+        """It may be silent: if its machine goes, or it dies, the connection tells."""
+        return self.where == START
 
     @property
     def name(self) -> str:

@@ -21,7 +21,8 @@ from typing import Any, TextIO
 
 from cml_dist.errors import CmlError, WorldError
 from cml_dist.parallel.ending import end_process, guard, is_alive
-from cml_dist.parallel.verdict import AGAIN, Member, Verdict
+from cml_dist.parallel.launched import launched_or_alone
+from cml_dist.parallel.verdict import AGAIN, START, Member, Verdict
 
 TICK_S = 1.0
 """Seconds between two words of a rank."""
@@ -35,6 +36,9 @@ BLAME_S = 10.0
 GRACE_S = 10.0
 """What a rank has to find out by itself, it finds out within this many seconds."""
 
+MARGIN_S = 15.0
+"""Rank 0 names who is missing; the others wait this much longer for it to."""
+
 
 class Watch:
     """What the main thread sees. This one, of a world of one, has nobody to watch.
@@ -47,7 +51,7 @@ class Watch:
     def __init__(self) -> None:
         self.log: TextIO | None = None
         self.at_end: Callable[[str], None] = lambda what: None
-        self._at: tuple[str, bool, float] = ("its start", False, time.monotonic())
+        self._at: tuple[str, bool, float] = (START, False, time.monotonic())
 
     def beat(self, where: str) -> None:
         """The main thread is at work in ``where`` (for people: ``step 12, episode 3``)."""
@@ -113,8 +117,11 @@ class Joined(Watch):
         self.meeting = ""  # a word that no other start of a world has
         self.everyone: list[Member] = []  # by rank
         self._end_process = end
-        self._here = threading.Event()  # the start is over: all came, or will not
+        self._here = threading.Event()  # all came, or will not
         self._error: Verdict | None = None  # ... and this is why not
+        self._patience_s = self._until_s = float("inf")  # ... and this is how long they may take
+        self._met = threading.Event()  # the main thread has heard of it
+        self._telling = threading.Lock()
         self._over = False
         self._blamed: BaseException | None = None
         self._thawed_s = 0.0
@@ -144,12 +151,19 @@ class Joined(Watch):
         Raises:
             WorldError: some do not come, or one of those that came is lost again.
         """
-        came = self._here.wait(seconds)
-        if self._error is None and not came:
-            self._error = Verdict((0,), f"rank 0 does not say within {seconds:.0f} s that all ranks came", AGAIN)
-        if self._error is not None:
-            error = WorldError(self._error.what, self._error.remedy)
-            error.everywhere = 0 not in self._error.ranks
+        self.wait("the meeting of all ranks")
+        self._patience_s, self._until_s = seconds, time.monotonic() + seconds
+        # Rank 0 may still import: it says who is missing once it has come itself.
+        patience_s = max(seconds, self.timeout_s)
+        came = self._here.wait(patience_s + MARGIN_S)
+        with self._telling:
+            self._met.set()
+            if self._error is None and not came:
+                self._error = Verdict((0,), f"rank 0 does not say within {patience_s:.0f} s that all ranks came", AGAIN)
+            why = self._error
+        if why is not None:
+            error = WorldError(why.what, why.remedy)
+            error.everywhere = 0 not in why.ranks
             raise error
 
     def fail(self, cause: str, *, everywhere: bool = False) -> None:
@@ -231,15 +245,20 @@ class Joined(Watch):
             done.set()
 
     def _end(self, verdict: Verdict) -> None:
-        """The world is lost: during the start the main thread hears of it, afterwards the process ends."""
-        if not self._here.is_set():
-            self._error = verdict
-            self._over = True
-            self._here.set()
-            return
-        self._error = verdict  # the main thread no longer waits for this one
+        """The world is lost: at the meeting the main thread hears of it, afterwards the process ends."""
+        with self._telling:
+            self._error = verdict  # the main thread no longer waits for this one
+            met = self._met.is_set()
+        self._here.set()
+        if not met:
+            # It is on its way to the meeting. What it will find out by itself, it gets any time to: an import may take
+            # minutes, and a process that a scheduler stops does not fail.
+            met_late = self._met.wait(self.timeout_s if verdict.everywhere else GRACE_S)
+            if met_late:
+                self._over = True
+                return
         speaks = self._speaks(verdict)
-        if verdict.everywhere:
+        if met and verdict.everywhere:
             time.sleep(GRACE_S)  # the main thread ends the process before that
             speaks = self.me.rank == 0
         self._over = True
@@ -250,6 +269,8 @@ class Joined(Watch):
         if 0 not in verdict.ranks or verdict.said:
             # Who failed has said so, on its machine's screen.
             return self.me.rank == 0 and verdict.said != self.me.machine
+        if not self.everyone:  # not all came: the first of each machine
+            return launched_or_alone().local_rank == 0
         leader = self.everyone[0]
         if self.me.machine == leader.machine:
             return not any(is_alive(m) for m in self.everyone[1 : self.me.rank] if m.machine == leader.machine)
@@ -265,6 +286,8 @@ class Joined(Watch):
 
     def _guard(self) -> None:
         """Should this thread not run again for lack of Python's lock, faulthandler's own shows who holds it."""
+        if not self._met.is_set():
+            return  # an import does
         alone = sum(member.machine == self.me.machine for member in self.everyone) == 1
         # Who is not alone on its machine is ended by the others there.
         guard(self.log, 2 * self.timeout_s if alone else 0.8 * self.silence_s, alone)

@@ -19,12 +19,15 @@ class Wire:
     Args:
         connection: a connected socket.
         max_bytes: of a message; who sends more is no rank of ours.
+        lost_s: the kernel closes it once the other machine has not answered for about so long; None: its own two hours.
     """
 
-    def __init__(self, connection: socket.socket, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, connection: socket.socket, max_bytes: int = MAX_BYTES, lost_s: float | None = None) -> None:
         connection.setblocking(False)
-        with suppress(OSError):
+        with suppress(OSError):  # no TCP
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if lost_s is not None:
+                _bury(connection, lost_s)
         self._socket, self._max = connection, max_bytes
         self._in, self._out = b"", b""
         self._kept: list[dict[str, Any]] = []
@@ -56,17 +59,25 @@ class Wire:
             raise ValueError("no object")
         return messages
 
-    def await_one(self, within_s: float) -> dict[str, Any]:
-        """The next message; what came with it is kept for :meth:`read`. Raises OSError, ValueError: none comes."""
+    def await_one(self, within_s: float) -> dict[str, Any] | None:
+        """The next message, if one comes; :meth:`read` returns what came with it.
+
+        Raises:
+            ValueError: no message of ours.
+        """
         until_s = time.monotonic() + within_s
         while (left_s := until_s - time.monotonic()) > 0 and self.open:
             waiting = select.poll()
             waiting.register(self._socket, select.POLLIN)
             waiting.poll(1000 * left_s)
             if messages := self.read():
-                self._kept = messages[1:]
+                self.keep(messages[1:])
                 return messages[0]
-        raise OSError("no answer")
+        return None
+
+    def keep(self, messages: list[dict[str, Any]]) -> None:
+        """Have the next :meth:`read` return them once more."""
+        self._kept = messages
 
     def write(self, message: dict[str, Any]) -> None:
         """Send as much as the kernel takes now; :meth:`flush` sends the rest."""
@@ -92,3 +103,12 @@ class Wire:
     def close(self) -> None:
         self.open = False
         self._socket.close()
+
+
+def _bury(connection: socket.socket, lost_s: float) -> None:
+    """Have the kernel notice a machine that is gone: its own answers, so that the process there may be held up."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {"TCP_KEEPIDLE": lost_s / 3, "TCP_KEEPINTVL": lost_s / 3, "TCP_USER_TIMEOUT": 1000 * lost_s}
+    for option, value in options.items():
+        if hasattr(socket, option):  # Linux has all
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), max(1, round(value)))

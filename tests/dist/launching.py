@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -72,3 +73,36 @@ def run(
     process = start(processes, *arguments, launch_file=launch_file, **environment)
     out = finish(process, timeout_s)
     return process.returncode, out
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+SLOW_IMPORT = """
+import os, sys, time
+
+class Slow:
+    # Not in find_spec, during which Python lets no other thread import anything.
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch" and os.environ.get("RANK") == os.environ["SLOW"]:
+            from importlib.machinery import ModuleSpec
+            return ModuleSpec(name, self)
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        print("imports", flush=True)
+        time.sleep(100)
+
+sys.meta_path.insert(0, Slow())
+"""
+
+
+def slow_imports(folder: Path, rank: int) -> dict[str, str]:
+    """The environment in which a rank says ``imports``, and then takes 100 s to import torch, as over a slow network."""
+    (folder / "sitecustomize.py").write_text(SLOW_IMPORT)
+    return {"PYTHONPATH": f"{folder}:{ROOT}", "SLOW": str(rank)}

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from launching import finish, run, start
+from launching import finish, free_port, run, slow_imports, start
 from test_train import command, lines
 
 from cml_dist.run.status import read_status
@@ -24,7 +24,6 @@ NAME = r"rank {} \(host \S+, pid \d+\)"
 KILLED = f"error: {NAME} ended without a word, last seen in .+ \\(killed\\? out of memory\\?\\); run the same command again"
 SILENT = f"error: no word from {NAME} for [345] s, last seen in "
 HANGS = f"error: {NAME} did not move for [56] s in step 5, episode 1 of 1, and the others wait"
-
 
 def left(mark: str) -> list[str]:
     """Processes that have ``mark`` in their environment: what is still there of a launch."""
@@ -73,6 +72,25 @@ def test_a_rank_killed_before_there_is_a_process_group_is_named(tmp_path):
     out, seconds = ends(2, tmp_path / "run", fault="start", rank=1)
     said_once(KILLED.format(1), out)
     assert seconds < SOON_S
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_killed_in_its_imports_is_named_without_any_launcher(tmp_path, killed):
+    """Plain python, as on several machines: nobody else could know, and nobody waits for parallel.join_timeout_s."""
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    world |= {"MARK": uuid.uuid4().hex, **slow_imports(tmp_path, killed)}
+    trains = ("-m", "cml_dist", *command(tmp_path / "run"))
+    ranks = [start(1, *trains, **world, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    other = ranks[1 - killed]
+    assert "imports" in ranks[killed].stdout.readline()
+    time.sleep(5)  # the other one is at the meeting by now, on any but a very busy machine
+    ranks[killed].kill()
+    struck_s = time.monotonic()
+    said_once(f"error: {NAME.format(killed)} ended without a word, last seen in its start", finish(other, 60))
+    print(f"rank {killed} killed in its imports: the other ended after {time.monotonic() - struck_s:.1f} s")
+    assert other.returncode == 1 and time.monotonic() - struck_s < SOON_S
+    finish(ranks[killed])
+    assert not left(world["MARK"])
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from launching import FROM_A_LAUNCHER, ROOT, finish, run, start
+from launching import FROM_A_LAUNCHER, ROOT, finish, free_port, run, start
 
 from cml_dist.telemetry.metrics import read_metrics
 
@@ -154,9 +153,3 @@ def test_two_launches_at_once_are_two_worlds_of_their_own(tmp_path):
         out = finish(process)
         assert process.returncode == 0, out
         assert out.splitlines() == ["world 2 total 3"] * 2, "the launcher is noisy"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

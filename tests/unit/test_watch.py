@@ -14,8 +14,9 @@ from torch.distributed import HashStore
 
 from cml_dist.config.schema import ParallelConfig
 from cml_dist.errors import WorldError
-from cml_dist.parallel import meeting, star, verdict, watch
-from cml_dist.parallel.meeting import KEY, identity
+from cml_dist.parallel import arrival, meeting, star, verdict, watch
+from cml_dist.parallel.arrival import Arriving, identity
+from cml_dist.parallel.meeting import KEY
 from cml_dist.parallel.verdict import Member, Verdict
 from cml_dist.parallel.wire import Wire
 
@@ -28,15 +29,22 @@ def quick(monkeypatch):
         monkeypatch.setattr(module, "TICK_S", 0.05)
     monkeypatch.setattr(star, "TOGETHER_S", 0.2)
     monkeypatch.setattr(star, "STRANGER_S", 0.3)
-    monkeypatch.setattr(meeting, "MARGIN_S", 5.0)
-    monkeypatch.setattr(meeting, "RETRY_S", 0.05)
+    monkeypatch.setattr(watch, "MARGIN_S", 5.0)
+    for module in (arrival, meeting):
+        monkeypatch.setattr(module, "RETRY_S", 0.05)
 
 
 class Ranks:
-    """The ranks of a world, each in a thread of this process; what befell them."""
+    """The ranks of a world, each in a thread of this process; what befell them.
 
-    def __init__(self, size, absent=(), join_s=20.0, **limits):
+    Those of ``late`` still import their libraries, until their event is set.
+    """
+
+    def __init__(self, size, absent=(), join_s=20.0, late=(), port=None, **limits):
         self.store, self.size = HashStore(), size
+        self.port = port or (free_port() if late else 0)
+        self.late = {rank: threading.Event() for rank in late}
+        self.arriving = {}
         self.config = ParallelConfig().model_copy(update={"silence_s": 20.0, **limits})  # below the least too
         self.join_s = join_s
         self.watches, self.errors, self.ends = {}, {}, {}
@@ -45,10 +53,16 @@ class Ranks:
         for thread in self.threads:
             thread.start()
 
+    def arrive(self, rank):
+        self.arriving[rank] = Arriving(identity(rank), self.size, self.config, HERE, self.port, "the word", self.end)
+        return self.arriving[rank]
+
     def _join(self, rank):
-        me, until_s = identity(rank), time.monotonic() + self.join_s
+        arriving = self.arrive(rank)
+        if rank in self.late:
+            self.late[rank].wait(20)
         try:
-            self.watches[rank] = meeting.join(self.store, me, self.size, self.config, until_s, HERE, self.end)
+            self.watches[rank] = meeting.join(arriving, self.store, time.monotonic() + self.join_s)
         except WorldError as error:
             self.errors[rank] = error
 
@@ -74,12 +88,19 @@ class Ranks:
 
     def by_hand(self, rank):
         """A rank that says its name, and of which nothing else is heard."""
-        _, wire = meeting._find_leader(self.store, identity(rank), self.size, time.monotonic() + 10)
+        arriving = Arriving(identity(rank), self.size, self.config, HERE, 0, "", self.end)
+        _, wire = meeting._find_leader(arriving, self.store, time.monotonic() + 10)
+        wire.write({"here": True})
         return wire
 
     def close(self):
         for one in reversed(self.watches.values()):
             one.close()
+
+
+def free_port():
+    with socket.create_server((HERE, 0)) as server:
+        return server.getsockname()[1]
 
 
 def published(ranks):
@@ -175,10 +196,97 @@ def test_what_an_earlier_start_left_in_the_store_is_passed_over():
 def test_two_of_one_rank_are_refused():
     ranks = Ranks(3, absent=(1, 2), join_s=0.5)
     first = ranks.by_hand(1)
+    time.sleep(0.1)
     with pytest.raises(WorldError, match="two processes call themselves rank 1"):
-        meeting._find_leader(ranks.store, identity(1), 3, time.monotonic() + 0.2)
+        meeting._find_leader(ranks.arrive(1), ranks.store, time.monotonic() + 0.2)
     ranks.joined()
     first.close()
+
+
+def test_ranks_find_each_other_before_the_meeting():
+    ranks = early(Ranks(3, late=(0, 1, 2)), 1, 2)
+    assert not ranks.watches, "they have not met"
+    for event in ranks.late.values():
+        event.set()
+    ranks.joined()
+    assert len({one.meeting for one in ranks.watches.values()}) == 1
+    ranks.close()
+    assert ranks.ends == {} and ranks.errors == {}
+
+
+def killed(arriving):
+    """As the kernel does for a process that is killed."""
+    for wire in [arriving.joined._wire] if arriving.me.rank else list(arriving.joined._wires.values()):
+        wire._socket.shutdown(socket.SHUT_RDWR)
+
+
+def early(ranks, *them):
+    until_s = time.monotonic() + 10
+    while not all(rank in ranks.arriving and ranks.arriving[rank].joined for rank in (0, *them)):
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
+    while not set(them) <= set(ranks.arriving[0].joined._members):
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
+    return ranks
+
+
+def test_a_rank_killed_while_it_imports_is_named_by_those_that_wait_for_it():
+    ranks = early(Ranks(3, late=(1,), absent=(2,)), 1)
+    killed(ranks.arriving[1])
+    ranks.threads[0].join(10)
+    assert ranks.errors[0].what.startswith("rank 1 (host ")
+    assert "ended without a word, last seen in its start" in ranks.errors[0].what
+    ranks.late[1].set()
+    ranks.joined()
+    assert not ranks.watches and not ranks.ends
+
+
+def test_who_still_imports_when_a_rank_is_lost_is_ended_after_a_while(monkeypatch):
+    monkeypatch.setattr(watch, "GRACE_S", 0.5)
+    ranks = early(Ranks(3, late=(0, 1, 2), join_s=1.0), 1, 2)
+    killed(ranks.arriving[1])
+    with ranks.ended:
+        ranks.ended.wait_for(lambda: {0, 2} <= set(ranks.ends), 10)
+    assert {rank: speaks for rank, (_, speaks) in ranks.ends.items() if rank != 1} == {0: True, 2: False}
+    for event in ranks.late.values():
+        event.set()
+    ranks.joined()
+
+
+def test_what_all_will_find_out_may_take_as_long_as_their_imports(monkeypatch):
+    monkeypatch.setattr(watch, "GRACE_S", 0.2)
+    ranks = early(Ranks(2, late=(0, 1)), 1)
+    ranks.arriving[1].fail("it was stopped by SIGUSR1 before training began", everywhere=True)
+    time.sleep(0.6)
+    assert ranks.ends == {}
+    ranks.late[0].set()
+    ranks.threads[0].join(10)
+    assert ranks.errors[0].what.endswith("failed: it was stopped by SIGUSR1 before training began")
+    ranks.late[1].set()
+    ranks.joined()
+
+
+def test_a_rank_that_does_not_answer_during_its_imports_is_not_taken_for_lost(monkeypatch):
+    monkeypatch.setattr(star, "STRANGER_S", 0.1)
+    ranks = Ranks(2, late=(0,), silence_s=0.3)
+    early(ranks, 1)
+    leader = ranks.arriving[0].joined
+    monkeypatch.setattr(leader, "_tick", lambda now_s: time.sleep(1.0))  # as in a call that keeps Python's lock
+    time.sleep(1.2)
+    monkeypatch.undo()
+    assert ranks.errors == {} and ranks.ends == {}
+    ranks.late[0].set()
+    ranks.joined()
+    ranks.close()
+    assert ranks.ends == {} and ranks.errors == {}
+
+
+def test_a_port_that_another_program_holds_is_passed_over():
+    with socket.create_server((HERE, 0)) as other:  # answers nothing
+        ranks = Ranks(2, port=other.getsockname()[1]).joined()
+        assert set(ranks.watches) == {0, 1} and ranks.arriving[0].meeting["port"] != ranks.port
+        ranks.close()
 
 
 def test_a_killed_rank_is_named_by_all_and_rank_0_speaks():
@@ -210,6 +318,7 @@ def test_where_rank_0_is_lost_the_lowest_of_the_others_speaks():
 def test_a_silent_rank_is_missed():
     ranks = Ranks(3, absent=(2,), silence_s=1.5)
     mute = ranks.by_hand(2)
+    mute.write({"where": "step 1", "waiting": True, "idle_s": 0.0})
     ranks.joined()
     what, speakers = ranks.ended_on(0, 1)
     assert what.startswith(f"no word from {identity(2).name} for 2 s") and speakers == [0]
@@ -221,6 +330,7 @@ def test_a_process_that_stood_still_itself_blames_nobody_for_that_time():
     """A suspended job: when it goes on, nobody has been heard for long."""
     ranks = Ranks(2, absent=(1,), silence_s=1.5)
     other = ranks.by_hand(1)
+    other.write({"where": "step 1", "waiting": True, "idle_s": 0.0})
     ranks.joined()
     leader, goes_on = ranks.watches[0], threading.Event()
 
