@@ -454,7 +454,8 @@ def test_a_double_precision_run_can_be_used(tmp_path):
 
 def test_export_refuses_another_network(undisturbed, tmp_path):
     with pytest.raises(CheckpointError, match="another network"):
-        export_again(run_config(str(undisturbed), ["model.hidden=[8, 9]"]), "best", str(tmp_path / "out"), NullConsole())
+        config = run_config(str(undisturbed), ["model.hidden=[8, 9]"])
+        export_again(config, "best", str(tmp_path / "out"), NullConsole())
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one(undisturbed, tmp_path):
