@@ -44,7 +44,7 @@ class Board:
 
         if place.size == 1:
             return cls(HashStore(), place)
-        store = launcher_store(launched(), limit_s)
+        store = launcher_store(launched(), lambda: limit_s)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return cls(PrefixStore(f"doctor/{attempt}", store), place)
 

@@ -6,6 +6,7 @@ once both are there, and carries frames until it is killed; the devices go with 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import heapq
@@ -16,6 +17,7 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Iterator
 
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 CLONE_NEWNET = 0x40000000
@@ -25,19 +27,27 @@ FRAME_BYTES = 2048
 
 def tap(namespace: str, name: str = "eth0") -> int:
     """A new tap device inside ``namespace``. This process goes there for a moment: it is no process of that machine."""
-    home = os.open("/proc/self/ns/net", os.O_RDONLY)
-    enter(os.open(f"/run/netns/{namespace}", os.O_RDONLY))
-    device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-    fcntl.ioctl(device, TUNSETIFF, struct.pack("16sH", name.encode(), IFF_TAP | IFF_NO_PI))
-    enter(home)
+    with inside(namespace):
+        device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        fcntl.ioctl(device, TUNSETIFF, struct.pack("16sH", name.encode(), IFF_TAP | IFF_NO_PI))
     return device
 
 
-def enter(namespace: int) -> None:
-    """Put this process into an opened network namespace (Python has os.setns from 3.12 on)."""
+@contextlib.contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    """This thread in a network namespace: the sockets and devices that it makes there stay there."""
+    with open("/proc/thread-self/ns/net", "rb") as home, open(f"/run/netns/{namespace}", "rb") as there:
+        _enter(there.fileno())
+        try:
+            yield
+        finally:
+            _enter(home.fileno())
+
+
+def _enter(namespace: int) -> None:
+    """Python has os.setns from 3.12 on."""
     if ctypes.CDLL(None, use_errno=True).setns(namespace, CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    os.close(namespace)
 
 
 def carry(ends: tuple[int, int], delay_s: float, loss: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from launching import spawn
 APART = ("unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 """A host name, and processes that no other machine sees: the watch may kill a silent rank on its own machine."""
 WIRE = Path(__file__).with_name("lossy_wire.py")
+_number = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -62,23 +64,33 @@ class Machine:
 
 
 @contextlib.contextmanager
-def two_machines(delay_ms: float, loss_percent: float) -> Iterator[tuple[Machine, Machine]]:
-    """Two machines on a wire that delays each way and loses some frames: by netem, or by a process where it is missing.
+def two_machines(wire: str, delay_ms: float, loss_percent: float) -> Iterator[tuple[Machine, Machine]]:
+    """Two machines on a wire that delays each way and loses some frames.
 
     All that was made is removed at the end, with every process in it.
+
+    Args:
+        wire: ``netem``, the kernel's, or ``lossy_wire``, a process that does its work.
+        delay_ms: each way.
+        loss_percent: of the frames, each way.
     """
-    names = [f"cml-{os.getpid()}-{number}" for number in (0, 1)]
+    names = [_name(), _name()]
     machines = tuple(Machine(name, f"machine{i}", f"10.77.0.{i + 1}") for i, name in enumerate(names))
-    wire = None
+    process = None
     _sweep()
     try:
         for machine in machines:
             _run("ip", "netns", "add", machine.namespace)
-        if not _netem(names, delay_ms, loss_percent):
-            wire = subprocess.Popen(
-                [sys.executable, str(WIRE), *names, str(delay_ms), str(loss_percent)], stdout=subprocess.PIPE, text=True
-            )
-            assert wire.stdout.readline() == "up\n", "the wire between the namespaces did not come up"
+        if wire == "netem":
+            ends = [["name", "eth0", "netns", name] for name in names]
+            _run("ip", "link", "add", *ends[0], "type", "veth", "peer", *ends[1])
+            for name in names:
+                netem = ["netem", "delay", f"{delay_ms}ms", "loss", f"{loss_percent}%"]
+                _run("tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", *netem)
+        else:
+            command = [sys.executable, str(WIRE), *names, str(delay_ms), str(loss_percent)]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            assert process.stdout.readline() == "up\n", "the wire between the namespaces did not come up"
         for machine in machines:
             _run("ip", "-n", machine.namespace, "link", "set", "lo", "up")
             _run("ip", "-n", machine.namespace, "address", "add", f"{machine.address}/24", "dev", "eth0")
@@ -88,9 +100,13 @@ def two_machines(delay_ms: float, loss_percent: float) -> Iterator[tuple[Machine
         for machine in machines:
             if machine.namespace in _run("ip", "netns", "list").split():
                 _remove(machine.namespace)
-        if wire is not None:
-            wire.kill()
-            wire.communicate()
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+
+def _name() -> str:
+    return f"cml-{os.getpid()}-{next(_number)}"
 
 
 def _pids(namespace: str) -> list[int]:
@@ -108,21 +124,9 @@ def _remove(namespace: str) -> None:
 def _sweep() -> None:
     """Remove what an earlier run of these tests left behind that was itself killed."""
     for name in _run("ip", "netns", "list").split():
-        owner = re.fullmatch(r"cml-(\d+)-[01]", name)
+        owner = re.fullmatch(r"cml-(\d+)-\d+", name)
         if owner and not Path(f"/proc/{owner[1]}").exists():
             _remove(name)
-
-
-def _netem(names: list[str], delay_ms: float, loss_percent: float) -> bool:
-    """A veth pair with netem at both ends; False, and nothing left, where the kernel has no netem."""
-    _run("ip", "link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
-    for name in names:
-        netem = ["netem", "delay", f"{delay_ms}ms", "loss", f"{loss_percent}%"]
-        command = ["tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", *netem]
-        if subprocess.run(command, capture_output=True, timeout=30).returncode:
-            _run("ip", "-n", names[0], "link", "delete", "eth0")
-            return False
-    return True
 
 
 def why_not() -> str | None:
@@ -132,7 +136,7 @@ def why_not() -> str | None:
     for tool in ("ip", "tc", "unshare"):
         if shutil.which(tool) is None:
             return f"{tool} is not installed"
-    name = f"cml-{os.getpid()}-probe"
+    name = _name()
     tried = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, timeout=30)
     if tried.returncode:
         return f"no network namespace may be made here: {tried.stderr.strip()}"
@@ -141,7 +145,25 @@ def why_not() -> str | None:
         entered = subprocess.run(inside, capture_output=True, text=True, timeout=30)
     finally:
         _run("ip", "netns", "delete", name)
-    return f"no network namespace may be entered here: {entered.stderr.strip()}" if entered.returncode else None
+    if entered.returncode:
+        return f"no network namespace may be entered here: {entered.stderr.strip()}"
+    return None if wires() else "this kernel has neither netem nor /dev/net/tun"
+
+
+def wires() -> list[str]:
+    """The wires that this kernel can do, the best first. What goes wrong with one that it can do is a failure."""
+    device = ["lossy_wire"] if Path("/dev/net/tun").exists() else []
+    name = _name()
+    _run("ip", "netns", "add", name)
+    try:
+        _run("tc", "-n", name, "qdisc", "add", "dev", "lo", "root", "netem")
+    except OSError as error:
+        if "qdisc kind is unknown" not in str(error):
+            raise
+        return device
+    finally:
+        _run("ip", "netns", "delete", name)
+    return ["netem", *device]
 
 
 def _run(*command: str) -> str:

@@ -5,8 +5,11 @@ The machines are namespaces (namespaces.py), with bare host names: each line mus
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -14,6 +17,7 @@ from pathlib import Path
 import namespaces
 import pytest
 from launching import ROOT, finish, slow_imports, start
+from lossy_wire import inside
 
 from cml_dist.telemetry.metrics import read_metrics
 
@@ -21,6 +25,8 @@ if (reason := namespaces.why_not()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 pytestmark = pytest.mark.timeout(900)
+WIRES = namespaces.wires()
+BAD = {"delay_ms": 20, "loss_percent": 1}
 LIMIT_S = 300.0
 """For a run that ends by itself on a busy machine."""
 SETTINGS = (
@@ -34,9 +40,10 @@ TIMES = ("seconds", "episodes_per_s", "peak_memory_gib")
 PORT = "29500"
 
 
-@pytest.fixture(scope="module")
-def machines():
-    with namespaces.two_machines(delay_ms=20, loss_percent=1) as both:
+@pytest.fixture(scope="module", params=WIRES[:1])
+def machines(request):
+    """The names of the tests say by which wire."""
+    with namespaces.two_machines(request.param, **BAD) as both:
         yield both
     for machine in both:
         assert not Path("/run/netns", machine.namespace).exists()
@@ -92,6 +99,34 @@ def await_steps(folder: Path, count: int) -> None:
     while not metrics.is_file() or metrics.read_bytes().count(b"\n") < count:
         assert time.monotonic() < end_s, "the run does not get going"
         time.sleep(0.1)
+
+
+def udp(machine) -> socket.socket:
+    """A socket on ``machine`` in the hands of this process."""
+    with inside(machine.namespace):
+        return socket.socket(type=socket.SOCK_DGRAM)
+
+
+@pytest.mark.parametrize("wire", ["netem", "lossy_wire"])
+def test_a_wire_is_late_and_loses(wire):
+    if wire not in WIRES:
+        pytest.skip(f"no {wire} in this kernel: the wire of the tests below is {WIRES[0]}")
+    with namespaces.two_machines(wire, **BAD) as both:
+        for sender, receiver in (both, both[::-1]):
+            ages_s = {}
+            with udp(sender) as out, udp(receiver) as into:
+                into.bind((receiver.address, 0))
+                into.setblocking(False)
+                for number in range(2100):  # the last hundred only wait for what is on its way
+                    if number < 2000:
+                        out.sendto(struct.pack("id", number, time.monotonic()), into.getsockname())
+                    time.sleep(0.001)
+                    with contextlib.suppress(BlockingIOError):
+                        while True:
+                            arrived, sent_s = struct.unpack("id", into.recv(64))
+                            ages_s[arrived] = time.monotonic() - sent_s
+            lost = 2000 - min(ages_s) - len(ages_s)  # before the first, the addresses were not known yet
+            assert min(ages_s.values()) >= 0.02 and 1 <= lost <= 80, (min(ages_s.values()), lost)
 
 
 @pytest.mark.parametrize("strategy", FILES)

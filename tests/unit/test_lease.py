@@ -66,6 +66,25 @@ def test_a_requeued_job_takes_over_from_its_earlier_start_which_notices(tmp_path
     requeued.release(began=True)
 
 
+def test_between_the_old_writers_end_and_the_new_ones_lock_no_third_gets_in(tmp_path, locks):
+    cut_off = Lease(tmp_path, start("7", 0))
+    requeued = Lease(tmp_path, start("7", 1))
+    cut_off.release(began=True)
+    for other in (start(), start("8")):  # the lock is free
+        with pytest.raises(CheckpointError, match="another process trains"):
+            Lease(tmp_path, other)
+    requeued.check()
+    requeued._lock.close()  # killed before it came to the lock: it is kept free for a minute alone
+    Lease(tmp_path, start("7", 2)).release(began=True)
+    Lease(tmp_path, start("7", 1)).release(began=True)
+    cut_off, requeued = Lease(tmp_path, start("7", 0)), Lease(tmp_path, start("7", 1))
+    cut_off.release(began=True)
+    requeued._lock.close()
+    old = time.time() - FRESH_S - 1
+    os.utime(tmp_path / "lease.json", (old, old))
+    Lease(tmp_path, start("8")).release(began=True)
+
+
 def test_a_requeue_counts_more_than_any_restart_in_place(tmp_path, locks):
     Lease(tmp_path, start("7", 0, "a:5:10", 2))
     requeued = Lease(tmp_path, start("7", 1, "a:5:10", 0))
