@@ -8,11 +8,12 @@
 # (python@sha256:...) to fix also its part. PIP_ARGS are more arguments of pip install, as for make: an index with
 # CPU-only builds of PyTorch makes the image over 4 GB smaller, for the usual builds carry CUDA (and run without a GPU).
 #
-# Nothing is compiled, neither here nor at run time: DeepSpeed is started without any of its C++ operators
-# (cml_dist/parallel/world.py says why), so that there is none to build ahead, and the image needs no compiler.
+# DEEPSPEED_OPS names C++ operators of DeepSpeed to build ahead, for CPU_ARCH and TORCH_CUDA_ARCH_LIST: for code of your
+# own, since the trainer starts DeepSpeed without any of them (cml_dist/parallel/world.py says why). Nothing is compiled
+# at run time, and no compiler is in the image.
 
 ARG BASE=python:3.11-slim-bookworm
-FROM ${BASE}
+FROM ${BASE} AS environment
 
 # make runs the demo. tini is the first process: it hands signals on, and buries what its children leave behind.
 # Their versions are those of the base's distribution, which keeps no older ones.
@@ -46,6 +47,26 @@ RUN export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 DS_BUILD_OPS=0 \
  && pip uninstall --quiet --yes cml-dist \
  && { python -m compileall -q -j 0 "$VENV/lib" || true; } \
  && rm -rf "$stand_in"
+
+# Operators of DeepSpeed, at the place that they have in the image; compilers and sources stay in this stage.
+FROM environment AS operators
+ARG DEEPSPEED_OPS=
+ARG CPU_ARCH=x86-64-v3
+ARG TORCH_CUDA_ARCH_LIST=
+ARG PIP_ARGS=
+WORKDIR /opt/build
+COPY scripts/deepspeed_ops.py ./
+# hadolint ignore=DL3008,SC2086
+RUN mkdir /opt/operators \
+ && if [ -n "$DEEPSPEED_OPS" ]; then \
+        export DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+     && apt-get update \
+     && apt-get install --yes --no-install-recommends g++ python3-dev \
+     && python deepspeed_ops.py /opt/operators $PIP_ARGS; \
+    fi
+
+FROM environment
+COPY --from=operators /opt/operators/ /
 
 # The mark is the one of scripts/venv.sh: make finds the environment ready and installs nothing.
 COPY . .

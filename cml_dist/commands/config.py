@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 def config(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.config.load import dump_config, load_config, valid_keys
-    from cml_dist.config.plan import expected_processes, make_plan, plan_rows
+    from cml_dist.config.plan import make_plan, plan_rows
     from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
+    from cml_dist.parallel.launched import launched
 
     if args.keys:
         if console.interactive:
@@ -27,7 +28,7 @@ def config(args: argparse.Namespace, console: Console) -> None:
     if args.config is None:
         raise CmlError("no configuration was named", "cml-dist config CONFIG, or cml-dist config --keys")
     config = load_config(args.config, args.overrides)
-    plan = make_plan(config, expected_processes(config))
+    plan = make_plan(config, config.parallel.processes or launched().size)  # asked for, else launched, else one
     if zero_stage(plan.strategy) is not None or args.deepspeed:
         dictionary = deepspeed_config(config, plan)  # also a check of the user's own file
     if args.deepspeed:

@@ -13,6 +13,8 @@ def launch(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.launching.slurm import follow, prepare, request_of, submit
 
     batch = prepare(request_of(vars(args)))
+    if batch.warning:
+        console.warn(batch.warning)
     if args.dry_run:
         print(batch.script, end="")
         return

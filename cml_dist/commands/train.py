@@ -32,24 +32,31 @@ def train(args: argparse.Namespace, console: Console) -> int:
         with interrupts.held():
             from cml_dist.run.trainer import train
 
-        code = train(config, console, interrupts).exit_code
+        code = _exit_code(train(config, console, interrupts).exit_code)
     except (Stopped, Exception) as stopped:
         if not isinstance(stopped, Stopped) and not interrupts.cut_short:
             interrupts.patient()  # a launcher that ends all after the first must not break off who says why
             raise
         this_watch().blame(stopped)  # a launcher stops all when one dies
-        this_watch().fail(f"it was stopped by {interrupts.stop} before training began", everywhere=True)
+        code = _exit_code(STOPPED_BY_SCHEDULER)
+        cause = f"it was stopped by {interrupts.stop} before training began"
+        this_watch().fail(cause, everywhere=True, stop_code=code)  # the signal may have reached this rank alone
         console.warn(f"Stopped by {interrupts.stop} before training began; nothing is lost: run the same command again")
-        code = STOPPED_BY_SCHEDULER
     except KeyboardInterrupt:
         from cml_dist.run.folder import RunFolder
 
         if not RunFolder(config.run.dir).has_checkpoint:
             raise
         console.warn("Interrupted; the last checkpoint is whole, and the same command resumes from it")
-        this_watch().fail("it was interrupted", everywhere=True)
-        code = STOPPED_BY_USER
+        code = _exit_code(STOPPED_BY_USER)
+        this_watch().fail("it was interrupted", everywhere=True, stop_code=code)
     interrupts.deafen()
-    # Stopped and saved is not finished: a script that goes on with `&&` must be able to tell. But a launcher that may
-    # restart its processes takes any code but 0 for a fault, and would start again what was asked to stop.
+    return code
+
+
+def _exit_code(code: int) -> int:
+    """Of a run that was asked to stop, which is not finished: a script that goes on with `&&` must be able to tell.
+
+    But a launcher that may restart its processes takes any code but 0 for a fault, and would start the run again.
+    """
     return 0 if restarts()[1] > 0 else code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -128,11 +127,6 @@ def resolve_strategy(config: RunConfig, processes: int) -> tuple[str, str]:
             "set run.dtype=float32, or parallel.strategy=ddp",
         )
     return strategy, offload
-
-
-def expected_processes(config: RunConfig) -> int:
-    """The world that ``cml-dist config`` plans for: asked for, else launched, else one process."""
-    return config.parallel.processes or int(os.environ.get("WORLD_SIZE", 1))
 
 
 def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:

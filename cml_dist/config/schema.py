@@ -6,10 +6,10 @@ Unknown keys are refused with the nearest valid name (``load.py``). Nothing here
 
 from __future__ import annotations
 
-import signal
+import os
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -25,6 +25,17 @@ def _as_list(value: object) -> object:
 
 Terms = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_list)]
 """Which parameters: ``body``, ``head``, ``last:N`` or globs over canonical names (nets/partition.py)."""
+
+
+def _at_home(path: str | bool) -> str | bool:
+    """``~`` and ``~user`` as the shell means them, which leaves them as they are in ``run.dir=~/runs``."""
+    if isinstance(path, str) and (path := os.path.expanduser(path)).startswith("~"):
+        raise ValueError(f"{path!r} names no home folder that is known: write the whole path")
+    return path
+
+
+Place = Annotated[str, AfterValidator(_at_home)]
+"""A path; a URL too, where the setting says so."""
 
 
 # --------------------------------------------------------------------------- domain
@@ -79,15 +90,15 @@ class GlyphsConfig(ImageSettings):
     """Characters of many scripts rendered from matplotlib's fonts: 28x28 grey, 20 per class, nothing to download."""
 
     name: Literal["glyphs"]
-    root: str | None = Field(None, description="where the rendered shards are kept; null: the user's cache folder")
+    root: Place | None = Field(None, description="where the rendered shards are kept; null: the user's cache folder")
 
 
 class ImagesConfig(ImageSettings):
     """A packed image set: a folder or URL written by ``cml-dist data pack``."""
 
     name: Literal["images", "omniglot", "cifar_fs", "fc100", "mini_imagenet"]
-    root: str = Field(description="folder or URL of the packed set (cml-dist data pack SOURCE DEST)")
-    cache: str | None = Field(None, description="where shards of a remote root are kept; null: the user's cache folder")
+    root: Place = Field(description="folder or URL of the packed set (cml-dist data pack SOURCE DEST)")
+    cache: Place | None = Field(None, description="where shards of a remote root are kept; null: the user's cache folder")
 
 
 class SinusoidConfig(Section):
@@ -121,7 +132,7 @@ class ModelConfig(Section):
     """The network: backbone (psi) + head (theta) + co-learner (phi)."""
 
     backbone: str = Field("conv4", min_length=1, description="conv4, mlp, or any timm model by name, e.g. resnet18")
-    pretrained: bool | str = Field(
+    pretrained: Annotated[bool | str, AfterValidator(_at_home)] = Field(
         False, description="timm backbones: true for the published weights, or the path of a local weight file"
     )
     filters: int = Field(64, ge=1, le=4096, description="conv4: channels of each block")
@@ -315,7 +326,7 @@ class ParallelConfig(Section):
         "auto",
         description="what lies on the CPU: the optimizer's state (zero2, zero3) or all, with the parameters (zero3); auto: what the launcher or parallel.deepspeed says, else none",
     )
-    deepspeed: str | None = Field(
+    deepspeed: Place | None = Field(
         None, description="a DeepSpeed file (JSON) of your own, whose tuning is taken over; null: the launcher's, or none"
     )
     processes: int | None = Field(
@@ -327,7 +338,7 @@ class ParallelConfig(Section):
     timeout_s: float = Field(
         600.0,
         gt=0,
-        description="seconds after which a rank that does not move, while others wait for it, is a failure that ends all",
+        description="seconds after which a rank that does not move, while others wait for it or as the only one, is a failure that ends all; each episode, pass through the network and saved tensor is a move",
     )
     silence_s: float = Field(
         30.0, ge=3, description="seconds without a word after which a rank or its machine is taken for lost"
@@ -337,10 +348,18 @@ class ParallelConfig(Section):
     )
 
 
+STOP_SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU")
+"""What schedulers, launchers and terminals send to end a process; Ctrl-C's SIGINT besides, in every run.
+
+Of the others some come by themselves (SIGCHLD, SIGWINCH, SIGPIPE, timers), some say that a process is broken (SIGSEGV),
+and some no process can catch (SIGKILL).
+"""
+
+
 class RunSection(Section):
     """Where the run lives, and what makes it repeatable."""
 
-    dir: str = Field("runs/default", min_length=1, description="the run's folder; an existing run in it is resumed")
+    dir: Place = Field("runs/default", min_length=1, description="the run's folder; an existing run in it is resumed")
     seed: int = Field(0, ge=0, lt=2**32, description="initial parameters and training episodes")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and arithmetic")
@@ -366,11 +385,10 @@ class RunSection(Section):
 
     @field_validator("stop_signals")
     @classmethod
-    def _can_be_handled(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        known = {s.name for s in signal.Signals} - {"SIGKILL", "SIGSTOP", "SIGINT", "SIGSEGV", "SIGFPE", "SIGILL", "SIGBUS"}
+    def _ask_to_stop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name not in known:
-                raise ValueError(f"{name!r} is no signal that can be handled: give names such as SIGUSR1 and SIGTERM")
+            if name not in STOP_SIGNALS:
+                raise ValueError(f"{name!r} does not ask a process to stop: choose from {', '.join(STOP_SIGNALS)}")
         return value
 
     @field_validator("compute", mode="before")

@@ -125,7 +125,7 @@ def _join_and_measure(case: Case, board: Board, places: dict[int, Place]) -> Ite
     if place.size == 1:
         yield Finding("world", "ok", f"one process alone, on {world.device}")
         return
-    world.watch.at_end = case.at_end
+    world.watch.at_end = lambda verdict: case.at_end(verdict.what)
     problem = _measure(case, board, places, world)
     world.watch.close()  # from here on a rank that dies is a finding of the others, and not their end
     if problem is not None:

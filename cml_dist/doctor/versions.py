@@ -21,6 +21,8 @@ OPTIONAL = ("deepspeed",)
 
 ALIKE = "install the same version on every machine: results differ in their last bits, or ranks do not understand"
 
+ALIKE_OPS = "use the same image on every machine, if code of your own uses them"
+
 
 def check_versions(case: Case) -> Iterator[Finding]:
     """Python, and every package that setup.py names."""
@@ -97,9 +99,35 @@ def check_deepspeed(case: Case) -> Iterator[Finding]:
     yield Finding(
         "DeepSpeed",
         "ok",
-        f"imports, computes on {get_accelerator().device_name()}, {used}; operators: none are used, so none are built",
+        f"imports, computes on {get_accelerator().device_name()}, {used}",
         alike="install the same on every machine",
     )
+    from deepspeed.git_version_info import accelerator_name, installed_ops, torch_info
+
+    ahead = [name for name, built in installed_ops.items() if built]
+    here = (get_accelerator().device_name(), ".".join(torch.__version__.split(".")[:2]))
+    yield operators(ahead, (accelerator_name, torch_info["version"]), here)
+
+
+def operators(ahead: list[str], target: tuple[str, str], here: tuple[str, str]) -> Finding:
+    """DeepSpeed's C++ operators that were built ahead: for code of the user's own, since a run uses none.
+
+    Args:
+        ahead: their names.
+        target, here: DeepSpeed's accelerator and torch's version, as in ``("cpu", "2.14")``: those that they were built
+            for, and those of this process.
+    """
+    if not ahead:
+        return Finding("DeepSpeed ops", "ok", "a run uses none; none built ahead", alike=ALIKE_OPS)
+    value = f"a run uses none; built ahead for {target[0]}: {', '.join(sorted(ahead))}"
+    if target == here:
+        return Finding("DeepSpeed ops", "ok", value, alike=ALIKE_OPS)
+    if target[0] != here[0]:
+        value += f", but DeepSpeed is on {here[0]} here, and would compile its own"
+    else:
+        value += f", under torch {target[1]}, and refused by DeepSpeed under {here[1]}"
+    remedy = "if code of your own uses them, build them anew, for this machine (docs/containers.md)"
+    return Finding("DeepSpeed ops", "note", value, remedy, alike=ALIKE_OPS)
 
 
 def check_trackers(case: Case) -> Iterator[Finding]:

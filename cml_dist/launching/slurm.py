@@ -99,6 +99,7 @@ class Batch:
         world: nodes and processes, in words.
         signal: what makes it save and end.
         after: what becomes of it then, in words.
+        warning: of what is allowed, but hardly meant; None.
     """
 
     script: str
@@ -107,6 +108,7 @@ class Batch:
     world: str
     signal: str
     after: str
+    warning: str | None = None
 
 
 def request_of(options: Mapping[str, Any]) -> SlurmRequest:
@@ -184,6 +186,7 @@ def prepare(request: SlurmRequest) -> Batch:
         world=f"{nodes} node{'s' * (nodes != 1)} x {count}",
         signal=request.signal,
         after="goes back into the queue" if request.requeue else "ends with code 75",
+        warning=_idle(nodes * request.processes, config.train.episodes_per_step),
     )
 
 
@@ -299,6 +302,17 @@ def _check_run(request: SlurmRequest, config: RunConfig, folder: RunFolder) -> N
     make_plan(config, world)
     if folder.exists:
         folder.check_resumable(config)
+
+
+def _idle(processes: int, episodes: int) -> str | None:
+    """Each episode is one process's: where there are fewer, some processes wait for others in every step."""
+    if processes <= episodes:
+        return None
+    many = f"{episodes} episode{'s' * (episodes != 1)}"
+    return (
+        f"{processes} processes share {many} a meta-step: {processes - episodes} have nothing to do; "
+        f"set train.episodes_per_step={processes} or a multiple of it, or ask for less"
+    )
 
 
 def _check_container(request: SlurmRequest, here: Path, needed: Mapping[str, Path]) -> None:

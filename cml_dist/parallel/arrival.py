@@ -100,10 +100,10 @@ class Arriving(Watch):
             self._thread = threading.Thread(target=self._look_for_rank_0, args=(address, port), daemon=True)
             self._thread.start()
 
-    def fail(self, cause: str, *, everywhere: bool = False) -> None:
+    def fail(self, cause: str, *, everywhere: bool = False, stop_code: int | None = None) -> None:
         self.stop_looking()
         if self.joined is not None:
-            self.joined.fail(cause, everywhere=everywhere)
+            self.joined.fail(cause, everywhere=everywhere, stop_code=stop_code)
 
     def blame(self, error: BaseException) -> None:
         if self.joined is not None:

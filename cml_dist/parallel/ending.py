@@ -26,7 +26,7 @@ LINGER_S = 1.5
 
 
 def end_process(verdict: Verdict, watch: Joined, speaks: bool) -> None:
-    """Say why, show stacks where they help, end who cannot end by itself, and leave with exit code 1.
+    """Say why, show stacks where they help, end who cannot end by itself, and leave: with exit code 1, or as asked to.
 
     Args:
         speaks: whether this rank is the one that puts the line on the screen.
@@ -36,7 +36,8 @@ def end_process(verdict: Verdict, watch: Joined, speaks: bool) -> None:
         if machine == watch.me.machine and pid != os.getpid():
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-    line = f"error: {verdict.what}; {_remedy(verdict)}".rstrip("; ") + "\n"
+    kind = "error" if verdict.stop_code is None else "warning"
+    line = f"{kind}: {verdict.what}; {_remedy(verdict)}".rstrip("; ") + "\n"
     if speaks:
         # A live display may have hidden the cursor, and left it in the middle of a line.
         _write(STDERR, "\x1b[?25h\n" + line if os.isatty(STDERR) else line)
@@ -46,10 +47,10 @@ def end_process(verdict: Verdict, watch: Joined, speaks: bool) -> None:
     if verdict.stacks:
         _write(STDERR if log is None else log, f"{watch.described}; its threads:\n{_stacks()}")
     with suppress(Exception):
-        watch.at_end(verdict.what)
+        watch.at_end(verdict)
     if speaks and 0 in verdict.ranks:
         time.sleep(LINGER_S)
-    os._exit(1)
+    os._exit(1 if verdict.stop_code is None else verdict.stop_code)
 
 
 def outlast_the_launcher(watch: Watch) -> None:

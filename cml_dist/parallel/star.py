@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import selectors
 import socket
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -52,7 +53,13 @@ class Leader(Joined):
         self._guests: set[Wire] = set()
         self._lost: list[Member] = []
         self._decide_s: float | None = None
+        self._last = threading.Event()  # the others have left in peace
         self._selector.register(server, selectors.EVENT_READ, self._accept)
+
+    def outlast(self) -> None:
+        self.wait("the end of the others")
+        while not self._last.wait(TICK_S) and self._thread.is_alive():
+            pass
 
     def _accept(self) -> None:
         with suppress(OSError):
@@ -144,10 +151,12 @@ class Leader(Joined):
                 member.moved_s = now_s - message["idle_s"]
             elif "failed" in message:
                 self._remove(rank)
-                self._decide(verdicts.failed(member, message["failed"], message["everywhere"]))
+                self._decide(verdicts.failed(member, message["failed"], message["everywhere"], message["stop_code"]))
                 return
             elif "bye" in message:
                 self._remove(rank)
+                if not self._members:
+                    self._last.set()
                 return
         if not wire.open:
             self._remove(rank)
@@ -209,9 +218,9 @@ class Leader(Joined):
         for member in self._members.values():
             member.heard_s += seconds
 
-    def _tell_failure(self, cause: str, everywhere: bool) -> None:
+    def _tell_failure(self, cause: str, everywhere: bool, stop_code: int | None) -> None:
         self._look()
-        verdict = verdicts.failed(self.me, cause, everywhere)
+        verdict = verdicts.failed(self.me, cause, everywhere, stop_code)
         self._tell({"verdict": asdict(verdict)})
         for wire in self._wires.values():
             wire.flush(0.5)
@@ -239,6 +248,7 @@ class Follower(Joined):
     def __init__(self, me: Member, size: int, leader: Member, wire: Wire, **rest: Any) -> None:
         super().__init__(me, size, **rest)
         self._leader, self._wire = leader, wire
+        self._told = False  # rank 0 lives, and speaks
         leader.heard_s = time.monotonic()
         self._selector.register(wire, selectors.EVENT_READ, self._hear)
 
@@ -259,6 +269,7 @@ class Follower(Joined):
                 self._end(Verdict((self.me.rank,), message["refused"], ""))
                 return
             elif "verdict" in message:
+                self._told = True
                 self._end(Verdict.from_json(message["verdict"]))
                 return
             elif "bye" in message:  # only at the end of everything
@@ -266,6 +277,9 @@ class Follower(Joined):
                 return
         if not self._wire.open:
             self._end(verdicts.lost([self._leader]))
+
+    def _speaks(self, verdict: Verdict) -> bool:
+        return not self._told and super()._speaks(verdict)
 
     def _tick(self, now_s: float) -> None:
         self._hear()  # also what came with the welcome, of which the kernel says nothing any more
@@ -281,8 +295,8 @@ class Follower(Joined):
     def _excuse(self, seconds: float) -> None:
         self._leader.heard_s += seconds
 
-    def _tell_failure(self, cause: str, everywhere: bool) -> None:
-        self._wire.write({"failed": cause, "everywhere": everywhere})
+    def _tell_failure(self, cause: str, everywhere: bool, stop_code: int | None) -> None:
+        self._wire.write({"failed": cause, "everywhere": everywhere, "stop_code": stop_code})
         self._wire.flush(2.0)
 
     def _say_goodbye(self) -> None:

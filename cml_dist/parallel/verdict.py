@@ -52,6 +52,7 @@ class Verdict:
         what, remedy: the line for people.
         stacks: whether every rank shows what its threads do.
         everywhere: whether every rank is about to find out by itself, and rank 0 to say so.
+        stop_code: with which exit code all leave, where a rank did not fail but was asked to stop; None: it failed.
         said: the machine on whose screen the culprit has said it already; empty: none.
         stopped: (machine, pid) of culprits that cannot end by themselves.
     """
@@ -61,6 +62,7 @@ class Verdict:
     remedy: str = AGAIN
     stacks: bool = False
     everywhere: bool = False
+    stop_code: int | None = None
     said: str = ""
     stopped: tuple[tuple[str, int], ...] = ()
 
@@ -115,9 +117,10 @@ def hanging(members: Collection[Member], now_s: float, timeout_s: float) -> Verd
     return Verdict(_ranks(by_size[0][1]), what, f"check the network between the machines; then {AGAIN}", stacks=True)
 
 
-def failed(member: Member, cause: str, everywhere: bool) -> Verdict:
+def failed(member: Member, cause: str, everywhere: bool, stop_code: int | None = None) -> Verdict:
     """A rank that said so before it left."""
-    return Verdict((member.rank,), f"{member.name} failed: {cause}", "", everywhere=everywhere, said=member.machine)
+    what = f"{member.name} {'failed' if stop_code is None else 'left'}: {cause}"
+    return Verdict((member.rank,), what, "", everywhere=everywhere, stop_code=stop_code, said=member.machine)
 
 
 def missing(ranks: Sequence[int], size: int, seconds: float) -> Verdict:

@@ -41,21 +41,25 @@ MARGIN_S = 15.0
 
 
 class Watch:
-    """What the main thread sees. This one, of a world of one, has nobody to watch.
+    """What the main thread sees. This one, where there is no world yet or any more, watches nobody.
 
     Attributes:
         log: a file for this rank's own copy of what befell the world, and for stacks; None: stacks go to stderr.
-        at_end: is told why, before the watch ends this process; in the watch's thread, and for a few seconds at most.
+        at_end: hears the verdict before the watch ends this process; in the watch's thread, for a few seconds at most.
     """
 
     def __init__(self) -> None:
         self.log: TextIO | None = None
-        self.at_end: Callable[[str], None] = lambda what: None
+        self.at_end: Callable[[Verdict], None] = lambda verdict: None
         self._at: tuple[str, bool, float] = (START, False, time.monotonic())
 
     def beat(self, where: str) -> None:
         """The main thread is at work in ``where`` (for people: ``step 12, episode 3``)."""
         self._at = (where, False, time.monotonic())
+
+    def touch(self) -> None:
+        """The main thread gets on with what it is at."""
+        self.beat(self._at[0])
 
     def wait(self, where: str) -> None:
         """The main thread waits in ``where`` for other ranks, until its next beat."""
@@ -71,12 +75,13 @@ class Watch:
         finally:
             self.beat(where)
 
-    def fail(self, cause: str, *, everywhere: bool = False) -> None:
+    def fail(self, cause: str, *, everywhere: bool = False, stop_code: int | None = None) -> None:
         """Tell the others why this rank is about to leave.
 
         Args:
             cause: one line.
             everywhere: every rank is about to find out by itself: they get the time to.
+            stop_code: it does not fail, but was asked to stop: who does not find out by itself leaves with this code.
         """
 
     def blame(self, error: BaseException) -> None:
@@ -87,6 +92,9 @@ class Watch:
 
     def await_verdict(self, seconds: float) -> None:
         """Give the watch time to end the process, if it is about to."""
+
+    def outlast(self) -> None:
+        """At the end of all, rank 0: wait until the others have left, and watch them meanwhile."""
 
     def close(self) -> None:
         """Leave in peace."""
@@ -164,10 +172,12 @@ class Joined(Watch):
         if why is not None:
             error = WorldError(why.what, why.remedy)
             error.everywhere = 0 not in why.ranks
+            if why.stop_code is not None:
+                error.exit_code = why.stop_code
             raise error
 
-    def fail(self, cause: str, *, everywhere: bool = False) -> None:
-        self._order("fail", (cause, everywhere))
+    def fail(self, cause: str, *, everywhere: bool = False, stop_code: int | None = None) -> None:
+        self._order("fail", (cause, everywhere, stop_code))
 
     def blame(self, error: BaseException) -> None:
         if not isinstance(error, CmlError) and error is not self._blamed:
@@ -305,7 +315,7 @@ class Joined(Watch):
         """This process stood still: nobody was silent meanwhile."""
         raise NotImplementedError
 
-    def _tell_failure(self, cause: str, everywhere: bool) -> None:
+    def _tell_failure(self, cause: str, everywhere: bool, stop_code: int | None) -> None:
         raise NotImplementedError
 
     def _say_goodbye(self) -> None:

@@ -28,10 +28,11 @@ from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CmlError, WorldError
 from cml_dist.parallel.allocator import give_back_freed_memory, keep_freed_memory
+from cml_dist.parallel.alone import watched_alone
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
 from cml_dist.parallel.ending import outlast_the_launcher
 from cml_dist.parallel.interface import choose_interface
-from cml_dist.parallel.launched import Launched, check_launch, forget_others
+from cml_dist.parallel.launched import Launched, check_launch, forget_others, launched
 from cml_dist.parallel.meeting import group_timeout, meet
 from cml_dist.parallel.watch import Watch, keep_watch, this_watch
 
@@ -142,10 +143,14 @@ class World:
         return self.together(work)
 
     def close(self) -> None:
-        """Leave the process group. Collective: all ranks."""
+        """Leave the process group once all are here, watched to the end. Collective: all ranks."""
+        self.watch.beat("the end")
+        self.max(0.0)  # who does not come is told of; without rank 0 nobody would be
+        self.watch.beat("leaving the process group")
         self.accelerator.end_training()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        self.watch.outlast()
         self.watch.close()
 
 
@@ -203,6 +208,20 @@ def join_world(config: RunConfig) -> World:
         device=accelerator.device,
         watch=this_watch(),
     )
+
+
+@contextmanager
+def joined_world(config: RunConfig) -> Iterator[World]:
+    """The world of :func:`join_world`, left in order at the end; also a process that is alone is watched meanwhile.
+
+    After an error nothing is left in order: the others may never come, and a process group would wait for them.
+
+    Collective: all ranks.
+    """
+    with watched_alone(config.parallel.timeout_s) if launched().size == 1 else nullcontext():
+        world = join_world(config)
+        yield world
+        world.close()
 
 
 def _join_group(config: RunConfig, here: Launched, use_cpu: bool, by_deepspeed: bool) -> None:

@@ -128,4 +128,6 @@ def assemble(
         autocast=autocast_type(config),
         path_device=torch.device("cpu") if plan.copies == "cpu" else None,
     )
+    # An episode of many inner steps and micro-batches may take longer than the watch's patience, a pass hardly can.
+    model.problem.structure.register_forward_pre_hook(lambda *_: world.watch.touch())
     return Parts(domain, net, model, dtype, plan)

@@ -48,6 +48,7 @@ class Checkpoint:
         step: meta-steps done.
         state: small JSON values: the best validation so far, counters.
         layout: type and shape of every tensor.
+        sha256: of all of it.
     """
 
     def __init__(self, path: Path, file: StreamReader, meta: Mapping[str, Any]) -> None:
@@ -55,6 +56,7 @@ class Checkpoint:
         self.step: int = meta["step"]
         self.state: dict[str, Any] = meta["state"]
         self.layout: Layout = file.layout
+        self.sha256: str = meta["sha256"]
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU. Raises DamagedCheckpoint where the disk no longer gives it."""
@@ -169,13 +171,19 @@ def _write(
         raise
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: str | Path, verified: str | None = None, progress: Callable[[], None] = lambda: None) -> Checkpoint:
     """Open and verify one checkpoint, tensor by tensor.
+
+    Args:
+        verified: SHA-256 of the one that is meant, where another process has just read it on this machine: its tensors
+            are not read again.
+        progress: called with each tensor that is read.
 
     Raises:
         DamagedCheckpoint: missing, truncated or altered.
         CheckpointError: of another format, or under the name of another step.
     """
+    path = Path(path)
     with _damage_named(path):
         file = StreamReader(path)
         meta = json.loads(file.metadata["cml_dist"])
@@ -184,19 +192,28 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"checkpoint {path} has format {version}, this version reads {FORMAT}", "use the version that wrote it"
         )
-    content = tensor_bytes if version == 1 else _sha256
+
+    def content(name: str) -> bytes | memoryview:
+        progress()
+        return (tensor_bytes if version == 1 else _sha256)(file.read(name))
+
     with _damage_named(path):
-        if _digest(meta, file.layout, lambda name: content(file.read(name))) != expected:
+        if (_digest(meta, file.layout, content) if verified is None else verified) != expected:
             raise ValueError("its contents do not match their SHA-256")
     if path.name != path_of(path.parent, meta["step"]).name:
         raise CheckpointError(
             f"{path} holds step {meta['step']}", f"rename it to {path_of(path.parent, meta['step']).name}"
         )
-    return Checkpoint(path, file, meta)
+    return Checkpoint(path, file, {**meta, "sha256": expected})
 
 
-def load_newest(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
+def load_newest(
+    folder: Path, progress: Callable[[], None] = lambda: None
+) -> tuple[Checkpoint | None, list[CheckpointError]]:
     """The newest checkpoint that is whole, and the faults of the newer ones that are not.
+
+    Args:
+        progress: see :func:`load`.
 
     Raises:
         CheckpointError: there are checkpoints, and none is whole.
@@ -204,7 +221,7 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]
     faults: list[CheckpointError] = []
     for step in reversed(steps_in(folder)):
         try:
-            return load(path_of(folder, step)), faults
+            return load(path_of(folder, step), progress=progress), faults
         except DamagedCheckpoint as error:
             faults.append(error)
     if faults:

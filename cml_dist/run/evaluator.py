@@ -15,6 +15,7 @@ from cml_dist.meta.problem import Method, Problem
 from cml_dist.parallel.world import World
 from cml_dist.run.interrupts import Stopped
 from cml_dist.run.stream import EpisodeStream
+from cml_dist.run.unfinished import Unfinished
 from cml_dist.types import BODY, Episode, Learner, Params
 
 
@@ -78,6 +79,7 @@ def evaluate(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    kept: Unfinished | None = None,
 ) -> dict[str, EvalReport]:
     """Score each learner on episodes 0 .. num_episodes - 1 of a split, shared out over the ranks.
 
@@ -86,28 +88,40 @@ def evaluate(
 
     Args:
         stop: asked before each episode: whether to break off.
+        kept: where it goes on, if it was broken off before; it is kept anew at the end, or where it breaks off.
 
     Raises:
         Stopped: on all ranks, where one broke off.
     """
     if inner_steps is not None:
         method = replace(method, inner_steps=inner_steps)
-    mine = range(world.rank, num_episodes, world.size)
-    scores = torch.zeros(len(learners), num_episodes, dtype=torch.float64)
+    # A row a learner, and one that tells which episodes are done.
+    table = torch.zeros(len(learners) + 1, num_episodes, dtype=torch.float64)
+    if kept is not None:
+        if world.is_main:
+            kept.read_into(table)
+        table = world.sum(table.flatten()).reshape_as(table)
+    left = torch.nonzero(table[-1] == 0).flatten().tolist()
+    mine = left[world.rank :: world.size]
+    if not world.is_main:  # what is done counts once
+        table = torch.zeros_like(table)
     broken_off = 0.0
     stream = EpisodeStream(domain, split, mine, device=world.device, dtype=dtype, workers=workers)
     world.watch.beat(f"{split}, episode 1 of {len(mine)}")
-    for done, episode in enumerate(stream, start=1):
+    for count, episode in enumerate(stream, start=1):
         if stop is not None and stop():
             broken_off = 1.0
             break
         for row, learner in enumerate(learners):
-            scores[row, episode.index] = score_episode(params, episode, problem, method, learner, co_adapt).double()
+            table[row, episode.index] = score_episode(params, episode, problem, method, learner, co_adapt).double()
+        table[-1, episode.index] = 1.0
         if progress is not None:
-            progress(min(done * world.size, num_episodes))
-        world.watch.beat(f"{split}, episode {done + 1} of {len(mine)}")
-    *_, broken_off = summed = world.sum(torch.cat([scores.flatten(), torch.tensor([broken_off], dtype=torch.float64)]))
+            progress(num_episodes - len(left) + min(count * world.size, len(left)))
+        world.watch.beat(f"{split}, episode {count + 1} of {len(mine)}")
+    *_, broken_off = summed = world.sum(torch.cat([table.flatten(), torch.tensor([broken_off], dtype=torch.float64)]))
+    table = summed[:-1].reshape_as(table)
+    if kept is not None:
+        world.together(lambda: kept.write(table) if world.is_main else None)
     if broken_off > 0:
         raise Stopped
-    scores = summed[:-1].reshape_as(scores)
-    return {learner: EvalReport(scores[row]) for row, learner in enumerate(learners)}
+    return {learner: EvalReport(table[row]) for row, learner in enumerate(learners)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,8 @@ def export_run(
     ``timm.create_model(name, checkpoint_path=...)`` reads it.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or the folder cannot be written.
+        CheckpointError: there is no such checkpoint, the folder cannot be written, or a later start of the run has
+            taken it over.
     """
     choice = choose_checkpoint(folder, which)
     choice.say(console)
@@ -83,14 +86,13 @@ def export_run(
     }
     try:
         target.mkdir(parents=True, exist_ok=True)
-        _save_tensors(target / WEIGHTS, tensors)
+        _save_tensors(target / WEIGHTS, tensors, folder.check_ours)
         if for_timm is not None:
-            _save_tensors(target / TIMM_WEIGHTS, for_timm[0])
+            _save_tensors(target / TIMM_WEIGHTS, for_timm[0], folder.check_ours)
         card = _card(config, description, params, has_batch_norm(parts.net) and config.model.norm == "batch")
+        folder.check_ours()
         (target / CARD).write_text(card, encoding="utf-8")
     except OSError as error:
-        for file in target.glob(".*.writing"):
-            file.unlink(missing_ok=True)
         reason = error.strerror or error
         raise CheckpointError(
             f"cannot export to {target}: {reason}", "free space or choose another folder with --to"
@@ -99,14 +101,21 @@ def export_run(
     return target
 
 
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def _save_tensors(path: Path, tensors: dict[str, Tensor], before: Callable[[], None]) -> None:
+    """Write a file under a temporary name, and rename it after ``before``, which may call it off."""
     temporary = path.with_name(f".{path.name}.writing")
-    # Not by the library's save_file, which makes files that nobody but their owner may read, whatever the umask.
-    with StreamWriter(temporary, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, {}) as writer:
-        for name, tensor in tensors.items():
-            writer.put(name, tensor.cpu())
-        writer.finish({})
-    os.replace(temporary, path)
+    try:
+        # Not by the library's save_file, which makes files that nobody but their owner may read, whatever the umask.
+        with StreamWriter(temporary, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, {}) as writer:
+            for name, tensor in tensors.items():
+                writer.put(name, tensor.cpu())
+            writer.finish({})
+        before()
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _as_timm_model(

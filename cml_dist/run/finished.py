@@ -8,7 +8,7 @@ from pathlib import Path
 from cml_dist.config.load import merge, parse_config
 from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
-from cml_dist.parallel.world import join_world, set_arithmetic
+from cml_dist.parallel.world import joined_world, set_arithmetic
 from cml_dist.run.assemble import assemble
 from cml_dist.run.export import export_run
 from cml_dist.run.folder import RunFolder
@@ -33,26 +33,24 @@ def run_config(run_dir: str | Path, overrides: Sequence[str]) -> RunConfig:
 def evaluate_run(run_dir: str, overrides: Sequence[str], which: str, console: Console) -> dict:
     """Test a run's checkpoint and write its figures (:func:`score_run`). Collective: all ranks."""
     config = run_config(run_dir, overrides)
-    world = join_world(config)
-    set_arithmetic(config, world)
-    with preparing(console) as progress:
-        parts = assemble(config, make_plan(config, world.size), world, progress, training=False)
-    summary = score_run(config, parts.plan, parts, RunFolder(run_dir), world, console, which)
-    world.close()
-    return summary
+    with joined_world(config) as world:
+        set_arithmetic(config, world)
+        with preparing(console) as progress:
+            parts = assemble(config, make_plan(config, world.size), world, progress, training=False)
+        return score_run(config, parts.plan, parts, RunFolder(run_dir), world, console, which)
 
 
 def export_again(run_dir: str, overrides: Sequence[str], which: str, to: str | None, console: Console) -> None:
     """Export a run's checkpoint. Collective: all ranks (rank 0 writes)."""
     config = run_config(run_dir, overrides)
-    world = join_world(config)
-    with preparing(console) as progress:
-        parts = assemble(config, make_plan(config, world.size), world, progress, training=False)
+    with joined_world(config) as world:
+        with preparing(console) as progress:
+            parts = assemble(config, make_plan(config, world.size), world, progress, training=False)
 
-    def write() -> None:
-        if world.is_main:
-            made = export_run(config, parts, RunFolder(run_dir), console, which, to)
-            console.note(f"Exported model: {made}")
+        def write() -> None:
+            world.watch.beat("the export")
+            if world.is_main:
+                made = export_run(config, parts, RunFolder(run_dir), console, which, to)
+                console.note(f"Exported model: {made}")
 
-    world.together(write)
-    world.close()
+        world.together(write)

@@ -2,7 +2,8 @@
 
 Two means. ``lock`` is held (flock) while a process lives; a killed one lets go at once. ``lease.json`` names the
 writer, who looks at it before each write: a later start of the same job (:meth:`Start.succeeds`) takes it over, held or
-not, and a file system without locks has this alone.
+not, and a file system without locks has this alone. Until the old writer lets go the new one has no lock; ``lock``
+names the last one that had it.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Lease:
         self._folder, self._start = folder, start
         self._file, self._lock_file = folder / "lease.json", folder / "lock"
         self._token = uuid.uuid4().hex
-        # "a" and not "w": the file of the holder must survive a refused second trainer.
-        self._lock: TextIO | None = open(self._lock_file, "a+")
+        # Not emptied: the file of the holder must survive a refused second trainer.
+        self._lock: TextIO | None = os.fdopen(os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o666), "r+")
         try:
             self._take()
         except BaseException:
@@ -86,7 +87,9 @@ class Lease:
             locks = False
             held = holder is not None and quiet_s < FRESH_S
         if locks and not held:
-            held = not self._lock_is_there()
+            # Free, but not for us where its file is gone, or whose lease it is has not come to take it yet.
+            awaited = holder is not None and quiet_s < FRESH_S and self._last_locked() != holder["token"]
+            held = awaited or not self._lock_is_there()
         if holder and quiet_s < LATER_S and _start_of(holder).succeeds(self._start):
             # It may not have the lock yet, which its predecessor lets go only now, to be started again in place.
             raise self._taken_over(holder)
@@ -98,11 +101,21 @@ class Lease:
             )
         fresh = self._file.with_name(f".lease.json.{self._token}")
         try:
+            if locks and not held:
+                self._mark_locked()
             fresh.write_text(json.dumps({"token": self._token, **asdict(self._start)}) + "\n")
             os.replace(fresh, self._file)
         except OSError:  # no space
             fresh.unlink(missing_ok=True)
             raise
+
+    def _last_locked(self) -> str:
+        """The token of the last lease whose owner held the lock."""
+        return os.pread(self._lock.fileno(), len(self._token), 0).decode(errors="replace")
+
+    def _mark_locked(self) -> None:
+        """Only who holds the lock writes into its file."""
+        os.pwrite(self._lock.fileno(), self._token.encode(), 0)
 
     def _lock_is_there(self) -> bool:
         """Whether the file that is locked is still the folder's: a run that never began removes it as it leaves."""
@@ -134,9 +147,12 @@ class Lease:
     def renew(self) -> None:
         """Show that the owner lives, and lock what was taken over once its old owner has gone; see :meth:`check`."""
         self.check()
-        with suppress(OSError, TypeError, ValueError):  # also released meanwhile, by the trainer's own thread
+        # Also released meanwhile, by the trainer's own thread.
+        with suppress(OSError, AttributeError, TypeError, ValueError):
             os.utime(self._file)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._last_locked() != self._token:
+                self._mark_locked()
 
     def release(self, *, began: bool) -> None:
         """Let others in; where the run never ``began``, leave no trace."""

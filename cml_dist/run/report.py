@@ -18,6 +18,8 @@ from cml_dist.run.assemble import Parts
 from cml_dist.run.checkpoint import Checkpoint, DamagedCheckpoint
 from cml_dist.run.evaluator import EvalReport, evaluate
 from cml_dist.run.folder import RunFolder, write_bytes, write_json
+from cml_dist.run.same_checkpoint import same_checkpoint
+from cml_dist.run.unfinished import Unfinished, forget_unfinished
 from cml_dist.telemetry.console import Console, ResultRow
 from cml_dist.types import Params
 
@@ -42,10 +44,15 @@ class Choice:
             console.warn(f"{fault.what}: step {self.checkpoint.step} is used ({self.how})")
 
 
-def choose_checkpoint(folder: RunFolder, which: str = "best") -> Choice:
+def choose_checkpoint(
+    folder: RunFolder, which: str = "best", progress: Callable[[], None] = lambda: None
+) -> Choice:
     """The checkpoint of the best validation (``best``), the newest (``last``), or of a step (its number).
 
     Where ``best`` has none (never validated, or damaged) it is the newest, which then is called ``last``.
+
+    Args:
+        progress: see :func:`checkpoints.load`.
 
     Raises:
         CheckpointError: there is none, or none that is whole.
@@ -56,8 +63,9 @@ def choose_checkpoint(folder: RunFolder, which: str = "best") -> Choice:
                 f"{folder.path} keeps no checkpoint {which!r}",
                 f"use best, last, or one of the steps {checkpoints.steps_in(folder.checkpoints)}",
             )
-        return Choice(checkpoints.load(checkpoints.path_of(folder.checkpoints, int(which))), which)
-    newest, faults = checkpoints.load_newest(folder.checkpoints)
+        path = checkpoints.path_of(folder.checkpoints, int(which))
+        return Choice(checkpoints.load(path, progress=progress), which)
+    newest, faults = checkpoints.load_newest(folder.checkpoints, progress)
     if newest is None:
         raise CheckpointError(f"{folder.path} has no checkpoint yet", "train it first: cml-dist train")
     best = newest.state.get("best")
@@ -66,7 +74,7 @@ def choose_checkpoint(folder: RunFolder, which: str = "best") -> Choice:
             return Choice(newest, "best", tuple(faults))
         try:
             path = checkpoints.path_of(folder.checkpoints, best["step"])
-            return Choice(checkpoints.load(path), "best", tuple(faults))
+            return Choice(checkpoints.load(path, progress=progress), "best", tuple(faults))
         except DamagedCheckpoint as error:
             faults.append(error)
     return Choice(newest, "last", tuple(faults))
@@ -97,21 +105,36 @@ def score_run(
     settings and checkpoint are the run's own, else named by what is not.
 
     Args:
-        stop: asked before each episode: whether to break off, and raise Stopped on all ranks.
+        stop: asked before each episode: whether to break off, and raise Stopped on all ranks; the next test goes on
+            there. None: nothing breaks it off, and nothing is kept.
+
+    Raises:
+        CheckpointError: there is no checkpoint, none that fits, or a later start of the run has taken over the folder.
 
     Collective: all ranks.
     """
-    choice = world.together(lambda: choose_checkpoint(folder, which))
+    world.watch.beat("looking for a checkpoint")
+
+    def look() -> tuple[Checkpoint, tuple[str, tuple[CheckpointError, ...]]]:
+        choice = choose_checkpoint(folder, which, world.watch.touch)
+        return choice.checkpoint, (choice.how, choice.passed_over)
+
+    checkpoint, (how, passed_over) = same_checkpoint(world, look, console.note)
+    choice = Choice(checkpoint, how, passed_over)
     choice.say(console)
-    checkpoint = choice.checkpoint
     world.together(lambda: checkpoints.check_fits(checkpoint, checkpoints.layout_of(parts.net)))
     world.together(lambda: checkpoints.check_constants(checkpoint, parts.net))
     params = world.together(checkpoint.params)
-    reports = _score(config, plan, parts, world, console, params, "Testing", stop)
+
+    def kept(params: str) -> Unfinished | None:
+        what = {"params": params, "step": checkpoint.step, "data": parts.domain.fingerprint()}
+        return None if stop is None else Unfinished(folder, what | config.eval.model_dump(mode="json"))
+
+    reports = _score(config, plan, parts, world, console, params, "Testing", stop, kept("trained"))
     initial = {n: p.detach() for n, p in parts.net.named_parameters()}
     floor: dict[str, EvalReport] = {}
     if config.eval.untrained:
-        floor = _score(config, plan, parts, world, console, initial, "Testing untrained", stop)
+        floor = _score(config, plan, parts, world, console, initial, "Testing untrained", stop, kept("untrained"))
     summary: dict[str, Any] = {learner: report.summary() for learner, report in reports.items()}
     summary |= {
         "untrained": {learner: report.summary() for learner, report in floor.items()},
@@ -125,16 +148,23 @@ def score_run(
         "co_adapt": config.eval.co_adapt,
         "seed": config.eval.seed,
     }
-    if world.is_main:
+    summary_file, scores_file = folder.eval_files(summary["overrides"], which)
+
+    def write() -> None:
         arrays = {learner: report.scores.numpy() for learner, report in reports.items()}
         arrays |= {f"untrained_{learner}": report.scores.numpy() for learner, report in floor.items()}
         scores = io.BytesIO()
         np.savez(scores, **arrays)
-        summary_file, scores_file = folder.eval_files(summary["overrides"], which)
+        folder.check_ours()
         for path in (scores_file, folder.scores_file):
             write_bytes(path, scores.getvalue())
         for path in (summary_file, folder.eval_file):
             write_json(path, summary)
+        if stop is not None:
+            forget_unfinished(folder)
+
+    world.together(write if world.is_main else lambda: None)
+    if world.is_main:
         rows = [_row(learner_name(config.method.name, learner), report) for learner, report in reports.items()]
         rows += [_row(f"untrained {learner_name(config.method.name, learner)}", r) for learner, r in floor.items()]
         if parts.domain.chance is not None:
@@ -155,6 +185,7 @@ def _score(
     params: Params,
     what: str,
     stop: Callable[[], bool] | None,
+    kept: Unfinished | None,
 ) -> dict[str, EvalReport]:
     params = {n: p.to(world.device, parts.dtype) for n, p in params.items()}
     model = parts.model.to(world.device)
@@ -173,6 +204,7 @@ def _score(
             workers=config.domain.workers,
             progress=view.update,
             stop=stop,
+            kept=kept,
         )
 
 

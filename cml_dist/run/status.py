@@ -108,8 +108,8 @@ def this_start() -> Start:
     environment, host = os.environ, socket.gethostname()
     job, launcher = environment.get("SLURM_JOB_ID") or None, None
     if "TORCHELASTIC_RUN_ID" in environment:
-        step = environment.get("SLURM_STEP_ID")  # its launchers, one a node, are one
-        launcher = f"{host}:{os.getppid()}:{_began(os.getppid())}" if step is None else f"step {step}"
+        # That of rank 0, which stays where it is when launchers of several machines start again in place.
+        launcher = f"{host}:{os.getppid()}:{_began(os.getppid())}"
     requeued, (in_place, _) = int(environment.get("SLURM_RESTART_COUNT") or 0), restarts()
     return Start(host, os.getpid(), job, requeued, launcher, in_place)
 

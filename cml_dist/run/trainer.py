@@ -12,7 +12,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,24 +22,27 @@ import torch
 from cml_dist import __version__
 from cml_dist.config.plan import RunPlan, make_plan, plan_rows, share
 from cml_dist.config.schema import RunConfig
-from cml_dist.errors import CheckpointError, CmlError, TrainingError, WorldError
+from cml_dist.errors import CheckpointError, CmlError, TrainingError
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
 from cml_dist.parallel.ending import restarts
 from cml_dist.parallel.launched import idle_nodes
-from cml_dist.parallel.world import World, join_world, set_arithmetic
+from cml_dist.parallel.verdict import Verdict
+from cml_dist.parallel.world import World, joined_world, set_arithmetic
 from cml_dist.parallel.zero import build_strategy
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.checkpoint import Checkpoint
 from cml_dist.run.evaluator import evaluate
 from cml_dist.run.export import export_run
-from cml_dist.run.folder import SEEN_WITHIN_S, RunFolder, append_json_line, same_everywhere, write_text
+from cml_dist.run.folder import RunFolder, append_json_line, same_everywhere, write_text
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 from cml_dist.run.optim import learning_rate
 from cml_dist.run.report import learner_name, score_run
+from cml_dist.run.same_checkpoint import same_checkpoint
 from cml_dist.run.session import session_record, session_rows, set_rows, set_warning, versions
 from cml_dist.run.status import RunStatus, State, now, this_start
 from cml_dist.run.stream import EpisodeStream, rank_share
+from cml_dist.run.unfinished import Unfinished, forget_unfinished
 from cml_dist.telemetry.console import BothConsole, Console, ResultRow
 from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
 from cml_dist.telemetry.preparing import preparing
@@ -75,19 +78,18 @@ def train(config: RunConfig, console: Console, interrupts: Interrupts | None = N
         CmlError: anything a user can mend; on all ranks where all can know of it.
         Stopped: asked to stop before there was anything to save.
     """
-    with nullcontext(interrupts) if interrupts is not None else Interrupts(config.run.stop_signals) as interrupts:
-        world = join_world(config)
+    with (
+        nullcontext(interrupts) if interrupts is not None else Interrupts(config.run.stop_signals) as interrupts,
+        joined_world(config) as world,
+    ):
         run = _Run(config, world, console, interrupts)
         try:
-            outcome = run.go()
+            return run.go()
         except BaseException as error:
             run.fail(error)
             raise
         finally:
             run.close()
-    # Only here: after an error the other ranks may never come, and a group that is left in order waits for them.
-    world.close()
-    return outcome
 
 
 class _Run:
@@ -179,11 +181,11 @@ class _Run:
         with suppress(CmlError):  # the first error counts
             self._tell("stopped" if asked else "failed", reason)
 
-    def _lost(self, what: str) -> None:
+    def _lost(self, verdict: Verdict) -> None:
         """The watch is about to end this process, from a thread of its own: what it says is the last word."""
         self.lost = True
         if self.folder.claimed and self.folder.exists:
-            self._write_status("failed", what)
+            self._write_status("failed" if verdict.stop_code is None else "stopped", verdict.what)
 
     def _tell(self, state: State, reason: str) -> None:
         """Rank 0 writes ``status.json``."""
@@ -218,6 +220,7 @@ class _Run:
 
     def close(self) -> None:
         """Close the files; the folder is free for another trainer."""
+        self.world.watch.beat("closing files and trackers")
         if self.metrics is not None:
             self.metrics.close()
         self.trackers.close()
@@ -234,42 +237,36 @@ class _Run:
 
     def _resume(self) -> None:
         """Load the newest whole checkpoint, and drop the metrics of steps after it."""
-        found, faults = self._newest_checkpoint()
+        world = self.world
+        found, faults = same_checkpoint(
+            world, lambda: checkpoints.load_newest(self.folder.checkpoints, world.watch.touch), self.console.note
+        )
         step = -1 if found is None else found.step
         for fault in faults:
             self.console.warn(f"{fault.what}: the one before it is used")
         if faults and self.world.is_main:
+            self.folder.check_ours()
             checkpoints.set_aside(self.folder.checkpoints, step)
         if found is not None:
             self.world.together(lambda: checkpoints.check_fits(found, self.strategy.saved_layout()))
             self.world.together(lambda: self._check_data(found))
-            self.strategy.load(found.read, found.layout)
+            self.strategy.load(self._read_from(found), found.layout)
             self.step, self.state = found.step, {**self.state, **found.state}
             self.console.note(f"Resuming at step {self.step} of {self.config.train.steps} from {found.path}")
         if self.world.is_main:
+            self.folder.check_ours()  # loading the data may have taken as long as a requeue
             self.metrics = MetricsWriter(self.folder.metrics_file)
             self.metrics.truncate_after(self.step)
             MetricsWriter(self.folder.validation_file).truncate_after(self.state["validated"])
 
-    def _newest_checkpoint(self) -> tuple[Checkpoint | None, list[CheckpointError]]:
-        """See :func:`checkpoints.load_newest`; the same one on all ranks, also soon after rank 0 has saved one.
+    def _read_from(self, found: Checkpoint) -> Callable[[str], torch.Tensor]:
+        """Reads a tensor, of which the watch hears: a large model on a slow disk takes its time."""
 
-        Raises:
-            WorldError: they see different ones, also after the time for which NFS may show an old view.
-        """
-        for wait_s in (SEEN_WITHIN_S, 0.0):
-            found, faults = self.world.together(lambda: checkpoints.load_newest(self.folder.checkpoints))
-            step = -1 if found is None else found.step
-            if self.world.max(step) == -self.world.max(-step):
-                return found, faults
-            if wait_s:
-                self.console.note("The processes see different checkpoints: the file system gets a minute to show all")
-            time.sleep(wait_s)
-        raise WorldError(
-            f"the processes see different checkpoints in {self.folder.checkpoints} "
-            f"(rank {self.world.rank}: step {step})",
-            "put run.dir on a file system that all machines share",
-        )
+        def read(name: str) -> torch.Tensor:
+            self.world.watch.beat(f"reading step {found.step}")
+            return found.read(name)
+
+        return read
 
     def _check_data(self, found: Checkpoint) -> None:
         """Where the set lies may change from start to start, but not what is in it."""
@@ -286,6 +283,7 @@ class _Run:
         if not self.world.is_main:
             return
         record = session_record(self.plan, self.parts, self.world, self.threads, self.step)
+        self.folder.check_ours()
         self.folder.begin(self.config)
         if zero_stage(self.plan.strategy) is not None:
             dictionary = json.dumps(deepspeed_config(self.config, self.plan), indent=2)
@@ -477,6 +475,7 @@ class _Run:
                 workers=config.domain.workers,
                 progress=view.update,
                 stop=self._stop_wanted,
+                kept=Unfinished(self.folder, {"validation": self.step, "data": self.state["data"], "learner": learner}),
             )[learner]
         best = self.state["best"]
         sign = 1 if domain.higher_is_better else -1
@@ -488,6 +487,7 @@ class _Run:
         if self.world.is_main:
             self.folder.check_ours()
             append_json_line(self.folder.validation_file, line)
+            forget_unfinished(self.folder)
         self.trackers.validation(line, domain.score_name)
         row = ResultRow(learner_name(config.method.name, learner), report.mean, report.ci95, len(report.scores))
         self.console.validation(self.step, [row], score_name=domain.score_name, best=self._best())

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Runs once on each node, started by srun (job.sh): this node's processes, and SLURM's signals for them.
-# Arguments: CONFIG and key=value overrides. Settings: the batch script's environment.
+# Arguments: CONFIG and key=value overrides. Settings: the batch script's environment; besides, REJOIN_S (60): so long
+# a node whose processes have ended waits for the other nodes to start again with it.
 set -euo pipefail
 
 # SLURM_NODEID is this node's own only here, inside srun. The address: the name of the step's first node, by hand since
@@ -28,10 +29,30 @@ trap '' USR1 USR2 TERM # inherited: a process that is not up yet ignores them
 launcher=$!
 stopping=
 trap 'stopping=yes' USR1 USR2 TERM # a process that was stopped and saved leaves with 0, since MAX_RESTARTS is not 0
+# shellcheck disable=SC2086 # one word a process
+in_proc() { printf "/proc/%s/$1 " $children; } # the file of that name of each child of the launcher
+met='' seen=0
+# shellcheck disable=SC2046,SC2086 # one word a process
 while kill -0 "$launcher" 2>/dev/null; do
-    if [ -n "$stopping" ]; then # every second: a process may just be starting
-        # shellcheck disable=SC2046 # one word a process
-        kill -USR1 $(cat /proc/"$launcher"/task/*/children) 2>/dev/null || true
+    children=$(cat /proc/"$launcher"/task/*/children 2>/dev/null) || true
+    [ -z "$stopping" ] || kill -USR1 $children 2>/dev/null || true # each second: a process may just be starting
+    # A launcher that asks a lost node does not bury its dead.
+    if grep -qs '^State:.[^XZ]' $(in_proc status); then
+        seen=$SECONDS
+        # What the launcher itself asks for (nvidia-smi, say) is no process of the run.
+        [ -n "$met" ] || ! grep -qzs '^TORCHELASTIC_RUN_ID=' $(in_proc environ) || met=yes
+    elif [ -n "$met" ] && [ "$nodes" -gt 1 ] && [ $((SECONDS - seen)) -ge "${REJOIN_S:-60}" ]; then
+        # torch has one time for this and for the first start, when a node may come late.
+        echo "error: ${SLURMD_NODENAME:-$HOSTNAME}: the other nodes did not come back within ${REJOIN_S:-60} s" >&2
+        kill -KILL "$launcher"
+        exit 1
+    elif [ "$SLURM_NODEID$met" = 0 ] && [ "$nodes" -gt 1 ] && [ $((SECONDS - seen)) -ge 60 ]; then
+        seen=$SECONDS # the first node asks each minute; a container has no srun
+        if type srun &>/dev/null && node_is_lost; then
+            echo "error: a node was lost before the run began" >&2
+            kill -KILL "$launcher"
+            exit 1
+        fi
     fi
     sleep 1
 done

@@ -48,6 +48,8 @@ class Cluster:
             "SLURM_LAB_GRACE": "120",
             # Also how long a credential holds: a node that has just been killed may take its time to start a step.
             "SLURM_LAB_REQUEUE_WAIT": "25",
+            # As SLURM has it: job.sh must not wait until SLURM sees that a node is lost.
+            "SLURM_LAB_NODE_TIMEOUT": "300",
             "PYTHONPATH": str(ROOT),
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
@@ -68,17 +70,18 @@ class Cluster:
         command = [str(TOOL), *words]
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout_s)
 
-    def run(self, *command: str, cwd: Path | None = None) -> str:
+    def run(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
         """What a command prints on the login node; it must succeed."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, cwd=cwd)
+        env = self.env | environment
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, cwd=cwd)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def launch(self, folder: Path, *words: str) -> Job:
+    def launch(self, folder: Path, *words: str, **environment: str) -> Job:
         """``cml-dist launch slurm sinusoid``, with the log beside the run's ``folder``."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "cml_dist", "launch", "slurm", "sinusoid", f"run.dir={folder}", *FAST, *words]
-        said = self.run(*command, cwd=folder.parent)
+        said = self.run(*command, cwd=folder.parent, **environment)
         return Job(self, re.match(r"Submitted job (\d+)", said)[1], folder, Path(re.search(r"tail -F (.*)", said)[1]))
 
 

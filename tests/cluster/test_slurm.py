@@ -13,12 +13,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from slurm_lab import FAST, ROOT, Cluster, Job
+from slurm_lab import ROOT, Cluster, Job
 
 from cml_dist.launching.batch_script import fill_in
+from cml_dist.run.folder import RunFolder
 
 TWO_NODES = ("--nodes=2", "--processes-per-node=1")
 ENDLESS = ("train.steps=100000", "train.episodes_per_step=40", "run.dtype=float64", "checkpoint.every=7")
+ZERO2_STEPS = 40
+TASKS = [f"{backbone}-seed{seed}" for backbone in ("test_resnet", "conv4") for seed in (0, 1)]
+"""Of the array, in its order."""
+
+IN_HASTE = {"REJOIN_S": "10", "SLURM_WAIT": "5"}
+"""Seconds that a launcher waits for a lost node, and srun after it; both 60 by themselves."""
+
 MORE = 5
 """Meta-steps after a resume that are compared."""
 
@@ -33,11 +41,12 @@ def jobs(cluster: Cluster, tmp_path_factory) -> dict[str, Job]:
     """Everything runs side by side; each job's script is played to its end, or to what went wrong."""
     root = tmp_path_factory.mktemp("slurm")
 
-    def launch(name: str, *words: str) -> Job:
-        return cluster.launch(root / name / "run", f"--job-name={name}", *words)
+    def launch(name: str, *words: str, **environment: str) -> Job:
+        return cluster.launch(root / name / "run", f"--job-name={name}", *words, **environment)
 
     gpus = ("--nodes=2", "--gpus-per-node=4", "--processes-per-node=1", "--cpus-per-task=1", "run.device=cpu")
     on_two, half_an_hour = ("--sbatch=--nodelist=n01,n02",), ("--time=30", "--signal-lead-s=60")
+    zero2 = ("--strategy=zero2", *ENDLESS, "run.dtype=float32", *half_an_hour)
     jobs = {
         # The limit of two minutes warns a minute or so after the start, so that it has to train by then.
         "limit": launch("limit", *TWO_NODES, *on_two, *ENDLESS, "--time=2", "--signal-lead-s=30"),
@@ -47,9 +56,9 @@ def jobs(cluster: Cluster, tmp_path_factory) -> dict[str, Job]:
     jobs |= {
         "requeued": launch("requeued", *TWO_NODES, *on_two, *ENDLESS, *half_an_hour, "train.steps=60"),
         "preempted": launch("preempted", *gpus, *on_two, *ENDLESS, *half_an_hour),
-        "killed": launch("killed", *TWO_NODES, "--sbatch=--nodelist=n03,n04", *ENDLESS, *half_an_hour),
-        "zero2": launch("zero2", *TWO_NODES, *on_two, "--strategy=zero2", "train.steps=12", *half_an_hour),
-        "once": launch("once", "--processes-per-node=2", "--no-requeue", *ENDLESS, *half_an_hour),
+        "killed": launch("killed", *TWO_NODES, "--sbatch=--nodelist=n03,n04", *ENDLESS, *half_an_hour, **IN_HASTE),
+        "zero2": launch("zero2", *TWO_NODES, *on_two, *zero2, f"train.steps={ZERO2_STEPS}"),
+        "once": launch("once", "--processes-per-node=2", "--no-requeue", *zero2),
         **_sweep(cluster, root / "sweep"),
     }
     # Only the one holds GPUs: no other has to go.
@@ -63,10 +72,10 @@ def jobs(cluster: Cluster, tmp_path_factory) -> dict[str, Job]:
             "requeued": disturbed(jobs["requeued"], ("scontrol", "requeue", jobs["requeued"].id)),
             "preempted": goes_on(jobs["preempted"], (*urgent, "--wrap=true")),
             "killed": loses_a_node(jobs["killed"]),
-            "zero2": disturbed(jobs["zero2"]),
-            "once": disturbed(jobs["once"], (*stop, jobs["once"].id)),
-            "seed 0": disturbed(jobs["seed 0"], (*stop, jobs["seed 0"].id)),
-            "seed 1": disturbed(jobs["seed 1"]),
+            "zero2": disturbed(jobs["zero2"], (*stop, jobs["zero2"].id)),
+            "once": disturbed(jobs["once"], (*stop, jobs["once"].id), at=ZERO2_STEPS),
+            TASKS[0]: disturbed(jobs[TASKS[0]], (*stop, jobs[TASKS[0]].id)),
+            **{task: disturbed(jobs[task]) for task in TASKS[1:]},
         },
     )
     return jobs
@@ -76,10 +85,10 @@ Script = Iterator[Callable[[], object]]
 """What is done to a job: it yields what has to come before it goes on."""
 
 
-def disturbed(job: Job, *commands: tuple[str, ...]) -> Script:
-    """Once it trains, these commands come over the job, which then runs to its end."""
+def disturbed(job: Job, *commands: tuple[str, ...], at: int = 3) -> Script:
+    """After ``at`` steps these commands come over the job, which then runs to its end."""
     for command in commands:
-        yield lambda: job.steps >= 3
+        yield lambda: job.steps >= at
         job.cluster.run(*command)
     yield lambda: job.over
 
@@ -95,14 +104,19 @@ def goes_on(job: Job, *commands: tuple[str, ...]) -> Script:
 
 
 def loses_a_node(job: Job) -> Script:
-    """Its second node is killed, and comes back once SLURM has seen it."""
+    """Its second node is killed, and comes back once the job has gone back into the queue."""
     yield lambda: job.steps >= 10
     assert job.cluster.tool("kill-node", "n04").returncode == 0
     killed_s = time.monotonic()
     yield lambda: "error: " in job.output and "n04" in job.output
     assert time.monotonic() - killed_s < 60, f"the failure was named late:\n{job.output}"
+    yield lambda: "the other nodes did not come back" in job.output
+    assert time.monotonic() - killed_s < 60 + int(IN_HASTE["REJOIN_S"]), f"the launcher ended late:\n{job.output}"
     yield lambda: job.state != "RUNNING"
+    # What SLURM does by itself after SlurmdTimeout, and then once the node is back.
+    job.cluster.run("scontrol", "update", "nodename=n04", "state=down", "reason=killed")
     assert job.cluster.tool("start-node", "n04").returncode == 0
+    job.cluster.run("scontrol", "update", "nodename=n04", "state=resume")
     yield from goes_on(job)
 
 
@@ -113,10 +127,11 @@ def play(cluster: Cluster, jobs: dict[str, Job], scripts: dict[str, Script]) -> 
     while waiting:
         for name, come in list(waiting.items()):
             job = jobs[name]
+            over = job.over  # asked first: it may end meanwhile
             try:
                 if come():
                     waiting[name] = next(scripts[name])
-                elif time.monotonic() > end or job.over:
+                elif time.monotonic() > end or over:
                     raise AssertionError(f"job {job.id} is late, or over:\n{job.output}\n{cluster.run('squeue')}")
             except StopIteration:
                 del waiting[name]
@@ -133,18 +148,22 @@ def _sweep(cluster: Cluster, folder: Path) -> dict[str, Job]:
     shipped = (ROOT / "launch" / "slurm" / "sweep.sbatch").read_text()
     script = fill_in(
         shipped,
-        {"array": "0-1", "gres": None, "cpus-per-task": "1", "output": "log-%a.out"},
+        {"array": "0-3", "gres": None, "cpus-per-task": "1", "output": "log-%a.out"},
         {
             "LAUNCH": str(ROOT / "launch"), "ACCELERATE_FILE": "cpu.yaml", "PROCESSES_PER_NODE": 1,
-            "PYTHON": sys.executable, "RUN_DIR": str(folder), "SEEDS": ["0", "1"], "BACKBONES": ["mlp"],
+            "PYTHON": sys.executable, "RUN_DIR": str(folder), "SEEDS": ["0", "1"],
+            "BACKBONES": ["test_resnet", "conv4"],
         },
     )  # fmt: skip
     (folder / "sweep.sbatch").write_text(script)
-    words = ("sinusoid", "run.device=cpu", *FAST, "train.episodes_per_step=40", "train.steps=100")
+    words = (
+        "glyphs", "run.device=cpu", "parallel.threads=1", "model.filters=4", "domain.ways=2", "domain.queries=2",
+        "train.steps=30", "train.episodes_per_step=8", "eval.every=0", "eval.val_episodes=2", "eval.episodes=2",
+    )  # fmt: skip
     number = cluster.run("sbatch", "--parsable", "sweep.sbatch", *words, cwd=folder).strip()
     return {
-        f"seed {seed}": Job(cluster, f"{number}_{seed}", folder / f"mlp-seed{seed}", folder / f"log-{seed}.out")
-        for seed in (0, 1)
+        task: Job(cluster, f"{number}_{index}", folder / task, folder / f"log-{index}.out")
+        for index, task in enumerate(TASKS)
     }
 
 
@@ -155,13 +174,13 @@ def played(jobs: dict[str, Job], name: str) -> Job:
     return jobs[name]
 
 
-def assert_same_curve(job: Job, jobs: dict[str, Job]) -> None:
+def assert_same_curve(job: Job, undisturbed: Job) -> None:
     """What a disturbed run has recorded is bit for bit what the undisturbed one has."""
     lines = job.metrics()
-    jobs["undisturbed"].until(lambda: jobs["undisturbed"].steps >= len(lines))
+    undisturbed.until(lambda: undisturbed.steps >= len(lines))
     assert job.resumed_at and len(lines) >= job.resumed_at + MORE
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    assert lines == jobs["undisturbed"].metrics()[: len(lines)]
+    assert lines == undisturbed.metrics()[: len(lines)]
 
 
 def test_scontrol_requeue_resumes_and_finishes_exactly(jobs):
@@ -170,26 +189,31 @@ def test_scontrol_requeue_resumes_and_finishes_exactly(jobs):
     assert len(job.starts) == 2, job.output
     assert "2 processes (ddp)" in job.output
     assert (job.status["state"], job.status["restart"], job.steps) == ("finished", 1, 60)
-    assert_same_curve(job, jobs)
+    assert_same_curve(job, jobs["undisturbed"])
 
 
-def test_an_array_runs_each_seed_and_one_task_is_requeued_alone(jobs):
-    tasks = [played(jobs, "seed 0"), played(jobs, "seed 1")]
+def test_an_array_runs_each_seed_and_backbone_and_one_task_is_requeued_alone(jobs):
+    tasks = [played(jobs, name) for name in TASKS]
     for task in tasks:
         assert task.ends[-1] == "COMPLETED 0:0", task.output
-        assert (task.status["state"], task.status["world"], task.steps) == ("finished", 1, 100)
+        assert (task.status["state"], task.status["world"], task.steps) == ("finished", 1, 30)
+        config = RunFolder(task.folder).read_config()
+        assert f"{config.model.backbone}-seed{config.run.seed}" == task.folder.name
     # The first task has the number of the whole array, which must not be requeued with it.
-    assert [len(task.starts) for task in tasks] == [2, 1]
+    assert [len(task.starts) for task in tasks] == [2, 1, 1, 1]
     assert f"Stopped by SIGUSR1 after step {tasks[0].starts[1]} of" in tasks[0].output
-    assert tasks[0].metrics()[0]["loss"] != tasks[1].metrics()[0]["loss"]
+    assert len({task.metrics()[0]["loss"] for task in tasks}) == len(tasks)
 
 
-def test_zero2_on_two_nodes(jobs):
-    job = played(jobs, "zero2")
+def test_zero2_is_stopped_and_resumes_exactly(jobs):
+    """Its curve on two nodes, with a requeue, is that of two processes on one node."""
+    job, one_node = played(jobs, "zero2"), played(jobs, "once")
     assert job.ends[-1] == "COMPLETED 0:0", job.output
-    assert "2 processes (zero2)" in job.output
+    assert "2 processes (zero2)" in job.output and "2 processes (zero2)" in one_node.output
     assert json.loads((job.folder / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 2
-    assert (job.status["state"], job.status["world"], job.steps) == ("finished", 2, 12)
+    assert (job.status["state"], job.status["world"], job.steps) == ("finished", 2, ZERO2_STEPS)
+    assert f"Stopped by SIGUSR1 after step {job.resumed_at} of" in job.output
+    assert_same_curve(job, one_node)
 
 
 def test_where_a_job_may_not_be_requeued_it_ends_with_75(jobs):
@@ -201,20 +225,21 @@ def test_where_a_job_may_not_be_requeued_it_ends_with_75(jobs):
 def test_a_preempted_job_with_pretended_gpus_saves_and_comes_back(jobs):
     job = played(jobs, "preempted")
     assert f"after step {job.resumed_at} of" in job.output, "not saved, but killed"
-    assert_same_curve(job, jobs)
+    assert_same_curve(job, jobs["undisturbed"])
 
 
 def test_a_killed_node_is_named_and_the_job_comes_back(jobs):
     job = played(jobs, "killed")
+    assert "goes back into the queue" in job.output, "it was SLURM that saw the node go"
     assert job.resumed_at % 7 == 0, "not from a checkpoint"
-    assert_same_curve(job, jobs)
+    assert_same_curve(job, jobs["undisturbed"])
 
 
 def test_the_warning_before_the_time_limit_saves_and_requeues(jobs):
     job = played(jobs, "limit")
     assert f"Stopped by SIGUSR1 after step {job.resumed_at} of" in job.output
     assert not any(end.startswith("TIMEOUT") for end in job.ends), "it was killed at its limit"
-    assert_same_curve(job, jobs)
+    assert_same_curve(job, jobs["undisturbed"])
 
 
 def test_a_cancelled_job_saves_and_stays_away(jobs):

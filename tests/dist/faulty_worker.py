@@ -15,9 +15,13 @@ import torch
 from cml_dist.cli import main
 from cml_dist.domains.sinusoid import SinusoidDomain
 from cml_dist.errors import DataError
+from cml_dist.nets.mlp import MLP
+from cml_dist.run.safetensors_stream import StreamReader
+from cml_dist.telemetry.trackers import Trackers
 
 FAULT, RANK = os.environ.get("FAULT", ""), int(os.environ.get("RANK", 0))
 IS_FAULTY = RANK == int(os.environ.get("FAULTY_RANK", 1)) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+forward, read = MLP.forward, StreamReader.read
 episode, build = SinusoidDomain.episode, SinusoidDomain.build.__func__
 
 
@@ -36,6 +40,7 @@ def faulty_episode(self, split, index):
             hang_in_python()
         if FAULT == "keeps the lock":
             ctypes.PyDLL(None).sleep(1000)  # of Python: no other thread of this process runs
+    MLP.forward = slow_forward if FAULT == "slow" and split == "train" and 12 <= index < 15 and IS_FAULTY else forward
     made = episode(self, split, index)
     if FAULT == "nan" and split == "train" and index == 7:
         made.support.inputs[0] = float("nan")  # an episode of one rank only
@@ -47,6 +52,22 @@ def hang_in_python():
         time.sleep(0.1)
 
 
+def hang_at_the_end(*_):
+    print(f"fault at {time.time()}", flush=True)
+    hang_in_python()
+
+
+def counted_read(self, name):
+    print(f"rank {RANK} reads {name}", flush=True)
+    return read(self, name)
+
+
+def slow_forward(self, inputs):
+    """Of a large network: each pass takes its time, and an episode has many."""
+    time.sleep(1.0)
+    return forward(self, inputs)
+
+
 def killed_at_start(*arguments, **rest):
     print(f"fault at {time.time()}", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -55,6 +76,8 @@ def killed_at_start(*arguments, **rest):
 def faulty_build(cls, config, **rest):
     if FAULT == "warned":
         warnings.warn(f"a library's warning on rank {RANK}", UserWarning, stacklevel=2)
+    if FAULT == "asked to stop" and IS_FAULTY:
+        os.kill(os.getpid(), signal.SIGUSR1)
     if FAULT == "setup" and IS_FAULTY:
         raise DataError("shard train-000003.tar is missing", "copy it to this machine")
     return build(cls, config, **rest)
@@ -62,6 +85,12 @@ def faulty_build(cls, config, **rest):
 
 if FAULT == "teardown":
     atexit.register(os.abort)  # as torch's gloo threads do, now and then, while the interpreter goes down
+if FAULT == "counts reads":
+    StreamReader.read = counted_read
+if FAULT == "hangs at the end" and IS_FAULTY:
+    Trackers.close = hang_at_the_end
+if FAULT == "hangs as it leaves" and IS_FAULTY:
+    torch.distributed.destroy_process_group = hang_at_the_end
 if FAULT == "start" and IS_FAULTY:
     torch.distributed.init_process_group = killed_at_start
 SinusoidDomain.episode = faulty_episode

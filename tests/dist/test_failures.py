@@ -16,7 +16,9 @@ import pytest
 from launching import finish, free_port, run, slow_imports, start
 from test_train import command, lines
 
+from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.status import read_status
+from cml_dist.telemetry.metrics import read_metrics
 
 FAULTY = str(Path(__file__).with_name("faulty_worker.py"))
 SOON_S = 30.0
@@ -112,6 +114,50 @@ def test_a_rank_that_hangs_is_named_and_every_rank_shows_its_stacks(tmp_path):
     assert seconds < SOON_S
 
 
+@pytest.mark.parametrize(
+    ("fault", "rank", "where"),
+    [("hangs at the end", 0, "closing files and trackers"), ("hangs as it leaves", 1, "leaving the process group")],
+)
+def test_a_rank_that_hangs_after_everything_is_done_is_named(tmp_path, fault, rank, where):
+    folder, short = tmp_path / "run", ("train.steps=2", "parallel.timeout_s=5", "eval.final=false")
+    out, seconds = ends(2, folder, *short, fault=fault, rank=rank)
+    said_once(f"error: {NAME.format(rank)} did not move for \\d+ s in {where}, and the others wait", out)
+    assert checkpoints.steps_in(folder / "checkpoints")[-1] == 2
+    assert seconds < SOON_S
+
+
+def test_a_lone_process_whose_data_hangs_is_ended_with_its_stacks(tmp_path):
+    folder = tmp_path / "run"
+    # Longer than a busy machine takes for any part of the start.
+    out, seconds = ends(1, folder, "domain.workers=1", "parallel.timeout_s=15", fault="hangs", rank=0)
+    here = "in step 5, episode 1 of 3"
+    said_once(f"error: {NAME.format(0)} did not move for 1[5-9] s {here}; its log shows its threads; mend it, or", out)
+    (log,) = logs(folder, 1)
+    assert re.search(f"^{NAME.format(0)}, {here} for 1[5-9] s; its threads:$", log, re.M), log
+    assert "cml_dist/run/stream.py" in log and "cml_dist/run/trainer.py" in log
+    status = read_status(folder / "status.json")
+    assert status.state == "failed" and re.match(f"{NAME.format(0)} did not move for", status.reason), status
+    assert seconds < 15 + SOON_S
+
+
+def test_a_lone_process_that_hangs_is_started_again_by_its_launcher(tmp_path):
+    folder = tmp_path / "run"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--max_restarts=1")
+    arguments = command(folder, "parallel.timeout_s=15", "checkpoint.every=3")
+    code, out = run(1, *torchrun, FAULTY, *arguments, FAULT="hangs", FAULTY_RANK="0")
+    assert code == 0, out
+    assert "then the launcher starts all again from the last checkpoint (restart 1 of 1)" in out, out
+    assert "Resuming at step 3 of 20" in out, out
+    assert read_status(folder / "status.json").state == "finished"
+
+
+def test_an_episode_may_take_longer_than_a_rank_may_stand_still(tmp_path):
+    folder, overrides = tmp_path / "run", ("method.inner_steps=6", "parallel.timeout_s=5", "eval.final=false")
+    code, out = run(2, FAULTY, *command(folder, *overrides), FAULT="slow")
+    assert code == 0, out
+    assert read_metrics(folder / "metrics.jsonl")[4]["seconds"] > 10, "it was slow"
+
+
 def test_a_rank_that_keeps_pythons_lock_shows_where_and_is_ended(tmp_path):
     folder = tmp_path / "run"
     out, seconds = ends(2, folder, "parallel.silence_s=4", fault="keeps the lock", rank=1)
@@ -120,6 +166,25 @@ def test_a_rank_that_keeps_pythons_lock_shows_where_and_is_ended(tmp_path):
     shown = out.partition("error: ")[0] + logs(folder, 2)[1]
     assert "Timeout" in shown and "in faulty_episode" in shown, shown
     assert seconds < SOON_S
+
+
+def test_the_first_rank_of_a_machine_verifies_for_all_and_all_fall_back_alike(tmp_path):
+    folder = tmp_path / "run"
+    arguments = command(folder, "checkpoint.every=5", "train.steps=10", "eval.every=0", "eval.final=false")
+    code, out = run(2, "-m", "cml_dist", *arguments)
+    assert code == 0, out
+    before = lines(folder)
+    good, newest = (checkpoints.path_of(folder / "checkpoints", step) for step in (5, 10))
+    tensors = len(checkpoints.load(good).layout)
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    code, out = run(2, FAULTY, *arguments, FAULT="counts reads")
+    assert code == 0 and "Resuming at step 5 of 10" in out, out
+    assert all(f"{newest} is damaged" in log for log in logs(folder, 2))
+    assert lines(folder) == before
+    # Rank 0: the damaged one, the good one, and what it trains with; rank 1: that alone.
+    assert [out.count(f"rank {rank} reads ") for rank in (0, 1)] == [3 * tensors, tensors]
 
 
 def test_a_restart_in_place_leaves_no_trace_in_the_curve(tmp_path):

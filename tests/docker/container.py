@@ -168,11 +168,13 @@ class Image:
     Attributes:
         root: its files.
         config: what it says of how it is run (User, Env, Entrypoint, Cmd, WorkingDir, Labels).
+        log: what its build printed.
         volumes: (source, target) that every container of it gets.
     """
 
     root: Path
     config: dict[str, Any]
+    log: str
     volumes: Sequence[tuple[Path, str]] = field(default_factory=tuple)
 
     @contextmanager
@@ -226,18 +228,23 @@ def first_process(process: subprocess.Popen) -> int:
     return pid
 
 
-@contextmanager
-def built(folder: Path, base: str, builder: Builder) -> Iterator[Image]:
-    """The image of this checkout on ``base``.
+def build(builder: Builder, base: str, name: str = "cml-dist", **arguments: str) -> Image:
+    """The image of this checkout on ``base``, by the Dockerfile's own steps; another one takes over what is the same.
 
-    The environment is made by the build's own steps, in a folder that takes its place: only the last act, to copy its
-    6 GB three times into a layer, is left out.
+    The environment is made in a folder that lies at its place: only the last act, to copy its 6 GB into a layer and on
+    into the image's stages, is left out. What a stage copies into the environment is then laid over it, as layers are.
+
+    Args:
+        arguments: of the build, beside ``BASE``.
     """
-    environment = folder / "venv"
-    environment.mkdir()
-    arguments = ["build", "--isolation", "chroot", "--build-arg", f"BASE={base}", *machine_pip(folder)]
-    builder(*arguments, "--volume", f"{environment}:/opt/venv", "--tag", "cml-dist", ROOT, timeout_s=1200)
-    config = json.loads(builder("inspect", "--type", "image", "cml-dist"))["OCIv1"]["config"]
-    root = Path(builder("mount", builder("from", "cml-dist")))
+    environment, own = builder.folder / "venv", builder.folder / f"venv-{name}"
+    environment.mkdir(exist_ok=True)
+    words = [word for pair in {"BASE": base, **arguments}.items() for word in ("--build-arg", "=".join(pair))]
+    words += [*machine_pip(builder.folder), "--volume", f"{environment}:/opt/venv", "--tag", name]
+    log = builder("build", "--layers", "--isolation", "chroot", *words, ROOT, timeout_s=1200)
+    config = json.loads(builder("inspect", "--type", "image", name))["OCIv1"]["config"]
+    root = Path(builder("mount", builder("from", name)))
     (root / "etc/hosts").write_text("127.0.0.1 localhost container\n")  # as every runtime does
-    yield Image(root, config, [(environment, "/opt/venv")])
+    subprocess.run(["cp", "--archive", "--link", environment, own], check=True, timeout=300)
+    subprocess.run(["cp", "--archive", "--remove-destination", f"{root}/opt/venv/.", own], check=True, timeout=60)
+    return Image(root, config, log, [(own, "/opt/venv")])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from container import GIB_NEEDED, ROOT, Builder, Image, built, debian, first_process, missing, scratch
+from container import GIB_NEEDED, ROOT, Builder, Image, build, debian, first_process, missing, scratch
 
 pytestmark = pytest.mark.timeout(1500)  # the image is made in the first test
 ANOTHER_USER = "12345"
@@ -17,8 +19,34 @@ DEMO = "train.episodes_per_step=2 train.steps=30 eval.every=1000 checkpoint.ever
 SINUSOID = ["sinusoid", "model.hidden=[8]", "domain.shots=2", "domain.queries=2", "parallel.threads=1"]
 
 
+# In the image that holds cpu_adam. Three steps of Adam, of AdamW and of torch's own, on the same numbers.
+ADAM = """
+import sys
+import torch
+from cml_dist.parallel.world import import_deepspeed
+
+import_deepspeed()
+operator = "deepspeed.ops.adam.cpu_adam_op"
+assert operator not in sys.modules, "loaded by the trainer's own import"
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+def stepped(optimizer, **settings):
+    weights = torch.nn.Parameter(torch.linspace(-1, 1, 1000))
+    steps = optimizer([weights], lr=1e-2, weight_decay=0.1, **settings)
+    for k in range(1, 4):
+        weights.grad = torch.sin(torch.arange(1000.0) * k)
+        steps.step()
+    return weights.detach()
+
+for adamw, reference in ((False, torch.optim.Adam), (True, torch.optim.AdamW)):
+    torch.testing.assert_close(stepped(DeepSpeedCPUAdam, adamw_mode=adamw), stepped(reference), rtol=0, atol=1e-6)
+print(sys.modules[operator].__file__)
+"""
+
+
 @pytest.fixture(scope="module")
-def image():
+def make():
+    """Builds an image, with arguments of the build."""
     if (reason := missing()) is not None:
         pytest.skip(reason)
     with scratch() as folder:
@@ -28,8 +56,12 @@ def image():
         base = debian(builder, "bookworm")
         if base is None:
             pytest.skip("debootstrap could not fetch a Debian here")
-        with built(folder, base, builder) as made:
-            yield made
+        yield partial(build, builder, base)
+
+
+@pytest.fixture(scope="module")
+def image(make):
+    return make()
 
 
 def test_holds_what_is_pinned_and_no_more(image: Image):
@@ -39,9 +71,7 @@ def test_holds_what_is_pinned_and_no_more(image: Image):
     pinned = {line.lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")}
     assert len(installed) > 50 and installed - pinned == set()
     assert image.run("pip", "check") == (0, "No broken requirements found.\n")
-    compilers = ("cc", "gcc", "g++", "c++", "clang", "nvcc")
-    code, out = image.run("sh", "-c", f"for name in {' '.join(compilers)}; do command -v $name; done; true")
-    assert (code, out) == (0, ""), "build tools"
+    assert _compilers(image) == ""
     left = [*image.root.glob("tmp/*"), *image.root.glob("root/.cache/*"), *image.root.glob("var/lib/apt/lists/*")]
     left += image.root.glob("var/cache/apt/archives/*.deb")
     assert left == []
@@ -103,6 +133,38 @@ def test_one_process_saves_at_docker_stop(image: Image, tmp_path):
         out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
     assert json.loads((runs / "one/status.json").read_text())["state"] == "stopped", out
+
+
+def test_an_operator_built_ahead_works_where_no_compiler_is(make, image: Image):
+    operators = make("operators", DEEPSPEED_OPS="cpu_adam")
+    compiled = [line for line in operators.log.splitlines() if " -c " in line and "cpu_adam" in line]
+    flags = [re.findall(r"-march=\S+|-D__AVX\w+__", line) for line in compiled]
+    assert flags == [["-march=x86-64-v3", "-D__AVX256__"]] * 2, compiled
+    assert _compilers(operators) == ""
+    more = {path.name.partition(".")[0] for path in _files(operators) - _files(image)}
+    assert more == {"cpu_adam_op", "git_version_info_installed"}, "something else of the build is in the image"
+
+    options = {"user": ANOTHER_USER, "read_only": True}
+    options["environment"] = {"TORCH_EXTENSIONS_DIR": "/tmp/extensions", "DS_ACCELERATOR": "cpu"}
+    code, out = operators.run("python", "-c", ADAM, **options)
+    assert code == 0 and out.startswith("/opt/venv/") and out.endswith(".so\n") and out.count("\n") == 1, out
+    code, out = image.run("python", "-c", ADAM, **options)
+    assert code != 0 and "failed to build/load" in out, "the operator is in every image, or compiled at run time"
+
+    _, out = operators.run("cml-dist", "doctor", "--json")
+    (found,) = [row for row in json.loads(out)["findings"] if row["check"] == "DeepSpeed ops"]
+    assert found["verdict"] == "ok" and found["value"].endswith("built ahead for cpu: cpu_adam"), found
+
+
+def _files(image: Image) -> set[Path]:
+    return {path.relative_to(image.root) for path in image.root.rglob("*") if path.is_file()}
+
+
+def _compilers(image: Image) -> str:
+    names = ("cc", "gcc", "g++", "c++", "clang", "nvcc")
+    code, out = image.run("sh", "-c", f"for name in {' '.join(names)}; do command -v $name; done; true")
+    assert code == 0, out
+    return out
 
 
 def _wait_for(metrics: Path, process: subprocess.Popen, limit_s: float = 300.0) -> None:

@@ -141,6 +141,18 @@ def test_every_flipped_bit_is_found(tmp_path):
                 checkpoints.load(path)
 
 
+def test_what_another_process_has_verified_is_opened_by_its_word_and_no_other(tmp_path):
+    path, other = save(tmp_path, 1), save(tmp_path, 2)
+    sha256 = checkpoints.load(path).sha256
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # of a tensor
+    path.write_bytes(data)
+    assert checkpoints.load(path, verified=sha256).step == 1, "its tensors are not read again"
+    for wrong in (other, path):
+        with pytest.raises(CheckpointError, match="do not match their SHA-256"):
+            checkpoints.load(wrong, verified=sha256 if wrong == other else None)
+
+
 def test_nothing_whole_is_an_error_and_not_a_fresh_start(tmp_path):
     damage_truncate(save(tmp_path, 1))
     with pytest.raises(CheckpointError, match="no checkpoint"):

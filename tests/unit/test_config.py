@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from cml_dist.config.load import dump_config, load_config, merge, parse_config, valid_keys
 from cml_dist.config.plan import make_plan, plan_rows, share
+from cml_dist.config.schema import STOP_SIGNALS
 from cml_dist.errors import ConfigError
+from cml_dist.run.interrupts import Interrupts
 
 GLYPHS = {"domain": {"name": "glyphs"}}
 
@@ -22,6 +26,20 @@ def test_defaults_overrides_and_types():
     assert config.domain.ways == 5
     with pytest.raises(Exception, match="frozen"):
         config.train.steps = 8
+
+
+def test_a_home_folder_is_meant_wherever_a_path_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse("run.dir=~/a", "domain.root=~/b", "model.pretrained=~/c.pth", "parallel.deepspeed=~/d.json")
+    places = config.run.dir, config.domain.root, config.model.pretrained, config.parallel.deepspeed
+    assert places == tuple(f"{tmp_path}/{name}" for name in ("a", "b", "c.pth", "d.json"))
+    images = {"domain": {"name": "images", "root": "s3://bucket/~set", "cache": "~"}}
+    assert parse(base=images).domain.cache == str(tmp_path)
+    # Nothing else is expanded, and no folder is ever called ~someone.
+    assert parse("run.dir=a/~/$HOME", base=images).run.dir == "a/~/$HOME"
+    for key in ("run.dir", "model.pretrained"):
+        with pytest.raises(ConfigError, match=f"{key}: '~no-such-user/x' names no home folder that is known: write"):
+            parse(f"{key}=~no-such-user/x")
 
 
 def test_dump_reads_back_to_the_same(tmp_path):
@@ -94,6 +112,24 @@ def test_every_key_has_a_meaning_or_speaks_for_itself():
     assert silent == []
     assert next(iter(keys)) == "domain.name"
     assert all(meaning.count("null") <= 1 for meaning in keys.values())
+
+
+@pytest.mark.parametrize("name", ["SIGCHLD", "SIGWINCH", "SIGKILL", "SIGSEGV", "SIGINT", "USR1", "15"])
+def test_a_signal_that_does_not_ask_to_stop_is_refused_with_those_that_do(name):
+    with pytest.raises(ConfigError) as caught:
+        parse(f"run.stop_signals=[SIGUSR1, '{name}']")
+    told = f"run.stop_signals: '{name}' does not ask a process to stop: choose from SIGUSR1, SIGUSR2, SIGTERM, SIGHUP, "
+    assert str(caught.value) == f"configuration: {told}SIGQUIT, SIGXCPU"
+
+
+def test_all_that_ask_to_stop_can_be_caught():
+    config = parse(f"run.stop_signals=[{','.join(STOP_SIGNALS)}]")
+    with Interrupts(config.run.stop_signals) as interrupts:
+        interrupts.patient()
+        for name in STOP_SIGNALS:
+            interrupts.stop = None
+            signal.raise_signal(signal.Signals[name])
+            assert interrupts.stop == name
 
 
 @pytest.mark.parametrize(("total", "world"), [(4, 1), (4, 2), (4, 3), (1, 4), (7, 4)])

@@ -77,6 +77,21 @@ def test_deepspeed_is_missed_only_where_it_is_asked_for(monkeypatch):
     assert wanted.verdict == "fault" and "pip install 'cml-dist[deepspeed]'" in wanted.remedy
 
 
+@pytest.mark.parametrize(
+    ("ahead", "target", "verdict", "said"),
+    [
+        ([], ("", "0.0"), "ok", "none built ahead"),
+        (["fused_adam", "cpu_adam"], ("cpu", "2.14"), "ok", "built ahead for cpu: cpu_adam, fused_adam"),
+        (["cpu_adam"], ("cuda", "2.14"), "note", "DeepSpeed is on cpu here, and would compile its own"),
+        (["cpu_adam"], ("cpu", "2.13"), "note", "under torch 2.13, and refused by DeepSpeed under 2.14"),
+    ],
+)
+def test_operators_that_were_built_ahead_are_named_and_those_of_no_use_noted(ahead, target, verdict, said):
+    found = versions.operators(ahead, target, ("cpu", "2.14"))
+    assert (found.check, found.verdict) == ("DeepSpeed ops", verdict)
+    assert found.value.startswith("a run uses none; ") and found.value.endswith(said)
+
+
 def test_a_tracker_that_is_asked_for_and_missing_is_a_fault(monkeypatch):
     (check,) = [check for check in examine.CHECKS if check.name == "trackers"]
     assert run_check(check, case()) == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from cml_dist.cli import build_parser, main
+from cml_dist.commands.config import config
 from cml_dist.config.load import parse_config
 from cml_dist.errors import NetworkError, WorldError
 from cml_dist.parallel import launched as module
@@ -11,6 +13,7 @@ from cml_dist.parallel.interface import choose_interface
 from cml_dist.parallel.launched import Launched, check_launch, forget_others, idle_nodes, launched, launched_or_alone
 from cml_dist.run import folder as folders
 from cml_dist.run.folder import RunFolder, same_everywhere
+from cml_dist.telemetry.console import Console
 
 BY_HAND = {
     "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "node0",
@@ -111,6 +114,20 @@ def test_nodes_that_stay_idle_are_told_of(environment, said):
     assert (idle_nodes(environment) is not None) is said
     if said:
         assert "the job has 2 nodes, but this run is on 1" in idle_nodes(environment)
+
+
+def test_cml_dist_config_plans_for_the_world_that_a_run_here_would_have(monkeypatch, capfd):
+    def planned(*overrides):
+        config(build_parser().parse_args(["config", "sinusoid", *overrides]), Console())
+        return capfd.readouterr().out
+
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert "4 processes (ddp)" in planned()
+    assert "3 processes (ddp)" in planned("parallel.processes=3")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert main(["config", "sinusoid"]) == 1
+    assert capfd.readouterr().err.startswith("error: WORLD_SIZE is 'two', which is no count; set it right, or unset")
 
 
 def test_a_lone_process_is_alone(monkeypatch):

@@ -66,34 +66,53 @@ def test_a_requeued_job_takes_over_from_its_earlier_start_which_notices(tmp_path
     requeued.release(began=True)
 
 
+def test_between_the_old_writers_end_and_the_new_ones_lock_no_third_gets_in(tmp_path, locks):
+    cut_off = Lease(tmp_path, start("7", 0))
+    requeued = Lease(tmp_path, start("7", 1))
+    cut_off.release(began=True)
+    for other in (start(), start("8")):  # the lock is free
+        with pytest.raises(CheckpointError, match="another process trains"):
+            Lease(tmp_path, other)
+    requeued.check()
+    requeued._lock.close()  # killed before it came to the lock: it is kept free for a minute alone
+    Lease(tmp_path, start("7", 2)).release(began=True)
+    Lease(tmp_path, start("7", 1)).release(began=True)
+    cut_off, requeued = Lease(tmp_path, start("7", 0)), Lease(tmp_path, start("7", 1))
+    cut_off.release(began=True)
+    requeued._lock.close()
+    old = time.time() - FRESH_S - 1
+    os.utime(tmp_path / "lease.json", (old, old))
+    Lease(tmp_path, start("8")).release(began=True)
+
+
 def test_a_requeue_counts_more_than_any_restart_in_place(tmp_path, locks):
-    Lease(tmp_path, start("7", 0, "step 0", 2))
-    requeued = Lease(tmp_path, start("7", 1, "step 0", 0))
+    Lease(tmp_path, start("7", 0, "a:5:10", 2))
+    requeued = Lease(tmp_path, start("7", 1, "a:5:10", 0))
     with pytest.raises(CheckpointError, match="has taken over"):
-        Lease(tmp_path, start("7", 0, "step 0", 3))
+        Lease(tmp_path, start("7", 0, "a:5:10", 3))
     requeued.check()
 
 
 def test_a_lost_start_that_its_launcher_starts_again_does_not_take_the_folder_back(tmp_path, locks):
     """It lets the lock go when it notices that it was replaced, and who replaced it has not looked for it since."""
-    cut_off = Lease(tmp_path, start("7", 0, "step 0", 0))
-    requeued = Lease(tmp_path, start("7", 1, "step 0", 0))
+    cut_off = Lease(tmp_path, start("7", 0, "a:5:10", 0))
+    requeued = Lease(tmp_path, start("7", 1, "a:5:10", 0))
     cut_off.release(began=True)
     with pytest.raises(CheckpointError, match="a later start of this run has taken over"):
-        Lease(tmp_path, start("7", 0, "step 0", 1))
+        Lease(tmp_path, start("7", 0, "a:5:10", 1))
     requeued.renew()
     requeued._lock.close()  # killed: its number alone keeps nobody out for ever
     old = time.time() - LATER_S - 1
     os.utime(tmp_path / "lease.json", (old, old))
-    Lease(tmp_path, start("7", 0, "step 0", 1)).release(began=True)
+    Lease(tmp_path, start("7", 0, "a:5:10", 1)).release(began=True)
 
 
 @pytest.mark.parametrize("job", ["7", None])
 def test_a_launcher_takes_over_from_its_own_processes_alone(tmp_path, locks, job):
-    cut_off = Lease(tmp_path, start(job, 0, "step 0", 0))
+    cut_off = Lease(tmp_path, start(job, 0, "a:5:10", 0))
     with pytest.raises(CheckpointError, match="another process trains"):
-        Lease(tmp_path, start(job, 0, "step 1", 1))  # another run in the same folder, refused and started again
-    again = Lease(tmp_path, start(job, 0, "step 0", 1))
+        Lease(tmp_path, start(job, 0, "a:6:11", 1))  # another run in the same folder, refused and started again
+    again = Lease(tmp_path, start(job, 0, "a:5:10", 1))
     again.check()
     with pytest.raises(CheckpointError, match="has taken over"):
         cut_off.check()
@@ -106,10 +125,11 @@ def test_a_start_knows_its_job_and_its_launcher(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert f":{os.getppid()}:" in this_start().launcher and this_start().launcher[-1].isdigit()
+    launcher = this_start().launcher  # in a step of SLURM too: each of its tasks may have started a world of its own
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3", "SLURM_RESTART_COUNT": "2"}.items():
         monkeypatch.setenv(name, value)
     here = this_start()
-    assert (here.job, here.launcher, here.requeued, here.in_place, here.restart) == ("7", "step 3", 2, 1, 3)
+    assert (here.job, here.launcher, here.requeued, here.in_place, here.restart) == ("7", launcher, 2, 1, 3)
 
 
 def test_a_killed_trainer_leaves_the_folder_free(tmp_path, locks):

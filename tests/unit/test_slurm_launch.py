@@ -55,16 +55,19 @@ def test_scripts_are_short_and_shellcheck_has_nothing_to_say(path):
 
 
 def played_job(tmp_path: Path, step: int, status: int, queue: str, requeue: int, **environment: str) -> tuple[int, str]:
-    """(exit code, output) of job.sh where the step, ``status --check``, squeue and scontrol answer like this."""
+    """(exit code, output) of job.sh where the step, ``status --check``, squeue and scontrol answer like this.
+
+    In ``environment``: HERE and ALL, exit codes of srun where the first node, or all, are asked whether they live.
+    """
     path = play(
         tmp_path / "bin",
-        srun=f"exit {step}",
+        srun=f'case "$*" in *--overlap*--nodes=1*) exit $HERE ;; *--overlap*) exit $ALL ;; *) exit {step} ;; esac',
         squeue=f"echo {queue}",
         scontrol=f'echo "scontrol $*"; exit {requeue}',
-        python=f"exit {status}",
+        python=f'echo "run: ${{STATE:-stopped}}"; exit {status}',
     )
     env = {"PATH": path, "LAUNCH": str(ROOT / "launch"), "SLURM_JOB_ID": "7", "PYTHON": "python", "RUN_DIR": "run"}
-    env["MAX_RESTARTS"] = "1"
+    env |= {"MAX_RESTARTS": "1", "SLURMD_NODENAME": "n01", "SLURM_JOB_NUM_NODES": "4", "HERE": "0", "ALL": "0"}
     run = subprocess.run(
         ["bash", str(ROOT / "launch/slurm/job.sh"), "--", "glyphs"],
         env=env | environment, capture_output=True, text=True, timeout=30,
@@ -89,6 +92,25 @@ def played_job(tmp_path: Path, step: int, status: int, queue: str, requeue: int,
 def test_how_a_job_ends(tmp_path, step, status, queue, requeue, code, requeued):
     found, output = played_job(tmp_path, step, status, queue, requeue)
     assert (found, "scontrol requeue 7\n" in output) == (code, requeued), output
+
+
+def test_a_step_that_lost_a_node_goes_back_into_the_queue(tmp_path):
+    code, output = played_job(tmp_path, 1, 1, "RUNNING None", 0, ALL="1")
+    assert code == 0 and "scontrol requeue 7\n" in output
+    # Where SLURM itself does not answer, or the user cancelled, nothing is known of nodes.
+    code, output = played_job(tmp_path, 1, 1, "RUNNING None", 0, ALL="1", HERE="1")
+    assert code == 1 and "scontrol" not in output
+    code, output = played_job(tmp_path, 137, 1, "COMPLETING None", 0, ALL="1")
+    assert code == 75 and "scontrol" not in output
+
+
+def test_a_run_folder_that_nobody_else_sees_is_said(tmp_path):
+    nowhere = {"STATE": "unknown (there is no such folder)"}
+    assert "scontrol" in played_job(tmp_path, 0, 3, "RUNNING None", 0, **nowhere, SLURM_RESTART_COUNT="1")[1]
+    code, output = played_job(tmp_path, 0, 3, "RUNNING None", 0, **nowhere, SLURM_RESTART_COUNT="2")
+    assert code == 3 and "three steps ended in order, but run has no run; put it where all nodes see it" in output
+    # An old view of a shared folder.
+    assert "scontrol" in played_job(tmp_path, 0, 3, "RUNNING None", 0, STATE="running", SLURM_RESTART_COUNT="2")[1]
 
 
 def test_a_job_does_not_come_back_for_ever(tmp_path):
@@ -146,6 +168,27 @@ def test_signals_reach_the_processes_again_and_again_and_never_the_launcher(tmp_
     assert not (tmp_path / "launcher").exists()
 
 
+ALONE = """
+import os, subprocess, sys, time
+def run(*words, **variables):
+    return subprocess.Popen(["sleep", *words], env={**os.environ, **variables})
+run("1").wait()
+time.sleep(4)  # nothing of the run has been here yet: longer than REJOIN_S, and fine
+worker = run("2", TORCHELASTIC_RUN_ID="none")
+open(sys.argv[1], "w").close()
+time.sleep(100)  # in vain; the worker that has ended is not buried
+"""
+
+
+def test_a_launcher_that_is_left_alone_ends_but_not_at_the_first_start(tmp_path):
+    (tmp_path / "launcher.py").write_text(ALONE)
+    node = node_environment(tmp_path, f"exec {sys.executable} {tmp_path}/launcher.py {tmp_path}/met", "n[1-2]", count=2)
+    command = ["bash", str(ROOT / "launch/slurm/node.sh"), "glyphs"]
+    run = subprocess.run(command, env=node | {"REJOIN_S": "2"}, capture_output=True, text=True, timeout=80)
+    assert (tmp_path / "met").exists(), run.stderr
+    assert run.returncode == 1 and "the other nodes did not come back within 2 s" in run.stderr
+
+
 def node_environment(tmp_path: Path, python: str, nodes: str = "n01", count: int = 1) -> dict[str, str]:
     return {
         "PATH": play(tmp_path / "bin", python=python), "LAUNCH": "/launch", "ACCELERATE_FILE": "ddp.yaml",
@@ -193,6 +236,16 @@ def what_job_sh_gets(tmp_path: Path, script: str, **environment: str) -> list[st
     run = subprocess.run(["bash", "-u"], input=script, env=env, capture_output=True, text=True, timeout=30)
     assert run.returncode == 0, run.stderr
     return run.stdout.split("\0")[:-1]
+
+
+def test_processes_without_an_episode_are_warned_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["launch", "slurm", "sinusoid", "--nodes=4", "--gpus-per-node=8", "--time=1:0:0", "--dry-run"]
+    for episodes, words in ((32, ""), (4, "32 processes share 4 episodes a meta-step: 28 have nothing to do")):
+        assert main([*command, f"train.episodes_per_step={episodes}"]) == 0
+        out, err = capsys.readouterr()
+        assert words in " ".join(err.split()) and bool(err) == bool(words)
+        assert out.startswith("#!/bin/bash\n")
 
 
 def test_only_settings_are_replaced_and_words_arrive_as_they_were_given(tmp_path, monkeypatch):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
 import shutil
 import sys
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -19,8 +19,12 @@ from cml_dist.config.load import merge, parse_config
 from cml_dist.domains.sinusoid import SinusoidDomain
 from cml_dist.errors import CheckpointError, ConfigError, TrainingError, WorldError
 from cml_dist.parallel import strategy as strategies
+from cml_dist.parallel.verdict import Verdict
+from cml_dist.parallel.watch import Watch
 from cml_dist.parallel.world import World
 from cml_dist.run import checkpoint as checkpoints
+from cml_dist.run import evaluator as evaluators
+from cml_dist.run import same_checkpoint
 from cml_dist.run import trainer as trainers
 from cml_dist.run.finished import evaluate_run, export_again, run_config
 from cml_dist.run.status import read_status
@@ -191,9 +195,16 @@ def test_a_run_killed_in_a_validation_loses_nothing(undisturbed, tmp_path, monke
 
 @pytest.mark.parametrize("asked", [3, 12, 20])
 def test_a_stop_between_tested_episodes_loses_nothing(undisturbed, tmp_path, monkeypatch, asked):
-    """Asked in the first validation, in the last one, and in the final test: each is broken off, and run on resume."""
+    """Asked in the first validation, in the last one, and in the final test: each goes on at the next episode."""
     folder = tmp_path / "run"
-    wanted, calls = trainers._Run._stop_wanted, []
+    wanted, calls, scored = trainers._Run._stop_wanted, [], []
+    score_episode = evaluators.score_episode
+
+    def counted(*args, **rest):
+        scored.append(1)
+        return score_episode(*args, **rest)
+
+    monkeypatch.setattr(evaluators, "score_episode", counted)
 
     def stop_wanted(self):
         if sys._getframe(1).f_code.co_name == "evaluate":
@@ -212,6 +223,11 @@ def test_a_stop_between_tested_episodes_loses_nothing(undisturbed, tmp_path, mon
     assert losses(folder) == losses(undisturbed)
     for name in ("validation.jsonl", "eval.json"):
         assert (folder / name).read_text() == (undisturbed / name).read_text()
+    tested = json.loads((folder / "eval.json").read_text())
+    reports = [*(tested[learner] for learner in ("meta", "co")), *tested["untrained"].values()]
+    validated = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert len(scored) == sum(one["episodes"] for one in reports + validated), "an episode was scored twice"
+    assert not list((folder / "evals").glob(".*"))
 
 
 def test_minutes_make_checkpoints_too_and_change_nothing(undisturbed, tmp_path, monkeypatch):
@@ -267,7 +283,7 @@ def test_the_last_word_is_that_of_the_watch(tmp_path, monkeypatch):
 
     def lost(self, episodes):
         if self.step == 6:
-            thread = threading.Thread(target=self._lost, args=("rank 1 was killed",), name="watch")
+            thread = threading.Thread(target=self._lost, args=(Verdict((1,), "rank 1 was killed"),), name="watch")
             thread.start()
             thread.join()
         return meta_step(self, episodes)
@@ -278,6 +294,16 @@ def test_the_last_word_is_that_of_the_watch(tmp_path, monkeypatch):
     status = read_status(folder / "status.json")
     assert (status.state, status.reason, status.step) == ("failed", "rank 1 was killed", 6)
     assert not list(folder.glob(".*.writing"))
+
+
+def test_the_watch_hears_of_every_pass_through_the_network(tmp_path, monkeypatch):
+    heard = Counter()
+    monkeypatch.setattr(Watch, "touch", lambda self: heard.update([self._at[0]]))
+    steps = ("train.steps=1", "method.inner_steps=3", "engine.name=adjoint", "engine.micro_batch=2")
+    go(tmp_path / "run", *steps, "eval.val_episodes=2", "eval.final=false")
+    # Of 5 support and 5 query examples, in threes: three inner steps, the query set, and three steps back.
+    assert [heard[f"step 1, episode {number} of 3"] for number in (1, 2, 3)] == 3 * [7 * 3]
+    assert heard["val, episode 1 of 2"] == 4 * 3
 
 
 def test_a_trainer_that_was_cut_off_while_it_saved_deletes_nothing(tmp_path, monkeypatch):
@@ -327,6 +353,33 @@ def test_a_trainer_whose_job_was_requeued_elsewhere_writes_nothing_more(tmp_path
     assert read_status(folder / "status.json").restart == 1
 
 
+@pytest.mark.parametrize("at", ["assemble", "score_run", "export_run"])
+def test_a_trainer_that_was_cut_off_writes_no_test_no_export_and_no_start(tmp_path, monkeypatch, at):
+    """Wherever the job goes on elsewhere, to its end: nothing that this one leaves behind is new."""
+    folder = tmp_path / "run"
+    phase, left = getattr(trainers, at), {}
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def files():
+        theirs = ("lock", "lease.json", "logs")
+        found = [path for path in folder.rglob("*") if path.is_file() and not {path.name, path.parent.name} & {*theirs}]
+        return {path: (path.stat().st_ino, path.read_bytes()) for path in found}
+
+    def requeued(*args, **rest):
+        with monkeypatch.context() as patch:
+            patch.setenv("SLURM_RESTART_COUNT", "1")
+            patch.setattr(trainers, at, phase)
+            assert go(folder).finished
+        left.update(files())
+        return phase(*args, **rest)
+
+    monkeypatch.setattr(trainers, at, requeued)
+    with pytest.raises(CheckpointError, match="a later start of this run has taken over"):
+        go(folder)
+    assert {"eval.json", "own.json", "model.json", "sessions.jsonl"} <= {path.name for path in left}
+    assert files() == left
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_rank_that_sees_an_old_view_of_the_checkpoints_looks_again(undisturbed, tmp_path, monkeypatch, shared):
     """Started again in place right after rank 0, on another machine, saved step 7."""
@@ -334,26 +387,27 @@ def test_a_rank_that_sees_an_old_view_of_the_checkpoints_looks_again(undisturbed
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
         go(folder)
-    looks, load_newest, most = [], checkpoints.load_newest, World.max
-    rank_0 = itertools.cycle((7, -7))
+    looks, load_newest, gather = [], checkpoints.load_newest, World.gather
+    saved = load_newest(folder / "checkpoints")[0]
+    rank_0 = (str(saved.path), saved.sha256), []
 
-    def late(where):
+    def late(where, *rest):
         looks.append(where)
-        return load_newest(where) if shared and len(looks) > 1 else (None, [])
+        return load_newest(where, *rest) if len(looks) > (1 if shared else 2) else (None, [])
 
     def with_rank_0(self, value):
-        if sys._getframe(1).f_code.co_name == "_newest_checkpoint":
-            return max(value, next(rank_0))
-        return most(self, value)
+        asked = sys._getframe(1).f_code.co_name == "same_checkpoint" and len(looks) <= 2
+        return [rank_0, value] if asked else gather(self, value)
 
-    monkeypatch.setattr(trainers, "SEEN_WITHIN_S", 0.01)
+    monkeypatch.setattr(same_checkpoint, "SEEN_WITHIN_S", 0.01)
     monkeypatch.setattr(checkpoints, "load_newest", late)
-    monkeypatch.setattr(World, "max", with_rank_0)
+    monkeypatch.setattr(World, "gather", with_rank_0)
     if shared:
         assert go(folder).finished
         assert losses(folder) == losses(undisturbed)
     else:
-        with pytest.raises(WorldError, match=r"see different checkpoints in .* \(rank 0: step -1\)"):
+        told = rf"see different checkpoints \(rank 0: {saved.path}, rank 1: none\); put run.dir on"
+        with pytest.raises(WorldError, match=told):
             go(folder)
         assert len(looks) == 2
 

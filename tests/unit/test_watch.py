@@ -257,12 +257,13 @@ def test_who_still_imports_when_a_rank_is_lost_is_ended_after_a_while(monkeypatc
 def test_what_all_will_find_out_may_take_as_long_as_their_imports(monkeypatch):
     monkeypatch.setattr(watch, "GRACE_S", 0.2)
     ranks = early(Ranks(2, late=(0, 1)), 1)
-    ranks.arriving[1].fail("it was stopped by SIGUSR1 before training began", everywhere=True)
+    ranks.arriving[1].fail("it was stopped by SIGUSR1 before training began", everywhere=True, stop_code=75)
     time.sleep(0.6)
     assert ranks.ends == {}
     ranks.late[0].set()
     ranks.threads[0].join(10)
-    assert ranks.errors[0].what.endswith("failed: it was stopped by SIGUSR1 before training began")
+    assert ranks.errors[0].what.endswith("left: it was stopped by SIGUSR1 before training began")
+    assert ranks.errors[0].exit_code == 75, "no fault, which a launcher would answer by another start"
     ranks.late[1].set()
     ranks.joined()
 
@@ -377,6 +378,38 @@ def test_a_hanging_rank_is_named_on_all():
     what, speakers = ranks.ended_on(0, 1, 2)
     assert what.startswith(f"{identity(2).name} did not move for ") and "in step 3, episode 1 of 1, and" in what
     assert speakers == [0] and all(why.stacks for why, _ in ranks.ends.values())
+
+
+def test_rank_0_that_hangs_says_so_itself_and_nobody_else_does():
+    ranks = Ranks(3, timeout_s=0.5).joined()
+    for rank, one in ranks.watches.items():
+        one.wait("the end") if rank != 0 else one.beat("closing files and trackers")
+    what, speakers = ranks.ended_on(0, 1, 2)
+    assert what.startswith(f"{identity(0).name} did not move for ") and speakers == [0]
+
+
+def test_rank_0_leaves_last_and_watches_the_others_to_their_end():
+    ranks = Ranks(3, timeout_s=1.5).joined()
+    for one in ranks.watches.values():
+        one.beat("leaving the process group")
+    ranks.watches[1].close()
+    ranks.watches[0].beat("the end")
+    waits = threading.Thread(target=ranks.watches[0].outlast)
+    waits.start()
+    what, _ = ranks.ended_on(0, 2)
+    assert what.startswith(f"{identity(2).name} did not move for 2 s in leaving the process group, and the others wait")
+    waits.join(10)
+    assert not waits.is_alive()
+    ranks = Ranks(2).joined()
+    waits = threading.Thread(target=ranks.watches[0].outlast)
+    waits.start()
+    time.sleep(0.3)
+    assert waits.is_alive()
+    ranks.watches[1].close()
+    waits.join(10)
+    assert not waits.is_alive()
+    ranks.close()
+    assert ranks.ends == {}
 
 
 def test_a_child_holds_no_connection_open():
