@@ -9,11 +9,12 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cml_dist.config.load import dump_config, flatten, parse_config, read_yaml
+from cml_dist.config.load import dump_config, flatten, merge, parse_config, read_yaml
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, CmlError, NetworkError
 from cml_dist.run.lease import Lease
@@ -255,3 +256,16 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise CmlError(
             f"cannot write {path}: {error.strerror}", "free space or mend the folder's permissions"
         ) from error
+
+
+def run_config(run_dir: str | Path, overrides: Sequence[str]) -> RunConfig:
+    """The configuration of the run in ``run_dir`` with overrides, which may change how it is tested.
+
+    Raises:
+        CheckpointError: no run lives there. ConfigError: an override cannot be used.
+    """
+    data = RunFolder(run_dir).read_config().model_dump(mode="json")
+    # The folder may have been moved, and a test may use another world than training did.
+    data["run"]["dir"] = str(run_dir)
+    data["parallel"] |= {"processes": None, "strategy": "auto", "offload": "auto", "deepspeed": None}
+    return parse_config(merge(data, overrides), source=f"{run_dir}/config.yaml")

@@ -18,6 +18,7 @@ from cml_dist.config.load import merge, parse_config
 from cml_dist.domains.build import build_domain
 from cml_dist.errors import CheckpointError, DataError
 from cml_dist.run.finished import export_again
+from cml_dist.run.folder import run_config
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import NullConsole
 
@@ -111,10 +112,10 @@ def test_plain_timm_reads_the_export(run):
 
 def test_export_elsewhere_and_of_another_step(run, tmp_path):
     folder, _ = run
-    export_again(str(folder), [], "last", str(tmp_path / "out"), NullConsole())
+    export_again(run_config(str(folder), []), "last", str(tmp_path / "out"), NullConsole())
     assert cml_dist.load(tmp_path / "out").ways == WAYS
     with pytest.raises(CheckpointError, match="keeps no checkpoint '77'"):
-        export_again(str(folder), [], "77", None, NullConsole())
+        export_again(run_config(str(folder), []), "77", None, NullConsole())
 
 
 def test_images_of_every_kind_are_read_alike(run, tmp_path):

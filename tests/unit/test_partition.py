@@ -175,6 +175,7 @@ def test_a_test_reads_no_training_images(tmp_path, monkeypatch):
     """It needs the shapes of an episode, which the settings say."""
     from cml_dist.domains.images import ImageDomain
     from cml_dist.run.finished import evaluate_run
+    from cml_dist.run.folder import run_config
 
     settings = {
         "domain": {"name": "glyphs", "ways": 3, "queries": 2},
@@ -186,5 +187,5 @@ def test_a_test_reads_no_training_images(tmp_path, monkeypatch):
     assert train(parse_config(settings), Console()).finished
     read, load = [], ImageDomain.load
     monkeypatch.setattr(ImageDomain, "load", lambda self, split, *rest: read.append(split) or load(self, split, *rest))
-    evaluate_run(str(tmp_path / "run"), ["memory.budget_gib=1"], "best", Console())
+    evaluate_run(run_config(str(tmp_path / "run"), ["memory.budget_gib=1"]), "best", Console())
     assert set(read) == {"test"}

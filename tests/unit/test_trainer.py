@@ -26,7 +26,8 @@ from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run import evaluator as evaluators
 from cml_dist.run import same_checkpoint
 from cml_dist.run import trainer as trainers
-from cml_dist.run.finished import evaluate_run, export_again, run_config
+from cml_dist.run.finished import evaluate_run, export_again
+from cml_dist.run.folder import run_config
 from cml_dist.run.status import read_status
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import NullConsole
@@ -453,7 +454,8 @@ def test_a_double_precision_run_can_be_used(tmp_path):
 
 def test_export_refuses_another_network(undisturbed, tmp_path):
     with pytest.raises(CheckpointError, match="another network"):
-        export_again(str(undisturbed), ["model.hidden=[8, 9]"], "best", str(tmp_path / "out"), NullConsole())
+        config = run_config(str(undisturbed), ["model.hidden=[8, 9]"])
+        export_again(config, "best", str(tmp_path / "out"), NullConsole())
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one(undisturbed, tmp_path):
@@ -610,7 +612,7 @@ def test_testing_again_gives_the_same_figures(undisturbed, tmp_path):
     folder = tmp_path / "moved"
     shutil.copytree(undisturbed, folder)
     before = json.loads((folder / "eval.json").read_text())
-    evaluate_run(str(folder), [], "best", NullConsole())
+    evaluate_run(run_config(str(folder), []), "best", NullConsole())
     assert json.loads((folder / "eval.json").read_text()) == before
     assert json.loads((folder / "evals" / "own.json").read_text()) == before
 
@@ -620,7 +622,7 @@ def test_a_test_with_other_settings_leaves_the_runs_own_figures(undisturbed, tmp
     shutil.copytree(undisturbed, folder)
     before = (folder / "eval.json").read_bytes(), (folder / "eval_scores.npz").read_bytes()
     own = folder / "evals" / "own.json", folder / "evals" / "own.npz"
-    evaluate_run(str(folder), ["eval.episodes=9", "eval.co_adapt=released"], "last", NullConsole())
+    evaluate_run(run_config(str(folder), ["eval.episodes=9", "eval.co_adapt=released"]), "last", NullConsole())
     name = "checkpoint=last,eval.episodes=9,eval.co_adapt=released"
     report = json.loads((folder / "evals" / f"{name}.json").read_text())
     assert (report["meta"]["episodes"], report["step"], report["chosen"]) == (9, 12, "last")
@@ -631,7 +633,7 @@ def test_a_test_with_other_settings_leaves_the_runs_own_figures(undisturbed, tmp
 
 
 def exported(folder, *overrides, which="best"):
-    export_again(str(folder), overrides, which, str(folder / "out"), NullConsole())
+    export_again(run_config(str(folder), overrides), which, str(folder / "out"), NullConsole())
     return json.loads((folder / "out" / "model.json").read_text())["eval"], (folder / "out" / "README.md").read_text()
 
 
@@ -639,7 +641,7 @@ def test_a_card_claims_a_figure_only_for_the_task_that_was_tested(undisturbed, t
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
     own = json.loads((folder / "eval.json").read_text())
-    evaluate_run(str(folder), ["domain.shots=3"], "best", NullConsole())
+    evaluate_run(run_config(str(folder), ["domain.shots=3"]), "best", NullConsole())
     figures, card = exported(folder)
     assert figures["meta"] == own["meta"]
     assert f"(6 episodes of the test split, 95 % interval) | {own['meta']['mean']:.4f} +-" in card
@@ -657,9 +659,9 @@ def test_what_is_damaged_is_passed_over_and_said_by_eval_and_export(undisturbed,
     newest = checkpoints.path_of(folder / "checkpoints", kept[-1])
     newest.write_bytes(newest.read_bytes()[:-8])
     console = Listening()
-    report = evaluate_run(str(folder), [], "last", console)
+    report = evaluate_run(run_config(str(folder), []), "last", console)
     assert (report["step"], report["chosen"]) == (kept[-2], "last")
-    export_again(str(folder), [], "last", str(tmp_path / "out"), console)
+    export_again(run_config(str(folder), []), "last", str(tmp_path / "out"), console)
     assert json.loads((tmp_path / "out" / "model.json").read_text())["step"] == kept[-2]
     assert len(console.warnings) == 2
     assert all(newest.name in w and "damaged" in w and f"step {kept[-2]} is used" in w for w in console.warnings)
@@ -670,7 +672,7 @@ def test_without_a_validated_step_the_newest_is_called_last(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         go(folder)
-    assert evaluate_run(str(folder), [], "best", NullConsole())["chosen"] == "last"
+    assert evaluate_run(run_config(str(folder), []), "best", NullConsole())["chosen"] == "last"
     assert json.loads((folder / "eval.json").read_text())["chosen"] == "last"
 
 
@@ -682,7 +684,7 @@ def test_a_missing_best_step_is_passed_over_and_said(undisturbed, tmp_path):
     state = {**newest.state, "best": {**newest.state["best"], "step": 2}}
     checkpoints.save(ALONE, folder / "checkpoints", 13, state, newest.layout, tensors)
     console = Listening()
-    report = evaluate_run(str(folder), [], "best", console)
+    report = evaluate_run(run_config(str(folder), []), "best", console)
     assert (report["step"], report["chosen"]) == (13, "last")
     assert len(console.warnings) == 1 and "step-00000002.safetensors is missing" in console.warnings[0]
 
