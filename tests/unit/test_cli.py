@@ -45,6 +45,6 @@ def test_an_interrupted_test_says_that_nothing_was_left_half(tmp_path, capfd, mo
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cml_dist.run.finished.evaluate_run", interrupted)
+    monkeypatch.setattr("cml_dist.run.folder.run_config", interrupted)
     assert main(["eval", str(tmp_path)]) == STOPPED_BY_USER
     assert capfd.readouterr().err == "warning: Interrupted; nothing was left half\n"
