@@ -268,14 +268,12 @@ def test_what_all_will_find_out_may_take_as_long_as_their_imports(monkeypatch):
     ranks.joined()
 
 
-def test_a_rank_that_does_not_answer_during_its_imports_is_not_taken_for_lost(monkeypatch):
-    monkeypatch.setattr(star, "STRANGER_S", 0.1)
-    ranks = Ranks(2, late=(0,), silence_s=0.3)
-    early(ranks, 1)
+def test_a_rank_that_does_not_answer_during_its_imports_is_not_taken_for_lost():
+    ranks = early(Ranks(2, late=(0,), silence_s=2.0), 1)
     leader = ranks.arriving[0].joined
-    monkeypatch.setattr(leader, "_tick", lambda now_s: time.sleep(1.0))  # as in a call that keeps Python's lock
-    time.sleep(1.2)
-    monkeypatch.undo()
+    leader._tick = lambda now_s: time.sleep(2.5)  # as in an import that keeps Python's lock
+    time.sleep(3)
+    del leader._tick
     assert ranks.errors == {} and ranks.ends == {}
     ranks.late[0].set()
     ranks.joined()
