@@ -40,7 +40,6 @@ def meet(config: ParallelConfig) -> tuple[Joined, Store]:
     Collective: all ranks.
     """
     here, under_way = launched(), this_watch()
-    until_s = time.monotonic() + config.join_timeout_s
     arriving = under_way if isinstance(under_way, Arriving) else arrive(config)
 
     def patience_s() -> float:
@@ -48,7 +47,7 @@ def meet(config: ParallelConfig) -> tuple[Joined, Store]:
         return config.join_timeout_s if arriving.joined is None else config.timeout_s
 
     store = launcher_store(here, patience_s)
-    watch = join(arriving, store, until_s)
+    watch = join(arriving, store, config.join_timeout_s)
     # A store outlives its ranks when the launcher starts them again: what they have written may not be read.
     store.set_timeout(group_timeout(config))
     return watch, PrefixStore(watch.meeting, store)
@@ -110,11 +109,11 @@ def group_timeout(config: ParallelConfig) -> timedelta:
     return timedelta(seconds=10 * config.timeout_s + 30)
 
 
-def join(arriving: Arriving, store: Store, until_s: float) -> Joined:
+def join(arriving: Arriving, store: Store, patience_s: float) -> Joined:
     """This rank's watch, once all are there.
 
     Args:
-        until_s: when to give up, by the monotonic clock.
+        patience_s: seconds after which to give up those that were never heard of.
 
     Raises:
         NetworkError: rank 0 cannot be reached, or lets nobody in.
@@ -123,8 +122,8 @@ def join(arriving: Arriving, store: Store, until_s: float) -> Joined:
     arriving.stop_looking()
     if arriving.me.rank == 0:
         store.set(KEY, json.dumps(arriving.meeting))
-    watch = arriving.joined or arriving.enter(*_find_leader(arriving, store, until_s))
-    watch.await_all(until_s - time.monotonic())
+    watch = arriving.joined or arriving.enter(*_find_leader(arriving, store, time.monotonic() + patience_s))
+    watch.await_all(patience_s)
     return watch
 
 

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Runs once on each node, started by srun (job.sh): this node's processes, and SLURM's signals for them.
-# Arguments: CONFIG and key=value overrides. Settings: the batch script's environment; besides, REJOIN_S (60): so long
+# Arguments: CONFIG and key=value overrides. Settings: the batch script's environment; besides, REJOIN_S (45): so long
 # a node whose processes have ended waits for the other nodes to start again with it.
 set -euo pipefail
 
@@ -41,9 +41,9 @@ while kill -0 "$launcher" 2>/dev/null; do
         seen=$SECONDS
         # What the launcher itself asks for (nvidia-smi, say) is no process of the run.
         [ -n "$met" ] || ! grep -qzs '^TORCHELASTIC_RUN_ID=' $(in_proc environ) || met=yes
-    elif [ -n "$met" ] && [ "$nodes" -gt 1 ] && [ $((SECONDS - seen)) -ge "${REJOIN_S:-60}" ]; then
+    elif [ -n "$met" ] && [ "$nodes" -gt 1 ] && [ $((SECONDS - seen)) -ge "${REJOIN_S:-45}" ]; then
         # torch has one time for this and for the first start, when a node may come late.
-        echo "error: ${SLURMD_NODENAME:-$HOSTNAME}: the other nodes did not come back within ${REJOIN_S:-60} s" >&2
+        echo "error: ${SLURMD_NODENAME:-$HOSTNAME}: the other nodes did not come back within ${REJOIN_S:-45} s" >&2
         kill -KILL "$launcher"
         exit 1
     elif [ "$SLURM_NODEID$met" = 0 ] && [ "$nodes" -gt 1 ] && [ $((SECONDS - seen)) -ge 60 ]; then

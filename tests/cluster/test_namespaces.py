@@ -167,9 +167,7 @@ def test_a_wrong_address_ends_both_machines_with_a_line_each(machines, tmp_path)
         processes.append(machines[rank].start(sys.executable, *command, **world))
     here, there = finish_all(processes, 120)
     assert [process.returncode for process in processes] == [1, 1], (here, there)
-    # What was left of the 5 s when it began to wait: on a busy machine less.
-    assert re.search(r"error: 1 of 2 processes did not come within [2345] s: rank 1", here), here
-    assert here.count("error: ") == 1, here
+    assert "error: 1 of 2 processes did not come within 5 s: rank 1" in here and here.count("error: ") == 1, here
     assert "machine1 did not reach the rendezvous at 10.77.0.9:29500 within 5 s: No route to host" in there, there
     assert len(there.splitlines()) == 1 and not (tmp_path / "run").exists()
 

@@ -62,7 +62,7 @@ class Ranks:
         if rank in self.late:
             self.late[rank].wait(20)
         try:
-            self.watches[rank] = meeting.join(arriving, self.store, time.monotonic() + self.join_s)
+            self.watches[rank] = meeting.join(arriving, self.store, self.join_s)
         except WorldError as error:
             self.errors[rank] = error
 
