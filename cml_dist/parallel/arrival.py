@@ -41,9 +41,11 @@ def early_port(here: Launched) -> int:
 
 
 def world_word(here: Launched) -> str:
-    """What the processes of one start of a world know alike, and hardly another has."""
-    by_torchrun, by_slurm = ("RUN_ID", "RESTART_COUNT"), ("JOB_ID", "STEP_ID", "RESTART_COUNT")
-    names = [f"TORCHELASTIC_{name}" for name in by_torchrun] + [f"SLURM_{name}" for name in by_slurm]
+    """What the processes of a world know alike, and hardly another has.
+
+    A restart in place has the same: torchrun on several machines counts it only where the fault was.
+    """
+    names = ["TORCHELASTIC_RUN_ID", *(f"SLURM_{name}" for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))]
     facts = (here.host, here.port, here.size, *(os.environ.get(name) for name in names))
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 

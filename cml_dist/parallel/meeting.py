@@ -119,24 +119,29 @@ def join(arriving: Arriving, store: Store, patience_s: float) -> Joined:
         NetworkError: rank 0 cannot be reached, or lets nobody in.
         WorldError: not all came.
     """
-    arriving.stop_looking()
     if arriving.me.rank == 0:
         store.set(KEY, json.dumps(arriving.meeting))
-    watch = arriving.joined or arriving.enter(*_find_leader(arriving, store, time.monotonic() + patience_s))
+    found = _find_leader(arriving, store, time.monotonic() + patience_s)
+    arriving.stop_looking()
+    if arriving.joined is not None and found is not None:
+        found[1].close()  # it was found both ways
+    watch = arriving.joined or arriving.enter(*found)
     watch.await_all(patience_s)
     return watch
 
 
-def _find_leader(arriving: Arriving, store: Store, until_s: float) -> tuple[Member, Wire]:
-    """Be welcomed by rank 0. What the store says may be of an earlier start, whose rank 0 is gone: ask again."""
+def _find_leader(arriving: Arriving, store: Store, until_s: float) -> tuple[Member, Wire] | None:
+    """Be welcomed by rank 0. What the store says may be of an earlier start, whose rank 0 is gone: ask again.
+
+    Returns:
+        rank 0 and the connection to it; None: it is found by now, since it had only started late.
+    """
     why = "it published no address"
-    while (left_s := until_s - time.monotonic()) > 0:
+    while arriving.joined is None and time.monotonic() < until_s:
         try:
-            store.wait([KEY], timedelta(seconds=left_s))
-            meeting = json.loads(store.get(KEY))
+            meeting = json.loads(store.get(KEY)) if store.check([KEY]) else {"addresses": []}
         except (DistError, RuntimeError) as error:
-            if time.monotonic() < until_s:
-                why = _first_line(error)
+            why = _first_line(error)
             break
         for address in meeting["addresses"]:
             try:
@@ -144,6 +149,8 @@ def _find_leader(arriving: Arriving, store: Store, until_s: float) -> tuple[Memb
             except (OSError, ValueError) as error:
                 why = f"{address}:{meeting['port']}: {error}"
         time.sleep(RETRY_S)
+    if arriving.joined is not None:
+        return None
     raise NetworkError(
         f"rank 0 did not let in this process on host {arriving.me.host}: {why}",
         "see what rank 0 says, and whether its machine lets connections in",

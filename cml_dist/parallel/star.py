@@ -30,7 +30,7 @@ class Leader(Joined):
 
     Args:
         server: a listening socket.
-        tokens: either is shown by a rank to be let in: a secret, and the word of this start of the world.
+        tokens: either is shown by a rank to be let in: a secret of this start of the world, and the world's word.
         countersign: what rank 0 shows, beside the word.
     """
 
@@ -51,6 +51,7 @@ class Leader(Joined):
         self._wires: dict[int, Wire] = {}
         self._strangers: dict[Wire, float] = {}
         self._guests: set[Wire] = set()
+        self._gone: set[int] = set()
         self._lost: list[Member] = []
         self._decide_s: float | None = None
         self._last = threading.Event()  # the others have left in peace
@@ -95,6 +96,8 @@ class Leader(Joined):
             why = f"a process calls itself rank {rank} in a world of {self.size}"
         elif rank in self._members:
             why = f"two processes call themselves rank {rank}, one of them on host {self._members[rank].host}"
+        elif rank in self._gone:  # a launcher may start it again before this process has ended
+            why = f"rank {rank} has left this start of the world"
         if why is not None:
             wire.write({"refused": why})
         return why is not None
@@ -166,6 +169,7 @@ class Leader(Joined):
 
     def _remove(self, rank: int) -> None:
         del self._members[rank]
+        self._gone.add(rank)
         wire = self._wires.pop(rank)
         self._selector.unregister(wire)
         wire.close()

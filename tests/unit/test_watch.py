@@ -16,6 +16,7 @@ from cml_dist.config.schema import ParallelConfig
 from cml_dist.errors import WorldError
 from cml_dist.parallel import arrival, meeting, star, verdict, watch
 from cml_dist.parallel.arrival import Arriving, identity
+from cml_dist.parallel.launched import Launched
 from cml_dist.parallel.meeting import KEY
 from cml_dist.parallel.verdict import Member, Verdict
 from cml_dist.parallel.wire import Wire
@@ -212,6 +213,38 @@ def test_ranks_find_each_other_before_the_meeting():
     assert len({one.meeting for one in ranks.watches.values()}) == 1
     ranks.close()
     assert ranks.ends == {} and ranks.errors == {}
+
+
+def test_rank_0_that_starts_late_may_take_its_time_once_it_is_known():
+    ranks = Ranks(2, absent=(0,), late=(0,), join_s=2.0)
+    time.sleep(0.5)
+    assert 1 in ranks.arriving and ranks.arriving[1].joined is None
+    thread = threading.Thread(target=ranks._join, args=(0,))
+    thread.start()
+    time.sleep(2.5)
+    assert ranks.errors == {}, "rank 0 imports, as rank 1 knows"
+    ranks.late[0].set()
+    thread.join(10)
+    ranks.joined()
+    assert set(ranks.watches) == {0, 1}
+    ranks.close()
+
+
+def test_restarts_in_place_find_each_other_and_never_the_start_before(monkeypatch):
+    world = Launched(1, 2, 0, 1, "n1", 29500)
+    word = arrival.world_word(world)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun counts where the fault was, and nowhere else
+    assert arrival.world_word(world) == word
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert arrival.world_word(world) != word
+    monkeypatch.setattr(star, "TOGETHER_S", 5.0)
+    ranks = Ranks(3, absent=(1, 2), join_s=2.0)
+    ranks.by_hand(1).close()
+    time.sleep(0.3)
+    with pytest.raises(WorldError, match="rank 1 has left this start of the world"):
+        meeting._find_leader(ranks.arrive(1), ranks.store, time.monotonic() + 0.5)
+    ranks.joined()
+    assert "rank 1 (host " in ranks.errors[0].what
 
 
 def killed(arriving):
