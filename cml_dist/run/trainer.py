@@ -326,6 +326,9 @@ class _Run:
             config.train.steps, self.step, score_name=score_name, log_every=config.run.log_every, best=self._best()
         ) as live:
             self._validate_if_due()
+            if self.step < config.train.steps and world.is_main:
+                self.folder.check_ours()
+                forget_unfinished(self.folder)  # of a step that is trained anew, since its checkpoint is lost
             while self.step < config.train.steps:
                 metrics, wishes = self._meta_step(self._handed_out(stream, mine))
                 live.step(metrics)

@@ -231,6 +231,27 @@ def test_a_stop_between_tested_episodes_loses_nothing(undisturbed, tmp_path, mon
     assert not list((folder / "evals").glob(".*"))
 
 
+def test_a_validation_whose_checkpoint_is_lost_begins_anew(undisturbed, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    wanted, calls = trainers._Run._stop_wanted, []
+
+    def stop_wanted(self):
+        calls.append(1)
+        self.interrupts.stop = "SIGUSR1" if len(calls) == 7 else None  # in the second one, after step 10
+        return wanted(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers._Run, "_stop_wanted", stop_wanted)
+        assert go(folder).step == 10
+    (kept,) = (folder / "evals").glob(".*")
+    table = np.load(kept)
+    assert table[-1].tolist() == [1, 1, 0, 0]
+    np.save(kept, table + 1000 * table[-1])  # as of other parameters: trained anew, they differ in rounding
+    checkpoints.path_of(folder / "checkpoints", 10).write_bytes(b"cut off")
+    assert go(folder).finished
+    assert (folder / "validation.jsonl").read_text() == (undisturbed / "validation.jsonl").read_text()
+
+
 def test_minutes_make_checkpoints_too_and_change_nothing(undisturbed, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     saved = []
