@@ -13,7 +13,7 @@ from typing import Any
 from cml_dist.parallel import verdict as verdicts
 from cml_dist.parallel.verdict import Member, Verdict
 from cml_dist.parallel.watch import TICK_S, Joined
-from cml_dist.parallel.wire import Wire
+from cml_dist.parallel.wire import Wire, encoded
 
 TOGETHER_S = 0.5
 """The ranks of a machine die one after the other: seconds in which the rest of them is noticed."""
@@ -175,8 +175,9 @@ class Leader(Joined):
         wire.close()
 
     def _tell(self, message: dict[str, Any]) -> None:
+        line = encoded(message)  # once: who came is as long as the world
         for wire in list(self._wires.values()):
-            wire.write(message)
+            wire.send(line)
 
     def _decide(self, verdict: Verdict) -> None:
         self._tell({"verdict": asdict(verdict)})
@@ -289,7 +290,9 @@ class Follower(Joined):
         self._hear()  # also what came with the welcome, of which the kernel says nothing any more
         if self._over:
             return
-        if now_s - self._leader.heard_s > self.silence_s and not self._leader.starts:
+        # Nobody else could tell that rank 0 does not get out of its imports: it may be stopped there.
+        patience_s = max(self.timeout_s, self.silence_s) if self._leader.starts else self.silence_s
+        if now_s - self._leader.heard_s > patience_s:
             self._end(verdicts.silent([self._leader], now_s))
             return
         self._wire.write(self._state(now_s))

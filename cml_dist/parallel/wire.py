@@ -81,7 +81,11 @@ class Wire:
 
     def write(self, message: dict[str, Any]) -> None:
         """Send as much as the kernel takes now; :meth:`flush` sends the rest."""
-        self._out += json.dumps(message).encode() + b"\n"
+        self.send(encoded(message))
+
+    def send(self, message: bytes) -> None:
+        """As :meth:`write`, for one that is encoded already."""
+        self._out += message
         self.flush()
 
     def flush(self, within_s: float = 0.0) -> None:
@@ -103,6 +107,11 @@ class Wire:
     def close(self) -> None:
         self.open = False
         self._socket.close()
+
+
+def encoded(message: dict[str, Any]) -> bytes:
+    """One line, as it goes over a wire."""
+    return json.dumps(message).encode() + b"\n"
 
 
 def _bury(connection: socket.socket, lost_s: float) -> None:

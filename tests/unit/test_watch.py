@@ -216,12 +216,12 @@ def test_ranks_find_each_other_before_the_meeting():
 
 
 def test_rank_0_that_starts_late_may_take_its_time_once_it_is_known():
-    ranks = Ranks(2, absent=(0,), late=(0,), join_s=2.0)
+    ranks = Ranks(2, absent=(0,), late=(0,), join_s=4.0)
     time.sleep(0.5)
     assert 1 in ranks.arriving and ranks.arriving[1].joined is None
     thread = threading.Thread(target=ranks._join, args=(0,))
     thread.start()
-    time.sleep(2.5)
+    time.sleep(4.5)
     assert ranks.errors == {}, "rank 0 imports, as rank 1 knows"
     ranks.late[0].set()
     thread.join(10)
@@ -240,7 +240,10 @@ def test_restarts_in_place_find_each_other_and_never_the_start_before(monkeypatc
     monkeypatch.setattr(star, "TOGETHER_S", 5.0)
     ranks = Ranks(3, absent=(1, 2), join_s=2.0)
     ranks.by_hand(1).close()
-    time.sleep(0.3)
+    until_s = time.monotonic() + 4
+    while not ranks.arriving[0].joined._gone:
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
     with pytest.raises(WorldError, match="rank 1 has left this start of the world"):
         meeting._find_leader(ranks.arrive(1), ranks.store, time.monotonic() + 0.5)
     ranks.joined()
@@ -312,6 +315,17 @@ def test_a_rank_that_does_not_answer_during_its_imports_is_not_taken_for_lost():
     ranks.joined()
     ranks.close()
     assert ranks.ends == {} and ranks.errors == {}
+
+
+def test_rank_0_that_never_gets_out_of_its_imports_is_missed():
+    ranks = early(Ranks(2, late=(0,), silence_s=1.0, timeout_s=2.0), 1)
+    leader, goes_on = ranks.arriving[0].joined, threading.Event()
+    leader._tick = lambda now_s: goes_on.wait(20)  # it is stopped
+    what, _ = ranks.ended_on(1)
+    assert what.startswith(f"no word from {identity(0).name} for ") and "last seen in its start" in what
+    ranks.late[0].set()
+    goes_on.set()
+    ranks.joined()
 
 
 def test_a_port_that_another_program_holds_is_passed_over():
