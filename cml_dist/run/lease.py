@@ -174,12 +174,12 @@ class Lease:
             found = json.loads(self._file.read_text())
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) and {"token", *_START} <= found.keys() else None
+        return found if isinstance(found, dict) and {"token", "host", "pid"} <= found.keys() else None
 
 
 _START = tuple(field.name for field in fields(Start))
 
 
 def _start_of(holder: dict[str, Any]) -> Start:
-    """Whose lease it is."""
-    return Start(**{name: holder[name] for name in _START})
+    """Whose lease it is; earlier versions said less."""
+    return Start(**{name: holder[name] for name in _START if name in holder})

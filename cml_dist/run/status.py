@@ -76,7 +76,9 @@ class Start:
         job: SLURM's number, None outside.
         requeued: how often SLURM has put the job back into the queue.
         launcher: which launcher made the process, None without one.
-        in_place: how often that launcher has started its processes again.
+        in_place: how often that launcher has started its processes again, as it counts: those of several machines count
+            only the faults on their own.
+        began: when the process did, in the kernel's ticks; orders those of one launcher.
     """
 
     host: str
@@ -85,6 +87,7 @@ class Start:
     requeued: int = 0
     launcher: str | None = None
     in_place: int = 0
+    began: int = 0
 
     @property
     def restart(self) -> int:
@@ -100,7 +103,8 @@ class Start:
             return False
         if self.requeued != other.requeued:
             return self.requeued > other.requeued
-        return self.launcher is not None and self.launcher == other.launcher and self.in_place > other.in_place
+        later = (self.in_place, self.began) > (other.in_place, other.began)
+        return self.launcher is not None and self.launcher == other.launcher and later
 
 
 def this_start() -> Start:
@@ -111,7 +115,7 @@ def this_start() -> Start:
         # That of rank 0, which stays where it is when launchers of several machines start again in place.
         launcher = f"{host}:{os.getppid()}:{_began(os.getppid())}"
     requeued, (in_place, _) = int(environment.get("SLURM_RESTART_COUNT") or 0), restarts()
-    return Start(host, os.getpid(), job, requeued, launcher, in_place)
+    return Start(host, os.getpid(), job, requeued, launcher, in_place, int(_began(os.getpid()) or 0))
 
 
 def _began(pid: int) -> str:

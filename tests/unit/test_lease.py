@@ -27,8 +27,8 @@ def _no_open_files(monkeypatch):
             lease._lock.close()
 
 
-def start(job: str | None = None, requeued: int = 0, launcher: str | None = None, in_place: int = 0) -> Start:
-    return Start("n01", os.getpid(), job, requeued, launcher, in_place)
+def start(job: str | None = None, requeued: int = 0, launcher: str | None = None, in_place: int = 0, began=0) -> Start:
+    return Start("n01", os.getpid(), job, requeued, launcher, in_place, began)
 
 
 @pytest.fixture(params=["locks", "no locks"])
@@ -116,6 +116,16 @@ def test_a_launcher_takes_over_from_its_own_processes_alone(tmp_path, locks, job
     again.check()
     with pytest.raises(CheckpointError, match="has taken over"):
         cut_off.check()
+
+
+def test_a_restart_that_the_launcher_of_rank_0_does_not_count_takes_over_too(tmp_path, locks):
+    """torchrun on several machines counts a restart only where the fault was."""
+    killed = Lease(tmp_path, start("7", 0, "a:5:10", 0, began=100))
+    killed._lock.close()
+    again = Lease(tmp_path, start("7", 0, "a:5:10", 0, began=200))
+    again.check()
+    with pytest.raises(CheckpointError, match="has taken over"):
+        Lease(tmp_path, start("7", 0, "a:5:10", 0, began=100))
 
 
 def test_a_start_knows_its_job_and_its_launcher(monkeypatch):
