@@ -72,6 +72,8 @@ def outlast_the_launcher(watch: Watch) -> None:
 def guard(log: TextIO | None, seconds: float, leave: bool) -> None:
     """Unless called again within ``seconds``, show this process's stacks, from a thread that needs no lock of Python's.
 
+    Time in which the process as a whole is stopped (a suspended job) counts: nobody is there then to call again.
+
     Args:
         log: where to; None: stderr.
         seconds: 0: never.
