@@ -100,7 +100,8 @@ class Setup:
         for node in range(self.nodes):
             values = (self.nodes, node, "127.0.0.1", port)
             options = [x for word, value in zip(words.split(), values, strict=True) for x in (f"--{word}", str(value))]
-            made.append(([*command, *options], {NODE: str(node)}))
+            # Two machines on one: their way to each other is the loopback, which the trainer would refuse.
+            made.append(([*command, *options], {NODE: str(node), "GLOO_SOCKET_IFNAME": "lo"}))
         return made
 
     def _rank(self, rank: int, port: int) -> dict[str, str]:
