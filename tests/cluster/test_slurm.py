@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ TASKS = [f"{backbone}-seed{seed}" for backbone in ("test_resnet", "conv4") for s
 """Of the array, in its order."""
 
 IN_HASTE = {"REJOIN_S": "10", "SLURM_WAIT": "5"}
-"""Seconds that a launcher waits for a lost node, and srun after it; both 60 by themselves."""
+"""Seconds that a launcher waits for a lost node, and srun after it; 45 and 60 by themselves."""
 
 MORE = 5
 """Meta-steps after a resume that are compared."""
@@ -116,7 +117,8 @@ def loses_a_node(job: Job) -> Script:
     # What SLURM does by itself after SlurmdTimeout, and then once the node is back.
     job.cluster.run("scontrol", "update", "nodename=n04", "state=down", "reason=killed")
     assert job.cluster.tool("start-node", "n04").returncode == 0
-    job.cluster.run("scontrol", "update", "nodename=n04", "state=resume")
+    with suppress(AssertionError):  # refused where the node has come back by itself
+        job.cluster.run("scontrol", "update", "nodename=n04", "state=resume")
     yield from goes_on(job)
 
 
