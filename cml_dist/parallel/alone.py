@@ -51,8 +51,8 @@ class Alone(Watch):
                 if now_s - self.me.moved_s > self.timeout_s:
                     self._end_process(hanging(self.me, now_s, in_log=self.log is not None), self, True)
                     return
-                # Should this thread not run again for lack of Python's lock, faulthandler's own shows who holds it; it may
-                # not end the process, since its timer counts the time of a suspended job too.
+                # Should this thread not run again for lack of Python's lock, faulthandler's own shows who holds it.
+                # It may not end the process: its timer counts the time of a suspended job too.
                 guard(self.log, 2 * self.timeout_s, False)
         finally:
             guard(None, 0, False)
