@@ -53,9 +53,13 @@ class Watch:
         self.at_end: Callable[[Verdict], None] = lambda verdict: None
         self._at: tuple[str, bool, float] = (START, False, time.monotonic())
 
-    def beat(self, where: str) -> None:
-        """The main thread is at work in ``where`` (for people: ``step 12, episode 3``)."""
-        self._at = (where, False, time.monotonic())
+    def beat(self, where: str, may_take_s: float = 0.0) -> None:
+        """The main thread is at work in ``where`` (for people: ``step 12, episode 3``).
+
+        Args:
+            may_take_s: so much longer than ``parallel.timeout_s``, e.g. what is downloaded.
+        """
+        self._at = (where, False, time.monotonic() + may_take_s)
 
     def touch(self) -> None:
         """The main thread gets on with what it is at."""
@@ -148,7 +152,7 @@ class Joined(Watch):
         """This rank, and where its main thread is."""
         self._look()
         here = f"{'waiting for others' if self.me.waiting else 'at work'} in {self.me.where}"
-        return f"{self.me.name}, {here} for {time.monotonic() - self.me.moved_s:.0f} s"
+        return f"{self.me.name}, {here} for {max(0.0, time.monotonic() - self.me.moved_s):.0f} s"
 
     def start(self) -> None:
         self._thread.start()

@@ -20,6 +20,9 @@ from cml_dist.nets.partition import freeze, select
 from cml_dist.parallel.world import World
 from cml_dist.planning.choose import autocast_type, fit_memory, task_of
 
+DOWNLOAD_S = 3600.0
+"""Published weights come over any link; the library that fetches them gives up by itself where nothing comes."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -104,7 +107,7 @@ def assemble(
             domain.load(split, tell)
 
     def make() -> CmlNet:
-        world.watch.beat("building the network")
+        world.watch.beat("building the network", DOWNLOAD_S if config.model.pretrained is True else 0.0)
         net = make_network(config, domain.input_shape, domain.output_dim)
         if world.local_rank == 0 and config.method.order == 2:
             check_twice_differentiable(net, domain.input_shape, domain.output_dim, config.model.backbone)

@@ -457,6 +457,16 @@ def test_rank_0_leaves_last_and_watches_the_others_to_their_end():
     assert ranks.ends == {}
 
 
+def test_what_may_take_longer_is_no_hang_before_that():
+    ranks = Ranks(2, timeout_s=0.5).joined()
+    ranks.watches[0].wait("the reduction of step 3")
+    ranks.watches[1].beat("building the network", may_take_s=1.5)
+    time.sleep(1.0)
+    assert ranks.ends == {}
+    what, _ = ranks.ended_on(0, 1)
+    assert what.startswith(f"{identity(1).name} did not move for ") and "in building the network" in what
+
+
 def test_a_child_holds_no_connection_open():
     ranks = Ranks(2).joined()
     wires = [ranks.watches[1]._wire, *ranks.watches[0]._wires.values()]
