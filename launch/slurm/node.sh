@@ -28,8 +28,7 @@ trap '' USR1 USR2 TERM # inherited: a process that is not up yet ignores them
 "$PYTHON" -m "${command[@]}" -m cml_dist train "$@" "run.dir=$RUN_DIR" "parallel.processes=$processes" &
 launcher=$!
 stopping=
-# A process that was stopped and saved leaves with 0, since MAX_RESTARTS is not 0; others may be in their imports still.
-trap 'stopping=yes REJOIN_S=300' USR1 USR2 TERM
+trap 'stopping=yes REJOIN_S=300' USR1 USR2 TERM # who is stopped and saved leaves with 0; others may still import
 # shellcheck disable=SC2086 # one word a process
 in_proc() { printf "/proc/%s/$1 " $children; } # the file of that name of each child of the launcher
 met='' seen=0
