@@ -7,6 +7,7 @@ cancelled once it has shown what it should.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -116,6 +117,8 @@ def loses_a_node(job: Job) -> Script:
     yield lambda: job.state != "RUNNING"
     # What SLURM does by itself after SlurmdTimeout, and then once the node is back.
     job.cluster.run("scontrol", "update", "nodename=n04", "state=down", "reason=killed")
+    # SLURM has one number for all starts of a job: what it still means to tell the dead node would end the next one.
+    yield lambda: job.state == "PENDING" and re.search(r"^Agent queue size: +0$", job.cluster.run("sdiag"), re.M)
     assert job.cluster.tool("start-node", "n04").returncode == 0
     with suppress(AssertionError):  # refused where the node has come back by itself
         job.cluster.run("scontrol", "update", "nodename=n04", "state=resume")
