@@ -30,9 +30,9 @@ demo: $(INSTALLED)
 	{ code=$$?; echo "The demo did not finish: the reason stands above the launcher's traceback. make demo goes on from" \
 		"the last checkpoint, make clean removes it."; exit $$code; }
 
-# Three files at a time, in their order: those of clusters and launchers come first, and much of what they do is to wait.
+# Two files at a time: much of what the tests of clusters and launchers do is to wait.
 test: $(INSTALLED)
-	@$(BIN)/ruff check --output-format concise; lint=$$?; $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) && exit $$lint
+	@$(BIN)/ruff check --output-format concise; lint=$$?; $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS) && exit $$lint
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --output-format concise
