@@ -2,19 +2,21 @@
 
     python benchmarks/memory.py                                  # the table of benchmarks/2026-11-25-memory.md
     python benchmarks/memory.py --only vit_tiny_patch16_224 --threads 1
+    python benchmarks/memory.py --cuda                           # on a GPU, and larger cases besides
 
-Memory is the largest resident set above its level after the model is built. ``unroll`` is what one would write without
-this package: a plain loop of ``torch.autograd.grad(..., create_graph=True)`` over one copy of the network, all graphs
-alive until the outer backward; ``checkpoint`` is the same with a non-reentrant checkpoint round each inner step. 5-way
-5-shot, 15 queries a class, CML with a co-learner of depth 1, on the CPU. Gradients of one backbone and number of steps
-are compared with the first case that ran: the last column is the relative distance (float32).
+Memory is the largest resident set above its level after the model is built; on a GPU the largest sum of live tensors
+and workspaces, as torch counts it, and the seconds are those of the second meta-gradient. ``unroll`` is what one would
+write without this package: a plain loop of ``torch.autograd.grad(..., create_graph=True)`` over one copy of the
+network, all graphs alive until the outer backward; ``checkpoint`` is the same with a non-reentrant checkpoint round
+each inner step; ``bf16`` computes in bfloat16. 5-way 5-shot, 15 queries a class, CML with a co-learner of depth 1.
+Gradients of one backbone and number of steps are compared with the first case that ran: the last column is the relative
+distance (float32).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -50,15 +52,39 @@ CASES = [
     ("vit_small_patch16_224", 224, 5, "adjoint", 5, 1),
     ("vit_small_patch16_224", 224, 5, "adjoint", 3, 1),
 ]
+GPU_CASES = [
+    ("conv4", 84, 1, "adjoint bf16", 0, 1),
+    ("vit_tiny_patch16_224", 224, 5, "adjoint bf16", 0, 1),
+    ("vit_small_patch16_224", 224, 5, "unroll", 0, 1),
+    ("vit_small_patch16_224", 224, 5, "adjoint", 0, 1),
+    ("vit_base_patch16_224", 224, 5, "unroll", 0, 1),
+    ("vit_base_patch16_224", 224, 5, "adjoint", 0, 1),
+    ("vit_base_patch16_224", 224, 5, "adjoint", 25, 1),
+    ("vit_base_patch16_224", 224, 5, "adjoint", 5, 1),
+    ("vit_base_patch16_224", 224, 5, "adjoint bf16", 25, 1),
+    ("vit_large_patch16_224", 224, 5, "unroll", 0, 1),
+    ("vit_large_patch16_224", 224, 5, "adjoint", 25, 1),
+    ("vit_large_patch16_224", 224, 5, "adjoint", 5, 1),
+]
 WAYS, SHOTS, QUERIES = 5, 5, 15
 INNER_LR = 0.01
 
 
 def measure(
-    backbone: str, pixels: int, steps: int, engine: str, micro_batch: int, episodes: int, threads: int, freed: str
+    backbone: str,
+    pixels: int,
+    steps: int,
+    engine: str,
+    micro_batch: int,
+    episodes: int,
+    *,
+    threads: int,
+    freed: str,
+    device: str,
 ):
     """Run in a fresh process: one meta-gradient, after the level was taken. Returns the numbers and the gradient."""
     import torch
+    from plan import gpu_arithmetic
 
     from cml_dist.config.schema import ModelConfig
     from cml_dist.meta.model import MetaModel
@@ -69,16 +95,18 @@ def measure(
 
     torch.set_num_threads(threads)
     (keep_freed_memory if freed == "keep" else give_back_freed_memory)()
+    if device == "cuda":
+        gpu_arithmetic()
     shape = (3, pixels, pixels)
     config = ModelConfig(backbone=backbone, colearner={"depth": 2 if backbone == "conv4" else 1})
-    net = build_net(config, input_shape=shape, output_dim=WAYS, seed=0, colearner=True)
+    net = build_net(config, input_shape=shape, output_dim=WAYS, seed=0, colearner=True).to(device)
 
     def score(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return (outputs.argmax(1) == targets).float().mean()
 
     def batch(generator: torch.Generator, count: int) -> Batch:
         inputs = torch.randn(count * WAYS, *shape, generator=generator)
-        return Batch(inputs, torch.arange(WAYS).repeat_interleave(count))
+        return Batch(inputs.to(device), torch.arange(WAYS).repeat_interleave(count).to(device))
 
     def episode(index: int) -> Episode:
         generator = torch.Generator().manual_seed(index)
@@ -89,21 +117,31 @@ def measure(
     else:
         method = Method(steps, INNER_LR, INNER_LR, 1.0)
         loss = torch.nn.functional.cross_entropy
-        model = MetaModel(net, loss, score, method, engine, micro_batch=micro_batch or None)
+        name, _, compute = engine.partition(" ")
+        autocast = torch.bfloat16 if compute else None
+        model = MetaModel(net, loss, score, method, name, micro_batch=micro_batch or None, autocast=autocast)
         del net
 
         def work(made):
             model(made, 1 / episodes)[0].backward()
-            return [p.grad for p in model.values]
+            grads = [p.grad for p in model.values]
+            model.zero_grad(set_to_none=True)
+            return grads
 
     made = (episode(index) for index in range(episodes))
-    level = _resident_kib("VmRSS")
+    if device == "cuda":
+        work([episode(0)])  # libraries are loaded, and their kernels chosen
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    level = torch.cuda.memory_allocated() if device == "cuda" else 1024 * _resident_kib("VmRSS")
     started = time.perf_counter()
     grads = work(made)
+    if device == "cuda":
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    whole = torch.cat([g.flatten() for g in grads])
-    return {"level_gib": level / 2**20, "above_gib": (peak - level) / 2**20, "seconds": seconds}, whole
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * _resident_kib("VmHWM")
+    whole = torch.cat([g.flatten() for g in grads]).cpu()
+    return {"level_gib": level / 2**30, "above_gib": (peak - level) / 2**30, "seconds": seconds}, whole
 
 
 def _unroll(net, steps: int, *, checkpoint: bool):
@@ -153,6 +191,7 @@ def main() -> None:
         default="keep",
         help="freed memory: kept for speed (the trainer's default), or given back (its way with memory.budget_gib)",
     )
+    parser.add_argument("--cuda", action="store_true", help="on the first GPU")
     parser.add_argument("--engines", help="only these, e.g. unroll,adjoint")
     parser.add_argument("--case", nargs=6, help=argparse.SUPPRESS)
     parser.add_argument("--grads", help=argparse.SUPPRESS)
@@ -161,9 +200,9 @@ def main() -> None:
         import torch
 
         backbone, pixels, steps, engine, micro_batch, episodes = args.case
-        numbers, grads = measure(
-            backbone, int(pixels), int(steps), engine, int(micro_batch), int(episodes), args.threads, args.freed
-        )
+        case = backbone, int(pixels), int(steps), engine, int(micro_batch), int(episodes)
+        device = "cuda" if args.cuda else "cpu"
+        numbers, grads = measure(*case, threads=args.threads, freed=args.freed, device=device)
         torch.save(grads, args.grads)
         print(json.dumps(numbers))
         return
@@ -171,7 +210,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     references: dict[tuple, object] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for case in CASES:
+        for case in [*CASES, *(GPU_CASES if args.cuda else [])]:
             wanted = (not args.only or args.only in case[0]) and args.steps in (None, case[2])
             wanted = wanted and (not args.engines or case[3] in args.engines.split(","))
             if wanted:
@@ -182,17 +221,18 @@ def _row(case: tuple, args: argparse.Namespace, path: Path, references: dict) ->
     import torch
 
     command = [sys.executable, __file__, "--threads", str(args.threads), "--freed", args.freed]
-    command += ["--grads", str(path), "--case", *map(str, case)]
+    command += ["--grads", str(path), *(["--cuda"] if args.cuda else []), "--case", *map(str, case)]
     out = subprocess.run(command, capture_output=True, text=True)
     backbone, pixels, steps, engine, micro_batch, episodes = case
     row = f"| {backbone} | {pixels} | {steps} | {engine} | {micro_batch or 'all'} | {episodes} |"
     if out.returncode:
-        print(f"{row} failed ({out.returncode}) | | |", flush=True)
+        why = "out of memory" if "OutOfMemoryError" in out.stderr else f"failed ({out.returncode})"
+        print(f"{row} {why} | | |", flush=True)
         return
     got, grads = json.loads(out.stdout.splitlines()[-1]), torch.load(path)
     first = references.setdefault((backbone, pixels, steps, episodes), grads)
     distance = "-" if first is grads else f"{((grads - first).norm() / first.norm()).item():.0e}"
-    print(f"{row} {got['above_gib']:.2f} | {got['seconds']:.1f} | {distance} |", flush=True)
+    print(f"{row} {got['above_gib']:.2f} | {got['seconds']:.{2 if args.cuda else 1}f} | {distance} |", flush=True)
 
 
 if __name__ == "__main__":
