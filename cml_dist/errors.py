@@ -63,3 +63,7 @@ class TrainingError(CmlError):
     """Training cannot go on, e.g. too many non-finite meta-gradients in a row."""
 
     everywhere = True
+
+
+class DeviceMemoryError(CmlError):
+    """A GPU's memory ran out."""

@@ -50,7 +50,8 @@ file=${CML_LAUNCH:-$file} processes=${CML_PROCESSES:-$processes}
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "CML_PROCESSES is $processes, which is no number of processes"
 "$python" -m cml_dist config "$recipe" "$@" > /dev/null || exit 2
 
-echo "$recipe: $processes process$([ "$processes" = 1 ] || echo es) on $([ "$gpus" -gt 0 ] && echo "GPUs" || echo "the CPU (no GPU here)")"
+if [ "$gpus" = 0 ]; then place="the CPU (no GPU here)"; elif [ "$processes" = 1 ]; then place="a GPU"; else place=GPUs; fi
+echo "$recipe: $processes process$([ "$processes" = 1 ] || echo es) on $place"
 export LOGLEVEL=${LOGLEVEL:-ERROR} # of the launcher, whose own lines say nothing new
 exec "$python" -m accelerate.commands.accelerate_cli launch --config_file "$root/launch/accelerate/$file.yaml" \
     --num_processes "$processes" -m cml_dist train "$recipe" "parallel.processes=$processes" "$@"

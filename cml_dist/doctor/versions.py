@@ -30,7 +30,10 @@ def check_versions(case: Case) -> Iterator[Finding]:
         metadata = importlib.metadata.metadata(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         yield Finding(
-            PACKAGE, "fault", "not installed, only found on the path: its bounds are unknown", "pip install ."
+            PACKAGE,
+            "warning",
+            "not installed, only found on the path: what it needs is unknown",
+            "pip install . and ask again, or go on if all it needs is there",
         )
         return
     yield Finding(PACKAGE, "ok", str(metadata["Version"]), alike=ALIKE)

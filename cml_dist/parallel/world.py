@@ -227,23 +227,27 @@ def joined_world(config: RunConfig) -> Iterator[World]:
 def _join_group(config: RunConfig, here: Launched, use_cpu: bool, by_deepspeed: bool) -> None:
     """Meet the other ranks in the watch, and make the process group that Accelerate and DeepSpeed then find.
 
-    The watch comes first, so that no rank waits in vain for another: neither in torch's own meeting, nor later.
+    The watch comes first, so that no rank waits in vain for another: neither in torch's own meeting, nor later. A lone
+    process needs a group for DeepSpeed alone.
     """
-    if here.size == 1 or torch.distributed.is_initialized():
+    if torch.distributed.is_initialized() or (here.size == 1 and not by_deepspeed):
         return
-    watch, store = meet(config.parallel)
-    keep_watch(watch)
-    outlast_the_launcher(watch)
+    if here.size == 1:
+        watch, store = this_watch(), torch.distributed.HashStore()
+    else:
+        watch, store = meet(config.parallel)
+        keep_watch(watch)
+        outlast_the_launcher(watch)
     watch.beat("the start of the process group")
     with watch.waiting():
         torch.distributed.init_process_group(
             "gloo" if use_cpu else "nccl",
             store=store,
-            rank=watch.me.rank,
+            rank=here.rank,
             world_size=here.size,
             timeout=group_timeout(config.parallel),
-            # As DeepSpeed itself does it.
-            device_id=torch.device("cuda", here.local_rank) if by_deepspeed and not use_cpu else None,
+            # Without it barriers warn that they have to guess the GPU.
+            device_id=None if use_cpu else torch.device("cuda", here.local_rank),
         )
 
 
@@ -354,6 +358,8 @@ def set_arithmetic(config: RunConfig, world: World) -> int:
         # Some CUDA kernels (pooling, index adds) have no deterministic form: a warning, not a refusal.
         torch.use_deterministic_algorithms(True, warn_only=world.device.type == "cuda")
         torch.backends.cudnn.benchmark = False
+        # Every new tensor would be filled besides, for code that reads what nobody wrote: no kernel here does.
+        torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     return threads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
+from cml_dist.parallel.gpu_memory import memory_explained
 from cml_dist.parallel.world import joined_world, set_arithmetic
 from cml_dist.run.assemble import assemble
 from cml_dist.run.export import export_run
@@ -15,7 +16,7 @@ from cml_dist.telemetry.preparing import preparing
 
 def evaluate_run(config: RunConfig, which: str, console: Console) -> dict:
     """Test a run's checkpoint and write its figures (:func:`score_run`). Collective: all ranks."""
-    with joined_world(config) as world:
+    with joined_world(config) as world, memory_explained(world.device):
         set_arithmetic(config, world)
         with preparing(console) as progress:
             parts = assemble(config, make_plan(config, world.size), world, progress, training=False)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cml_dist import __version__
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import RunConfig
 from cml_dist.meta.problem import part_of
@@ -90,7 +91,7 @@ def _compact(values: Sequence[float]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    found = {"python": platform.python_version(), "cml_dist": importlib.metadata.version("cml-dist")}
+    found = {"python": platform.python_version(), "cml_dist": __version__}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -25,6 +25,7 @@ from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, CmlError, TrainingError
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
 from cml_dist.parallel.ending import restarts
+from cml_dist.parallel.gpu_memory import memory_explained
 from cml_dist.parallel.launched import idle_nodes
 from cml_dist.parallel.verdict import Verdict
 from cml_dist.parallel.world import World, joined_world, set_arithmetic
@@ -84,7 +85,8 @@ def train(config: RunConfig, console: Console, interrupts: Interrupts | None = N
     ):
         run = _Run(config, world, console, interrupts)
         try:
-            return run.go()
+            with memory_explained(world.device):
+                return run.go()
         except BaseException as error:
             run.fail(error)
             raise

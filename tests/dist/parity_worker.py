@@ -1,5 +1,8 @@
 """Run by every rank of a launch: a few meta-steps of each case of the parity matrix; rank 0 saves what came of them.
 
+    parity_worker.py OUT           # on the CPU
+    parity_worker.py OUT DEVICE    # cpu or cuda: the trajectories alone; with one GPU those of all strategies
+
 Starting processes costs most, so one launch runs all cases of its world size; between strategies the ranks meet anew.
 """
 
@@ -27,7 +30,7 @@ from cml_dist.meta.problem import Method
 from cml_dist.nets.build import build_net
 from cml_dist.parallel.leave import leave
 from cml_dist.parallel.strategy import DataParallel
-from cml_dist.parallel.world import World, join_world
+from cml_dist.parallel.world import World, join_world, set_arithmetic
 from cml_dist.parallel.zero import Zero, build_strategy
 from cml_dist.run.stream import EpisodeStream, rank_share
 from cml_dist.types import Batch, Episode
@@ -80,8 +83,12 @@ RESUMED = Case("", "float32", "conv4", "adjoint", (5,), "adamw")
 ADAMW = Case("", "float32", "conv4", "graph", (5, 5), "adamw")
 
 
-def cases(world: int) -> Iterator[Case]:
+def cases(world: int, device: str | None = None) -> Iterator[Case]:
     """All of a world size, those of one strategy together (on 2 ranks, SAVED_BY first)."""
+    if world == 1 and device == "cuda":  # plain ones first: DeepSpeed leaves a lone process in a world of one
+        yield from (case for case in cases(1) if case.strategy != SAVED_BY)
+        yield from (case for case in cases(2) if case.strategy != "ddp")
+        return
     plain = "single" if world == 1 else "ddp"
     for strategy in ZERO.get(world, ()):
         nets = () if strategy == FURTHER else NETS if world == 2 else ("vit",)
@@ -124,14 +131,14 @@ class RandomImages(Domain):
         return (outputs.argmax(1) == targets).double().mean()
 
 
-def config_of(strategy: str, dtype: str, optimizer: str) -> RunConfig:
+def config_of(strategy: str, dtype: str, optimizer: str, device: str = "auto") -> RunConfig:
     name, _, offload = strategy.partition("+")
     return parse_config(
         {
             "domain": {"name": "sinusoid"},
             "optim": ADAM if optimizer == "adamw" else {"name": optimizer, "lr": LR},
             "parallel": {"strategy": name, "offload": offload or "none"},
-            "run": {"dtype": dtype},
+            "run": {"dtype": dtype, "device": device},
         }
     )
 
@@ -181,7 +188,7 @@ def train(world: World, case: Case) -> dict[str, Tensor]:
     told = steps(world, case, domain, strategy, 0, len(case.episodes))
     assert all(taken for _, taken in told)
     norms = torch.tensor([norm for norm, _ in told], dtype=torch.float64)
-    return {name: value.clone() for name, value in strategy.params().items()} | {"norms": norms}
+    return {name: value.to("cpu", copy=True) for name, value in strategy.params().items()} | {"norms": norms}
 
 
 def save(world: World, case: Case) -> dict[str, Tensor]:
@@ -265,15 +272,21 @@ RESUMED_BY = {1: ("single",), 2: ("ddp", "zero0", "zero2+optimizer", "zero3"), 4
 """Who loads, by world size, what SAVED_BY has saved on 2 ranks."""
 
 
-def main(out: Path) -> None:
+def main(out: Path, device: str | None = None) -> None:
     results: dict[str, dict] = {"params": {}, "resumed": {}, "skipped": {}, "collectives": {}}
     size = int(os.environ.get("WORLD_SIZE", 1))
     state_file = out.with_name("state.pt")
-    by_strategy = {name: list(group) for name, group in itertools.groupby(cases(size), lambda case: case.strategy)}
+    chosen = cases(size, device)
+    by_strategy = {name: list(group) for name, group in itertools.groupby(chosen, lambda case: case.strategy)}
     for strategy, group in by_strategy.items():
-        world = join(config_of(strategy, group[0].dtype, "sgd"))
+        config = config_of(strategy, group[0].dtype, "sgd", device or "cpu")
+        world = join(config)
+        if device == "cuda":
+            set_arithmetic(config, world)  # or TF32 would stand for float32
         for case in group:
             results["params"][case.key] = train(world, case)
+        if device is not None:
+            continue
         if size == 2:
             results["collectives"][strategy] = collectives(world, replace(COUNTED, strategy=strategy))
             results["skipped"][strategy] = skip(world, replace(RESUMED, strategy=strategy))
@@ -293,5 +306,5 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
     leave(0)

@@ -70,6 +70,17 @@ def test_a_package_that_is_missing_or_too_old_is_a_fault(monkeypatch, installed,
     assert (found.verdict, found.value, found.remedy) == ("fault", said, "pip install 'torch>=2.6'")
 
 
+def test_a_checkout_that_is_only_on_the_path_is_no_fault(monkeypatch):
+    """It trains, see test_trainer.py; what it needs cannot be said."""
+
+    def metadata(name: str):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "metadata", metadata)
+    (found,) = versions.check_versions(case())
+    assert (found.check, found.verdict) == ("cml-dist", "warning") and "pip install ." in found.remedy
+
+
 def test_deepspeed_is_missed_only_where_it_is_asked_for(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert one(versions.check_deepspeed(case()), "DeepSpeed").verdict == "note"

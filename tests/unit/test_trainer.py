@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import json
 import os
 import shutil
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+import cml_dist
 from cml_dist.cli import main
 from cml_dist.config.load import merge, parse_config
 from cml_dist.domains.sinusoid import SinusoidDomain
-from cml_dist.errors import CheckpointError, ConfigError, TrainingError, WorldError
+from cml_dist.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError, WorldError
 from cml_dist.parallel import strategy as strategies
 from cml_dist.parallel.verdict import Verdict
 from cml_dist.parallel.watch import Watch
@@ -477,6 +479,42 @@ def test_export_refuses_another_network(undisturbed, tmp_path):
     with pytest.raises(CheckpointError, match="another network"):
         config = run_config(str(undisturbed), ["model.hidden=[8, 9]"])
         export_again(config, "best", str(tmp_path / "out"), NullConsole())
+
+
+def test_a_checkout_that_is_not_installed_trains(tmp_path, monkeypatch):
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "cml-dist":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert go(tmp_path / "run", "train.steps=1", "eval.final=false").finished
+    (session,) = map(json.loads, (tmp_path / "run" / "sessions.jsonl").read_text().splitlines())
+    assert session["versions"]["cml_dist"] == cml_dist.__version__
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.25 GiB "
+            "is free. Process 7 has 77.86 GiB memory in use.",
+            "the GPU's memory ran out (cpu): 2.00 GiB were asked for, 1.25 GiB of 79.11 GiB were free",
+        ),
+        ("something new", "the GPU's memory ran out (cpu)"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line_with_the_remedy(tmp_path, monkeypatch, said, told):
+    def full(self, episodes):
+        raise torch.OutOfMemoryError(said)
+
+    monkeypatch.setattr(trainers._Run, "_meta_step", full)
+    with pytest.raises(DeviceMemoryError, match="set memory.budget_gib below what is free") as raised:
+        go(tmp_path / "run")
+    assert raised.value.what == told
+    assert read_status(tmp_path / "run" / "status.json").reason.startswith(told)
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one(undisturbed, tmp_path):
