@@ -53,5 +53,6 @@ file=${CML_LAUNCH:-$file} processes=${CML_PROCESSES:-$processes}
 if [ "$gpus" = 0 ]; then place="the CPU (no GPU here)"; elif [ "$processes" = 1 ]; then place="a GPU"; else place=GPUs; fi
 echo "$recipe: $processes process$([ "$processes" = 1 ] || echo es) on $place"
 export LOGLEVEL=${LOGLEVEL:-ERROR} # of the launcher, whose own lines say nothing new
-exec "$python" -m accelerate.commands.accelerate_cli launch --config_file "$root/launch/accelerate/$file.yaml" \
+# The command accelerate-launch: that of `accelerate launch` imports timm and transformers first, for seconds.
+exec "$python" -m accelerate.commands.launch --config_file "$root/launch/accelerate/$file.yaml" \
     --num_processes "$processes" -m cml_dist train "$recipe" "parallel.processes=$processes" "$@"

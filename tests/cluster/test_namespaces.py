@@ -70,7 +70,7 @@ def train(folder: Path, strategy: str, *overrides: str) -> tuple[str, ...]:
 def accelerate(machines, rank: int, strategy: str, *options: str) -> tuple[str, ...]:
     """The documented line of machine ``rank``."""
     return (
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch",
+        sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", f"launch/accelerate/{FILES[strategy]}.yaml", "--num_machines", "2",
         "--machine_rank", str(rank), "--main_process_ip", machines[0].address, "--main_process_port", PORT,
         "--num_processes", "2", *options,

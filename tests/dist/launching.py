@@ -21,7 +21,7 @@ def start(
     """``accelerate launch`` (or plain python for one process) with a script or ``-m module`` and its arguments."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(launch_file)]
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(launch_file)]
         command += ["--num_processes", str(processes)]
     return spawn([*command, *arguments], **environment)
 

@@ -34,7 +34,7 @@ def command(folder: Path, *overrides: str) -> tuple[str, ...]:
 
 def launched(strategy: str, *arguments: str) -> tuple[int, str]:
     """By accelerate launch, one process on the first GPU."""
-    words = ("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(LAUNCH / f"{strategy}.yaml"))
+    words = ("-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / f"{strategy}.yaml"))
     return run(1, *words, "--num_processes", "1", *arguments, **HERE)
 
 
