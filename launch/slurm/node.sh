@@ -12,7 +12,6 @@ first=$SLURM_STEP_NODELIST
 while [[ $first =~ ^([^],]*)\[([0-9]+)[^]]*\](.*)$ ]]; do
     first=${BASH_REMATCH[1]}${BASH_REMATCH[2]}${BASH_REMATCH[3]}
 done
-# The command accelerate-launch: that of `accelerate launch` imports timm and transformers first, for seconds.
 command=(accelerate.commands.launch --config_file "$LAUNCH/accelerate/$ACCELERATE_FILE"
     --num_machines "$nodes" --num_processes "$processes" --max_restarts "$MAX_RESTARTS")
 if [ "$nodes" -gt 1 ]; then
