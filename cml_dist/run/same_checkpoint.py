@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from cml_dist.errors import WorldError
+from cml_dist.errors import CheckpointError, WorldError
 from cml_dist.parallel.world import World
 from cml_dist.run.checkpoint import Checkpoint, load
 from cml_dist.run.folder import SEEN_WITHIN_S
@@ -25,19 +25,24 @@ def same_checkpoint(
         note: is told where the machines wait for a network file system.
 
     Raises:
-        CheckpointError: ``look`` did, on any machine.
+        CheckpointError: ``look`` did, on every machine, or still on one after that time.
         WorldError: the machines see different ones, also after the time for which NFS may show an old view.
 
     Cost: the file is read through once a machine. Collective: all ranks.
     """
     reads = world.is_main or world.local_rank == 0
     for wait_s in (SEEN_WITHIN_S, 0.0):
-        mine = world.together(lambda: look() if reads else None)
-        told = world.gather(None if mine is None else (_identity(mine[0]), mine[1]))
+        mine, error = world.together(partial(_looked, look) if reads else lambda: (None, None))
+        told = world.gather(error if mine is None else (_identity(mine[0]), mine[1]))
         views = {rank: view for rank, view in enumerate(told) if view is not None}
-        identity, said = views[0]
-        if all(other == identity for other, _ in views.values()):
-            return world.together(partial(_opened, mine, identity)), said
+        errors = [view for view in views.values() if isinstance(view, CheckpointError)]
+        if errors and (len(errors) == len(views) or not wait_s):
+            errors[0].everywhere = True  # every rank raises it now
+            raise errors[0]
+        if not errors:
+            identity, said = views[0]
+            if all(other == identity for other, _ in views.values()):
+                return world.together(partial(_opened, mine, identity)), said
         if wait_s:
             note("The machines see different checkpoints: the file system gets a minute to show all")
         time.sleep(wait_s)
@@ -45,6 +50,16 @@ def same_checkpoint(
     raise WorldError(
         f"the machines see different checkpoints ({seen})", "put run.dir on a file system that all machines share"
     )
+
+
+def _looked(
+    look: Callable[[], tuple[Checkpoint | None, T]],
+) -> tuple[tuple[Checkpoint | None, T] | None, CheckpointError | None]:
+    """What is found, or why nothing is: an old view of the folder may hide a checkpoint that is there."""
+    try:
+        return look(), None
+    except CheckpointError as error:
+        return None, error
 
 
 def _identity(found: Checkpoint | None) -> tuple[str, str] | None:

@@ -26,10 +26,10 @@ from cml_dist.parallel.watch import Watch
 from cml_dist.parallel.world import World
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run import evaluator as evaluators
-from cml_dist.run import same_checkpoint
+from cml_dist.run import report, same_checkpoint
 from cml_dist.run import trainer as trainers
 from cml_dist.run.finished import evaluate_run, export_again
-from cml_dist.run.folder import run_config
+from cml_dist.run.folder import RunFolder, run_config
 from cml_dist.run.status import read_status
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import NullConsole
@@ -434,6 +434,35 @@ def test_a_rank_that_sees_an_old_view_of_the_checkpoints_looks_again(undisturbed
         with pytest.raises(WorldError, match=told):
             go(folder)
         assert len(looks) == 2
+
+
+@pytest.mark.parametrize("late", [1, 2])
+def test_a_test_waits_for_the_checkpoint_that_an_old_view_hides(undisturbed, tmp_path, monkeypatch, late):
+    """Another machine sees none at all: not at the first look, or not at the second one either."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    looks, gather, choose = [], World.gather, report.choose_checkpoint
+    chosen = choose(RunFolder(folder))
+    rank_0 = (str(chosen.checkpoint.path), chosen.checkpoint.sha256), (chosen.how, chosen.passed_over)
+
+    def hidden(where, *rest):
+        looks.append(where)
+        if len(looks) <= late:
+            raise CheckpointError("it has no checkpoint yet", "train it first")
+        return choose(where, *rest)
+
+    def with_rank_0(self, value):
+        return [rank_0, value] if sys._getframe(1).f_code.co_name == "same_checkpoint" else gather(self, value)
+
+    monkeypatch.setattr(same_checkpoint, "SEEN_WITHIN_S", 0.01)
+    monkeypatch.setattr(report, "choose_checkpoint", hidden)
+    monkeypatch.setattr(World, "gather", with_rank_0)
+    if late == 1:
+        assert evaluate_run(run_config(str(folder), []), "best", NullConsole())["step"] == chosen.checkpoint.step
+    else:
+        with pytest.raises(CheckpointError, match="it has no checkpoint yet; train it first"):
+            evaluate_run(run_config(str(folder), []), "best", NullConsole())
+    assert len(looks) == 2
 
 
 def test_a_truncated_checkpoint_is_passed_over_and_said(undisturbed, tmp_path, monkeypatch):
