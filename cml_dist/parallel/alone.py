@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from cml_dist.parallel.arrival import identity
 from cml_dist.parallel.ending import end_process, guard
 from cml_dist.parallel.verdict import AGAIN, Member, Verdict
-from cml_dist.parallel.watch import TICK_S, Watch, keep_watch
+from cml_dist.parallel.watch import TICK_S, Watch, Watching, keep_watch
 
 
-class Alone(Watch):
+class Alone(Watching):
     """Ends this process, with the stacks of its threads, once its main thread has not moved for too long.
 
     Args:
@@ -22,32 +22,21 @@ class Alone(Watch):
     """
 
     def __init__(self, timeout_s: float, end: Callable[[Verdict, Alone, bool], None] = end_process) -> None:
-        super().__init__()
-        self.me, self.timeout_s = identity(0), timeout_s
-        self._end_process = end
+        super().__init__(identity(0), timeout_s, end)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
-
-    @property
-    def described(self) -> str:
-        """This process, and where its main thread is."""
-        return f"{self.me.name}, in {self.me.where} for {time.monotonic() - self.me.moved_s:.0f} s"
 
     def close(self) -> None:
         self._over.set()
         self._thread.join()
 
     def _run(self) -> None:
-        last_s = thawed_s = time.monotonic()
         try:
             while not self._over.wait(TICK_S):
                 now_s = time.monotonic()
-                if now_s - last_s > 2 * TICK_S:  # the process as a whole stood still (a suspended job): no hang
-                    thawed_s = now_s
-                last_s = now_s
-                self.me.where, self.me.waiting, moved_s = self._at
-                self.me.moved_s = max(moved_s, thawed_s)
+                self._stood_still_s(now_s)
+                self._look()
                 if now_s - self.me.moved_s > self.timeout_s:
                     self._end_process(hanging(self.me, now_s, in_log=self.log is not None), self, True)
                     return

@@ -104,15 +104,53 @@ class Watch:
         """Leave in peace."""
 
 
-class Joined(Watch):
+class Watching(Watch):
+    """A watch with a thread: where the main thread is, and for how long.
+
+    Args:
+        me: this process.
+        timeout_s: seconds after which a main thread that does not move is a failure.
+        end: ends this process: ``end(verdict, watch, speaks)``.
+    """
+
+    def __init__(self, me: Member, timeout_s: float, end: Callable[[Verdict, Any, bool], None]) -> None:
+        super().__init__()
+        self.me, self.timeout_s = me, timeout_s
+        self._end_process = end
+        self._turned_s = self._thawed_s = time.monotonic()
+
+    @property
+    def described(self) -> str:
+        """This process, and where its main thread is."""
+        self._look()
+        seconds = max(0.0, time.monotonic() - self.me.moved_s)
+        return f"{self.me.name}, {self._doing}in {self.me.where} for {seconds:.0f} s"
+
+    @property
+    def _doing(self) -> str:
+        return ""
+
+    def _stood_still_s(self, now_s: float) -> float:
+        """At each turn of the thread: seconds for which the process as a whole stood still before (a suspended job)."""
+        since_s, self._turned_s = now_s - self._turned_s, now_s
+        if since_s <= 2 * TICK_S:
+            return 0.0
+        self._thawed_s = now_s
+        return since_s
+
+    def _look(self) -> None:
+        """Where the main thread is now. A process that stood still as a whole does not hang."""
+        self.me.where, self.me.waiting, moved_s = self._at
+        self.me.moved_s = max(moved_s, self._thawed_s)
+
+
+class Joined(Watching):
     """A rank's watch in a world of several: the part that rank 0 and the others share.
 
     Args:
-        me: this rank.
+        me, timeout_s, end: see :class:`Watching`.
         size: of the world.
         silence_s: seconds without a word after which a rank is lost.
-        timeout_s: seconds after which a collective that does not end is a failure.
-        end: ends this process: ``end(verdict, watch, speaks)``.
     """
 
     def __init__(
@@ -124,11 +162,10 @@ class Joined(Watch):
         timeout_s: float,
         end: Callable[[Verdict, Joined, bool], None] = end_process,
     ) -> None:
-        super().__init__()
-        self.me, self.size, self.silence_s, self.timeout_s = me, size, silence_s, timeout_s
+        super().__init__(me, timeout_s, end)
+        self.size, self.silence_s = size, silence_s
         self.meeting = ""  # a word that no other start of a world has
         self.everyone: list[Member] = []  # by rank
-        self._end_process = end
         self._here = threading.Event()  # all came, or will not
         self._error: Verdict | None = None  # ... and this is why not
         self._patience_s = self._until_s = float("inf")  # ... and this is how long they may take
@@ -136,7 +173,6 @@ class Joined(Watch):
         self._telling = threading.Lock()
         self._over = False
         self._blamed: BaseException | None = None
-        self._thawed_s = 0.0
         self._orders: list[tuple[str, Any, threading.Event]] = []  # of the main thread
         self._selector = selectors.PollSelector()  # no kernel object that a forked loader process would share
         self._wake_in, self._wake_out = socket.socketpair()
@@ -148,11 +184,8 @@ class Joined(Watch):
     # ------------------------------------------------------------------ for the main thread
 
     @property
-    def described(self) -> str:
-        """This rank, and where its main thread is."""
-        self._look()
-        here = f"{'waiting for others' if self.me.waiting else 'at work'} in {self.me.where}"
-        return f"{self.me.name}, {here} for {max(0.0, time.monotonic() - self.me.moved_s):.0f} s"
+    def _doing(self) -> str:
+        return "waiting for others " if self.me.waiting else "at work "
 
     def start(self) -> None:
         self._thread.start()
@@ -212,8 +245,7 @@ class Joined(Watch):
 
     def _run(self) -> None:
         try:
-            last_s = time.monotonic()
-            next_s = last_s
+            next_s = self._turned_s = time.monotonic()
             while not self._over:
                 for key, _ in self._selector.select(max(0.0, next_s - time.monotonic())):
                     if not self._over:
@@ -221,10 +253,9 @@ class Joined(Watch):
                 if self._over:
                     break
                 now_s = time.monotonic()
-                if now_s - last_s > 2 * TICK_S:  # this process itself stood still: the others' words wait to be read
-                    self._thawed_s = now_s
-                    self._excuse(now_s - last_s)
-                last_s = now_s
+                stood_still_s = self._stood_still_s(now_s)
+                if stood_still_s:  # the others' words wait to be read
+                    self._excuse(stood_still_s)
                 if now_s >= next_s:
                     next_s = now_s + TICK_S
                     self._tick(now_s)
@@ -236,11 +267,6 @@ class Joined(Watch):
         finally:
             if self._over:
                 self._shut()
-
-    def _look(self) -> None:
-        """Where the main thread is now. A process that stood still as a whole (a suspended job) does not hang."""
-        self.me.where, self.me.waiting, moved_s = self._at
-        self.me.moved_s = max(moved_s, self._thawed_s)
 
     def _state(self, now_s: float) -> dict[str, Any]:
         self._look()

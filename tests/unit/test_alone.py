@@ -7,14 +7,16 @@ import time
 
 import pytest
 
-from cml_dist.parallel import alone as module
+from cml_dist.parallel import alone
+from cml_dist.parallel import watch as watches
 from cml_dist.parallel.alone import Alone, watched_alone
 from cml_dist.parallel.watch import Watch, this_watch
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(module, "TICK_S", 0.05)
+    for module in (alone, watches):
+        monkeypatch.setattr(module, "TICK_S", 0.05)
 
 
 class Ends:
@@ -54,7 +56,7 @@ def test_a_process_that_was_suspended_does_not_hang(monkeypatch):
             time.sleep(1.5)
             stood.set()
 
-    monkeypatch.setattr(module, "guard", stand_still)
+    monkeypatch.setattr(alone, "guard", stand_still)
     watch = Alone(1.0, ends)
     assert stood.wait(10)
     time.sleep(0.3)
