@@ -30,9 +30,11 @@ demo: $(INSTALLED)
 	{ code=$$?; echo "The demo did not finish: the reason stands above the launcher's traceback. make demo goes on from" \
 		"the last checkpoint, make clean removes it."; exit $$code; }
 
-# Two files at a time: much of what the tests of clusters and launchers do is to wait.
+# Three files at a time, on two cores too: much of what the tests of clusters and launchers do is to wait. In the order of
+# their names, in which those come first.
 test: $(INSTALLED)
-	@$(BIN)/ruff check --output-format concise; lint=$$?; $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) && exit $$lint
+	@$(BIN)/ruff check --output-format concise; lint=$$?; \
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) && exit $$lint
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --output-format concise
