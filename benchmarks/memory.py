@@ -93,10 +93,10 @@ def measure(
     from cml_dist.parallel.allocator import give_back_freed_memory, keep_freed_memory
     from cml_dist.types import Batch, Episode
 
-    torch.set_num_threads(threads)
-    (keep_freed_memory if freed == "keep" else give_back_freed_memory)()
     if device == "cuda":
         gpu_arithmetic()
+    torch.set_num_threads(threads)
+    (keep_freed_memory if freed == "keep" else give_back_freed_memory)()
     shape = (3, pixels, pixels)
     config = ModelConfig(backbone=backbone, colearner={"depth": 2 if backbone == "conv4" else 1})
     net = build_net(config, input_shape=shape, output_dim=WAYS, seed=0, colearner=True).to(device)

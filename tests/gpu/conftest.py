@@ -6,9 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from parity_worker import config_of
-
-from cml_dist.parallel.world import World, set_arithmetic
+from plan import gpu_arithmetic
 
 
 @pytest.fixture(scope="session")
@@ -17,11 +15,10 @@ def gpu() -> torch.device:
 
 
 @pytest.fixture(scope="module")
-def arithmetic(gpu: torch.device) -> Iterator[None]:
+def arithmetic() -> Iterator[None]:
     """That of a run on the GPU."""
     before = torch.get_num_threads()
-    world = World(accelerator=None, rank=0, size=1, local_rank=0, local_size=1, device=gpu)
-    set_arithmetic(config_of("single", "float32", "sgd"), world)
+    gpu_arithmetic()
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(before)
