@@ -4,6 +4,20 @@ from __future__ import annotations
 
 import os
 
-# Before anything imports torch. Several files are tested at once: threads of all of them on the same cores would spin
-# while they wait for each other, and a test of seconds then takes minutes.
+# Before torch is imported. Several files are tested at once: threads of all of them on the same cores would spin while
+# they wait for each other, and a test of seconds then takes minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Iterator  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu_alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What is not in tests/gpu is tested on the CPU, also where there are GPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name != "gpu":
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
