@@ -41,35 +41,48 @@ def largest_difference(a, b):
     return max((a[name].double() - b[name].double()).abs().max().item() for name in b)
 
 
+def assert_same_in_float64(there, strategy, reference, net, engine, episodes):
+    """The parameters of one process and ``graph``, by any engine."""
+    key = f"float64/{net}/{{}}/{episodes}-{episodes}/sgd"
+    found, expected = there[f"{strategy}/{key.format(engine)}"], reference[f"single/{key.format('graph')}"]
+    assert largest_difference(without_norms(found), without_norms(expected)) < 1e-10, (strategy, net, engine)
+
+
+def assert_same_in_float32(there, strategy, reference, net, engine, episodes):
+    """The parameters of one process by the same engine; the clipped norm that was reported is the same too."""
+    key = f"float32/{net}/{engine}/{'-'.join(map(str, episodes))}/sgd"
+    found, expected = there[f"{strategy}/{key}"], reference[f"single/{key}"]
+    assert (found["norms"] / expected["norms"] - 1)[0].abs() < 1e-5, key  # later ones see other decisions of ReLUs
+    assert largest_difference(without_norms(found), without_norms(expected)) < 1e-6, key
+
+
+def assert_same_adamw(there, strategy, reference):
+    """Weight decay on matrices alone, bias correction by the true number of steps, also on partitions on the CPU."""
+    key = "float32/conv4/graph/5-5/adamw"
+    found, expected = there[f"{strategy}/{key}"], reference[f"single/{key}"]
+    assert largest_difference(without_norms(found), without_norms(expected)) < 1e-6, strategy
+
+
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("episodes", EPISODES)
 def test_any_world_and_engine_ends_at_the_same_parameters(results, net, engine, episodes):
-    reference = results[1]["params"][f"single/float64/{net}/graph/{episodes}-{episodes}/sgd"]
     for world, strategy in ((1, "single"), (2, "ddp"), (4, "ddp")):
-        there = results[world]["params"][f"{strategy}/float64/{net}/{engine}/{episodes}-{episodes}/sgd"]
-        assert largest_difference(without_norms(there), without_norms(reference)) < 1e-10, world
+        assert_same_in_float64(results[world]["params"], strategy, results[1]["params"], net, engine, episodes)
 
 
 @pytest.mark.parametrize(("world", "strategy"), MATRIX)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_zero_ends_at_the_parameters_of_one_process(results, world, strategy, engine):
-    """1, 2 and 3 episodes a rank, and uneven; the clipped norm that was reported is the same too."""
-    episodes = "-".join(map(str, PER_RANK[world]))
+    """1, 2 and 3 episodes a rank, and uneven."""
     for net in NETS if world == 2 else ("vit",):
-        reference = results[1]["params"][f"single/float32/{net}/{engine}/{episodes}/sgd"]
-        there = results[world]["params"][f"{strategy}/float32/{net}/{engine}/{episodes}/sgd"]
-        assert (there["norms"] / reference["norms"] - 1)[0].abs() < 1e-5, net  # later ones see other decisions of ReLUs
-        assert largest_difference(without_norms(there), without_norms(reference)) < 1e-6, net
+        found = results[world]["params"]
+        assert_same_in_float32(found, strategy, results[1]["params"], net, engine, PER_RANK[world])
 
 
 def test_zero_runs_the_adamw_that_was_asked_for(results):
-    """Weight decay on matrices alone, bias correction by the true number of steps, also on partitions on the CPU."""
-    key = "float32/conv4/graph/5-5/adamw"
-    reference = without_norms(results[1]["params"][f"single/{key}"])
     for world, strategy in ((1, "zero3+all"), *((2, name) for name in ZERO[2]), *((4, name) for name in ZERO[4])):
-        there = without_norms(results[world]["params"][f"{strategy}/{key}"])
-        assert largest_difference(there, reference) < 1e-6, (world, strategy)
+        assert_same_adamw(results[world]["params"], strategy, results[1]["params"])
 
 
 def test_the_matrix_can_tell_runs_apart(results):

@@ -15,7 +15,6 @@ from cml_dist.config.plan import make_plan
 from cml_dist.meta.model import MetaModel
 from cml_dist.planning.choose import USABLE, Means, MemoryPlanner, fit_memory, memory_budget
 from cml_dist.planning.strategies import Strategy
-from cml_dist.types import Batch, Episode
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU here", allow_module_level=True)
@@ -38,8 +37,8 @@ def test_the_forecast_of_matrix_products_is_what_the_allocator_counts(micro_batc
 
 
 @pytest.mark.parametrize("backbone", ["conv4", "resnet18"])
-def test_the_forecast_of_convolutions_lacks_their_workspaces_alone(backbone):
-    """cuDNN takes them where there is room, and other kernels where there is none: no forecast counts them."""
+def test_the_forecast_of_convolutions_lacks_less_than_a_gibibyte(backbone):
+    """Workspaces of kernels are not counted; seen on an H200: 0.63 GiB for conv4 (benchmarks/2026-11-26-gpu.md)."""
     guess, allocated = predicted_and_allocated(backbone, 84, 2, "adjoint", None)
     assert 0.98 * guess < allocated < guess + 1.0
 
@@ -47,18 +46,13 @@ def test_the_forecast_of_convolutions_lacks_their_workspaces_alone(backbone):
 def peak(config, plan, device) -> int:
     """Bytes of a rank at most, parameters among them, for one meta-step by a plan's means."""
     net, task, method = made(config)
-
-    def batch(b: Batch) -> Batch:
-        return Batch(b.inputs.to(device), b.targets.to(device))
-
     path = torch.device("cpu") if plan.copies == "cpu" else None
     options = {"micro_batch": plan.micro_batch, "path_device": path}
     model = MetaModel(net, task.loss, task.score, method, plan.engine, **options).to(device)
     gc.collect()
     others = torch.cuda.memory_allocated() - sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     torch.cuda.reset_peak_memory_stats()
-    episode = Episode(batch(task.episode.support), batch(task.episode.query), "train", 0)
-    model([episode], 1.0)[0].backward()
+    model([task.episode.to(device)], 1.0)[0].backward()
     return torch.cuda.max_memory_allocated() - others
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from launching import ROOT, run
 from parity_worker import ENGINES, EPISODES, FURTHER, NETS, PER_RANK, ZERO
-from test_parity import WORKER, largest_difference, without_norms
+from test_parity import WORKER, assert_same_adamw, assert_same_in_float32, assert_same_in_float64
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU here", allow_module_level=True)
@@ -50,40 +52,29 @@ def on_the_cpu(folder):
     return world_of(folder, 1, "cpu")
 
 
-def same_in_float64(there, strategy, reference, net, episodes):
-    for engine in ENGINES:
-        key = f"float64/{net}/{engine}/{episodes}-{episodes}/sgd"
-        expected = without_norms(reference[f"single/float64/{net}/graph/{episodes}-{episodes}/sgd"])
-        assert largest_difference(without_norms(there[f"{strategy}/{key}"]), expected) < 1e-10, engine
-
-
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("episodes", EPISODES)
 def test_one_gpu_ends_at_the_parameters_of_the_cpu(one, on_the_cpu, net, episodes):
-    same_in_float64(one, "single", on_the_cpu, net, episodes)
+    for engine in ENGINES:
+        assert_same_in_float64(one, "single", on_the_cpu, net, engine, episodes)
 
 
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("episodes", EPISODES)
 def test_several_gpus_end_at_the_parameters_of_one(several, one, net, episodes):
-    same_in_float64(several[1], "ddp", one, net, episodes)
+    for engine in ENGINES:
+        assert_same_in_float64(several[1], "ddp", one, net, engine, episodes)
 
 
-def same_in_float32(there, reference, strategy, nets, per_rank):
-    for net in nets:
-        for engine in ENGINES:
-            key = f"float32/{net}/{engine}/{'-'.join(map(str, per_rank))}/sgd"
-            found, expected = there[f"{strategy}/{key}"], reference[f"single/{key}"]
-            assert (found["norms"] / expected["norms"] - 1)[0].abs() < 1e-5, key
-            assert largest_difference(without_norms(found), without_norms(expected)) < 1e-6, key
-    key = "float32/conv4/graph/5-5/adamw"
-    found, expected = there[f"{strategy}/{key}"], reference[f"single/{key}"]
-    assert largest_difference(without_norms(found), without_norms(expected)) < 1e-6
+def same_as_one_process(there, one, strategy, nets, per_rank):
+    for net, engine in itertools.product(nets, ENGINES):
+        assert_same_in_float32(there, strategy, one, net, engine, per_rank)
+    assert_same_adamw(there, strategy, one)
 
 
 @pytest.mark.parametrize("strategy", ZERO[2])
 def test_zero_on_one_gpu_ends_at_the_parameters_of_one_process(one, strategy):
-    same_in_float32(one, one, strategy, () if strategy == FURTHER else NETS, PER_RANK[2])
+    same_as_one_process(one, one, strategy, () if strategy == FURTHER else NETS, PER_RANK[2])
 
 
 @pytest.mark.parametrize("strategy", ZERO[2])
@@ -92,4 +83,4 @@ def test_zero_on_several_gpus_ends_at_the_parameters_of_one_process(several, one
     if strategy not in ZERO[size]:
         pytest.skip(f"not of the matrix with {size} ranks")
     nets = () if strategy == FURTHER else NETS if size == 2 else ("vit",)
-    same_in_float32(there, one, strategy, nets, PER_RANK[size])
+    same_as_one_process(there, one, strategy, nets, PER_RANK[size])
