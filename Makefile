@@ -11,11 +11,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean distclean
+.PHONY: help demo test golden lint clean distclean
 
 help:
 	@echo "make demo       meta-train CML on embedded data (all GPUs, or 2 CPU processes), test and export it; under 10 minutes"
 	@echo "make test       run ruff and the whole test suite (PYTEST_ARGS=...)"
+	@echo "make golden     run five short runs on the commit BASE=... and on the working tree, and compare them to the bit"
 	@echo "make lint       run ruff alone"
 	@echo "make clean      remove caches, builds and the demo's run"
 	@echo "make distclean  remove the environment $(VENV) as well"
@@ -35,6 +36,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@$(BIN)/ruff check --output-format concise; lint=$$?; \
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) && exit $$lint
+
+golden: $(INSTALLED)
+	@test -n "$(BASE)" || { echo "error: say which commit to compare with: make golden BASE=COMMIT"; exit 2; }
+	@$(BIN)/python tests/golden/compare.py "$(BASE)"
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --output-format concise
