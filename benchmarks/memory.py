@@ -88,7 +88,7 @@ def measure(
 
     from cml_dist.config.schema import ModelConfig
     from cml_dist.meta.model import MetaModel
-    from cml_dist.meta.problem import Method
+    from cml_dist.meta.rule import Method
     from cml_dist.nets.build import build_net
     from cml_dist.parallel.allocator import give_back_freed_memory, keep_freed_memory
     from cml_dist.types import Batch, Episode
@@ -115,7 +115,7 @@ def measure(
     if engine in ("unroll", "checkpoint"):
         work = _unroll(net, steps, checkpoint=engine == "checkpoint")
     else:
-        method = Method(steps, INNER_LR, INNER_LR, 1.0)
+        method = Method.sgd(steps, INNER_LR, INNER_LR, 1.0)
         loss = torch.nn.functional.cross_entropy
         name, _, compute = engine.partition(" ")
         autocast = torch.bfloat16 if compute else None

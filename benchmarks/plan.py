@@ -78,9 +78,9 @@ def episode(px: int, shots: int, queries: int, device: str = "cpu"):
 
 
 def method(inner_steps: int):
-    from cml_dist.meta.problem import Method
+    from cml_dist.meta.rule import Method
 
-    return Method(inner_steps, 0.01, 0.01, 1.0)
+    return Method.sgd(inner_steps, 0.01, 0.01, 1.0)
 
 
 def meta_model(backbone: str, px: int, inner_steps: int, engine: str, micro_batch: int | None):

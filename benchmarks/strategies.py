@@ -40,7 +40,7 @@ def worker(strategy_name: str, offload: str, out: str) -> None:
     from cml_dist.config.load import parse_config
     from cml_dist.config.plan import make_plan
     from cml_dist.meta.model import MetaModel
-    from cml_dist.meta.problem import Method
+    from cml_dist.meta.rule import Method
     from cml_dist.nets.build import build_net
     from cml_dist.parallel.leave import leave
     from cml_dist.parallel.world import join_world, set_arithmetic
@@ -80,7 +80,7 @@ def worker(strategy_name: str, offload: str, out: str) -> None:
 
         return Episode(batch(1), batch(5), "train", index)
 
-    method = Method(3, 0.01, 0.01, 1.0)
+    method = Method.sgd(3, 0.01, 0.01, 1.0)
     planner = MemoryPlanner(config, plan, net, method, Task(episode(0), loss, score), on_gpu=False)
     predicted = planner.bytes_needed(Strategy(strategy_name, offload), Means("adjoint", 5, "device"), world.size)
     size = sum(p.numel() * p.element_size() for p in net.parameters())

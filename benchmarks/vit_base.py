@@ -18,7 +18,8 @@ from cml_dist.config.schema import ModelConfig
 from cml_dist.meta.gradient import meta_gradient
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.model import MetaModel
-from cml_dist.meta.problem import Method, Problem
+from cml_dist.meta.problem import Problem
+from cml_dist.meta.rule import Method
 from cml_dist.nets.build import build_net
 from cml_dist.parallel.allocator import keep_freed_memory
 from cml_dist.types import Batch, Episode
@@ -49,7 +50,7 @@ def network():
 def step() -> None:
     net = network()
     loss = torch.nn.functional.cross_entropy
-    model = MetaModel(net, loss, score, Method(STEPS, 0.01, 0.01, 1.0), "adjoint", micro_batch=MICRO_BATCH)
+    model = MetaModel(net, loss, score, Method.sgd(STEPS, 0.01, 0.01, 1.0), "adjoint", micro_batch=MICRO_BATCH)
     del net
     optimizer = torch.optim.SGD(model.values, lr=1e-3)
     level = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -71,7 +72,7 @@ def check() -> None:
     net = net.double()
     problem = Problem(net, torch.nn.functional.cross_entropy, score, dict(net.named_buffers()), micro_batch=2)
     params = {n: p.detach().clone() for n, p in net.named_parameters()}
-    method, made = Method(STEPS, 0.01, 0.01, 1.0), episode(torch.float64, shots=1, queries=3)
+    method, made = Method.sgd(STEPS, 0.01, 0.01, 1.0), episode(torch.float64, shots=1, queries=3)
     grads = meta_gradient(params, made, problem, method, "adjoint").grads
 
     def objective(at: dict) -> float:

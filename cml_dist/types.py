@@ -12,8 +12,8 @@ from torch import Tensor
 Learner = Literal["meta", "co"]
 """Who gives the outputs: the meta-learner f_m = (psi, theta) or the co-learner f_c = (psi, phi)."""
 
-BODY, HEAD, COLEARNER = "body", "head", "colearner"
-"""The three parts, and the first component of every canonical parameter name: psi, theta, phi."""
+BODY, HEAD, COLEARNER, RULE = "body", "head", "colearner", "rule"
+"""The parts, and the first component of every canonical parameter name: psi, theta, phi, and what a method learns."""
 
 Params = dict[str, Tensor]
 """Parameters by canonical name, e.g. ``body.block1.conv.weight``; the order is the network's own."""
@@ -49,6 +49,7 @@ class Episode:
         split: ``"train"``, ``"val"`` or ``"test"``.
         index: the global number of the episode within its split.
         context: tensors that all examples share (e.g. a graph); empty for images.
+        ways: classes of the episode (labels are 0 .. ways - 1); 0 for regression.
     """
 
     support: Batch
@@ -56,6 +57,7 @@ class Episode:
     split: str
     index: int
     context: Mapping[str, Tensor] = field(default_factory=dict)
+    ways: int = 0
 
     def to(self, device: torch.device) -> Episode:
         return replace(

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 
 def config(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.config.load import dump_config, load_config, valid_keys
+    from cml_dist.config.load import annotated, layered, parse_config, read_yaml, valid_keys
     from cml_dist.config.plan import make_plan, plan_rows
+    from cml_dist.config.recipes import find_recipe
     from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
     from cml_dist.parallel.launched import launched
 
@@ -27,12 +28,20 @@ def config(args: argparse.Namespace, console: Console) -> None:
         return
     if args.config is None:
         raise CmlError("no configuration was named", "cml-dist config CONFIG, or cml-dist config --keys")
-    config = load_config(args.config, args.overrides)
+    layers = layered(read_yaml(find_recipe(args.config)), args.overrides)
+    config = parse_config(layers.data, source=args.config)
     plan = make_plan(config, config.parallel.processes or launched().size)  # asked for, else launched, else one
     if zero_stage(plan.strategy) is not None or args.deepspeed:
         dictionary = deepspeed_config(config, plan)  # also a check of the user's own file
     if args.deepspeed:
         print(json.dumps(dictionary, indent=2))
         return
-    console.header("cml-dist config", plan_rows(config, plan))
-    print(dump_config(config), end="")
+    rows = plan_rows(config, plan)
+    if config.engine.name == "auto" and plan.engine == "graph" and plan.inner_steps > 1:
+        rows["engine"] += ", or adjoint where memory asks for it (found out at the start)"
+    console.header("cml-dist config", rows)
+    if layers.gave_way:
+        lost = ", ".join(f"{key}={value}" for key, value in layers.gave_way.items())
+        console.note(f"Of the recipe gave way to method.name={config.method.name}: {lost}")
+    print("# Settings with their source; those without one are defaults.")
+    print(annotated(config, layers.sources), end="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cml_dist.config import schema
+from cml_dist.config.methods import METHODS, NAME_DECIDES, family
 from cml_dist.config.recipes import find_recipe
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
@@ -22,7 +24,56 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest valid one), or a value out of range.
     """
-    return parse_config(merge(read_yaml(find_recipe(path)), overrides), source=str(path))
+    return parse_config(layered(read_yaml(find_recipe(path)), overrides).data, source=str(path))
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A configuration before it is checked, put together from its layers.
+
+    Attributes:
+        data: nested settings.
+        sources: where each ``section.key`` that is not the schema's default is from: ``method NAME``, ``recipe`` or
+            ``command line``.
+        gave_way: the recipe's ``method.*`` that another method's name on the command line replaced, with their values.
+    """
+
+    data: dict[str, Any]
+    sources: dict[str, str]
+    gave_way: dict[str, Any]
+
+
+def layered(recipe: Mapping[str, Any], overrides: Sequence[str]) -> Layers:
+    """Schema < the method's published defaults < recipe < command line.
+
+    A recipe's ``method.*`` counts for the method that it names and its family (cml, maml and fomaml are one). Under
+    another name that method's own defaults count; within the family what the name decides does.
+    """
+    data = merge(recipe, overrides)
+    given, chosen = flatten(recipe), {override.partition("=")[0] for override in overrides}
+    section = data.get("method")
+    gave_way: dict[str, Any] = {}
+    if isinstance(section, dict) and isinstance(section.get("name", "cml"), str):
+        then, now = given.get("method.name", "cml"), section.get("name", "cml")
+        dropped = ()
+        if then != now:
+            dropped = NAME_DECIDES if family(then) == family(now) else tuple(key for key in section if key != "name")
+        for key in dropped:
+            if f"method.{key}" in given and f"method.{key}" not in chosen:
+                gave_way[f"method.{key}"] = section.pop(key)
+        defaults = METHODS[now].settings if now in METHODS else {}
+        has_colearner = section.get("colearner", defaults.get("colearner", False)) is not False
+        if not has_colearner and section.get("gamma") and "method.gamma" not in chosen:
+            gave_way["method.gamma"] = section.pop("gamma")
+        sources = {f"method.{key}": f"method {now}" for key in defaults if section.get(key) is None}
+    else:
+        sources = {}
+    for key in flatten(data):
+        if key in chosen or any(key.startswith(f"{section_key}.") for section_key in chosen):
+            sources[key] = "command line"
+        elif key in given:
+            sources[key] = "recipe"
+    return Layers(data, sources, gave_way)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -85,6 +136,24 @@ def parse_config(data: Mapping[str, Any], source: str = "configuration") -> RunC
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that :func:`load_config` reads back to the same."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def annotated(config: RunConfig, sources: Mapping[str, str]) -> str:
+    """The same as :func:`dump_config` with the source of each setting that is no default, as comments."""
+    lines: list[str] = []
+
+    def section(data: Mapping[str, Any], prefix: str, indent: str) -> None:
+        for key, value in data.items():
+            if isinstance(value, Mapping) and value:
+                lines.append(f"{indent}{key}:")
+                section(value, f"{prefix}{key}.", f"{indent}  ")
+                continue
+            text = yaml.safe_dump([value], default_flow_style=True, width=10**6).strip()[1:-1]
+            source = sources.get(f"{prefix}{key}")
+            lines.append(f"{indent}{key}: {text}" + (f"  # {source}" if source else ""))
+
+    section(config.model_dump(mode="json"), "", "")
+    return "\n".join(lines) + "\n"
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cml_dist.config.launcher import deepspeed_request
+from cml_dist.config.methods import colearner_kind, method_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
 
@@ -20,6 +21,7 @@ class RunPlan:
         engine: how the meta-gradient is computed.
         micro_batch: most examples that pass through the network at once; None: all of a set.
         copies: where ``adjoint`` keeps the adapted parameters of each step: ``device`` or ``cpu``.
+        trajectory: which of them it keeps: ``all``, or about every ``sqrt``-th.
         memory: what was found out about memory, and what was chosen for it, in words; empty without a budget.
         strategy: ``single``, ``ddp``, or ``zero0`` to ``zero3``.
         offload: what lies on the CPU: ``none``, ``optimizer`` or ``all``.
@@ -40,6 +42,7 @@ class RunPlan:
     test_inner_steps: int
     micro_batch: int | None = None
     copies: str = "device"
+    trajectory: str = "all"
     offload: str = "none"
     memory: str = ""
 
@@ -63,8 +66,8 @@ def make_plan(config: RunConfig, processes: int) -> RunPlan:
     strategy, offload = resolve_strategy(config, processes)
     engine, micro_batch = config.engine.name, config.engine.micro_batch
     if engine == "auto":
-        # One inner step has one graph: nothing to save. More steps: memory stays flat, for one more pass a step.
-        engine = "graph" if config.method.inner_steps <= 1 and not isinstance(micro_batch, int) else "adjoint"
+        # The memory budget decides; until it has, the fastest that could be (see planning/choose.py).
+        engine = "adjoint" if isinstance(micro_batch, int) else "graph"
     steps, every = config.train.steps, config.eval.every
     batch = config.train.episodes_per_step
     test_steps = config.eval.inner_steps
@@ -82,6 +85,7 @@ def make_plan(config: RunConfig, processes: int) -> RunPlan:
         offload=offload,
         micro_batch=micro_batch if isinstance(micro_batch, int) else None,
         copies="cpu" if (config.engine.copies, engine, config.method.order) == ("cpu", "adjoint", 2) else "device",
+        trajectory="sqrt" if (config.engine.trajectory, engine) == ("sqrt", "adjoint") else "all",
     )
 
 
@@ -135,18 +139,30 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
     batch = config.train.episodes_per_step
     each = sorted(set(plan.episodes_by_rank), reverse=True)
     steps = f"{_count(plan.inner_steps, 'inner step')} of {method.inner_lr:g}"
+    if method.inner_optim != "sgd":
+        steps += f" by {method.inner_optim}"
+    if method.name == "meta_sgd":
+        steps = f"{_count(plan.inner_steps, 'inner step')}, step sizes of each element learned from {method.inner_lr:g}"
     if method.adapts is not None:
         steps += f" on {', '.join(method.adapts)}"
+    colearner = ""
+    if method.colearner is not False:
+        state = {"untrained": "untrained ", "adapts": "adapting "}.get(method.colearner, "")
+        colearner = f", {state}{colearner_kind(config)} co-learner of depth {config.model.colearner.depth}"
     return {
         "run": f"{config.run.dir} (seed {config.run.seed})",
         "domain": _domain_words(config),
         "model": config.model.backbone
-        + (f", co-learner depth {config.model.colearner.depth}" if method.gamma else "")
+        + (f", {config.model.head} head" if config.model.head != "linear" else "")
+        + colearner
         + (f", trained: {', '.join(config.model.trained)}" if config.model.trained != ("body", "head") else ""),
-        "method": f"{method.name}: {steps}, gamma {method.gamma:g}, order {method.order}",
+        "method": f"{method_title(config)}: {steps}"
+        + (f", gamma {method.gamma:g}" if colearner else "")
+        + f", order {method.order}",
         "engine": plan.engine
         + (f", micro-batches of {_count(plan.micro_batch, 'example')}" if plan.micro_batch else "")
         + (", copies on the CPU" if plan.copies == "cpu" else "")
+        + (", every sqrt(K)-th point kept" if plan.trajectory == "sqrt" else "")
         + (", bfloat16 inside the network" if config.run.compute == "bfloat16" else ""),
         **({"memory": plan.memory} if plan.memory else {}),
         "world": f"{plan.processes} process{'es' * (plan.processes != 1)} ({_strategy_words(plan)}), "
@@ -156,7 +172,9 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
         "validation": f"{plan.validations} x {config.eval.val_episodes} episodes; a checkpoint every "
         f"{_count(config.checkpoint.every, 'meta-step')}",
         "test": f"{config.eval.episodes} episodes of {config.eval.split}, "
-        f"{_count(plan.test_inner_steps, 'inner step')}",
+        f"{_count(plan.test_inner_steps, 'inner step')}"
+        + (", statistics of the support set" if config.eval.norm == "support" else "")
+        + (f", {config.eval.permutations} label orders each" if config.eval.permutations > 1 else ""),
     }
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from cml_dist.config.methods import METHODS, dagger_refusal
+
 
 class Section(BaseModel):
     """A group of settings: frozen, unknown keys refused."""
@@ -120,6 +122,10 @@ DomainConfig = Annotated[GlyphsConfig | ImagesConfig | SinusoidConfig, Field(dis
 class ColearnerConfig(Section):
     """The second head: not adapted, reads the adapted pre-pool features, deleted after training."""
 
+    kind: Literal["auto", "dense", "prototype"] = Field(
+        "auto",
+        description="dense: outputs by an own last layer (the paper's); prototype: an own projection, compared with the support set's class means; auto: prototype where a dense one could only guess (the body does not adapt, or the head treats labels alike)",
+    )
     depth: int = Field(
         2, ge=0, le=4, description="blocks before its output layer (paper: 2 conv blocks; 0 is a bare FC)"
     )
@@ -137,6 +143,10 @@ class ModelConfig(Section):
     )
     filters: int = Field(64, ge=1, le=4096, description="conv4: channels of each block")
     hidden: tuple[int, ...] = Field((40, 40), min_length=1, description="mlp: units of each hidden layer")
+    head: Literal["linear", "shared", "centroid", "ridge"] = Field(
+        "linear",
+        description="linear; shared: all classes start from one learned vector (UNICORN-MAML); centroid, ridge: classes start from the support features (Proto-MAML; ridge regression); all but linear take any number of classes at test, and with method.inner_steps=0 centroid is a prototypical network, ridge R2-D2",
+    )
     norm: Literal["batch", "frozen"] = Field(
         "batch",
         description="BatchNorm: 'batch' statistics of the examples at hand (transductive, as in the paper), or the 'frozen' running statistics of pre-trained weights",
@@ -149,10 +159,14 @@ class ModelConfig(Section):
 
 
 class MethodConfig(Section):
-    """What a meta-gradient is (paper, eq. 5-7)."""
+    """What a meta-gradient is (paper, eq. 5-7). What is not set is as the method's name says (config/methods.py)."""
 
-    name: Literal["cml", "maml", "fomaml"] = Field(
-        "cml", description="cml; maml: no co-learner; fomaml: maml with order 1"
+    name: Literal["cml", "maml", "fomaml", "anil", "boil", "meta_sgd"] = Field(
+        "cml", description="cml: maml with the co-learner; fomaml: first order; anil: the head alone adapts; boil: the body alone; meta_sgd: a learned step size for each element"
+    )
+    colearner: bool | Literal["untrained", "adapts"] | None = Field(
+        None,
+        description="true; false; untrained: a co-learner that is never trained (the paper's noise); adapts: it adapts in the inner loop as well (the paper's CL); null: true for cml, else false",
     )
     inner_steps: int = Field(1, ge=0, le=1000, description="gradient steps on the support set (M)")
     inner_lr: float = Field(0.01, gt=0, le=100, description="step size of the inner loop for body and head (alpha)")
@@ -164,39 +178,72 @@ class MethodConfig(Section):
     )
     adapts: Terms | None = Field(
         None,
-        description="what adapts in the inner loop, in the words of model.trained (e.g. [head, last:2]); null: all of body and head that is trained",
+        description="what adapts in the inner loop, in the words of model.trained (e.g. [head, last:2]); null: all of body and head that is trained, or what the method says",
     )
+    inner_optim: Literal["sgd", "momentum", "adam"] = Field(
+        "sgd", description="optimizer of the inner loop, differentiated exactly; moments start at zero in each episode"
+    )
+    inner_momentum: float = Field(0.9, ge=0, lt=1, description="inner_optim momentum only")
+    inner_betas: tuple[float, float] = Field((0.9, 0.999), description="inner_optim adam only")
     gamma: float | None = Field(
         None,
         ge=0,
         le=1000,
-        description="weight of the co-learner's loss in the outer loss (eq. 6); 0 is MAML; null: 1 for cml, 0 else",
+        description="weight of the co-learner's loss in the outer loss (eq. 6); null: 1 with a co-learner, else 0",
     )
     order: Literal[1, 2] | None = Field(
-        None, description="2: exact, through the inner loop; 1: first order; null: as the method's name says"
+        None, description="2: exact, through the inner loop; 1: first order; null: 1 for fomaml, else 2"
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _preset(cls, data: object) -> object:
+    def _published(cls, data: object) -> object:
         """The name sets what is not said; what contradicts it is refused below."""
-        if isinstance(data, dict):
-            name = data.get("name", "cml")
-            preset = {"cml": (1.0, 2), "maml": (0.0, 2), "fomaml": (0.0, 1)}.get(name, (None, None))
-            data = dict(data)
-            for key, value in zip(("gamma", "order"), preset, strict=True):
-                if data.get(key) is None:
-                    data[key] = value
+        if isinstance(data, dict) and isinstance(data.get("name", "cml"), str):
+            info = METHODS.get(data.get("name", "cml"))
+            settings = {"colearner": False, "order": 2, **(info.settings if info else {})}
+            data = {**data, **{key: value for key, value in settings.items() if data.get(key) is None}}
+            if data.get("gamma") is None:
+                data["gamma"] = 0.0 if data["colearner"] is False else 1.0
         return data
+
+    @field_validator("inner_betas")
+    @classmethod
+    def _inner_betas(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("each beta must lie in [0, 1)")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> MethodConfig:
-        if self.name != "cml" and self.gamma:
+        if self.colearner is False and self.gamma:
             raise ValueError(
-                f"gamma is {self.gamma}, but method.name {self.name} has no co-learner: set method.name=cml, or gamma=0"
+                f"gamma is {self.gamma:g}, but method.name {self.name} has no co-learner: set method.colearner=true, or "
+                "leave method.gamma out"
             )
+        if self.name == "cml" and self.colearner is False:
+            raise ValueError("colearner is false, but method.name is cml: set method.name=maml, or colearner=true")
         if self.name == "fomaml" and self.order != 1:
             raise ValueError("order is 2, but method.name fomaml is first order: set method.name=maml, or order=1")
+        only = METHODS[self.name].adapts_only
+        if only is not None:
+            other = {"head": "body", "body": "head"}[only]
+            terms = self.adapts or ()
+            if any(t == other or t.startswith(f"{other}.") or (only == "head" and t.startswith("last:")) for t in terms):
+                raise ValueError(
+                    f"adapts is {list(terms)}, but method.name {self.name} adapts the {only} alone: leave method.adapts "
+                    "out, or set method.name=maml"
+                )
+            if getattr(self, f"{other}_lr"):
+                raise ValueError(
+                    f"{other}_lr is {getattr(self, f'{other}_lr'):g}, but method.name {self.name} adapts the {only} alone: "
+                    f"leave method.{other}_lr out, or set method.name=maml"
+                )
+        if self.name == "meta_sgd" and self.inner_optim != "sgd":
+            raise ValueError(
+                f"inner_optim is {self.inner_optim}, but method.name meta_sgd has a step of its own: set "
+                "method.inner_optim=sgd, or method.name=maml"
+            )
         return self
 
 
@@ -205,11 +252,15 @@ class EngineConfig(Section):
 
     name: Literal["auto", "graph", "adjoint"] = Field(
         "auto",
-        description="graph: unrolled loop, fastest where it fits; adjoint: memory flat in inner steps; auto: graph for 1 step, else adjoint, and adjoint where the memory budget asks for it",
+        description="graph: unrolled loop; adjoint: memory flat in inner steps; auto: graph where it fits into the memory budget (on the CPU, which has none by default: where it is the faster one), else adjoint",
     )
     micro_batch: int | str | None = Field(
         "auto",
         description="most examples of an episode that pass through the network at once (adjoint; needs a network whose norms couple no examples); null: all; auto: all that the memory budget holds",
+    )
+    trajectory: Literal["auto", "all", "sqrt"] = Field(
+        "auto",
+        description="adjoint: which points of the inner loop are kept: all, or about every sqrt(K)-th, the others computed anew (2 sqrt(K) copies of what adapts for one more forward sweep); auto: all, and sqrt where the memory budget asks for it",
     )
     copies: Literal["auto", "device", "cpu"] = Field(
         "auto",
@@ -297,6 +348,13 @@ class EvalConfig(Section):
         description="CML-dagger: adapt by the co-learner's support loss (eq. 9), or by the meta-learner's as in the released test script",
     )
     inner_steps: int | None = Field(None, ge=0, le=1000, description="inner steps at test; null: method.inner_steps")
+    norm: Literal["batch", "support"] = Field(
+        "batch",
+        description="norms by batch statistics: those of the query images (batch, as in the paper: an answer depends on its neighbours), or those of the support images",
+    )
+    permutations: int = Field(
+        1, ge=1, le=1000, description="label orders under which each test episode is tested; above 1 the spread over them is reported"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="chooses the val and test episodes, whatever run.seed is")
     untrained: bool = Field(True, description="also test the untrained network, as a floor to compare with")
     final: bool = Field(True, description="test the best step and export it when training ends")
@@ -424,10 +482,36 @@ class RunConfig(Section):
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
-    def _has_colearner(self) -> RunConfig:
-        if self.eval.learner == "co" and self.method.name != "cml":
+    def _learners_are_there(self) -> RunConfig:
+        if self.eval.learner == "co" and (reason := dagger_refusal(self)) is not None:
+            remedy = "" if self.method.colearner is False else ", or eval.co_adapt=released"
+            raise ValueError(f"eval.learner is co, but {reason}: set eval.learner=meta{remedy}")
+        if self.model.colearner.kind == "prototype" and self.method.colearner == "adapts":
             raise ValueError(
-                f"eval.learner is co, but method.name {self.method.name} has no co-learner: set eval.learner=meta"
+                "model.colearner.kind is prototype, which has nothing that adapts by a support loss, but method.colearner "
+                "is adapts: set model.colearner.kind=dense"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _head_can(self) -> RunConfig:
+        head, regression = self.model.head, not hasattr(self.domain, "ways")
+        if regression and head != "linear":
+            raise ValueError(f"model.head is {head}, but domain {self.domain.name} has no classes: set model.head=linear")
+        if regression and self.model.colearner.kind == "prototype":
+            raise ValueError(
+                f"model.colearner.kind is prototype, but domain {self.domain.name} has no classes: set "
+                "model.colearner.kind=dense"
+            )
+        if regression and self.eval.permutations > 1:
+            raise ValueError(
+                f"eval.permutations is {self.eval.permutations}, but domain {self.domain.name} has no labels: set "
+                "eval.permutations=1"
+            )
+        if head == "shared" and self.method.inner_steps == 0:
+            raise ValueError(
+                "model.head is shared, but method.inner_steps is 0: all classes keep the same vector; set "
+                "method.inner_steps to 1 or more, or model.head=centroid or ridge"
             )
         return self
 

@@ -149,6 +149,7 @@ class ImageDomain(Domain):
             query=Batch(grouped[:, shots:].flatten(0, 1), labels.repeat_interleave(queries)),
             split=split,
             index=index,
+            ways=ways,
         )
 
     def _augment(self, rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:

@@ -1,30 +1,23 @@
 """The meta-gradient: a pure function of parameters and one episode, and two engines that compute it.
 
-Read downwards: :func:`meta_gradient` adapts, takes the outer gradient at the adapted parameters, and pulls it back
-through the inner loop. An engine is how the middle part is done; the value is the same to rounding.
+Read downwards: :func:`meta_gradient` runs the inner loop, takes the gradient of the query losses along it, and pulls it
+back to the start. An engine is how that is done; the value is the same to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
-from cml_dist.meta.inner import inner_loop, inner_step, last, pull_back_step
-from cml_dist.meta.problem import (
-    Method,
-    Problem,
-    SupportLoss,
-    accumulate,
-    detached,
-    gradients,
-    part_of,
-    used_by,
-)
-from cml_dist.types import BODY, Batch, Episode, Params
+from cml_dist.meta.inner import Cotangent, InnerLoop, Point, accumulate
+from cml_dist.meta.problem import Problem, detached
+from cml_dist.meta.rule import Method, Term, part_of
+from cml_dist.types import BODY, Episode, Learner, Params
 
 
 @dataclass(frozen=True)
@@ -32,17 +25,29 @@ class MetaGradient:
     """The meta-gradient of one episode.
 
     Attributes:
-        grads: d (outer loss) / d (psi, theta, phi) by canonical name; no graph hangs on them.
-        terms: scalars of the episode: ``outer_loss``, ``score``; with a co-learner ``colearner_loss``,
-            ``colearner_score``; on request ``gradient_cosine``.
+        grads: d (outer loss) / d (meta-parameter) by canonical name; no graph hangs on them.
+        terms: scalars of the episode: ``loss`` (what is minimised), ``outer_loss``, ``score``; with a co-learner
+            ``colearner_loss``, ``colearner_score``; on request ``gradient_cosine``.
     """
 
     grads: Params
     terms: dict[str, Tensor]
 
 
-PullBack = Callable[[Params], Params]
-"""Maps d L / d theta_K, which it may overwrite, to d L / d theta_0 (and to the parameters that do not adapt)."""
+@dataclass(frozen=True)
+class Engine:
+    """How a meta-gradient is computed.
+
+    Attributes:
+        name: ``graph`` or ``adjoint``.
+        trajectory: of ``adjoint``, which points of the inner loop are kept: ``all``, or ``sqrt``: about every
+            sqrt(K)-th, and those between are computed anew.
+        device: of ``adjoint``, where they are kept (e.g. the CPU); None: where they are.
+    """
+
+    name: str = "graph"
+    trajectory: str = "all"
+    device: torch.device | None = None
 
 
 def meta_gradient(
@@ -50,136 +55,222 @@ def meta_gradient(
     episode: Episode,
     problem: Problem,
     method: Method,
-    engine: str,
+    engine: Engine | str,
     *,
     diagnose: bool = False,
-    path_device: torch.device | None = None,
+    meta_step: int = 0,
 ) -> MetaGradient:
     """Gradient of L(f_m(psi', theta'); Q) + gamma * L(f_c(psi', phi); Q) through the inner loop.
 
     Args:
-        params: psi, theta and phi by canonical name.
+        params: all meta-parameters by canonical name.
         episode: prepared by its domain, on the device of ``params``.
         problem: the network's loss; its ``micro_batch`` bounds what passes through the network at once.
-        engine: ``graph`` or ``adjoint``.
-        diagnose: also report the cosine between the co-learner's and the meta-learner's gradient.
-        path_device: where ``adjoint`` keeps the adapted parameters of each step (e.g. the CPU); None: where they are.
+        engine: how it is computed.
+        diagnose: also report the cosine in psi between the co-learner's and the meta-learner's meta-gradients.
+        meta_step: the number of the meta-step, for methods with a schedule.
 
     Cost: with K inner steps, ``graph`` K forward, backward and double backward passes over the support set and memory
     for all K graphs; ``adjoint`` K forward and backward passes more, and memory for one graph of a micro-batch and K
-    copies of what adapts. Both add one forward and backward pass over the query set, ``diagnose`` one more backward.
+    copies of what adapts (``sqrt``: about 2 sqrt(K), and K forward and backward passes more again). Both add one
+    forward and backward pass over the query set; ``diagnose`` computes the co-learner's meta-gradient besides: all of
+    it again.
     Collective: none.
     Source: CML (UAI 2024), eq. 5-7.
     """
-    support_loss = problem.support_loss(episode.support, episode.context)
-    rates = method.rates(list(params))
-    steps = method.inner_steps if rates else 0
-    if method.order == 1 or steps == 0:
-        adapted, pull_back = first_order(params, rates, support_loss, steps)
-    else:
-        engines = {"graph": graph, "adjoint": partial(adjoint, path_device=path_device)}
-        adapted, pull_back = engines[engine](params, rates, support_loss, steps)
-    outer, terms = outer_gradient(adapted, episode.query, episode.context, problem, method.gamma, diagnose=diagnose)
-    del adapted
-    return MetaGradient(pull_back(outer), terms)
+    engine = Engine(engine) if isinstance(engine, str) else engine
+    loop = InnerLoop(params, episode, problem, method)
+    grads, terms = _objective(loop, {"meta": 1.0, "co": method.gamma}, engine, meta_step)
+    # A body that is all frozen has no gradient.
+    if diagnose and len(problem.learners) == 2 and any(part_of(n) == BODY for n in grads):
+        co, _ = _objective(loop, {"meta": 0.0, "co": 1.0}, engine, meta_step, last=True)
+        terms["gradient_cosine"] = _cosine_in_body(grads, co, method.gamma)
+    return MetaGradient({n: grads[n] if n in grads else torch.zeros_like(p) for n, p in params.items()}, terms)
 
 
-def outer_gradient(
-    params: Params, query: Batch, context: Mapping[str, Tensor], problem: Problem, gamma: float, *, diagnose: bool
+def _objective(
+    loop: InnerLoop, weights: Mapping[Learner, float], engine: Engine, meta_step: int, *, last: bool = False
 ) -> tuple[Params, dict[str, Tensor]]:
-    """Gradient of the outer loss (eq. 6) with respect to the *adapted* parameters and phi, with the episode's terms.
+    """Gradient of all terms of the outer loss by meta-parameter, and what they are.
 
-    The gradient's tensors are new ones that the caller owns.
+    Args:
+        weights: of each learner's query loss.
+        last: of the first term alone, as of MAML (for the diagnosis).
     """
-    leaves = detached(params, requires_grad=True)
-    grads = {n: torch.zeros_like(p) for n, p in params.items()}
-    body = {n: leaves[n] for n in leaves if part_of(n) == BODY}
-    diagnose = diagnose and len(problem.learners) == 2 and bool(body)  # a body that is all frozen has no gradient
-    co_grads = {n: torch.zeros_like(p) for n, p in body.items()} if diagnose else {}
-    parts, values = [], []
-    for part, weight in problem.micro_batches(query):
-        outputs = problem.outputs(leaves, part, problem.learners, context)
-        losses = [weight * problem.loss(out, part.targets) for out in outputs]
-        # Adding 0 * loss would turn an overflowing co-learner into NaN: gamma = 0 is MAML to the bit.
-        total = losses[0] + gamma * losses[1] if len(losses) == 2 and gamma else losses[0]
-        accumulate(grads, gradients(total, leaves, retain_graph=diagnose))
-        if diagnose:
-            accumulate(co_grads, gradients(losses[1], body))
-        parts.append([out.detach() for out in outputs])
-        values.append([loss.detach() for loss in losses])
-    outputs = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
-    losses = [torch.stack(pieces).sum() for pieces in zip(*values, strict=True)]
-    terms = {"outer_loss": losses[0], "score": problem.score(outputs[0], query.targets)}
-    if len(losses) == 2:
-        terms["colearner_loss"] = losses[1]
-        terms["colearner_score"] = problem.score(outputs[1], query.targets)
-    if diagnose:
-        terms["gradient_cosine"] = _cosine_of_parts(grads, co_grads, gamma)
-    return grads, terms
+    total: Params = {}
+    told: dict[str, Tensor] = {}
+    for number, term in enumerate(loop.rule.terms(meta_step, loop.steps)[: 1 if last else None]):
+        back = Cotangent()
+        if term.horizon is not None:
+            terms = one_step(loop, term, weights, back)
+        elif engine.name == "graph" and loop.order == 2:
+            terms = graph(loop, term, weights, back, penalty=number == 0 and not last)
+        else:
+            terms = adjoint(loop, term, weights, back, engine, penalty=number == 0 and not last)
+        accumulate(total, {n: g for n, g in back.meta.items() if fnmatchcase(n, term.trains)}, owned=True)
+        told = {**terms, **told, "loss": terms["loss"] + told["loss"] if told else terms["loss"]}
+    return total, told
 
 
-def _cosine_of_parts(total: Params, co: Params, gamma: float) -> Tensor:
-    """Cosine in psi of the meta-learner's gradient (total - gamma * co) and the co-learner's (a diagnostic)."""
-    dot = meta = other = next(iter(co.values())).new_zeros(())
-    for name, g_co in co.items():
+def _cosine_in_body(total: Params, co: Params, gamma: float) -> Tensor:
+    """Cosine in psi of the meta-learner's meta-gradient (total - gamma * co) and the co-learner's."""
+    dot = meta = other = next(iter(total.values())).new_zeros(())
+    for name in (n for n in total if part_of(n) == BODY):
+        g_co = co.get(name, torch.zeros_like(total[name]))
         g_meta = total[name] - gamma * g_co
         dot, meta, other = dot + (g_meta * g_co).sum(), meta + g_meta.square().sum(), other + g_co.square().sum()
     return dot / (meta.sqrt() * other.sqrt()).clamp_min(1e-8)
 
 
 # --------------------------------------------------------------------------- engines
-# An engine: (params, rates, support loss, steps) -> (theta_K as values, pull back).
+# An engine puts the gradient of a term of the outer loss by meta-parameter into ``back.meta``, and returns its values.
 
 
-def graph(params: Params, rates: Mapping[str, float], loss: SupportLoss, steps: int) -> tuple[Params, PullBack]:
+def graph(
+    loop: InnerLoop, term: Term, weights: Mapping[Learner, float], back: Cotangent, *, penalty: bool = True
+) -> dict[str, Tensor]:
     """Autograd through the unrolled loop: the oracle, and the fastest where K graphs fit into memory."""
-    start = detached(params, requires_grad=True)
-    current = start
-    for _ in range(steps):
-        current = inner_step(current, rates, loss, create_graph=True)
-    unrolled = [current]
-
-    def pull_back(outer: Params) -> Params:
-        """Parameters that adapt reach theta_K through the steps alone; the others pass *and* shape the steps."""
-        used = used_by("meta", list(start))  # the support loss never sees phi
-        adapted = unrolled.pop()
-        pulled = torch.autograd.grad(
-            [adapted[n] for n in rates],
-            [start[n] for n in used],
-            [outer[n] for n in rates],
-            materialize_grads=True,
-        )
-        through = dict(zip(used, pulled, strict=True))
-        return {n: through[n] if n in rates else outer[n] + through[n] if n in through else outer[n] for n in start}
-
-    return detached(current), pull_back
+    start = Point(loop.meta, loop.fast, loop.const).leaves()
+    meta, const = dict(start.meta), dict(start.const)
+    fast = dict(start.fast)
+    queries = _Queries(loop, term, weights)
+    values, vectors = [], []
+    for k in _steps(loop):
+        if k >= 0:
+            grad = loop.gradient(start, k, differentiable=True)
+            fast = loop.rule.update(meta, fast, const, grad, k)
+        at = Cotangent(back.meta, {}, back.const)  # what the queries see directly adds up in back
+        queries.after(k, detached(fast), at, penalty)
+        reached = [n for n in at.fast if fast[n].requires_grad]
+        values += [fast[n] for n in reached]
+        vectors += [at.fast[n] for n in reached]
+    del fast, at
+    if values:
+        back.add(start.named(torch.autograd.grad(values, start.tensors(), vectors, allow_unused=True)))
+    loop.pull_back_start(back)
+    return queries.told
 
 
 def adjoint(
-    params: Params,
-    rates: Mapping[str, float],
-    loss: SupportLoss,
-    steps: int,
-    path_device: torch.device | None = None,
-) -> tuple[Params, PullBack]:
-    """Keep theta_0..theta_K as values; then, backwards, recompute one step at a time and pull through it alone.
+    loop: InnerLoop,
+    term: Term,
+    weights: Mapping[Learner, float],
+    back: Cotangent,
+    engine: Engine,
+    *,
+    penalty: bool = True,
+) -> dict[str, Tensor]:
+    """Keep fast_0..fast_K as values; then, backwards, recompute one step at a time and pull through it alone.
 
-    For k = K-1..0: lambda_k = (d theta_{k+1} / d theta_k)^T lambda_{k+1}, which for SGD is lambda - H_k alpha lambda.
+    For k = K-1..0: lambda_k = (d fast_{k+1} / d fast_k)^T lambda_{k+1}, which for SGD is lambda - H_k alpha lambda. At
+    first order the same sweep takes the inner gradients as constants.
     """
-    path: list[Params] = []  # of theta_0 .. theta_{K-1} what adapts: the rest is in params
-    for theta in inner_loop(params, rates, loss, steps):
-        path.append({n: theta[n] if path_device is None else theta[n].to(path_device) for n in rates})
-    path.pop()
+    queries = _Queries(loop, term, weights)
+    if loop.order == 1 and loop.is_sgd:  # each step is the identity: nothing to keep, and nothing to pull through
+        fast = loop.fast
+        for k in _steps(loop):
+            fast = loop.step(fast, k) if k >= 0 else fast
+            queries.after(k, fast, back, penalty)
+    else:
+        path = Trajectory(loop, engine)
+        fast = path.end()
+        queries.after(loop.steps - 1, fast, back, penalty)
+        for k, fast in path.backwards():
+            unreached = [n for n in fast if n not in back.fast]  # by any query after this point
+            back.fast.update({n: torch.zeros_like(fast[n]) for n in unreached})
+            loop.pull_back_step(fast, k, back)
+            if k > 0:
+                queries.after(k - 1, fast, back, penalty)
+    loop.pull_back_start(back)
+    return queries.told
 
-    def pull_back(outer: Params) -> Params:
-        while path:
-            then = {n: value.to(params[n].device) for n, value in path.pop().items()}
-            pull_back_step({**params, **then}, rates, loss, outer)
-        return outer
 
-    return theta, pull_back
+def one_step(loop: InnerLoop, term: Term, weights: Mapping[Learner, float], back: Cotangent) -> dict[str, Tensor]:
+    """Each visited point held constant: the query loss after a step, pulled back through that step alone (WarpGrad)."""
+    queries = _Queries(loop, term, weights)
+    fast = loop.fast
+    for k in range(loop.steps):
+        after = loop.step(fast, k)
+        at = Cotangent(back.meta, {n: torch.zeros_like(value) for n, value in after.items()})
+        queries.after(k, after, at, False)
+        if term.weights[k]:
+            loop.pull_back_step(fast, k, at)  # what reaches the visited point itself stops there
+        fast = after
+    return queries.told
 
 
-def first_order(params: Params, rates: Mapping[str, float], loss: SupportLoss, steps: int) -> tuple[Params, PullBack]:
-    """Inner gradients as constants: the pull back is the identity (FOMAML)."""
-    return last(inner_loop(params, rates, loss, steps)), lambda outer: outer
+class Trajectory:
+    """The points fast_0 .. fast_{K-1} of an inner loop, run once forwards, and given back from the last to the first.
+
+    With ``sqrt`` about every sqrt(K)-th is kept, and a stretch between two is computed anew when it is its turn: about
+    2 sqrt(K) copies in memory for one more forward sweep, and the same values to the bit.
+    """
+
+    def __init__(self, loop: InnerLoop, engine: Engine) -> None:
+        self._loop, self._device = loop, engine.device
+        self._stretch = _stretch(loop.steps, engine.trajectory)
+        self._kept: list[tuple[int, Params]] = []
+
+    def end(self) -> Params:
+        """Run the loop; returns fast_K."""
+        fast = self._loop.fast
+        for k in range(self._loop.steps):
+            if k % self._stretch == 0:
+                self._kept.append((k, self._away(fast)))
+            fast = self._loop.step(fast, k)
+        return fast
+
+    def backwards(self) -> Iterator[tuple[int, Params]]:
+        """(k, fast_k) for k = K-1 .. 0. No more is kept of a point that was given."""
+        while self._kept:
+            first, fast = self._kept.pop()
+            points = [(first, fast)]
+            for k in range(first, min(first + self._stretch, self._loop.steps) - 1):
+                fast = self._loop.step(self._here(fast), k)
+                points.append((k + 1, self._away(fast)))
+            del fast
+            while points:
+                k, point = points.pop()
+                yield k, self._here(point)
+                del point
+
+    def _away(self, fast: Params) -> Params:
+        return fast if self._device is None else {n: value.to(self._device) for n, value in fast.items()}
+
+    def _here(self, fast: Params) -> Params:
+        return {n: value.to(self._loop.fast[n].device) for n, value in fast.items()}
+
+
+def _stretch(steps: int, trajectory: str) -> int:
+    """Steps between two points that are kept; for ``sqrt`` the square root, rounded up."""
+    return math.isqrt(max(steps - 1, 0)) + 1 if trajectory == "sqrt" else 1
+
+
+def points_held(steps: int, trajectory: str) -> int:
+    """Points of the inner loop that :class:`Trajectory` holds at most."""
+    stretch = _stretch(steps, trajectory)
+    return steps if stretch == 1 else -(-steps // stretch) - 1 + min(stretch, steps)
+
+
+class _Queries:
+    """The query losses of a term along the inner loop: their weighted sum, and what the last one tells."""
+
+    def __init__(self, loop: InnerLoop, term: Term, weights: Mapping[Learner, float]) -> None:
+        self._loop, self._term, self._weights = loop, term, weights
+        self.told: dict[str, Tensor] = {}
+
+    def after(self, k: int, fast: Params, into: Cotangent, penalty: bool) -> None:
+        """Add the gradient of the query loss after step ``k`` (-1: before any), where it counts, and of the penalty."""
+        weight, is_last = self._term.weights[max(k, 0)], k == self._loop.steps - 1
+        if weight:
+            weights = {learner: weight * w for learner, w in self._weights.items()}
+            terms = self._loop.query(fast, max(k, 0), weights, into)
+            loss = terms["loss"] if not self.told else self.told["loss"] + terms["loss"]
+            self.told = {**(terms if is_last or not self.told else self.told), "loss": loss}
+        if is_last and penalty and (value := self._loop.add_penalty(fast, into)) is not None:
+            self.told["loss"] = self.told["loss"] + value
+
+
+def _steps(loop: InnerLoop) -> range:
+    """0 .. K-1, or -1 alone where there is no step: after it comes the query all the same."""
+    return range(loop.steps) if loop.steps else range(-1, 0)

@@ -1,101 +1,380 @@
-"""The inner loop: what one step of adaptation is. The only place that says so, for training and testing alike."""
+"""The inner loop of an episode: its start, a step, the query after it, and the transposes of all three.
+
+The only place that says so, for training and testing alike. Values carry no graph; a graph lives as long as one step,
+or one micro-batch of it.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from cml_dist.meta.problem import Method, Problem, SupportLoss, accumulate, detached, gradients, used_by
-from cml_dist.types import BODY, HEAD, Episode, Learner, Params
+from cml_dist.meta.problem import Pass, Problem, class_means, detached
+from cml_dist.meta.rule import GradFn, InnerRule, Method, part_of
+from cml_dist.types import BODY, COLEARNER, HEAD, Batch, Episode, Learner, Params
 
 
-def inner_step(params: Params, rates: Mapping[str, float], loss: SupportLoss, *, create_graph: bool) -> Params:
-    """One gradient step on the support set: theta - alpha * grad L(theta; S) for the parameters that adapt.
+@dataclass(frozen=True)
+class Point:
+    """What a step or a query is a function of; or gradients with respect to it, where None is zero.
+
+    Attributes:
+        meta: meta-parameters.
+        fast: fast parameters, of one step.
+        const: constants of the episode.
+    """
+
+    meta: Mapping[str, Tensor]
+    fast: Mapping[str, Tensor]
+    const: Mapping[str, Tensor]
+
+    def leaves(self) -> Point:
+        """New leaves with the same values, that require grad."""
+        return Point(*(detached(dict(part), requires_grad=True) for part in self.parts))
+
+    @property
+    def parts(self) -> tuple[Mapping[str, Tensor], ...]:
+        return self.meta, self.fast, self.const
+
+    def tensors(self) -> list[Tensor]:
+        return [value for part in self.parts for value in part.values()]
+
+    def named(self, tensors: Iterable[Tensor | None]) -> Point:
+        """``tensors``, which come in the order of :meth:`tensors`, under the names here."""
+        left = iter(tensors)
+        return Point(*({n: next(left) for n in part} for part in self.parts))
+
+
+@dataclass
+class Cotangent:
+    """The gradient of the outer loss at a point of the loop; its tensors are its own, and added to in place."""
+
+    meta: Params = field(default_factory=dict)
+    fast: Params = field(default_factory=dict)
+    const: Params = field(default_factory=dict)
+
+    def add(self, grads: Point) -> None:
+        for mine, theirs in zip((self.meta, self.fast, self.const), grads.parts, strict=True):
+            accumulate(mine, theirs)
+
+
+class InnerLoop:
+    """The inner loop on one episode.
 
     Args:
-        params: all parameters by name; those in ``rates`` require grad.
-        rates: step size by name, of the parameters that adapt; all others are passed on as they are.
-        loss: the support loss as terms of ``params``.
-        create_graph: keep the graph, so that the step can itself be differentiated.
+        meta: meta-parameters by canonical name.
+        episode: prepared, on the device of ``meta``.
+        problem: the network's losses; its ``micro_batch`` bounds what passes through the network at once.
+        method: the rule, the number of steps, the order.
+        weights: of each learner's loss on the support set; None: what the method trains with.
 
-    Returns:
-        All parameters after the step.
-
-    Cost: without a graph, memory of one term. Source: CML (UAI 2024), eq. 5.
+    Attributes:
+        fast, const: fast_0 and the constants of the episode, as values.
+        steps: inner steps; 0 where nothing adapts.
     """
-    adapting = {n: params[n] for n in rates}
-    after = params
-    for term in loss:
-        grads = gradients(term(params), adapting, create_graph=create_graph)
-        # Out of place on purpose: gradients may share storage, and params are the caller's.
-        after = {**after, **{n: after[n] - rate * grads[n] for n, rate in rates.items()}}
-        if not create_graph:
-            after = detached(after)
-    return after
+
+    def __init__(
+        self,
+        meta: Params,
+        episode: Episode,
+        problem: Problem,
+        method: Method,
+        weights: Mapping[Learner, float] | None = None,
+    ) -> None:
+        self.meta, self.episode, self.problem = detached(meta), episode, problem
+        self.rule, self.order = method.rule, method.order
+        if weights is None:
+            weights = {"meta": 1.0, "co": method.gamma} if method.both_adapt else {"meta": 1.0}
+        self.weights = weights
+        self.starts_head = problem.starts_head and "meta" in weights
+        fast, const = self._start(self.meta, self._features())
+        self.fast, self.const = detached(fast), detached(const)
+        self.steps = method.inner_steps if self.fast else 0
+        # Of SGD with constant rates the transpose of a step is known, and needs no forward value.
+        self.is_sgd = type(self.rule).update is InnerRule.update
+
+    # ------------------------------------------------------------------ the start
+
+    def _start(self, meta: Params, features: Tensor | None) -> tuple[Params, Params]:
+        """fast_0 and constants, as functions of meta-parameters and of the support set's features."""
+        head: Params = {}
+        if self.starts_head:
+            own = {n: p for n, p in meta.items() if part_of(n) == HEAD}
+            head = self.problem.head_from(own, features, self.episode)
+            meta = {n: p for n, p in meta.items() if n not in own}
+        fast, const = self.rule.start({**meta, **head}, self.episode)
+        return fast, {**{n: value for n, value in head.items() if n not in fast}, **const}
+
+    def _features(self) -> Tensor | None:
+        """What the head is started from: ``[N, D]`` of the support set at the meta-parameters, as values."""
+        if not (self.starts_head and self.problem.head_reads_support):
+            return None
+        return self.problem.values(network_part(self.meta), self.episode.support, "pooled", self.episode.context)
+
+    def pull_back_start(self, back: Cotangent) -> None:
+        """Turn a gradient at the start into one with respect to the meta-parameters alone, in ``back.meta``."""
+        leaves, features = detached(self.meta, requires_grad=True), self._features()
+        made = [] if features is None else [features.requires_grad_()]
+        fast, const = self._start(leaves, features)
+        values, vectors = [], []
+        for started, grads in ((fast, back.fast), (const, back.const)):
+            for name in list(grads):
+                if started[name] is leaves.get(name):  # it starts as itself: no copy
+                    accumulate(back.meta, {name: grads.pop(name)}, owned=True)
+                elif started[name].requires_grad:
+                    values.append(started[name])
+                    vectors.append(grads.pop(name))
+        if not values:
+            return
+        grads = torch.autograd.grad(values, [*leaves.values(), *made], vectors, allow_unused=True)
+        accumulate(back.meta, dict(zip(leaves, grads, strict=False)))
+        if made and grads[-1] is not None:
+            here = Point(self.meta, {}, {})
+            self._pull_back_pass(here, lambda at: network_part(at.meta), "pooled", grads[-1], back)
+
+    # ------------------------------------------------------------------ a step
+
+    def step(self, fast: Params, k: int) -> Params:
+        """fast_{k+1} as values, without a graph. Cost: memory of one micro-batch."""
+        grad = self.gradient(Point(self.meta, fast, self.const), k, differentiable=False)
+        return detached(self.rule.update(self.meta, fast, self.const, grad, k))
+
+    def gradient(self, at: Point, k: int, *, differentiable: bool) -> GradFn:
+        """The gradient of the support loss in step ``k``, as a function of a point of the fast space.
+
+        Args:
+            at: what the step starts from (``meta`` and ``const`` are what counts).
+            differentiable: the values have a graph, to ``at`` and to the point.
+        """
+
+        def values(point: Params) -> Params:
+            total: Params = {}
+            losses = list(self._support_losses(k))
+            for loss in losses:
+                leaves = detached(point, requires_grad=True)
+                grads = _gradients(loss(Point(at.meta, leaves, at.const)), leaves)
+                accumulate(total, grads, owned=len(losses) == 1)
+            return total
+
+        def whole(point: Params) -> Params:
+            (loss,) = self._support_losses(k)
+            # Nodes of their own: the gradient is a partial one, also where a rule makes one of the point's tensors from
+            # another (SGD never does).
+            nodes = point if self.is_sgd else {n: value.view_as(value) for n, value in point.items()}
+            return _gradients(loss(Point(at.meta, nodes, at.const)), nodes, create_graph=True)
+
+        def streamed(point: Params) -> Params:
+            here = Point(at.meta, point, at.const)
+            return dict(zip(point, _Streamed.apply(self, here, k, values, *here.tensors()), strict=True))
+
+        if not differentiable:
+            return values
+        return whole if len(self.problem.micro_batches(self.episode.support)) == 1 else streamed
+
+    def pull_back_step(self, fast: Params, k: int, back: Cotangent) -> None:
+        """Turn a gradient at fast_{k+1} into the gradient at fast_k, in ``back.fast``; what shapes the step collects.
+
+        Cost: one Hessian-vector product (reverse over reverse), memory of one micro-batch's graph.
+        """
+        here = Point(self.meta, fast, self.const)
+        if self.is_sgd:
+            if self.order == 2:  # lambda - H alpha lambda; of first order the step is the identity
+                vector = {n: -rate * back.fast[n] for n, rate in self.rule.rates(fast).items()}
+                self.add_products(here, k, vector, back)
+            return
+        leaves = here.leaves()
+        grad = self.gradient(leaves, k, differentiable=self.order == 2)
+        after = self.rule.update(dict(leaves.meta), dict(leaves.fast), dict(leaves.const), grad, k)
+        moved = [n for n in after if after[n].requires_grad]
+        values, vectors = [after[n] for n in moved], [back.fast[n] for n in moved]
+        back.fast = {}
+        back.add(here.named(torch.autograd.grad(values, leaves.tensors(), vectors, allow_unused=True)))
+        back.fast = {n: back.fast[n] if n in back.fast else torch.zeros_like(fast[n]) for n in fast}
+
+    def add_products(self, at: Point, k: int, vector: Params, into: Cotangent) -> None:
+        """Add (d gradient / d ``at``)^T ``vector``, one micro-batch at a time; the gradient is that by ``at.fast``."""
+        for loss in self._support_losses(k):
+            leaves = at.leaves()
+            grads = _gradients(loss(leaves), {n: leaves.fast[n] for n in vector}, create_graph=True)
+            curved = [n for n, grad in grads.items() if grad.requires_grad]  # the others are constants
+            if not curved:
+                continue
+            through = torch.autograd.grad(
+                [grads[n] for n in curved], leaves.tensors(), [vector[n] for n in curved], allow_unused=True
+            )
+            del grads, leaves
+            into.add(at.named(through))
+
+    def _support_losses(self, k: int) -> Iterator[Callable[[Point], Tensor]]:
+        """The support loss of step ``k`` as terms, one a micro-batch, each a scalar function of a point."""
+        for part, share in self.problem.micro_batches(self.episode.support):
+
+            def loss(at: Point, part: Batch = part, share: float = share) -> Tensor:
+                params = self._view(at, k)
+                outputs = self.problem.outputs(params, part, list(self.weights), self.episode.context)
+                return _weighted(self.weights, [share * self.problem.loss(out, part.targets) for out in outputs])
+
+            yield loss
+
+    def _view(self, at: Point, k: int) -> Params:
+        return self.rule.view(dict(at.meta), dict(at.fast), dict(at.const), k)
+
+    # ------------------------------------------------------------------ the query
+
+    def query(self, fast: Params, k: int, weights: Mapping[Learner, float], into: Cotangent) -> dict[str, Tensor]:
+        """Add the gradient of the weighted query losses after step ``k`` (eq. 6); return the terms of the episode.
+
+        Args:
+            fast: fast_{k+1} (fast_0 where there is no step), as values.
+            weights: of each learner's loss; a learner of weight 0 is only scored.
+
+        Returns:
+            ``loss`` (weighted), ``outer_loss`` and ``score`` of the learner, and of a co-learner ``colearner_loss`` and
+            ``colearner_score``; scalars.
+        """
+        problem, query = self.problem, self.episode.query
+        here, learners = Point(self.meta, fast, self.const), list(problem.learners)
+        prototypes = self._prototypes(here, k)
+        by_prototypes = torch.zeros_like(prototypes) if prototypes is not None else None
+        parts, values = [], []
+        for part, share in problem.micro_batches(query):
+            leaves = here.leaves()
+            outputs = list(problem.outputs(self._view(leaves, k), part, learners, self.episode.context))
+            inputs = leaves.tensors()
+            if prototypes is not None:
+                inputs.append(prototypes)
+                outputs[-1] = problem.against_prototypes(outputs[-1], prototypes)
+            losses = [share * problem.loss(out, part.targets) for out in outputs]
+            total = _weighted({learner: weights.get(learner, 0.0) for learner in learners}, losses)
+            grads = torch.autograd.grad(total, inputs, allow_unused=True)
+            if by_prototypes is not None and grads[-1] is not None:
+                by_prototypes += grads[-1]
+            into.add(here.named(grads))
+            parts.append([out.detach() for out in outputs])
+            values.append([total.detach(), *(loss.detach() for loss in losses)])
+            del leaves, inputs, outputs, losses, total, grads
+        if by_prototypes is not None and weights.get("co"):
+            support = self.episode.support
+            members = class_means(torch.eye(len(support.targets)).to(prototypes), support.targets, self.episode.ways)
+            self._pull_back_pass(here, lambda at: self._view(at, k), "co", members.T @ by_prototypes, into)
+        outputs = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+        loss, *losses = [torch.stack(pieces).sum() for pieces in zip(*values, strict=True)]
+        terms = {"loss": loss, "outer_loss": losses[0], "score": problem.score(outputs[0], query.targets)}
+        if len(losses) == 2:
+            terms["colearner_loss"] = losses[1]
+            terms["colearner_score"] = problem.score(outputs[1], query.targets)
+        return terms
+
+    def add_penalty(self, fast: Params, into: Cotangent) -> Tensor | None:
+        """Add the gradient of the rule's own outer term at the end of the loop; return its value."""
+        leaves = Point(self.meta, fast, self.const).leaves()
+        value = self.rule.penalty(dict(leaves.meta), dict(leaves.fast), dict(leaves.const), self.episode)
+        if value is None:
+            return None
+        into.add(leaves.named(torch.autograd.grad(value, leaves.tensors(), allow_unused=True)))
+        return value.detach()
+
+    def _prototypes(self, at: Point, k: int) -> Tensor | None:
+        """The classes' mean embeddings ``[ways, E]``, a leaf, where the co-learner compares with them."""
+        if not self.problem.uses_prototypes:
+            return None
+        support = self.episode.support
+        embedded = self.problem.values(self._view(at, k), support, "co", self.episode.context)
+        return class_means(embedded, support.targets, self.episode.ways).requires_grad_()
+
+    def _pull_back_pass(
+        self, at: Point, view: Callable[[Point], Params], one: Pass, gradient: Tensor, into: Cotangent
+    ) -> None:
+        """Add the gradient at ``at`` from one ``[N, ...]`` of the support set's outputs, one micro-batch at a time."""
+        begin = 0
+        for part, _ in self.problem.micro_batches(self.episode.support):
+            leaves = at.leaves()
+            (outputs,) = self.problem.outputs(view(leaves), part, (one,), self.episode.context)
+            vector = gradient[begin : begin + len(outputs)]
+            begin += len(outputs)
+            into.add(at.named(torch.autograd.grad(outputs, leaves.tensors(), vector, allow_unused=True)))
 
 
-def pull_back_step(theta: Params, rates: Mapping[str, float], loss: SupportLoss, outer: Params) -> None:
-    """Turn ``outer``, a gradient at ``inner_step(theta)``, into the gradient at ``theta``; in place.
+class _Streamed(torch.autograd.Function):
+    """The gradient of a support set that passes in micro-batches: no graph is kept, the backward makes each anew."""
 
-    The transposed Jacobian of the step: lambda - H alpha lambda, where H has the rows of all parameters that the
-    support loss depends on: those that do not adapt pass unchanged *and* shape the step.
+    @staticmethod
+    def forward(ctx, loop: InnerLoop, at: Point, k: int, values: GradFn, *tensors: Tensor):
+        ctx.loop, ctx.at, ctx.k = loop, at, k
+        ctx.save_for_backward(*tensors)
+        with torch.enable_grad():  # of the support loss, inside; the values have no graph
+            return tuple(values(dict(at.fast)).values())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *vectors: Tensor):
+        at = ctx.at.named(ctx.saved_tensors)
+        into = Cotangent()
+        with torch.enable_grad():
+            ctx.loop.add_products(at, ctx.k, dict(zip(at.fast, vectors, strict=True)), into)
+        pairs = zip((into.meta, into.fast, into.const), at.parts, strict=True)
+        return (None, None, None, None, *(found.get(n) for found, part in pairs for n in part))
+
+
+# --------------------------------------------------------------------------- adapting, for a test
+
+
+def adapt(meta: Params, episode: Episode, problem: Problem, method: Method, learner: Learner = "meta") -> Params:
+    """What the network is after the whole inner loop on an episode's support set, as values by canonical name.
 
     Args:
-        theta: parameters before the step, as values.
-        outer: gradient by name; the caller's own tensors, overwritten.
-
-    Cost: one Hessian-vector product a term (reverse over reverse), memory of one term's graph, three copies of the
-    parameters that adapt and one of all.
+        learner: whose support loss is descended: ``meta`` adapts psi and theta (eq. 8), ``co`` psi alone with phi
+            frozen (eq. 9), or with phi where both heads adapt.
     """
-    used = used_by("meta", list(theta))  # the support loss never sees phi
-    vector = {n: -rate * outer[n] for n, rate in rates.items()}
-    for term in loss:
-        leaves = detached(theta, requires_grad=True)
-        grads = gradients(term(leaves), {n: leaves[n] for n in rates}, create_graph=True)
-        curved = [n for n, grad in grads.items() if grad.requires_grad]  # the others are constants
-        if not curved:
+    if learner == "co":
+        parts = (BODY, COLEARNER) if method.both_adapt else (BODY,)
+    else:
+        parts = (BODY, HEAD)
+    rule = replace(method.rule, parts=parts)
+    loop = InnerLoop(meta, episode, problem, replace(method, rule=rule), {learner: 1.0})
+    fast = loop.fast
+    for k in range(loop.steps):
+        fast = loop.step(fast, k)
+    return rule.view(loop.meta, fast, loop.const, max(loop.steps - 1, 0))
+
+
+# --------------------------------------------------------------------------- small things
+
+
+def network_part(meta: Mapping[str, Tensor]) -> Params:
+    """The network's own among meta-parameters, without what a rule adds."""
+    return {n: value for n, value in meta.items() if part_of(n) in (BODY, HEAD, COLEARNER)}
+
+
+def accumulate(total: Params, grads: Mapping[str, Tensor | None], *, owned: bool = False) -> None:
+    """Add ``grads`` to ``total``, in place. Never the other way round: what autograd returns may share storage.
+
+    Args:
+        owned: the gradients are the caller's own, so that ``total`` may keep them.
+    """
+    for name, grad in grads.items():
+        if grad is None:
             continue
-        through = torch.autograd.grad(
-            [grads[n] for n in curved],
-            [leaves[n] for n in used],
-            [vector[n] for n in curved],
-            materialize_grads=True,
-        )
-        del grads, leaves
-        accumulate(outer, dict(zip(used, through, strict=True)))
+        if name in total:
+            total[name].add_(grad)
+        else:
+            total[name] = grad if owned else grad.clone()
 
 
-def inner_loop(params: Params, rates: Mapping[str, float], loss: SupportLoss, steps: int) -> Iterator[Params]:
-    """theta_0 .. theta_K as values, without a graph (K + 1 of them; each is the caller's to keep or to drop)."""
-    theta = detached(params)
-    yield theta
-    for _ in range(steps if rates else 0):
-        leaves = {n: p.detach().requires_grad_(n in rates) for n, p in theta.items()}
-        theta = inner_step(leaves, rates, loss, create_graph=False)
-        yield theta
+def _gradients(loss: Tensor, inputs: Params, *, create_graph: bool = False) -> Params:
+    """d loss / d inputs by name; zeros where the loss does not depend on one (e.g. an unused class token)."""
+    grads = torch.autograd.grad(loss, list(inputs.values()), create_graph=create_graph, materialize_grads=True)
+    return dict(zip(inputs, grads, strict=True))
 
 
-def last(path: Iterator[Params]) -> Params:
-    """The end of an inner loop, with no more than two of its points in memory."""
-    (theta,) = deque(path, maxlen=1)
-    return theta
-
-
-def adapt(
-    params: Params,
-    episode: Episode,
-    problem: Problem,
-    method: Method,
-    learner: Learner = "meta",
-    parts: tuple[str, ...] = (BODY, HEAD),
-) -> Params:
-    """The parameters after the whole inner loop on an episode's support set, as values.
-
-    Args:
-        learner: whose support loss is descended: ``meta`` (eq. 8) or ``co`` (eq. 9, where phi stays frozen).
-        parts: what adapts; for eq. 9 only the body.
-    """
-    loss = problem.support_loss(episode.support, episode.context, learner)
-    return last(inner_loop(params, method.rates(list(params), parts), loss, method.inner_steps))
+def _weighted(weights: Mapping[Learner, float], losses: Iterable[Tensor]) -> Tensor:
+    """The weighted sum; a loss of weight 0 is left out, since 0 times an overflowing one would be NaN."""
+    pairs = [(w, loss) for w, loss in zip(weights.values(), losses, strict=True) if w]
+    total = pairs[0][1] if pairs[0][0] == 1.0 else pairs[0][0] * pairs[0][1]
+    for w, loss in pairs[1:]:
+        total = total + w * loss
+    return total

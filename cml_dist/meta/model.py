@@ -7,24 +7,25 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from cml_dist.meta.gradient import meta_gradient
-from cml_dist.meta.problem import Method, Problem
+from cml_dist.meta.gradient import Engine, meta_gradient
+from cml_dist.meta.problem import Problem
+from cml_dist.meta.rule import Method
 from cml_dist.types import Episode, Params
 
 
 class MetaModel(nn.Module):
-    """Owns psi, theta and phi, and streams a rank's episodes through :func:`meta_gradient`.
+    """Owns all meta-parameters (psi, theta, phi, and what a rule learns), and streams a rank's episodes through
+    :func:`meta_gradient`.
 
-    DDP (and later DeepSpeed) see an ordinary module: one forward, one backward, one reduction a meta-step. They need to
-    know nothing of the inner loop, and no autograd graph outlives an episode.
+    DDP and DeepSpeed see an ordinary module: one forward, one backward, one reduction a meta-step. They need to know
+    nothing of the inner loop, and no autograd graph outlives an episode.
 
     Args:
         net: a :class:`cml_dist.nets.network.CmlNet` with its initial values.
         loss, score: the domain's, see :class:`Problem`.
         method: what the meta-gradient is.
-        engine: how it is computed, ``graph`` or ``adjoint``.
+        engine: how it is computed.
         micro_batch, autocast: see :class:`Problem`.
-        path_device: see :func:`meta_gradient`.
     """
 
     def __init__(
@@ -33,11 +34,10 @@ class MetaModel(nn.Module):
         loss: Callable[[Tensor, Tensor], Tensor],
         score: Callable[[Tensor, Tensor], Tensor],
         method: Method,
-        engine: str,
+        engine: Engine | str,
         *,
         micro_batch: int | None = None,
         autocast: torch.dtype | None = None,
-        path_device: torch.device | None = None,
     ) -> None:
         super().__init__()
         named = dict(net.named_parameters())
@@ -49,8 +49,7 @@ class MetaModel(nn.Module):
             self.register_buffer(f"constant_{number}", buffer.detach().clone())
         self._problem = (Problem(net, loss, score, {}, micro_batch, autocast),)
         self.method = method
-        self.engine = engine
-        self.path_device = path_device
+        self.engine = Engine(engine) if isinstance(engine, str) else engine
 
     @property
     def problem(self) -> Problem:
@@ -60,18 +59,19 @@ class MetaModel(nn.Module):
         return problem
 
     def params(self) -> Params:
-        """psi, theta and phi by canonical name, as values that share storage with this module's parameters."""
+        """All meta-parameters by canonical name, as values that share storage with this module's parameters."""
         return {n: p.detach() for n, p in zip(self.names, self.values, strict=True)}
 
     def forward(
-        self, episodes: Iterable[Episode], weight: float, diagnose: frozenset[int] = frozenset()
+        self, episodes: Iterable[Episode], weight: float, diagnose: bool = False, meta_step: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the episodes' outer losses, whose backward delivers the weighted sum of meta-gradients.
 
         Args:
             episodes: this rank's, prepared, on this module's device; may be empty.
             weight: of each episode (for a mean over B episodes reduced by averaging over N ranks: N / B).
-            diagnose: indices of the episodes whose gradient cosine is wanted.
+            diagnose: whether the cosine of the learners' meta-gradients is wanted, of each episode.
+            meta_step: the number of the meta-step, for methods with a schedule.
 
         Returns:
             (loss, sums): a scalar; and by term the ``[2]`` float64 tensor of its sum over the episodes and its count.
@@ -84,13 +84,7 @@ class MetaModel(nn.Module):
         sums: dict[str, Tensor] = {}
         for episode in episodes:
             one = meta_gradient(
-                params,
-                episode,
-                problem,
-                self.method,
-                self.engine,
-                diagnose=episode.index in diagnose,
-                path_device=self.path_device,
+                params, episode, problem, self.method, self.engine, diagnose=diagnose, meta_step=meta_step
             )
             for total, name in zip(totals, self.names, strict=True):
                 total.add_(one.grads[name], alpha=weight)
@@ -98,10 +92,8 @@ class MetaModel(nn.Module):
                 now = torch.stack([value.double(), torch.ones_like(value, dtype=torch.float64)])
                 sums[term] = sums[term] + now if term in sums else now
             del one  # or its gradients would stay while the next episode is at its peak
-        if "outer_loss" in sums:
-            loss = loss + weight * sums["outer_loss"][0]
-        if "colearner_loss" in sums and self.method.gamma:
-            loss = loss + weight * self.method.gamma * sums["colearner_loss"][0]
+        if "loss" in sums:
+            loss = loss + weight * sums["loss"][0]
         return _Deliver.apply(loss.to(totals[0]), totals, *self.values), sums
 
 

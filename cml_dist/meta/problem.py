@@ -1,55 +1,25 @@
-"""What is differentiated: a stateless network with the domain's loss and score, and the method's numbers."""
+"""What is differentiated: a stateless network with the domain's loss and score, at *given* parameters."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from cml_dist.types import BODY, COLEARNER, HEAD, Batch, Learner, Params
+from cml_dist.types import HEAD, Batch, Episode, Learner, Params
 
-
-def part_of(name: str) -> str:
-    """The part a canonical parameter name belongs to: ``body`` (psi), ``head`` (theta) or ``colearner`` (phi)."""
-    return name.partition(".")[0]
-
-
-@dataclass(frozen=True)
-class Method:
-    """The numbers that define a meta-gradient (paper, eq. 5-7).
-
-    Attributes:
-        inner_steps: gradient steps on the support set.
-        body_lr, head_lr: step sizes of the inner loop; a part with step size 0 does not adapt.
-        gamma: weight of the co-learner's loss in the outer loss.
-        order: 2 differentiates through the inner loop, 1 takes its gradients as constants.
-        adapts: canonical names of the parameters that may adapt; None: all of body and head.
-    """
-
-    inner_steps: int
-    body_lr: float
-    head_lr: float
-    gamma: float = 0.0
-    order: int = 2
-    adapts: frozenset[str] | None = None
-
-    def rates(self, names: Sequence[str], parts: Sequence[str] = (BODY, HEAD)) -> dict[str, float]:
-        """Step size by name, of the parameters that adapt; the co-learner never does (eq. 5)."""
-        by_part = {BODY: self.body_lr, HEAD: self.head_lr}
-        may = [n for n in names if part_of(n) in parts and (self.adapts is None or n in self.adapts)]
-        return {n: by_part[part_of(n)] for n in may if by_part[part_of(n)] > 0}
-
-
-SupportLoss = Sequence[Callable[[Params], Tensor]]
-"""A mean loss as a sum of terms, each a scalar function of the parameters: one term, or one a micro-batch."""
+Pass = Literal["meta", "co", "pooled"]
+"""What a pass through the network gives: outputs of a learner, or the features that the head reads."""
 
 
 class Problem:
-    """Loss and score of a network at *given* parameters: a pure function of them.
+    """Loss and score of a network as pure functions of its parameters.
 
     Args:
         net: a :class:`cml_dist.nets.network.CmlNet`; only its structure is kept (a copy on the ``meta`` device).
@@ -61,6 +31,10 @@ class Problem:
         autocast: type of the arithmetic inside the network (``torch.bfloat16``), or None for that of the parameters.
             Parameters, adapted ones too, and losses stay in their own type: a bfloat16 weight has 8 bits, and an inner
             step below 0.4 % of it would vanish.
+
+    Attributes:
+        on_pass: called before each pass through the network, so between inner steps and micro-batches: a long episode
+            can show that it gets on.
     """
 
     def __init__(
@@ -78,16 +52,24 @@ class Problem:
         self.buffers = buffers
         self.micro_batch = micro_batch
         self.autocast = autocast
+        self.on_pass: Callable[[], None] = lambda: None
         self.learners: tuple[Learner, ...] = ("meta",) if net.colearner is None else ("meta", "co")
+        self.starts_head: bool = hasattr(net.head, "start")
+
+    # ------------------------------------------------------------------ passes through the network
 
     def outputs(
-        self, params: Params, batch: Batch, learners: Sequence[Learner], context: Mapping[str, Tensor]
+        self, params: Params, batch: Batch, passes: Sequence[Pass], context: Mapping[str, Tensor]
     ) -> tuple[Tensor, ...]:
-        """Outputs ``[N, output_dim]`` of each learner at ``params``, from one pass through the body."""
+        """What is asked for at ``params``, ``[N, ...]`` each, from one pass through the body.
+
+        A co-learner that compares with prototypes gives its embedding: see :meth:`against_prototypes`.
+        """
+        self.on_pass()
         # Parameters that the asked-for heads do not use may be absent, so strict stays off; a missing one that *is*
         # used would be a tensor on the meta device and fail at once.
         state = {**self.buffers, **params}
-        arguments = (batch.inputs,), {"learners": learners, **context}
+        arguments = (batch.inputs,), {"learners": passes, **context}
         if self.autocast is None:
             return functional_call(self.structure, state, *arguments)
         # A context a call, left before any gradient is taken: autocast's cache of cast weights dies with it, and cannot
@@ -105,45 +87,107 @@ class Problem:
         inputs, targets = batch.inputs.split(size), batch.targets.split(size)
         return [(Batch(x, t), len(t) / total) for x, t in zip(inputs, targets, strict=True)]
 
-    def support_loss(self, support: Batch, context: Mapping[str, Tensor], learner: Learner = "meta") -> SupportLoss:
-        """L(f; S): the loss of one learner on the support set, as terms of the parameters."""
-
-        def term(part: Batch, weight: float) -> Callable[[Params], Tensor]:
-            def loss(params: Params) -> Tensor:
-                (outputs,) = self.outputs(params, part, (learner,), context)
-                return weight * self.loss(outputs, part.targets)
-
-            return loss
-
-        return [term(part, weight) for part, weight in self.micro_batches(support)]
-
-    def query_score(self, params: Params, query: Batch, context: Mapping[str, Tensor], learner: Learner) -> Tensor:
-        """The score of one learner on the query set, a scalar without gradient."""
+    def values(self, params: Params, batch: Batch, one: Pass, context: Mapping[str, Tensor]) -> Tensor:
+        """One kind of output ``[N, ...]`` of a whole batch, without a graph."""
         with torch.no_grad():
-            outputs = [self.outputs(params, part, (learner,), context)[0] for part, _ in self.micro_batches(query)]
-            return self.score(torch.cat(outputs), query.targets)
+            return torch.cat([self.outputs(params, part, (one,), context)[0] for part, _ in self.micro_batches(batch)])
+
+    # ------------------------------------------------------------------ what an episode's support set makes
+
+    def head_from(self, own: Params, features: Tensor | None, episode: Episode) -> Params:
+        """The head's values at the start of an episode, where its support set or its number of classes makes them.
+
+        Args:
+            own: the head's meta-parameters by canonical name.
+            features: ``[N, D]`` of the support set, where the head is started from them.
+        """
+        short = {n.removeprefix(f"{HEAD}."): p for n, p in {**self.buffers, **own}.items() if n.startswith(f"{HEAD}.")}
+        started = self.structure.head.start(short, features, episode.support.targets, episode.ways)
+        return {f"{HEAD}.{n}": value for n, value in started.items()}
+
+    @property
+    def head_reads_support(self) -> bool:
+        """Whether the head is started from features of the support set."""
+        return self.starts_head and self.structure.head.reads_support
+
+    @property
+    def uses_prototypes(self) -> bool:
+        """Whether the co-learner compares embeddings with the classes' mean embeddings of the support set."""
+        return self.structure.prototypes
+
+    def against_prototypes(self, embedded: Tensor, prototypes: Tensor) -> Tensor:
+        """Outputs ``[N, ways]`` of the prototypical co-learner: minus the squared distances to ``[ways, E]``."""
+        return -(embedded[:, None, :] - prototypes[None]).square().sum(2)
+
+    # ------------------------------------------------------------------ tests
+
+    def query_score(
+        self, params: Params, episode: Episode, learner: Learner, norm: Literal["batch", "support"] = "batch"
+    ) -> Tensor:
+        """The score of one learner on the query set, a scalar without gradient; see :meth:`answers`."""
+        return self.score(self.answers(params, episode, learner, norm), episode.query.targets)
+
+    def answers(
+        self, params: Params, episode: Episode, learner: Learner, norm: Literal["batch", "support"] = "batch"
+    ) -> Tensor:
+        """Outputs ``[N, output_dim]`` of one learner on the query set at adapted parameters, without a graph.
+
+        Args:
+            norm: norms by batch statistics take those of the query set itself (``batch``, as in the paper), or those of
+                the support set (``support``), so that an answer does not depend on its neighbours.
+        """
+        support, query, context = episode.support, episode.query, episode.context
+        prototypes = None
+        if learner == "co" and self.uses_prototypes:
+            prototypes = class_means(self.values(params, support, "co", context), support.targets, episode.ways)
+        with self._norms_of(params, episode, learner) if norm == "support" else self._as_it_is():
+            outputs = self.values(params, query, learner, context)
+        return outputs if prototypes is None else self.against_prototypes(outputs, prototypes)
+
+    @contextmanager
+    def _as_it_is(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def _norms_of(self, params: Params, episode: Episode, learner: Learner) -> Iterator[None]:
+        """Inside, norms by batch statistics use those of the support set at ``params``."""
+        every = self.structure.named_modules()
+        norms = {n: m for n, m in every if isinstance(m, _BatchNorm) and m.running_mean is None}
+        statistics: Params = {}
+
+        def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                maps = inputs[0].float() if inputs[0].dtype == torch.bfloat16 else inputs[0]
+                var, mean = torch.var_mean(maps, [d for d in range(maps.ndim) if d != 1], correction=0)
+                statistics[f"{name}.running_mean"], statistics[f"{name}.running_var"] = mean, var
+
+            return hook
+
+        hooks = [module.register_forward_pre_hook(record(name)) for name, module in norms.items()]
+        try:
+            if norms:
+                self.values(params, episode.support, learner, episode.context)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        mine = self.buffers
+        try:
+            self.buffers = {**mine, **statistics}
+            for module in norms.values():
+                module.running_mean, module.running_var = (torch.empty(0, device="meta") for _ in range(2))
+            yield
+        finally:
+            self.buffers = mine
+            for module in norms.values():
+                module.running_mean = module.running_var = None
 
 
-def used_by(learner: Learner, names: Sequence[str]) -> list[str]:
-    """The parameters that one learner's outputs depend on: the body and its own head."""
-    own = HEAD if learner == "meta" else COLEARNER
-    return [n for n in names if part_of(n) in (BODY, own)]
+def class_means(embedded: Tensor, targets: Tensor, ways: int) -> Tensor:
+    """The mean of each class's examples, ``[ways, E]`` from ``[N, E]``."""
+    members = (targets[None] == torch.arange(ways, device=targets.device)[:, None]).to(embedded.dtype)
+    return (members / members.sum(1, keepdim=True)) @ embedded
 
 
 def detached(params: Params, requires_grad: bool = False) -> Params:
     """New leaves that share the values of ``params``."""
     return {n: p.detach().requires_grad_(requires_grad) for n, p in params.items()}
-
-
-def gradients(loss: Tensor, inputs: Params, *, create_graph: bool = False, retain_graph: bool | None = None) -> Params:
-    """d loss / d inputs by name; zeros where the loss does not depend on one (e.g. an unused class token)."""
-    grads = torch.autograd.grad(
-        loss, list(inputs.values()), create_graph=create_graph, retain_graph=retain_graph, materialize_grads=True
-    )
-    return dict(zip(inputs, grads, strict=True))
-
-
-def accumulate(total: Params, grads: Params) -> None:
-    """Add ``grads`` to ``total``, in place. Never the other way round: what autograd returns may share storage."""
-    for name, grad in grads.items():
-        total[name].add_(grad)

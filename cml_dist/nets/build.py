@@ -15,6 +15,7 @@ from cml_dist.nets.blocks import batch_norm, group_norm
 from cml_dist.nets.colearner import GridColearner, MapColearner, TokenColearner, VectorColearner
 from cml_dist.nets.conv4 import Conv4
 from cml_dist.nets.guard import couples_examples, has_batch_norm, prepare_for_second_order
+from cml_dist.nets.heads import build_head
 from cml_dist.nets.mlp import MLP
 from cml_dist.nets.network import CmlNet
 from cml_dist.types import BODY, COLEARNER, HEAD
@@ -29,6 +30,7 @@ def build_net(
     output_dim: int,
     seed: int,
     colearner: bool,
+    prototypes: bool = False,
     structure_only: bool = False,
 ) -> CmlNet:
     """The network, ready for second-order meta-gradients, on the CPU in float32.
@@ -40,6 +42,7 @@ def build_net(
         seed: chooses the initial values; each part has a stream of its own, so the co-learner's settings change
             neither body nor head. The global random state is left as it was.
         colearner: whether to build the co-learner.
+        prototypes: the co-learner gives embeddings of ``model.colearner.width`` numbers instead of outputs.
         structure_only: all values will be replaced (an exported model's): no pre-trained weights are read or needed.
 
     Raises:
@@ -56,12 +59,12 @@ def build_net(
         )
     prepare_for_second_order(body, model.norm)
     with _part_seed(seed, HEAD):
-        head = nn.Linear(body.pooled_dim, output_dim)
+        head = build_head(model.head, body.pooled_dim, output_dim)
     second = None
     if colearner:
         with _part_seed(seed, COLEARNER):
-            second = _build_colearner(model, body, output_dim)
-    net = CmlNet(body, head, second)
+            second = _build_colearner(model, body, model.colearner.width if prototypes else output_dim)
+    net = CmlNet(body, head, second, prototypes=prototypes and colearner)
     prepare_for_second_order(net, model.norm)
     return net
 

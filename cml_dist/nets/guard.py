@@ -155,7 +155,8 @@ class _Probe:
         self.net = copy.deepcopy(net).to("meta")
         self.buffers = _double(net.named_buffers())
         self.params = _away_from_kinks(_double(net.named_parameters()))
-        self.learners = ("meta",) if net.colearner is None else ("meta", "co")
+        first = "pooled" if hasattr(net.head, "start") else "meta"  # an episode starts the head: it is linear
+        self.learners = (first,) if net.colearner is None else (first, "co")
         generator = torch.Generator().manual_seed(1)
         device = next(net.parameters()).device
         shapes = (PROBE_EXAMPLES, *input_shape), (PROBE_EXAMPLES, output_dim)
@@ -195,7 +196,10 @@ class _Probe:
                 f"{self.name} cannot run as a function of its parameters and buffers: {_first_line(error)}",
                 "choose another model.backbone",
             ) from error
-        return sum(((output - self.targets).square().mean() for output in outputs), torch.zeros(()))
+        # Each output is pulled to targets of its own size: embeddings and features are wider than classes.
+        targets = (self.targets[:, torch.arange(output.shape[1]) % self.targets.shape[1]] for output in outputs)
+        pairs = zip(outputs, targets, strict=True)
+        return sum(((output - target).square().mean() for output, target in pairs), torch.zeros(()))
 
     def _grad(
         self, outputs: list[Tensor], leaves: Params, weights: list[Tensor] | None = None, create_graph: bool = False

@@ -6,34 +6,64 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from cml_dist.types import Learner
+from cml_dist.types import HEAD, RULE, Params
 
 
 class CmlNet(nn.Module):
-    """Body, head (meta-learner) and co-learner in one module.
+    """Body, head (meta-learner) and co-learner in one module, and what a method learns beside them.
 
     Args:
         body: maps inputs ``[N, *input_shape]`` to :class:`cml_dist.types.Features`.
-        head: maps ``Features.pooled`` to outputs ``[N, output_dim]``.
-        colearner: maps ``Features.tap`` to outputs ``[N, output_dim]``; None for methods without one.
+        head: maps ``Features.pooled`` to outputs ``[N, output_dim]``; see ``heads.py``.
+        colearner: maps ``Features.tap`` to outputs ``[N, output_dim]``, or to embeddings ``[N, E]``; None for methods
+            without one.
+        prototypes: whether the co-learner's embeddings are compared with the classes' means of the support set.
 
     Source: CML (UAI 2024), section 3: f_m = (psi, theta), f_c = (psi, phi).
     """
 
-    def __init__(self, body: nn.Module, head: nn.Module, colearner: nn.Module | None = None) -> None:
+    def __init__(
+        self, body: nn.Module, head: nn.Module, colearner: nn.Module | None = None, *, prototypes: bool = False
+    ) -> None:
         super().__init__()
         self.body = body
         self.head = head
         self.colearner = colearner
+        self.prototypes = prototypes
 
-    def forward(self, inputs: Tensor, learners: Sequence[Learner] = ("meta",), **context: Tensor) -> tuple[Tensor, ...]:
-        """Outputs ``[N, output_dim]`` of each learner asked for, from one pass through the body."""
+    def forward(self, inputs: Tensor, learners: Sequence[str] = ("meta",), **context: Tensor) -> tuple[Tensor, ...]:
+        """What is asked for, from one pass through the body: ``meta``, ``co`` (their outputs) or ``pooled``."""
         features = self.body(inputs, **context)
         outputs = []
         for learner in learners:
             if learner == "meta":
                 outputs.append(self.head(features.pooled))
+            elif learner == "pooled":
+                outputs.append(features.pooled)
             else:
                 assert self.colearner is not None, "the co-learner was asked for, but this network has none"
                 outputs.append(self.colearner(features.tap))
         return tuple(outputs)
+
+    def add_rule(self, learned: Params) -> None:
+        """Take over initial values of what a rule learns, under their own names, which begin with ``rule.``."""
+        for name, value in learned.items():
+            path, _, own = name.rpartition(".")
+            owner: nn.Module = self
+            for child in path.split("."):
+                if not hasattr(owner, child):
+                    owner.add_module(child, nn.Module())
+                owner = getattr(owner, child)
+            owner.register_parameter(own, nn.Parameter(value.detach().clone()))
+
+    def adaptable(self) -> Params:
+        """What may adapt in the inner loop, by canonical name.
+
+        Of a head that an episode starts, the weight and bias that it then has, for one class: ``[1, D]`` and ``[1]``.
+        """
+        named = {n: p.detach() for n, p in self.named_parameters() if not n.startswith(f"{RULE}.")}
+        if hasattr(self.head, "start"):
+            some = next(self.parameters())
+            named = {n: p for n, p in named.items() if not n.startswith(f"{HEAD}.")}
+            named |= {f"{HEAD}.weight": some.new_zeros(1, self.head.dim), f"{HEAD}.bias": some.new_zeros(1)}
+        return named

@@ -9,12 +9,12 @@ from fnmatch import fnmatchcase
 
 from cml_dist.errors import ConfigError
 from cml_dist.nets.network import CmlNet
-from cml_dist.types import BODY, COLEARNER, HEAD
+from cml_dist.types import BODY, COLEARNER, HEAD, RULE
 
 _LAST = re.compile(r"last:(\d+)")
 
 
-def select(net: CmlNet, terms: Sequence[str], key: str) -> list[str]:
+def select(net: CmlNet, terms: Sequence[str], key: str, *, adapting: bool = False) -> list[str]:
     """Canonical names that a list of terms selects, in the network's own order.
 
     Args:
@@ -22,15 +22,17 @@ def select(net: CmlNet, terms: Sequence[str], key: str) -> list[str]:
         terms: each ``body``, ``head``, ``last:N`` (the last N blocks of the body, with what follows them) or a glob
             over canonical names, e.g. ``body.model.blocks.1?.*``. The co-learner is never selected.
         key: the setting that holds the terms, for messages.
+        adapting: of what may adapt in the inner loop (:meth:`CmlNet.adaptable`), instead of all meta-parameters.
 
     Raises:
         ConfigError: a term that selects nothing, with the nearest names; or more blocks than there are.
     """
-    names = [n for n, _ in net.named_parameters() if not n.startswith(f"{COLEARNER}.")]
+    own = net.adaptable() if adapting else dict(net.named_parameters())
+    names = [n for n in own if not n.startswith((f"{COLEARNER}.", f"{RULE}."))]
     chosen: set[str] = set()
     for term in terms:
         found = _found(net, names, term, key)
-        if not found:
+        if not found and not (term == HEAD and not adapting):  # a head may have no parameters of its own
             near = difflib.get_close_matches(term, [BODY, HEAD, *names], n=3, cutoff=0.3)
             raise ConfigError(
                 f"{key} has {term!r}, which selects no parameter of the network",
@@ -55,15 +57,18 @@ def _found(net: CmlNet, names: list[str], term: str, key: str) -> list[str]:
     return [n for n in names if n in wanted]  # without what is frozen, and no parameter
 
 
-def freeze(net: CmlNet, trained: Sequence[str]) -> None:
+def freeze(net: CmlNet, trained: Sequence[str], *, colearner: bool = False) -> None:
     """Make constants (buffers) of all parameters of body and head but those in ``trained``, in place.
+
+    Args:
+        colearner: of the co-learner too, which then stays as it was initialised.
 
     A constant has no gradient, no optimizer state and no fast weight; what lies below every parameter that is left
     builds no graph.
     """
     kept = set(trained)
     for name, value in list(net.named_parameters()):
-        if name in kept or name.startswith(f"{COLEARNER}."):
+        if name in kept or (name.startswith(f"{COLEARNER}.") and not colearner):
             continue
         owner_name, _, own = name.rpartition(".")
         owner = net.get_submodule(owner_name)

@@ -37,7 +37,7 @@ class DataParallel:
             self._wrapped = self.world.accelerator.prepare_model(self.model)
 
     def gradient(
-        self, episodes: Iterable[Episode], num_global: int, diagnose: frozenset[int] = frozenset()
+        self, episodes: Iterable[Episode], num_global: int, diagnose: bool = False, meta_step: int = 0
     ) -> dict[str, Tensor]:
         """Put the mean meta-gradient of all ranks' episodes into ``.grad``; return this rank's sums of terms.
 
@@ -45,11 +45,12 @@ class DataParallel:
             episodes: this rank's share (may be empty).
             num_global: episodes of the meta-step over all ranks. The wrapper averages over ranks, so each episode
                 weighs N / num_global: exact also where N does not divide num_global.
+            diagnose, meta_step: see :class:`MetaModel`.
 
         Collective: all ranks.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        loss, sums = self._wrapped(episodes, self.world.size / num_global, diagnose)
+        loss, sums = self._wrapped(episodes, self.world.size / num_global, diagnose, meta_step)
         self._backward(loss)
         return sums
 

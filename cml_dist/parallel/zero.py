@@ -71,10 +71,10 @@ class Zero:
             raise AssertionError(f"DeepSpeed runs {type(self._torch)} instead of {type(optimizer)}")
 
     def gradient(
-        self, episodes: Iterable[Episode], num_global: int, diagnose: frozenset[int] = frozenset()
+        self, episodes: Iterable[Episode], num_global: int, diagnose: bool = False, meta_step: int = 0
     ) -> dict[str, Tensor]:
         """Put this rank's part of the mean meta-gradient into DeepSpeed's partitions; see :class:`DataParallel`."""
-        loss, sums = self._engine(episodes, self.world.size / num_global, diagnose)
+        loss, sums = self._engine(episodes, self.world.size / num_global, diagnose, meta_step)
         self._engine.backward(loss)
         return sums
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import DomainConfig, RunConfig
 from cml_dist.errors import ConfigError
-from cml_dist.meta.problem import Method
+from cml_dist.meta.rule import Method
 from cml_dist.nets.guard import couples_examples
 from cml_dist.nets.network import CmlNet
 from cml_dist.planning.footprint import Footprint, meta_step_footprint
@@ -23,6 +23,13 @@ USABLE = 0.9
 """The part of a GPU's memory that a run may take: context, workspaces and the allocator's slack need the rest."""
 
 
+GRAPH_ON_CPU = 2**30
+"""Bytes of a meta-step up to which ``graph`` is the faster engine on a CPU: beyond, memory costs more than passes.
+
+Measured in benchmarks/2026-11-28-methods.md.
+"""
+
+
 @dataclass(frozen=True)
 class Means:
     """How a meta-step is computed, as far as memory goes; the value is the same for all."""
@@ -30,10 +37,22 @@ class Means:
     engine: str
     micro_batch: int | None
     copies: str
+    trajectory: str = "all"
 
     def __str__(self) -> str:
         pieces = "whole" if self.micro_batch is None else f"in micro-batches of {self.micro_batch}"
-        return f"{self.engine} {pieces}" + (", copies on the CPU" if self.copies == "cpu" else "")
+        kept = ", copies on the CPU" if self.copies == "cpu" else ""
+        return f"{self.engine} {pieces}{kept}" + (", every sqrt(K)-th point kept" if self.trajectory == "sqrt" else "")
+
+    def of(self, plan: RunPlan) -> RunPlan:
+        """The plan with these means."""
+        return replace(
+            plan,
+            engine=self.engine,
+            micro_batch=self.micro_batch,
+            copies=self.copies,
+            trajectory=self.trajectory,
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,7 @@ def task_of(
         inputs = torch.empty(count, *input_shape, dtype=dtype, device="meta")
         return Batch(inputs, torch.empty(target[0], dtype=target[1], device="meta"))
 
-    return Task(Episode(batch(domain.shots), batch(domain.queries), "train", 0), loss, score)
+    return Task(Episode(batch(domain.shots), batch(domain.queries), "train", 0, ways=ways or 0), loss, score)
 
 
 class MemoryPlanner:
@@ -113,16 +132,20 @@ class MemoryPlanner:
     def candidates(self) -> list[Means]:
         """Every means that the configuration leaves open, from the fastest to the leanest."""
         engine, plan = self.config.engine, self.plan
-        first = Means(plan.engine, plan.micro_batch, plan.copies)
+        first = Means(plan.engine, plan.micro_batch, plan.copies, plan.trajectory)
         if plan.engine == "graph" and engine.name != "auto":
             return [first]
         found = [first]
         lean = "adjoint" if plan.engine == "graph" else plan.engine
         copies = "cpu" if engine.copies == "cpu" and lean == "adjoint" else "device"
         sizes = self._micro_batches() if engine.micro_batch == "auto" and not self.coupled else [plan.micro_batch]
-        found += [Means(lean, size, copies) for size in [plan.micro_batch, *sizes]]
-        if self.on_gpu and engine.copies == "auto" and lean == "adjoint" and plan.inner_steps > 1:
-            found += [Means(lean, size, "cpu") for size in sizes]
+        kept = "sqrt" if engine.trajectory == "sqrt" and lean == "adjoint" else "all"
+        found += [Means(lean, size, copies, kept) for size in [plan.micro_batch, *sizes]]
+        if lean == "adjoint" and plan.inner_steps > 1:
+            if self.on_gpu and engine.copies == "auto":
+                found += [Means(lean, size, "cpu", kept) for size in sizes]
+            elif copies == "device" and engine.trajectory == "auto" and plan.inner_steps > 3:
+                found += [Means(lean, size, copies, "sqrt") for size in [plan.micro_batch, *sizes]]
         return list(dict.fromkeys(found))
 
     def choose(self, strategy: Strategy, world: int, budget: int) -> tuple[Means | None, int]:
@@ -160,6 +183,7 @@ class MemoryPlanner:
             micro_batch=means.micro_batch,
             autocast=autocast_type(self.config),
             offload_path=means.copies == "cpu" and self.on_gpu,
+            trajectory=means.trajectory,
             scratch=not self.on_gpu,
         )
 
@@ -190,12 +214,15 @@ def fit_memory(
     planner = MemoryPlanner(config, plan, net, method, task, on_gpu=device.type == "cuda")
     budget = memory_budget(config, device)
     if budget is None:
+        unrolled = Means(plan.engine, plan.micro_batch, plan.copies)
+        asks = config.engine.name == "auto" and plan.engine == "graph" and plan.inner_steps > 1 and training
+        if asks and planner.footprint(unrolled).peak > GRAPH_ON_CPU:
+            return replace(plan, engine="adjoint")
         return plan
     strategy = Strategy(plan.strategy, plan.offload)
     means, need = planner.choose(strategy, plan.processes, budget)
     if means is None and not training:
-        means = planner.candidates()[-1]
-        return replace(plan, engine=means.engine, micro_batch=means.micro_batch, copies=means.copies)
+        return planner.candidates()[-1].of(plan)
     if means is None:
         raise ConfigError(
             f"nothing fits into {budget / 2**30:.3f} GiB a process: the leanest, {planner.candidates()[-1]} under "
@@ -207,7 +234,7 @@ def fit_memory(
     first = planner.candidates()[0]
     if means != first:
         words += f" ({first} would need {planner.bytes_needed(strategy, first, plan.processes) / 2**30:.2f})"
-    return replace(plan, engine=means.engine, micro_batch=means.micro_batch, copies=means.copies, memory=words)
+    return replace(means.of(plan), memory=words)
 
 
 def memory_budget(config: RunConfig, device: torch.device) -> int | None:

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cml_dist.meta.gradient import Engine, points_held
+from cml_dist.meta.inner import InnerLoop
 from cml_dist.meta.model import MetaModel
-from cml_dist.meta.problem import Method
+from cml_dist.meta.problem import Problem
+from cml_dist.meta.rule import InnerRule, Method
 from cml_dist.planning.live_bytes import ELSEWHERE, LiveBytes
 from cml_dist.types import Batch, Episode
 
@@ -54,6 +57,7 @@ def meta_step_footprint(
     micro_batch: int | None = None,
     autocast: torch.dtype | None = None,
     offload_path: bool = False,
+    trajectory: str = "all",
     scratch: bool = True,
 ) -> Footprint:
     """Peak memory of forward and backward of :class:`MetaModel`, without running it.
@@ -67,14 +71,16 @@ def meta_step_footprint(
         episodes: of a meta-step on this rank.
         micro_batch, autocast: see :class:`cml_dist.meta.problem.Problem`.
         offload_path: the adapted copies are kept off the computing device.
+        trajectory: of ``adjoint``, see :class:`Engine`.
         scratch: count what convolutions of the CPU take besides (a GPU's own workspaces are not counted).
 
     Cost: seconds, whatever the number of inner steps, episodes and micro-batches; a simulation is exact in each of
     them because the loops repeat themselves:
 
     - inner steps: every step keeps the same and needs the same besides, save the first, which starts from the
-      parameters themselves. So the peak is a straight line from 2 steps on. A step keeps its copy of what adapts in
-      ``adjoint``, nothing at first order or with the copies elsewhere, and in ``graph`` what a third step shows.
+      parameters themselves. So the peak is a straight line from 2 steps on. A step that is kept keeps its copy of what
+      adapts, with its moments, in ``adjoint`` (of SGD at first order, or with the copies elsewhere, nothing), and in
+      ``graph`` what a third step shows.
     - episodes: the second meets what the first left behind, the third the same again. So two stand for more.
     - micro-batches of ``adjoint``: likewise the second and a smaller last one stand for more; only their outputs (a few
       bytes an example) add up.
@@ -85,28 +91,35 @@ def meta_step_footprint(
     unrolled = engine == "graph" and method.order == 2
     seen = episode if unrolled else _shortened(episode, micro_batch)
     bare = _without_values(net)
-    options = {"micro_batch": micro_batch, "autocast": autocast, "path_device": ELSEWHERE if offload_path else None}
-    options = {name: value for name, value in options.items() if value is not None}
+    way = Engine(engine, device=ELSEWHERE if offload_path else None)
 
     def peak(steps: int) -> int:
-        model = MetaModel(bare, loss, score, replace(method, inner_steps=steps), engine, **options)
+        method_then = replace(method, inner_steps=steps)
+        model = MetaModel(bare, loss, score, method_then, way, micro_batch=micro_batch, autocast=autocast)
         return _peak(model, seen, min(episodes, 2), scratch)
 
-    sizes = {name: _bytes(p) for name, p in bare.named_parameters()}
-    adapts = sum(sizes[name] for name in method.rates(list(sizes)))
+    adapts = _fast_bytes(bare, loss, score, method, episode)
     steps = method.inner_steps
     whole = peak(min(steps, STEPS))
-    keeps_path = not unrolled and not offload_path and method.order == 2
+    is_identity = method.order == 1 and type(method.rule).update is InnerRule.update
+    keeps_path = not unrolled and not offload_path and not is_identity
+    held = steps if unrolled else points_held(steps, trajectory) if keeps_path else min(steps, 1)
     if steps > STEPS:
-        a_step = peak(STEPS + 1) - whole if unrolled else adapts if keeps_path else 0
-        whole += a_step * (steps - STEPS)
+        whole += (peak(STEPS + 1) - whole) * (steps - STEPS) if unrolled else adapts * (held - STEPS) * keeps_path
     parts = {
         "episode": _size(seen),
-        "gradients": sum(sizes.values()),
-        "adapted": adapts * (steps if unrolled or keeps_path else min(steps, 1)),
+        "gradients": sum(_bytes(p) for p in bare.parameters()),
+        "adapted": adapts * held,
     }
     activations = whole - sum(parts.values())
     return Footprint(**{**parts, "episode": _size(episode)}, activations=activations)
+
+
+def _fast_bytes(net: nn.Module, loss: Callable, score: Callable, method: Method, episode: Episode) -> int:
+    """Bytes of what the inner loop moves, with its moments, and a head that the episode starts."""
+    problem = Problem(net, loss, score, dict(net.named_buffers()))
+    here = _mapped(episode, lambda tensor: torch.empty_like(tensor, device="meta"))
+    return sum(map(_bytes, InnerLoop(dict(net.named_parameters()), here, problem, method).fast.values()))
 
 
 def _peak(model: MetaModel, episode: Episode, episodes: int, scratch: bool) -> int:
@@ -114,7 +127,7 @@ def _peak(model: MetaModel, episode: Episode, episodes: int, scratch: bool) -> i
     # On the meta device all tensors are alike, which is fastest. A fake CPU is for what asks where a tensor is:
     # autocast, and copies elsewhere. Either stands for the computing device: outputs have the same sizes on all.
     (problem,) = model._problem
-    fake = problem.autocast is not None or model.path_device is not None
+    fake = problem.autocast is not None or model.engine.device is not None
     device = torch.device("cpu" if fake else "meta")
 
     def storageless(tensor: Tensor) -> Tensor:
@@ -127,7 +140,7 @@ def _peak(model: MetaModel, episode: Episode, episodes: int, scratch: bool) -> i
         with LiveBytes(scratch, elsewhere=ELSEWHERE if fake else None) as live:
             live.standing([*model.parameters(), *model.buffers()])
             made: Iterator[Episode] = (_mapped(episode, storageless) for _ in range(episodes))
-            loss, _ = model(made, 1.0, frozenset({episode.index}))  # the trainer diagnoses an episode of every step
+            loss, _ = model(made, 1.0, True)  # as the trainer does at steps that it logs
             loss.backward()
     return live.peak
 

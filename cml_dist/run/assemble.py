@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from cml_dist.config.plan import RunPlan
-from cml_dist.config.schema import MethodConfig, RunConfig
+from cml_dist.config.schema import RunConfig
 from cml_dist.domains.base import Domain
 from cml_dist.domains.build import build_domain
+from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
-from cml_dist.meta.problem import Method
-from cml_dist.nets.build import build_net
+from cml_dist.meta.problem import Problem
+from cml_dist.meta.rule import InnerRule, Method
+from cml_dist.methods.build import make_network, method_of
+from cml_dist.methods.check import check_rule, made_up_episode
 from cml_dist.nets.guard import check_twice_differentiable
 from cml_dist.nets.network import CmlNet
-from cml_dist.nets.partition import freeze, select
 from cml_dist.parallel.world import World
 from cml_dist.planning.choose import autocast_type, fit_memory, task_of
 
@@ -31,7 +33,7 @@ class Parts:
     Attributes:
         net: with its initial values, on the CPU; kept for its structure (export needs it).
         model: owns the parameters.
-        plan: with engine, micro-batch and copies as the memory budget decided.
+        plan: with engine, micro-batch, trajectory and copies as the memory budget decided.
     """
 
     domain: Domain
@@ -39,38 +41,6 @@ class Parts:
     model: MetaModel
     dtype: torch.dtype
     plan: RunPlan
-
-
-def method_of(config: MethodConfig, net: CmlNet) -> Method:
-    """The numbers of the method, with the parameters of ``net`` that adapt.
-
-    Raises:
-        ConfigError: ``method.adapts`` names what the network has not, or has not as something trained.
-    """
-    return Method(
-        adapts=None if config.adapts is None else frozenset(select(net, config.adapts, "method.adapts")),
-        inner_steps=config.inner_steps,
-        body_lr=config.inner_lr if config.body_lr is None else config.body_lr,
-        head_lr=config.inner_lr if config.head_lr is None else config.head_lr,
-        gamma=config.gamma or 0.0,
-        order=config.order or 2,
-    )
-
-
-def make_network(
-    config: RunConfig, input_shape: tuple[int, ...], output_dim: int, *, structure_only: bool = False
-) -> CmlNet:
-    """The network that a configuration names; a pure function of ``run.seed``. Arguments as of ``build_net``."""
-    net = build_net(
-        config.model,
-        input_shape=input_shape,
-        output_dim=output_dim,
-        seed=config.run.seed,
-        colearner=config.method.name == "cml",
-        structure_only=structure_only,
-    )
-    freeze(net, select(net, config.model.trained, "model.trained"))
-    return net
 
 
 def assemble(
@@ -117,7 +87,17 @@ def assemble(
     domain = world.main_first(find_data)  # fills the cache of embedded or remote data
     world.together(load)  # every rank decodes at once
     net = world.main_first(make)  # fills the cache of pre-trained weights
-    method = world.together(lambda: method_of(config.method, net))
+    def make_method() -> Method:
+        method = method_of(config, net)
+        if type(method.rule) is not InnerRule:
+            params = {n: p.detach() for n, p in net.named_parameters()}
+            problem = Problem(net, domain.loss, domain.score, dict(net.named_buffers()))
+            ways = getattr(config.domain, "ways", 0)
+            like = next(net.parameters())
+            check_rule(problem, method, params, made_up_episode(domain.input_shape, ways, domain.output_dim, like))
+        return method
+
+    method = world.together(make_method)
     task = task_of(config.domain, domain.input_shape, domain.output_dim, dtype, domain.loss, domain.score)
     world.watch.beat("measuring memory")
     plan = world.together(lambda: fit_memory(config, plan, net, method, task, world.device, training=training))
@@ -126,11 +106,10 @@ def assemble(
         domain.loss,
         domain.score,
         method,
-        plan.engine,
+        Engine(plan.engine, plan.trajectory, torch.device("cpu") if plan.copies == "cpu" else None),
         micro_batch=plan.micro_batch,
         autocast=autocast_type(config),
-        path_device=torch.device("cpu") if plan.copies == "cpu" else None,
     )
     # An episode of many inner steps and micro-batches may take longer than the watch's patience, a pass hardly can.
-    model.problem.structure.register_forward_pre_hook(lambda *_: world.watch.touch())
+    model.problem.on_pass = world.watch.touch
     return Parts(domain, net, model, dtype, plan)

@@ -6,17 +6,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cml_dist.domains.base import Domain
+from cml_dist.domains.base import SPLITS, Domain
 from cml_dist.meta.inner import adapt
-from cml_dist.meta.problem import Method, Problem
+from cml_dist.meta.problem import Problem
+from cml_dist.meta.rule import Method
 from cml_dist.parallel.world import World
 from cml_dist.run.interrupts import Stopped
 from cml_dist.run.stream import EpisodeStream
 from cml_dist.run.unfinished import Unfinished
-from cml_dist.types import BODY, Episode, Learner, Params
+from cml_dist.types import Batch, Episode, Learner, Params
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class EvalReport:
     """Scores of one learner.
 
     Attributes:
-        scores: ``[episodes]`` float64, in order of episode index.
+        scores: ``[episodes]`` float64, in order of episode index; with several label orders their mean.
+        order_sd: ``[episodes]``, the standard deviation over label orders; None with one order.
         mean: of the scores.
         ci95: half width of the 95 % interval of the mean (1.96 standard errors over episodes).
     """
 
     scores: Tensor
+    order_sd: Tensor | None = None
 
     @property
     def mean(self) -> float:
@@ -43,24 +47,30 @@ class EvalReport:
     def summary(self) -> dict[str, float | int | None]:
         """For JSON: what is not finite (a diverged learner, the interval of one episode) is null."""
         numbers = {"mean": self.mean, "ci95": self.ci95}
+        if self.order_sd is not None:
+            numbers["label_order_sd"] = self.order_sd.mean().item()
         return {k: v if math.isfinite(v) else None for k, v in numbers.items()} | {"episodes": len(self.scores)}
 
 
 def score_episode(
-    params: Params, episode: Episode, problem: Problem, method: Method, learner: Learner, co_adapt: str = "eq9"
+    params: Params,
+    episode: Episode,
+    problem: Problem,
+    method: Method,
+    learner: Learner,
+    co_adapt: str = "eq9",
+    norm: str = "batch",
 ) -> Tensor:
     """Adapt on the support set, score on the query set; no second-order graph is built.
 
     Args:
+        norm: see :meth:`Problem.answers`.
         learner: ``meta`` adapts psi and theta and scores f_m (eq. 8); ``co`` scores f_c = (psi', phi).
         co_adapt: for ``co``: ``eq9`` adapts psi by the co-learner's own support loss with phi frozen; ``released``
             adapts psi and theta by the meta-learner's loss, as the authors' test script does.
     """
-    if learner == "co" and co_adapt == "eq9":
-        adapted = adapt(params, episode, problem, method, learner="co", parts=(BODY,))
-    else:
-        adapted = adapt(params, episode, problem, method)
-    return problem.query_score(adapted, episode.query, episode.context, learner)
+    adapted = adapt(params, episode, problem, method, "co" if learner == "co" and co_adapt == "eq9" else "meta")
+    return problem.query_score(adapted, episode, learner, norm)
 
 
 def evaluate(
@@ -75,6 +85,8 @@ def evaluate(
     learners: Sequence[Learner],
     inner_steps: int | None = None,
     co_adapt: str = "eq9",
+    norm: str = "batch",
+    permutations: int = 1,
     dtype: torch.dtype = torch.float32,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -87,6 +99,9 @@ def evaluate(
     many threads (parallel.threads). Collective: all ranks.
 
     Args:
+        norm: see :meth:`Problem.answers`.
+        permutations: label orders under which each episode is tested, a pure function of split and index; the first
+            is the episode's own.
         stop: asked before each episode: whether to break off.
         kept: where it goes on, if it was broken off before; it is kept anew at the end, or where it breaks off.
 
@@ -95,8 +110,9 @@ def evaluate(
     """
     if inner_steps is not None:
         method = replace(method, inner_steps=inner_steps)
-    # A row a learner, and one that tells which episodes are done.
-    table = torch.zeros(len(learners) + 1, num_episodes, dtype=torch.float64)
+    # Two rows a learner (mean and spread over label orders), and one that tells which episodes are done.
+    rows = 2 if permutations > 1 else 1
+    table = torch.zeros(rows * len(learners) + 1, num_episodes, dtype=torch.float64)
     if kept is not None:
         if world.is_main:
             kept.read_into(table)
@@ -112,8 +128,12 @@ def evaluate(
         if stop is not None and stop():
             broken_off = 1.0
             break
-        for row, learner in enumerate(learners):
-            table[row, episode.index] = score_episode(params, episode, problem, method, learner, co_adapt).double()
+        orders = label_orders(episode, permutations)
+        for number, learner in enumerate(learners):
+            scores = [score_episode(params, one, problem, method, learner, co_adapt, norm).double() for one in orders]
+            table[rows * number, episode.index] = sum(scores) / len(scores)
+            if rows == 2:
+                table[rows * number + 1, episode.index] = torch.stack(scores).std(correction=1)
         table[-1, episode.index] = 1.0
         if progress is not None:
             progress(num_episodes - len(left) + min(count * world.size, len(left)))
@@ -124,4 +144,15 @@ def evaluate(
         world.together(lambda: kept.write(table) if world.is_main else None)
     if broken_off > 0:
         raise Stopped
-    return {learner: EvalReport(table[row]) for row, learner in enumerate(learners)}
+    spread = [table[2 * number + 1] if rows == 2 else None for number in range(len(learners))]
+    return {learner: EvalReport(table[rows * n], spread[n]) for n, learner in enumerate(learners)}
+
+
+def label_orders(episode: Episode, count: int) -> list[Episode]:
+    """The episode under its own and ``count - 1`` other label orders: a pure function of (split, index)."""
+    found, generator = [episode], np.random.default_rng([SPLITS.index(episode.split), episode.index])
+    for _ in range(count - 1):
+        order = torch.from_numpy(generator.permutation(episode.ways)).to(episode.support.targets.device)
+        support, query = (Batch(b.inputs, order[b.targets]) for b in (episode.support, episode.query))
+        found.append(replace(episode, support=support, query=query))
+    return found

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cml_dist import __version__
+from cml_dist.config.methods import method_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, ModelError
-from cml_dist.meta.problem import part_of
+from cml_dist.meta.rule import part_of
+from cml_dist.methods.build import describe_rule
 from cml_dist.nets.guard import has_batch_norm
 from cml_dist.run.assemble import Parts
 from cml_dist.run.checkpoint import check_constants, check_fits, layout_of
@@ -24,10 +26,11 @@ from cml_dist.run.folder import RunFolder, write_json
 from cml_dist.run.report import choose_checkpoint, overrides_of
 from cml_dist.run.safetensors_stream import StreamWriter
 from cml_dist.telemetry.console import Console
-from cml_dist.types import COLEARNER
+from cml_dist.types import BODY, COLEARNER, HEAD
 
 WEIGHTS, TIMM_WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "timm.safetensors", "model.json", "README.md"
-FORMAT = 1
+FORMAT = 2
+"""Format 1, still read, has the rates of plain SGD and what adapts, and no ``rule``."""
 
 
 def export_run(
@@ -63,8 +66,9 @@ def export_run(
     overrides = overrides_of(config, parts, folder, checkpoint)
     if tested is not None and (tested["step"] != checkpoint.step or tested.get("overrides") or overrides):
         tested = None  # figures of another step or task would be a lie
+    rule = parts.model.method.rule
     # What does not adapt by the method, or is frozen, does not adapt in use either.
-    adapts = sorted(parts.model.method.rates(list(params)))
+    adapts = sorted(n for n in rule.rates(parts.net.adaptable()) if part_of(n) != COLEARNER)
     description = {
         "format": FORMAT,
         "cml_dist": __version__,
@@ -75,9 +79,8 @@ def export_run(
         "score": parts.domain.score_name,
         "preprocessing": parts.domain.preprocessing(),
         "inner_steps": config.method.inner_steps if config.eval.inner_steps is None else config.eval.inner_steps,
-        "body_lr": parts.model.method.body_lr,
-        "head_lr": parts.model.method.head_lr,
-        "adapts": adapts,
+        "method": method_title(config),
+        "rule": describe_rule(rule, adapts),
         "model": config.model.model_dump(mode="json"),
         "step": checkpoint.step,
         "trained_on": config.domain.model_dump(mode="json"),
@@ -125,7 +128,8 @@ def _as_timm_model(
 
     A few of timm's models have a classifier that a linear head does not fit: they have no such form either.
     """
-    if config.model.backbone in ("conv4", "mlp"):
+    # A head that each episode starts is no classifier by itself.
+    if config.model.backbone in ("conv4", "mlp") or config.model.head != "linear":
         return None
     from cml_dist.nets.timm_backbone import timm_export
 
@@ -155,7 +159,7 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
         "library_name: cml_dist",
         "tags: [meta-learning, few-shot, maml]",
         "---",
-        f"# {config.model.backbone}, meta-trained with {config.method.name.upper()} on {name}",
+        f"# {config.model.backbone}, meta-trained with {description['method']} on {name}",
         "",
         f"A learner for {task} tasks: adapt it on a few labelled examples, then predict.",
         "",
@@ -163,8 +167,7 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
         "|---|---|",
         f"| meta-trained parameters of body and head (the co-learner is deleted) | {count:,} |",
         f"| input | {' x '.join(map(str, description['input_shape']))}{_normalised(description['preprocessing'])} |",
-        f"| adaptation | {description['inner_steps']} gradient step(s), step size body {description['body_lr']:g}, "
-        f"head {description['head_lr']:g} |",
+        f"| adaptation | {_adaptation(description)} |",
         f"| {description['score']}{_figure(tested)} |",
         f"| meta-training | {description['step']:,} meta-steps of {config.train.episodes_per_step} episodes, "
         f"seed {config.run.seed} |",
@@ -179,8 +182,8 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
     ]
     if batch_statistics:
         lines += [
-            "BatchNorm uses the statistics of the images at hand, as in training: predict the query images of a task "
-            "together, not one by one.",
+            "BatchNorm uses the statistics of the examples that the learner is adapted on: each image is answered by "
+            "itself. (In training, and by default in tests, it uses those of the query images, as the paper does.)",
             "",
         ]
     if description["timm"] is not None:
@@ -199,6 +202,18 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
                 "",
             ]
     return "\n".join(lines)
+
+
+def _adaptation(description: dict[str, Any]) -> str:
+    """How the learner adapts, in words."""
+    rule, steps, head = description["rule"], description["inner_steps"], description["model"]["head"]
+    parts = [part for part in (BODY, HEAD) if any(part_of(n) == part for n in rule["adapts"])]
+    started = "" if head == "linear" else f"; the support set starts the head ({head}), for any number of classes"
+    if not steps or not parts:
+        return f"none{started}"
+    rates = ", ".join(f"{part} {rule[f'{part}_lr']:g}" for part in parts)
+    kind = {"InnerRule": "", "MetaSgd": ", where learning started", "Momentum": " (momentum)", "Adam": " (Adam)"}
+    return f"{steps} gradient step{'s' * (steps != 1)}, step size {rates}{kind[rule['kind']]}{started}"
 
 
 def _figure(tested: dict[str, Any] | None) -> str:
@@ -232,7 +247,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} holds no exported model ({error})", "write one with cml-dist export RUN_DIR"
         ) from error
-    if description.get("format") != FORMAT:
+    if description.get("format") not in (1, FORMAT):
         raise CheckpointError(
             f"{folder} has export format {description.get('format')}, this version reads {FORMAT}", "update cml_dist"
         )

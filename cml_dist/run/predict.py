@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor
 from cml_dist.config.schema import ModelConfig
 from cml_dist.errors import DataError
 from cml_dist.meta.inner import adapt
-from cml_dist.meta.problem import Method, Problem
+from cml_dist.meta.problem import Problem
+from cml_dist.meta.rule import InnerRule, Method
+from cml_dist.methods.build import described_rule
 from cml_dist.nets.build import build_net
 from cml_dist.run.export import DESCRIPTION, read_description, read_weights
 from cml_dist.types import Batch, Episode, Params
@@ -37,26 +40,29 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Learner:
 
 
 class Learner:
-    """A meta-trained learner: psi and theta, ready to adapt. Made by :func:`load`.
+    """A meta-trained learner: psi, theta and what its method learned, ready to adapt. Made by :func:`load`.
 
     Attributes:
-        ways: the largest number of classes it can tell apart (outputs of its head).
+        ways: the largest number of classes it can tell apart (outputs of its head); None: any number.
         description: what the export says of it.
     """
 
     def __init__(self, description: dict[str, Any], tensors: Params, device: torch.device) -> None:
         self.description = description
         self.device = device
-        self.ways: int = description["output_dim"]
         self.regression: bool = description["score"] == "mse"
+        model = ModelConfig.model_validate(description["model"])
+        self.ways: int | None = description["output_dim"] if model.head == "linear" else None
         net = build_net(
-            ModelConfig.model_validate(description["model"]),
+            model,
             input_shape=tuple(description["input_shape"]),
-            output_dim=self.ways,
+            output_dim=description["output_dim"],
             seed=0,
             colearner=False,
             structure_only=True,
         )
+        self._rule = self._described_rule()
+        net.add_rule(self._rule.init(net.adaptable()))
         self._params = {n: tensors[n].to(device) for n, _ in net.named_parameters()}
         buffers = {n: tensors.get(n, b).to(device) for n, b in net.named_buffers()}
         loss = torch.nn.functional.mse_loss if self.regression else torch.nn.functional.cross_entropy
@@ -82,7 +88,7 @@ class Learner:
             classes: list[Hashable] = []
         else:
             classes = list(dict.fromkeys(labels))
-            if len(classes) > self.ways:
+            if self.ways is not None and len(classes) > self.ways:
                 raise DataError(
                     f"{len(classes)} classes were given, the head has {self.ways} outputs",
                     f"adapt to at most {self.ways} classes, or meta-train with more domain.ways",
@@ -90,15 +96,16 @@ class Learner:
             targets = torch.tensor([classes.index(label) for label in labels])
         support = Batch(inputs, targets.to(self.device))
         steps = self.description["inner_steps"] if inner_steps is None else inner_steps
-        adapts = self.description.get("adapts")  # older exports: all of body and head
-        method = Method(
-            steps,
-            self.description["body_lr"],
-            self.description["head_lr"],
-            adapts=None if adapts is None else frozenset(adapts),
-        )
-        adapted = adapt(self._params, Episode(support, support, "test", 0), self._problem, method)
-        return AdaptedLearner(self, adapted, classes)
+        episode = Episode(support, support, "test", 0, ways=self.ways or len(classes))
+        adapted = adapt(self._params, episode, self._problem, Method(steps, self._rule))
+        return AdaptedLearner(self, adapted, classes, episode)
+
+    def _described_rule(self) -> InnerRule:
+        if "rule" in self.description:
+            return described_rule(self.description["rule"])
+        adapts = self.description.get("adapts")  # format 1; the oldest: all of body and head
+        rates = self.description["body_lr"], self.description["head_lr"]
+        return InnerRule(*rates, None if adapts is None else frozenset(adapts))
 
     def inputs(self, images: Any) -> Tensor:
         """Examples as the network reads them: ``[N, *input_shape]`` float32, normalised as in training."""
@@ -112,33 +119,34 @@ class Learner:
         mean, std = (torch.tensor(self.description["preprocessing"][k], device=self.device) for k in ("mean", "std"))
         return (tensor - mean[:, None, None]) / std[:, None, None]
 
-    def outputs(self, params: Params, inputs: Tensor) -> Tensor:
-        """Outputs ``[N, ways]`` of the learner at ``params``."""
-        with torch.no_grad():
-            (outputs,) = self._problem.outputs(params, Batch(inputs, inputs), ("meta",), {})
-        return outputs
+    def outputs(self, params: Params, inputs: Tensor, episode: Episode) -> Tensor:
+        """Outputs ``[N, ways]`` of the learner at ``params``; norms by batch statistics use the support set's."""
+        return self._problem.answers(params, replace(episode, query=Batch(inputs, inputs)), "meta", "support")
 
 
 class AdaptedLearner:
     """A learner that has seen a task's support set. Made by :meth:`Learner.adapt`."""
 
-    def __init__(self, learner: Learner, params: Params, classes: list[Hashable]) -> None:
-        self._learner, self._params = learner, params
+    def __init__(self, learner: Learner, params: Params, classes: list[Hashable], episode: Episode) -> None:
+        self._learner, self._params, self._episode = learner, params, episode
         self.classes = classes
 
     def probabilities(self, images: Any) -> np.ndarray:
         """Probability of each class, ``[N, len(classes)]`` float32, in the order of ``classes``.
 
-        With batch statistics (``model.norm: batch``) the images are judged together: give all of a task at once.
+        Each image's answer is its own, whatever else is asked with it: norms by batch statistics take those of the
+        examples that the learner was adapted on.
         """
-        outputs = self._learner.outputs(self._params, self._learner.inputs(images))[:, : len(self.classes)]
-        return outputs.softmax(1).cpu().numpy()
+        return self._outputs(images)[:, : len(self.classes)].softmax(1).cpu().numpy()
 
     def predict(self, images: Any) -> list[Hashable] | np.ndarray:
         """The most probable label of each image; for regression the values ``[N, output_dim]``."""
         if self._learner.regression:
-            return self._learner.outputs(self._params, self._learner.inputs(images)).cpu().numpy()
+            return self._outputs(images).cpu().numpy()
         return [self.classes[i] for i in self.probabilities(images).argmax(1)]
+
+    def _outputs(self, images: Any) -> Tensor:
+        return self._learner.outputs(self._params, self._learner.inputs(images), self._episode)
 
 
 def _pixels(image: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cml_dist.config.methods import dagger_refusal, learner_title, method_title
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError
@@ -144,7 +145,10 @@ def score_run(
         "step": checkpoint.step,
         "chosen": choice.how,
         "overrides": world.together(lambda: overrides_of(config, parts, folder, checkpoint)),
+        "method": method_title(config),
         "inner_steps": plan.test_inner_steps,
+        "norm": config.eval.norm,
+        "permutations": config.eval.permutations,
         "co_adapt": config.eval.co_adapt,
         "seed": config.eval.seed,
     }
@@ -165,12 +169,23 @@ def score_run(
 
     world.together(write if world.is_main else lambda: None)
     if world.is_main:
-        rows = [_row(learner_name(config.method.name, learner), report) for learner, report in reports.items()]
-        rows += [_row(f"untrained {learner_name(config.method.name, learner)}", r) for learner, r in floor.items()]
+        rows = [_row(learner_title(config, learner), report) for learner, report in reports.items()]
+        rows += [_row(f"untrained {learner_title(config, learner)}", r) for learner, r in floor.items()]
         if parts.domain.chance is not None:
             rows.append(ResultRow("chance", parts.domain.chance))
         title = f"{config.eval.split} split, step {checkpoint.step} ({choice.how})"
         console.results(rows, title=title, score_name=parts.domain.score_name)
+        if config.eval.permutations > 1:
+            spread = ", ".join(
+                f"{learner_title(config, learner)} {report.summary()['label_order_sd']:.4f}"
+                for learner, report in reports.items()
+            )
+            console.note(
+                f"Each episode under {config.eval.permutations} label orders; standard deviation over them: {spread}"
+            )
+        refused = dagger_refusal(config)
+        if config.method.colearner is not False and refused is not None:
+            console.note(f"CML-dagger is not tested: {refused} (eval.co_adapt=released tests the authors' variant)")
         if summary_file != folder.own_eval_file:
             console.note(f"Scores: {folder.eval_file}, kept as {summary_file}")
     return summary
@@ -198,19 +213,16 @@ def _score(
             world,
             split=config.eval.split,
             num_episodes=config.eval.episodes,
-            learners=model.problem.learners,
+            learners=("meta",) if dagger_refusal(config) else ("meta", "co"),
             co_adapt=config.eval.co_adapt,
+            norm=config.eval.norm,
+            permutations=config.eval.permutations,
             dtype=parts.dtype,
             workers=config.domain.workers,
             progress=view.update,
             stop=stop,
             kept=kept,
         )
-
-
-def learner_name(method: str, learner: str) -> str:
-    """What people call a learner: CML (eq. 8), CML-dagger (eq. 9), or the baseline's own name."""
-    return "CML-dagger" if learner == "co" else method.upper()
 
 
 def _row(name: str, report: EvalReport) -> ResultRow:

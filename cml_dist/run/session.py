@@ -14,7 +14,7 @@ import torch
 from cml_dist import __version__
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import RunConfig
-from cml_dist.meta.problem import part_of
+from cml_dist.meta.rule import part_of
 from cml_dist.parallel.world import World
 from cml_dist.run.assemble import Parts
 from cml_dist.run.status import now, this_start

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from cml_dist import __version__
+from cml_dist.config.methods import learner_title, noise_warning
 from cml_dist.config.plan import RunPlan, make_plan, plan_rows, share
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, CmlError, TrainingError
@@ -38,7 +39,7 @@ from cml_dist.run.export import export_run
 from cml_dist.run.folder import RunFolder, append_json_line, same_everywhere, write_text
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 from cml_dist.run.optim import learning_rate
-from cml_dist.run.report import learner_name, score_run
+from cml_dist.run.report import score_run
 from cml_dist.run.same_checkpoint import same_checkpoint
 from cml_dist.run.session import session_record, session_rows, set_rows, set_warning, versions
 from cml_dist.run.status import RunStatus, State, now, this_start
@@ -51,7 +52,7 @@ from cml_dist.telemetry.rank_log import RankLog
 from cml_dist.telemetry.trackers import Trackers, check_installed
 from cml_dist.types import Episode
 
-TERMS = ("outer_loss", "score", "colearner_loss", "colearner_score", "gradient_cosine")
+TERMS = ("loss", "outer_loss", "score", "colearner_loss", "colearner_score", "gradient_cosine")
 
 
 STATUS_S = 10.0
@@ -295,7 +296,7 @@ class _Run:
         self._tell("running", "training")
         rows = {**plan_rows(self.config, self.plan), **session_rows(record), **set_rows(self.config, self.parts)}
         self.console.header("cml-dist train", rows)
-        for warning in (set_warning(self.config, self.parts), idle_nodes()):
+        for warning in (set_warning(self.config, self.parts), noise_warning(self.config), idle_nodes()):
             if warning is not None:
                 self.console.warn(warning)
 
@@ -365,10 +366,10 @@ class _Run:
         config, world = self.config, self.world
         started_s = time.perf_counter()
         num_episodes = config.train.episodes_per_step
-        # The cosine costs a backward pass: one episode of each step, the same one for any world size.
-        diagnose = frozenset({self.step * num_episodes})
+        # The cosine costs the co-learner's meta-gradient besides: at the steps that are logged.
+        diagnose = (self.step + 1) % config.run.log_every == 0
         world.watch.wait(f"the start of step {self.step + 1}")  # where ZeRO-3 gathers the parameters
-        sums = self.strategy.gradient(episodes, num_episodes, diagnose)
+        sums = self.strategy.gradient(episodes, num_episodes, diagnose, self.step)
         lr = learning_rate(config.optim, self.step, config.train.steps)
         norm, taken = self.strategy.apply(lr, config.optim.clip_norm)
         world.watch.beat(f"the end of step {self.step + 1}")
@@ -379,7 +380,6 @@ class _Run:
         seconds = time.perf_counter() - started_s
         metrics = StepMetrics(
             step=self.step,
-            loss=terms["outer_loss"] + self.parts.model.method.gamma * (terms["colearner_loss"] or 0.0),
             **terms,
             grad_norm=norm,
             lr=lr,
@@ -476,6 +476,7 @@ class _Run:
                 num_episodes=config.eval.val_episodes,
                 learners=(learner,),
                 co_adapt=config.eval.co_adapt,
+                norm=config.eval.norm,
                 dtype=self.parts.dtype,
                 workers=config.domain.workers,
                 progress=view.update,
@@ -494,7 +495,7 @@ class _Run:
             append_json_line(self.folder.validation_file, line)
             forget_unfinished(self.folder)
         self.trackers.validation(line, domain.score_name)
-        row = ResultRow(learner_name(config.method.name, learner), report.mean, report.ci95, len(report.scores))
+        row = ResultRow(learner_title(config, learner), report.mean, report.ci95, len(report.scores))
         self.console.validation(self.step, [row], score_name=domain.score_name, best=self._best())
 
     def _save(self) -> None:

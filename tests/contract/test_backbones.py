@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from cml_dist.config.schema import ModelConfig
 from cml_dist.meta.gradient import meta_gradient
-from cml_dist.meta.problem import Method, Problem
+from cml_dist.meta.problem import Problem
+from cml_dist.meta.rule import Method
 from cml_dist.nets import timm_backbone
 from cml_dist.nets.build import build_net
 from cml_dist.nets.guard import couples_examples
@@ -93,7 +94,7 @@ def _case(name: str, monkeypatch: pytest.MonkeyPatch) -> Case:
 def meta_gradient_under_test(case: Case, order: int = 2, engine: str = "graph") -> Params:
     """The system under test: the core's own meta-gradient."""
     problem = Problem(case.net, F.cross_entropy, lambda outputs, targets: outputs.new_zeros(()), case.buffers)
-    method = Method(1, case.inner_lr, case.inner_lr, GAMMA, order)
+    method = Method.sgd(1, case.inner_lr, case.inner_lr, GAMMA, order)
     episode = Episode(Batch(*case.support), Batch(*case.query), "train", 0)
     return meta_gradient(case.params, episode, problem, method, engine).grads
 

@@ -26,7 +26,7 @@ from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import ModelConfig, RunConfig
 from cml_dist.domains.base import Domain, episode_rng
 from cml_dist.meta.model import MetaModel
-from cml_dist.meta.problem import Method
+from cml_dist.meta.rule import Method
 from cml_dist.nets.build import build_net
 from cml_dist.parallel.leave import leave
 from cml_dist.parallel.strategy import DataParallel
@@ -158,7 +158,7 @@ def prepare(world: World, case: Case) -> tuple[RunConfig, RandomImages, DataPara
     net = net.to(getattr(torch, case.dtype))
     # Small inner steps in float32: what rounding does to a meta-gradient grows with them.
     inner_lr = 0.1 if case.dtype == "float64" else 0.01
-    model = MetaModel(net, domain.loss, domain.score, Method(2, inner_lr, 2 * inner_lr, gamma=0.7), case.engine)
+    model = MetaModel(net, domain.loss, domain.score, Method.sgd(2, inner_lr, 2 * inner_lr, gamma=0.7), case.engine)
     return config, domain, build_strategy(config, make_plan(config, world.size), world, model)
 
 

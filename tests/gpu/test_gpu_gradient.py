@@ -6,14 +6,15 @@ import pytest
 import torch
 from parity_worker import NETS, WAYS, RandomImages
 
+from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
-from cml_dist.meta.problem import Method
+from cml_dist.meta.rule import Method
 from cml_dist.nets.build import build_net
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU here", allow_module_level=True)
 
-METHOD = Method(2, 0.1, 0.2, gamma=0.7)
+METHOD = Method.sgd(2, 0.1, 0.2, gamma=0.7)
 CPU = torch.device("cpu")
 
 
@@ -43,7 +44,7 @@ def test_float64_is_that_of_the_cpu(gpu, name, engine):
 
 @pytest.mark.parametrize("name", NETS)
 def test_copies_on_the_cpu_change_no_bit(gpu, name):
-    away = gradient(gpu, name, "adjoint", path_device=CPU)
+    away = gradient(gpu, name, Engine("adjoint", device=CPU))
     assert torch.equal(away, gradient(gpu, name, "adjoint"))
 
 

@@ -12,6 +12,7 @@ import torch
 from test_memory_budget import made, settings
 
 from cml_dist.config.plan import make_plan
+from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
 from cml_dist.planning.choose import USABLE, Means, MemoryPlanner, fit_memory, memory_budget
 from cml_dist.planning.strategies import Strategy
@@ -47,8 +48,8 @@ def peak(config, plan, device) -> int:
     """Bytes of a rank at most, parameters among them, for one meta-step by a plan's means."""
     net, task, method = made(config)
     path = torch.device("cpu") if plan.copies == "cpu" else None
-    options = {"micro_batch": plan.micro_batch, "path_device": path}
-    model = MetaModel(net, task.loss, task.score, method, plan.engine, **options).to(device)
+    engine = Engine(plan.engine, plan.trajectory, path)
+    model = MetaModel(net, task.loss, task.score, method, engine, micro_batch=plan.micro_batch).to(device)
     gc.collect()
     others = torch.cuda.memory_allocated() - sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     torch.cuda.reset_peak_memory_stats()

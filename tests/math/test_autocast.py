@@ -9,10 +9,11 @@ from toy import accuracy, cross_entropy, make_episode, make_net, relative_error
 from cml_dist.meta.gradient import meta_gradient
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.model import MetaModel
-from cml_dist.meta.problem import Method, Problem
+from cml_dist.meta.problem import Problem
+from cml_dist.meta.rule import Method
 from cml_dist.types import Batch, Episode
 
-METHOD = Method(2, 0.1, 0.1, gamma=0.7)
+METHOD = Method.sgd(2, 0.1, 0.1, gamma=0.7)
 
 
 def single(episode: Episode) -> Episode:
@@ -54,7 +55,7 @@ def test_bfloat16_weights_lose_the_inner_step_and_ours_keep_it():
     with torch.no_grad():
         for p in params.values():
             p.copy_(torch.ones_like(p))  # where bfloat16's next number is 1/128 away
-    method = Method(5, 1e-4, 1e-4)
+    method = Method.sgd(5, 1e-4, 1e-4)
     want = adapt(params, episode, problem_of(net, None), method)
     ours = adapt(params, episode, problem_of(net, torch.bfloat16), method)
     naive_params = {n: p.bfloat16() for n, p in params.items()}

@@ -15,24 +15,25 @@ from toy import (
     make_net,
     make_problem,
     plain_gradient,
+    plain_losses,
     plain_objective,
     relative_error,
 )
 
 from cml_dist.meta.gradient import meta_gradient
-from cml_dist.meta.inner import adapt
 from cml_dist.meta.model import MetaModel
-from cml_dist.meta.problem import Method, Problem
+from cml_dist.meta.problem import Problem
+from cml_dist.meta.rule import Method
 from cml_dist.nets.network import CmlNet
 from cml_dist.run.evaluator import score_episode
-from cml_dist.types import Batch, Episode, Features
+from cml_dist.types import Batch, Episode, Features, Params
 
 METHODS = {
-    "cml": Method(1, 0.4, 0.4, gamma=0.7),
-    "maml": Method(1, 0.4, 0.4, gamma=0.0),
-    "first_order": Method(1, 0.4, 0.4, gamma=0.7, order=1),
-    "head_only": Method(1, 0.0, 0.4, gamma=0.7),
-    "body_only": Method(1, 0.4, 0.0, gamma=0.7),
+    "cml": Method.sgd(1, 0.4, 0.4, gamma=0.7),
+    "maml": Method.sgd(1, 0.4, 0.4, gamma=0.0),
+    "first_order": Method.sgd(1, 0.4, 0.4, gamma=0.7, order=1),
+    "head_only": Method.sgd(1, 0.0, 0.4, gamma=0.7),
+    "body_only": Method.sgd(1, 0.4, 0.0, gamma=0.7),
 }
 
 
@@ -54,7 +55,7 @@ def test_finite_differences(family, engine):
     """Along random directions in psi, theta and phi together, and in each alone."""
     net = make_net(family)
     problem, params = make_problem(net)
-    episode, method = make_episode(family), Method(3, 0.4, 0.3, gamma=0.7)
+    episode, method = make_episode(family), Method.sgd(3, 0.4, 0.3, gamma=0.7)
     grads = meta_gradient(params, episode, problem, method, engine).grads
     torch.manual_seed(1)
     eps = 1e-5
@@ -108,7 +109,7 @@ def test_closed_form_on_a_quadratic(engine, steps):
     params = {n: p.detach().clone() for n, p in net.named_parameters()}
     episode = Episode(Batch(support, support), Batch(query, query), "train", 0)
     alpha, gamma = 0.3, 0.6
-    got = meta_gradient(params, episode, problem, Method(steps, alpha, alpha, gamma), engine)
+    got = meta_gradient(params, episode, problem, Method.sgd(steps, alpha, alpha, gamma), engine)
 
     w, phi = params["body.w"], params["colearner.phi"]
     for _ in range(steps):
@@ -125,7 +126,7 @@ def test_closed_form_on_a_quadratic(engine, steps):
 def test_gamma_zero_is_maml_to_the_bit(family, engine):
     episode = make_episode(family)
     with_co, maml = make_net(family), make_net(family, colearner=False)
-    method = Method(3, 0.4, 0.4, gamma=0.0)
+    method = Method.sgd(3, 0.4, 0.4, gamma=0.0)
     problem, params = make_problem(with_co)
     cml = meta_gradient(params, episode, problem, method, engine, diagnose=True)
     problem, params = make_problem(maml)
@@ -142,38 +143,73 @@ def test_first_order_differs_from_second_order():
     net = make_net("map")
     problem, params = make_problem(net)
     episode = make_episode("map")
-    first = meta_gradient(params, episode, problem, Method(3, 0.4, 0.4, 0.7, order=1), "graph").grads
-    second = meta_gradient(params, episode, problem, Method(3, 0.4, 0.4, 0.7, order=2), "graph").grads
+    first = meta_gradient(params, episode, problem, Method.sgd(3, 0.4, 0.4, 0.7, order=1), "graph").grads
+    second = meta_gradient(params, episode, problem, Method.sgd(3, 0.4, 0.4, 0.7, order=2), "graph").grads
     assert relative_error(first, second) > 1e-2
 
 
-@pytest.mark.parametrize("engine", ["graph", "adjoint"])
-def test_diagnosis_changes_no_bit_and_is_the_cosine(engine):
-    net = make_net("map")
-    problem, params = make_problem(net)
-    episode, method = make_episode("map"), Method(2, 0.4, 0.4, gamma=0.7)
-    plain = meta_gradient(params, episode, problem, method, engine)
-    told = meta_gradient(params, episode, problem, method, engine, diagnose=True)
-    assert all(torch.equal(plain.grads[n], told.grads[n]) for n in params)
-
-    adapted = {n: p.requires_grad_() for n, p in adapt(params, episode, problem, method).items()}
-    outputs = problem.outputs(adapted, episode.query, ("meta", "co"), {})
-    body = [adapted[n] for n in adapted if n.startswith("body.")]
-    g_m, g_c = (
-        torch.cat(
-            [g.flatten() for g in torch.autograd.grad(cross_entropy(o, episode.query.targets), body, retain_graph=True)]
-        )
-        for o in outputs
+def separate_cosine(net: CmlNet, params: Params, episode: Episode, method: Method) -> float:
+    """Cosine in the body of two meta-gradients, each through the whole unrolled inner loop: of the meta-learner's
+    query loss alone (gamma = 0), and of the co-learner's alone."""
+    leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
+    body = [p for n, p in leaves.items() if n.startswith("body.")]
+    of_meta, of_co = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, body, retain_graph=True)])
+        for loss in plain_losses(net, leaves, episode, method)
     )
-    expected = (g_m @ g_c / (g_m.norm() * g_c.norm())).item()
+    return (of_meta @ of_co / (of_meta.norm() * of_co.norm())).item()
+
+
+DIAGNOSED = {
+    "maml": Method.sgd(2, 0.4, 0.4, gamma=0.7),
+    "boil": Method.sgd(2, 0.4, 0.0, gamma=0.7),
+    "first_order": Method.sgd(2, 0.4, 0.4, gamma=0.7, order=1),
+    "gamma_zero": Method.sgd(2, 0.4, 0.4, gamma=0.0),
+}
+
+
+@pytest.mark.parametrize("method", DIAGNOSED)
+@pytest.mark.parametrize("family", ["vector", "map"])
+@pytest.mark.parametrize("engine", ["graph", "adjoint"])
+def test_diagnosis_changes_no_bit_and_is_the_cosine(engine, family, method):
+    net = make_net(family)
+    problem, params = make_problem(net)
+    episode, numbers = make_episode(family), DIAGNOSED[method]
+    plain = meta_gradient(params, episode, problem, numbers, engine)
+    told = meta_gradient(params, episode, problem, numbers, engine, diagnose=True)
+    assert all(torch.equal(plain.grads[n], told.grads[n]) for n in params)
+    assert "gradient_cosine" not in plain.terms
+    assert all(torch.equal(plain.terms[n], told.terms[n]) for n in plain.terms)
+    expected = separate_cosine(net, params, episode, numbers)
     assert told.terms["gradient_cosine"].item() == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("method", ["maml", "boil"])
+@pytest.mark.parametrize("engine", ["graph", "adjoint"])
+def test_the_model_averages_the_cosine_over_episodes(engine, method):
+    net = make_net("vector")
+    _, params = make_problem(net)
+    episodes, numbers = [make_episode("vector", index) for index in range(3)], DIAGNOSED[method]
+    model = MetaModel(net, cross_entropy, accuracy, numbers, engine)
+    loss, sums = model(iter(episodes), 1 / 3, diagnose=True)
+    loss.backward()
+    total, count = sums["gradient_cosine"].tolist()
+    assert count == 3
+    each = [separate_cosine(net, params, episode, numbers) for episode in episodes]
+    assert total / count == pytest.approx(sum(each) / 3, abs=1e-10)
+
+    other = MetaModel(net, cross_entropy, accuracy, numbers, engine)
+    plain, without = other(iter(episodes), 1 / 3)
+    plain.backward()
+    assert "gradient_cosine" not in without
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.values, other.values, strict=True))
 
 
 @pytest.mark.parametrize("engine", ["graph", "adjoint"])
 def test_model_delivers_the_mean_over_episodes(engine):
     net = make_net("map")
     _, params = make_problem(net)
-    method = Method(2, 0.4, 0.3, gamma=0.7)
+    method = Method.sgd(2, 0.4, 0.3, gamma=0.7)
     episodes = [make_episode("map", index) for index in range(3)]
     model = MetaModel(net, cross_entropy, accuracy, method, engine)
     loss, sums = model(iter(episodes), 1 / 3)
@@ -192,7 +228,7 @@ def test_model_delivers_the_mean_over_episodes(engine):
 def test_no_graph_outlives_an_episode():
     net = make_net("map")
     problem, params = make_problem(net)
-    result = meta_gradient(params, make_episode("map"), problem, Method(2, 0.4, 0.3, 0.7), "graph", diagnose=True)
+    result = meta_gradient(params, make_episode("map"), problem, Method.sgd(2, 0.4, 0.3, 0.7), "graph", diagnose=True)
     assert all(g.grad_fn is None and not g.requires_grad for g in result.grads.values())
     assert all(t.grad_fn is None for t in result.terms.values())
 
@@ -202,7 +238,7 @@ def test_meta_gradient_leaves_its_arguments_alone():
     problem, params = make_problem(net)
     before = {n: p.clone() for n, p in params.items()}
     for engine in ("graph", "adjoint"):
-        meta_gradient(params, make_episode("map"), problem, Method(3, 0.4, 0.3, 0.7), engine, diagnose=True)
+        meta_gradient(params, make_episode("map"), problem, Method.sgd(3, 0.4, 0.3, 0.7), engine, diagnose=True)
     assert all(torch.equal(params[n], before[n]) and not params[n].requires_grad for n in params)
 
 
@@ -235,7 +271,7 @@ def _by_hand(learner: str, co_adapt: str):
     new_t = t - alpha * error.T @ (x @ w.T)
     scored_by = p if learner == "co" else new_t  # phi never moves
     expected = episode.query.inputs @ new_w.T @ scored_by.T
-    return net, episode, Method(1, alpha, alpha, 0.7), expected
+    return net, episode, Method.sgd(1, alpha, alpha, 0.7), expected
 
 
 @pytest.mark.parametrize(("learner", "co_adapt"), [("meta", "eq9"), ("co", "eq9"), ("co", "released")])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from toy import make_episode, make_net, make_problem, plain_gradient, relative_error
 
-from cml_dist.meta.gradient import meta_gradient
-from cml_dist.meta.problem import Method
+from cml_dist.meta.gradient import Engine, meta_gradient
+from cml_dist.meta.rule import Method
 from cml_dist.run.evaluator import score_episode
 
 FAMILIES = ("vector", "attention")  # no norm couples their examples
@@ -22,7 +22,7 @@ def test_any_micro_batch_gives_the_same_gradient_and_terms(family, order, size, 
     """Sizes that divide neither set leave smaller last chunks: their weights count."""
     net = make_net(family)
     problem, params = make_problem(net)
-    episode, method = make_episode(family), Method(3, 0.4, 0.3, gamma=0.7, order=order)
+    episode, method = make_episode(family), Method.sgd(3, 0.4, 0.3, gamma=0.7, order=order)
     whole = meta_gradient(params, episode, problem, method, engine, diagnose=True)
     problem.micro_batch = size
     parts = meta_gradient(params, episode, problem, method, engine, diagnose=True)
@@ -36,7 +36,7 @@ def test_any_micro_batch_gives_the_same_gradient_and_terms(family, order, size, 
 @pytest.mark.parametrize("learner", ["meta", "co"])
 def test_scores_are_the_same_in_micro_batches(size, learner):
     problem, params = make_problem(make_net("attention"))
-    episode, method = make_episode("attention"), Method(3, 0.4, 0.3, gamma=0.7)
+    episode, method = make_episode("attention"), Method.sgd(3, 0.4, 0.3, gamma=0.7)
     whole = score_episode(params, episode, problem, method, learner)
     problem.micro_batch = size
     assert torch.equal(score_episode(params, episode, problem, method, learner), whole)
@@ -48,7 +48,7 @@ def test_a_micro_batch_bounds_what_passes_through_the_network():
     sizes = []
     problem.structure.body.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
     problem.micro_batch = 4
-    meta_gradient(params, make_episode("vector"), problem, Method(1, 0.4, 0.3, gamma=0.7), "adjoint")
+    meta_gradient(params, make_episode("vector"), problem, Method.sgd(1, 0.4, 0.3, gamma=0.7), "adjoint")
     # Inner step, query, pull back; 6 support and 9 query examples.
     assert sizes == [4, 2, 4, 4, 1, 4, 2]
 
@@ -62,7 +62,7 @@ def test_an_adapting_part_equals_an_unrolled_loop_of_that_part(family, engine, s
     problem, params = make_problem(net)
     episode = make_episode(family)
     adapts = frozenset([n for n in params if n.startswith("body.")][-2:] + ["head.bias"])
-    method = Method(steps, 0.4, 0.3, gamma=0.7, adapts=adapts)
+    method = Method.sgd(steps, 0.4, 0.3, gamma=0.7, adapts=adapts)
     ours = meta_gradient(params, episode, problem, method, engine)
 
     leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
@@ -84,8 +84,8 @@ def test_an_adapting_part_equals_an_unrolled_loop_of_that_part(family, engine, s
 def test_the_path_may_lie_elsewhere():
     """On a machine without a GPU the CPU is the only elsewhere: the tensors take the same way."""
     problem, params = make_problem(make_net("vector"))
-    episode, method = make_episode("vector"), Method(3, 0.4, 0.3, gamma=0.7)
+    episode, method = make_episode("vector"), Method.sgd(3, 0.4, 0.3, gamma=0.7)
     here = meta_gradient(params, episode, problem, method, "adjoint")
-    there = meta_gradient(params, episode, problem, method, "adjoint", path_device=torch.device("cpu"))
+    there = meta_gradient(params, episode, problem, method, Engine("adjoint", device=torch.device("cpu")))
     for name, grad in here.grads.items():
         assert torch.equal(there.grads[name], grad)

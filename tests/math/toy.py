@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cml_dist.meta.problem import Method, Problem
+from cml_dist.meta.problem import Problem
+from cml_dist.meta.rule import Method
 from cml_dist.nets.network import CmlNet
 from cml_dist.types import Batch, Episode, Features, Params
 
@@ -95,11 +99,80 @@ def make_episode(family: str, index: int = 0) -> Episode:
         inputs = torch.randn(count, *BODIES[family].shape, generator=generator, dtype=torch.float64)
         return Batch(inputs, torch.arange(count) % NUM_CLASSES)
 
-    return Episode(batch(6), batch(9), "train", index)
+    return Episode(batch(6), batch(9), "train", index, ways=NUM_CLASSES)
 
 
-def plain_objective(net: CmlNet, params: Params, episode: Episode, method: Method) -> Tensor:
-    """Eq. 5 and 6 as one differentiable expression of ``params``: an unrolled loop, nothing of the package's core."""
+def uneven_episode(ways: int = NUM_CLASSES, index: int = 0) -> Episode:
+    """For :class:`Vector`: classes of unequal numbers of support examples (1, 2, 3, 1, 2, ..), in no order."""
+    generator = torch.Generator().manual_seed(200 + index)
+
+    def batch(targets: Tensor) -> Batch:
+        targets = targets[torch.randperm(len(targets), generator=generator)]
+        return Batch(torch.randn(len(targets), *Vector.shape, generator=generator, dtype=torch.float64), targets)
+
+    support = torch.cat([torch.full((1 + c % 3,), c) for c in range(ways)])
+    return Episode(batch(support), batch(torch.arange(3 * ways) % ways), "train", index, ways=ways)
+
+
+def features_of(p: Params, x: Tensor) -> Tensor:
+    """The body :class:`Vector`, written out."""
+    hidden = torch.tanh(x @ p["body.layers.0.weight"].T + p["body.layers.0.bias"])
+    return torch.tanh(hidden @ p["body.layers.2.weight"].T + p["body.layers.2.bias"])
+
+
+def logits_of(p: Params, x: Tensor) -> Tensor:
+    """Body and head of :class:`Vector`, written out."""
+    return features_of(p, x) @ p["head.weight"].T + p["head.bias"]
+
+
+def colearner_of(p: Params, x: Tensor) -> Tensor:
+    """Body and co-learner (one linear layer) of :class:`Vector`, written out."""
+    return features_of(p, x) @ p["colearner.weight"].T + p["colearner.bias"]
+
+
+def partial(loss: Callable[[Params], Tensor], at: Params, names: Iterable[str], order: int = 2) -> Params:
+    """The partial gradient of ``loss`` by ``names``, all else held; of first order it is a constant."""
+    grads = torch.func.grad(lambda moved: loss({**at, **moved}))({n: at[n] for n in names})
+    return {n: g.detach() if order == 1 else g for n, g in grads.items()}
+
+
+def total_gradient(objective: Callable[[Params], Tensor], params: Params) -> tuple[float, Params]:
+    """Value and gradient of an objective by all of ``params``, by autograd; zeros where it does not depend on one."""
+    leaves = {n: p.detach().clone().requires_grad_() for n, p in params.items()}
+    value = objective(leaves)
+    grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+    return value.item(), dict(zip(leaves, grads, strict=True))
+
+
+def slopes(objective: Callable[[Params], Tensor], params: Params, eps: float = 1e-5) -> dict[str, tuple[Tensor, float]]:
+    """By tensor of ``params``: a random direction in it, and the central difference of the objective along it."""
+    generator, found = torch.Generator().manual_seed(1), {}
+    for name, p in params.items():
+        direction = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        above, below = (objective({**params, name: p + step * direction}).item() for step in (eps, -eps))
+        found[name] = direction, (above - below) / (2 * eps)
+    return found
+
+
+def check_slopes(grads: Params, found: dict[str, tuple[Tensor, float]], rel: float = 1e-6) -> None:
+    """Hold a gradient against the central differences of :func:`slopes`, tensor by tensor."""
+    for name, (direction, slope) in found.items():
+        assert (grads[name] * direction).sum().item() == pytest.approx(slope, rel=rel, abs=1e-9), name
+
+
+def check_equal(ours: Params, theirs: Params, rel: float = 1e-12) -> None:
+    """Two gradients are equal, tensor by tensor, to rounding: ``rel`` of a tensor and a hundredth of it of all."""
+    assert ours.keys() == theirs.keys()
+    total = sum(g.square().sum() for g in theirs.values()).sqrt()
+    for name, g in theirs.items():
+        assert ours[name].shape == g.shape, name
+        error = (ours[name] - g).norm()
+        assert error <= rel * g.norm() + 0.01 * rel * total, f"{name}: {error:.2e} of {g.norm():.2e}"
+
+
+def plain_losses(net: CmlNet, params: Params, episode: Episode, method: Method) -> list[Tensor]:
+    """Query loss of each learner after eq. 5, as differentiable expressions of ``params``: an unrolled loop, nothing
+    of the package's core."""
     fast = dict(params)
     for _ in range(method.inner_steps):
         (outputs,) = functional_call(net, fast, (episode.support.inputs,))
@@ -107,11 +180,16 @@ def plain_objective(net: CmlNet, params: Params, episode: Episode, method: Metho
         names = [n for n in fast if not n.startswith("colearner.")]
         grads = torch.autograd.grad(loss, [fast[n] for n in names], create_graph=True)
         for name, grad in zip(names, grads, strict=True):
-            rate = method.head_lr if name.startswith("head.") else method.body_lr
+            rate = method.rule.head_lr if name.startswith("head.") else method.rule.body_lr
             fast[name] = fast[name] - rate * (grad.detach() if method.order == 1 else grad)
     learners = ("meta", "co") if net.colearner is not None else ("meta",)
     outputs = functional_call(net, fast, (episode.query.inputs,), {"learners": learners})
-    losses = [cross_entropy(out, episode.query.targets) for out in outputs]
+    return [cross_entropy(out, episode.query.targets) for out in outputs]
+
+
+def plain_objective(net: CmlNet, params: Params, episode: Episode, method: Method) -> Tensor:
+    """Eq. 5 and 6 as one differentiable expression of ``params``: an unrolled loop, nothing of the package's core."""
+    losses = plain_losses(net, params, episode, method)
     return losses[0] if len(losses) == 1 else losses[0] + method.gamma * losses[1]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cml_dist.meta.model import MetaModel
-from cml_dist.meta.problem import Method
+from cml_dist.meta.rule import Method
 from cml_dist.nets.mlp import MLP
 from cml_dist.nets.network import CmlNet
 from cml_dist.planning import footprint as module
@@ -22,7 +22,7 @@ from cml_dist.types import Batch, Episode
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH, EXAMPLES, DEPTH = 32, 200, 3
-METHOD = Method(inner_steps=4, body_lr=0.1, head_lr=0.1, gamma=1.0)
+METHOD = Method.sgd(inner_steps=4, body_lr=0.1, head_lr=0.1, gamma=1.0)
 
 
 def loss(outputs, targets):

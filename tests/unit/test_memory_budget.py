@@ -11,8 +11,9 @@ import torch
 from cml_dist.config.load import parse_config
 from cml_dist.config.plan import make_plan
 from cml_dist.errors import ConfigError
+from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
-from cml_dist.meta.problem import Method
+from cml_dist.meta.rule import Method
 from cml_dist.nets.build import build_net
 from cml_dist.planning.choose import Means, MemoryPlanner, Task, fit_memory, model_size
 from cml_dist.planning.live_bytes import LiveBytes
@@ -44,7 +45,7 @@ def made(config, dtype=torch.float32):
 
     episode = Episode(batch(2), batch(4), "train", 0)
     task = Task(episode, torch.nn.functional.cross_entropy, lambda o, t: (o.argmax(1) == t).float().mean())
-    return net, task, Method(config.method.inner_steps, 0.1, 0.1, gamma=0.7)
+    return net, task, Method.sgd(config.method.inner_steps, 0.1, 0.1, gamma=0.7)
 
 
 def fit(config, budget_gib=None):
@@ -143,13 +144,11 @@ def test_any_means_gives_the_same_gradient(steps):
     task = replace(task, score=lambda o, t: (o.argmax(1) == t).double().mean())
     found = {}
     for means in planner_of(config, on_gpu=True).candidates():
-        path = CPU if means.copies == "cpu" else None
-        model = MetaModel(
-            net, task.loss, task.score, method, means.engine, micro_batch=means.micro_batch, path_device=path
-        )
+        engine = Engine(means.engine, means.trajectory, CPU if means.copies == "cpu" else None)
+        model = MetaModel(net, task.loss, task.score, method, engine, micro_batch=means.micro_batch)
         model([task.episode], 1.0)[0].backward()
         found[means] = torch.cat([p.grad.flatten() for p in model.values])
-    reference = found[Means("graph" if steps == 1 else "adjoint", None, "device")]
+    reference = found[Means("graph", None, "device")]
     for means, grad in found.items():
         assert (grad - reference).norm() / reference.norm() < 1e-12, str(means)
 

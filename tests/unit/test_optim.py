@@ -10,12 +10,12 @@ from toy import accuracy, cross_entropy, make_net
 
 from cml_dist.config.schema import OptimConfig
 from cml_dist.meta.model import MetaModel
-from cml_dist.meta.problem import Method
+from cml_dist.meta.rule import Method
 from cml_dist.run.optim import build_optimizer, learning_rate
 
 
 def make_model() -> MetaModel:
-    return MetaModel(make_net("map"), cross_entropy, accuracy, Method(1, 0.1, 0.1), "graph")
+    return MetaModel(make_net("map"), cross_entropy, accuracy, Method.sgd(1, 0.1, 0.1), "graph")
 
 
 def test_schedules():

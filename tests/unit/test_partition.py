@@ -85,7 +85,7 @@ def test_a_run_with_frozen_and_adapting_parts(tmp_path):
     start, exported = dict(net.named_parameters()), load_file(tmp_path / "run" / "export" / "model.safetensors")
     moved = {n for n in exported if not torch.equal(exported[n], start[n])}
     assert moved == {"body.layers.1.weight", "body.layers.1.bias", "head.weight", "head.bias"}
-    assert json.loads((tmp_path / "run" / "export" / "model.json").read_text())["adapts"] == [
+    assert json.loads((tmp_path / "run" / "export" / "model.json").read_text())["rule"]["adapts"] == [
         "head.bias",
         "head.weight",
     ]

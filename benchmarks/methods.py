@@ -1,0 +1,159 @@
+"""Every method and head with and without the co-learner, on Glyphs: accuracy, paired differences, cost, memory.
+
+    python benchmarks/methods.py run --dir runs/methods --at-once 2     # trains what is missing, then prints the table
+    python benchmarks/methods.py table --dir runs/methods
+    python benchmarks/methods.py cost                                   # seconds and bytes of a meta-step, in one process
+
+5-way 1-shot, Conv-4, 5 queries a class in training and test, 4 episodes a meta-step, each method with its own published
+defaults (K <= 2). All variants are tested on the same 500 episodes, so that a difference is paired: its mean with the
+95 % interval over episodes, of each seed. A run that was stopped goes on; one that is finished is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+SEEDS = (0, 1)
+SETTINGS = (
+    "domain.queries=5 train.steps=300 train.episodes_per_step=4 eval.every=100 eval.val_episodes=100 eval.episodes=500 "
+    "eval.untrained=false checkpoint.every=100 run.log_every=50 parallel.threads=1 run.device=cpu"
+).split()
+CO = ("method.colearner=true",)
+BASES = {
+    "MAML": ("method.name=maml",),
+    "FOMAML": ("method.name=fomaml",),
+    "ANIL": ("method.name=anil",),
+    "BOIL": ("method.name=boil",),
+    "Meta-SGD": ("method.name=meta_sgd",),
+    "MAML, shared head": ("method.name=maml", "model.head=shared"),
+    "MAML, ridge head": ("method.name=maml", "model.head=ridge"),
+    "ProtoNet": ("method.name=maml", "model.head=centroid", "method.inner_steps=0"),
+    "R2-D2": ("method.name=maml", "model.head=ridge", "method.inner_steps=0"),
+}
+CONTROLS = {
+    "MAML, untrained co-learner": ("method.name=maml", "method.colearner=untrained"),
+    "MAML, two adapting heads": ("method.name=maml", "method.colearner=adapts"),
+    "MAML, K = 2": ("method.name=maml", "method.inner_steps=2"),
+    "MAML, K = 2, with": ("method.name=maml", "method.inner_steps=2", *CO),
+}
+VARIANTS = {
+    **{name: words for base, words in BASES.items() for name, words in ((base, words), (f"{base}, with", words + CO))},
+    **CONTROLS,
+}
+
+
+def folder(root: Path, name: str, seed: int) -> Path:
+    return root / f"{''.join(c if c.isalnum() else '_' for c in name)}-{seed}"
+
+
+def train(root: Path, name: str, seed: int) -> None:
+    """One run, by the command line; says how it ended."""
+    place = folder(root, name, seed)
+    if (place / "eval.json").is_file():
+        return
+    words = [*SETTINGS, *VARIANTS[name], f"run.seed={seed}", f"run.dir={place}"]
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "cml_dist", "train", "glyphs", *words], capture_output=True, text=True
+    )
+    how = "ended" if done.returncode == 0 else f"failed ({done.returncode}): {done.stderr[-500:]}"
+    print(f"{name}, seed {seed}: {how} after {time.monotonic() - began:.0f} s", flush=True)
+
+
+def scores(root: Path, name: str, seed: int) -> np.ndarray | None:
+    path = folder(root, name, seed) / "eval_scores.npz"
+    return np.load(path)["meta"] if path.is_file() else None
+
+
+def interval(values: np.ndarray) -> str:
+    return f"{100 * values.mean():+.2f} ± {196 * values.std(ddof=1) / math.sqrt(len(values)):.2f}"
+
+
+def table(root: Path) -> None:
+    seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
+    rows = " | ".join(f"difference, seed {seed}" for seed in SEEDS)
+    print(f"| variant | {seeds} | against | {rows} |\n|---|" + "---|" * (2 * len(SEEDS) + 1))
+    for name in VARIANTS:
+        base = "MAML" if name in CONTROLS else name.removesuffix(", with")
+        base = "MAML, K = 2" if name == "MAML, K = 2, with" else base
+        own, theirs = ([scores(root, which, seed) for seed in SEEDS] for which in (name, base))
+        shown = [interval(s).removeprefix("+") if s is not None else "-" for s in own]
+        pairs = zip(own, theirs, strict=True)
+        gains = ["" if base == name else "-" if a is None or b is None else interval(a - b) for a, b in pairs]
+        print(f"| {name} | {' | '.join(shown)} | {'' if base == name else base} | {' | '.join(gains)} |")
+
+
+def cost(repeats: int) -> None:
+    """Seconds of a meta-step of each variant in turn, and the bytes of its live tensors at their peak."""
+    import torch
+
+    from cml_dist.config.load import layered, parse_config, read_yaml
+    from cml_dist.config.recipes import find_recipe
+    from cml_dist.domains.images import ImageDomain
+    from cml_dist.meta.model import MetaModel
+    from cml_dist.methods.build import make_network, method_of
+    from cml_dist.parallel.allocator import keep_freed_memory
+    from cml_dist.planning.live_bytes import LiveBytes
+    from cml_dist.types import Batch, Episode
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    recipe = read_yaml(find_recipe("glyphs"))
+
+    def batch(each: int) -> Batch:
+        return Batch(torch.randn(5 * each, 1, 28, 28), torch.arange(5).repeat_interleave(each))
+
+    torch.manual_seed(0)
+    episodes = [Episode(batch(1), batch(5), "train", index, ways=5) for index in range(4)]
+    models = {}
+    for name, words in VARIANTS.items():
+        config = parse_config(layered(recipe, [*SETTINGS, *words]).data)
+        net = make_network(config, (1, 28, 28), 5)
+        models[name] = MetaModel(net, ImageDomain.loss, ImageDomain.score, method_of(config, net), "graph")
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(repeats + 1):
+        for name, model in models.items():
+            began = time.perf_counter()
+            model(iter(episodes), 0.25)[0].backward()
+            seconds[name].append(time.perf_counter() - began)
+            model.zero_grad(set_to_none=True)
+    print("| variant | s a meta-step (median) | in MAML's | peak of live tensors, MiB |\n|---|---|---|---|")
+    medians = {name: float(np.median(times[1:])) for name, times in seconds.items()}
+    for name, model in models.items():
+        with LiveBytes() as live:
+            live.standing([*model.parameters(), *model.buffers()])
+            model(iter(episodes), 0.25)[0].backward()
+        model.zero_grad(set_to_none=True)
+        ratio = float(np.median(np.array(seconds[name][1:]) / np.array(seconds["MAML"][1:])))
+        print(f"| {name} | {medians[name]:.3f} | {ratio:.2f} | {live.peak / 2**20:.1f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "table", "cost"])
+    parser.add_argument("--dir", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--at-once", type=int, default=1)
+    parser.add_argument("--only", help="variants whose name contains this")
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    if args.what == "cost":
+        cost(args.repeats)
+        return
+    if args.what == "run":
+        names = [name for name in VARIANTS if not args.only or args.only in name]
+        jobs = [(name, seed) for seed in SEEDS for name in names]
+        with ThreadPoolExecutor(args.at_once) as pool:
+            list(pool.map(lambda job: train(args.dir, *job), jobs))
+    table(args.dir)
+
+
+if __name__ == "__main__":
+    main()
