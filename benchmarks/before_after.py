@@ -4,9 +4,9 @@
     python benchmarks/before_after.py d81044a --pairs 3 --only vit_tiny
 
 Each process builds the network, computes one meta-gradient to warm up, and reports the fastest of the next ones (CPU
-seconds), and the bytes of live tensors at the peak of a further one (counted as they come and go, so that a percent is a
-percent). The ratio is taken pair by pair, its median told. 5-way 5-shot, 15 queries a class, CML with a co-learner, one thread, freed
-memory kept as in training.
+seconds), and the bytes of live tensors at the peak of a further one (counted as they come and go, so that a percent is
+a percent). The ratio is taken pair by pair, its median told. 5-way 5-shot, 15 queries a class, CML with a co-learner,
+one thread, freed memory kept as in training.
 """
 
 from __future__ import annotations

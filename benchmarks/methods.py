@@ -4,9 +4,10 @@
     python benchmarks/methods.py table --dir runs/methods
     python benchmarks/methods.py cost                        # seconds and bytes of a meta-step, in one process
 
-5-way 1-shot, Conv-4 with 32 filters, 5 queries a class in training and test, 4 episodes a meta-step, each method with its own published
-defaults (K <= 2). All variants are tested on the same 500 episodes, so that a difference is paired: its mean with the
-95 % interval over episodes, of each seed. A run that was stopped goes on; one that is finished is not run again.
+5-way 1-shot, Conv-4 with 32 filters, 5 queries a class in training and test, 4 episodes a meta-step, each method with
+its own published defaults (K <= 2). All variants are tested on the same 500 episodes, so that a difference is paired:
+its mean with the 95 % interval over episodes, of each seed. A run that was stopped goes on; one that is finished is not
+run again.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import numpy as np
 
 SEEDS = (0, 1)
 SETTINGS = (
-    "model.filters=32 domain.queries=5 train.steps=300 train.episodes_per_step=4 eval.every=100 eval.val_episodes=100 eval.episodes=500 "
-    "eval.untrained=false checkpoint.every=100 run.log_every=50 parallel.threads=1 run.device=cpu"
+    "model.filters=32 domain.queries=5 train.steps=300 train.episodes_per_step=4 eval.every=100 eval.val_episodes=100 "
+    "eval.episodes=500 eval.untrained=false checkpoint.every=100 run.log_every=50 parallel.threads=1 run.device=cpu"
 ).split()
 CO = ("method.colearner=true",)
 BASES = {

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from cml_dist.telemetry.console import Console
 
 DESCRIPTION = "Distributed meta-training with Cooperative Meta-Learning (CML): exact meta-gradients on many devices."
-CONFIG_HELP = "a YAML file, or the short name of a shipped recipe (glyphs, omniglot, cifar_fs, mini_imagenet, sinusoid)"
+CONFIG_HELP = (
+    "a YAML file, or the short name of a shipped recipe (glyphs, omniglot, cifar_fs, mini_imagenet, sinusoid, "
+    "protonet, r2d2)"
+)
 INTERRUPTED = {
     "eval": "Interrupted; nothing was left half",
     "pack": "Interrupted; nothing was left half",

@@ -138,11 +138,12 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
     method = config.method
     batch = config.train.episodes_per_step
     each = sorted(set(plan.episodes_by_rank), reverse=True)
-    steps = f"{_count(plan.inner_steps, 'inner step')} of {method.inner_lr:g}"
-    if method.inner_optim != "sgd":
-        steps += f" by {method.inner_optim}"
+    steps = _count(plan.inner_steps, "inner step")
     if method.name == "meta_sgd":
-        steps = f"{_count(plan.inner_steps, 'inner step')}, step sizes of each element learned from {method.inner_lr:g}"
+        steps += f", step sizes of each element learned from {method.inner_lr:g}"
+    else:
+        steps += f" of {method.inner_lr:g}" if plan.inner_steps else ""
+        steps += f" by {method.inner_optim}" if plan.inner_steps and method.inner_optim != "sgd" else ""
     if method.adapts is not None:
         steps += f" on {', '.join(method.adapts)}"
     colearner = ""

@@ -298,7 +298,7 @@ class OptimConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), description="adam and adamw only")
     eps: float = Field(1e-8, gt=0, description="adam and adamw only")
     weight_decay: float = Field(
-        0.0, ge=0, le=10, description="on weights of 2 and more dimensions; never on biases, norms and other vectors"
+        0.0, ge=0, le=10, description="on weights of 2 and more dimensions; never on biases, norms and other vectors, nor on what a method learns (step sizes)"
     )
     schedule: Literal["constant", "cosine", "linear", "step"] = Field(
         "constant", description="of the outer step size over train.steps, after warm-up"

@@ -25,7 +25,7 @@ from cml_dist.domains.publish import fsync
 from cml_dist.errors import CheckpointError
 from cml_dist.parallel.world import World
 from cml_dist.run.safetensors_stream import StreamReader, StreamWriter, tensor_bytes
-from cml_dist.types import Layout, Params
+from cml_dist.types import RULE, Layout, Params
 
 FORMAT = 2
 """Format 1, still read, differs in its SHA-256 alone: there it ran over the tensors' bytes, and not their digests."""
@@ -261,6 +261,13 @@ def check_fits(checkpoint: Checkpoint, expected: Layout) -> None:
         if not name.startswith("param/"):
             continue
         have, want = (layout[name][1] if name in layout else None for layout in (checkpoint.layout, expected))
+        if have != want and name.startswith(f"param/{RULE}."):
+            raise CheckpointError(
+                f"{checkpoint.path} holds what another method learned: {name.removeprefix('param/')} has shape "
+                f"{'none' if have is None else have} in the file, {'none' if want is None else want} in the "
+                "configuration",
+                "set method.name, method.inner_steps and method.adapts as they were when it was trained",
+            )
         if have != want:
             raise CheckpointError(
                 f"{checkpoint.path} is of another network: {name.removeprefix('param/')} has shape "

@@ -8,13 +8,20 @@ import torch
 
 from cml_dist.config.schema import OptimConfig
 from cml_dist.meta.model import MetaModel
+from cml_dist.meta.rule import part_of
+from cml_dist.types import RULE
 
 
 def build_optimizer(config: OptimConfig, model: MetaModel) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW on all meta-parameters; weight decay on weights of two and more dimensions only."""
+    """SGD, Adam or AdamW on all meta-parameters.
+
+    Weight decay is for the network's weights of two and more dimensions; never for what a rule learns.
+    """
+    decays = [p.ndim >= 2 and part_of(n) != RULE for n, p in zip(model.names, model.values, strict=True)]
+    pairs = list(zip(model.values, decays, strict=True))
     groups = [
-        {"params": [p for p in model.values if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in model.values if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p, decayed in pairs if decayed], "weight_decay": config.weight_decay},
+        {"params": [p for p, decayed in pairs if not decayed], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if config.name == "sgd":

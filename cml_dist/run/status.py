@@ -27,6 +27,7 @@ class RunStatus:
         time, started: of this word and of this start (ISO 8601, with the zone).
         host, pid: of rank 0.
         world: processes.
+        method: what runs, as tables name it.
         job: the SLURM job, if there is one.
         restart: how often the job was requeued, and the launcher started the processes again since.
         starts: how often this run was started, this time included.
@@ -43,6 +44,7 @@ class RunStatus:
     host: str
     pid: int
     world: int
+    method: str = ""
     job: str | None = None
     restart: int = 0
     starts: int = 1

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from cml_dist import __version__
-from cml_dist.config.methods import learner_title, noise_warning
+from cml_dist.config.methods import learner_title, method_title, noise_warning
 from cml_dist.config.plan import RunPlan, make_plan, plan_rows, share
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, CmlError, TrainingError
@@ -206,6 +206,7 @@ class _Run:
             time=now(),
             started=self.started,
             world=self.world.size,
+            method=method_title(self.config),
             host=start.host,
             pid=start.pid,
             job=start.job,

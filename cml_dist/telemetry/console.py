@@ -668,7 +668,7 @@ def _facts(summary: TrainingSummary) -> tuple[str, str, str]:
     if latest is None:
         return rate, "", ""
     gradient = f"gradient norm {text.number(latest.grad_norm, 3)}"
-    if latest.gradient_cosine is not None:
-        gradient += f", cosine {latest.gradient_cosine:+.2f}"
+    if (cosine := summary.mean("gradient_cosine")) is not None:  # measured at some steps alone
+        gradient += f", cosine {cosine:+.2f}"
     memory = "" if latest.peak_memory_gib is None else f"memory {text.number(latest.peak_memory_gib, 3)} GiB"
     return rate, gradient, memory

@@ -42,6 +42,7 @@ class RunView:
         state: ``running``, ``stopped`` (and saved), ``finished``, ``failed``, ``dead`` (its status says running, but
             nothing moves any more) or ``unknown``.
         reason: of the state, in words; may be empty.
+        method: what runs, as tables name it; empty in folders of earlier versions.
         step, steps: meta-steps done, and of the whole run.
         steps_per_s, episodes_per_s: over the last meta-steps, without validations.
         left_s: seconds to the last meta-step: at the pace of this start, validations included, where it runs; else at
@@ -62,6 +63,7 @@ class RunView:
     run_dir: str
     state: str
     reason: str = ""
+    method: str = ""
     step: int | None = None
     steps: int | None = None
     steps_per_s: float | None = None
@@ -110,6 +112,7 @@ def state_of(run_dir: str | Path) -> RunView:
         str(run_dir),
         state,
         " ".join(reason.split()),  # a library's error may have many lines
+        method=status.method,
         step=status.step,
         steps=status.steps,
         started=status.started,
@@ -179,6 +182,7 @@ def rows_of(view: RunView) -> dict[str, str]:
     score = view.score_name
     rows: dict[str, str | None] = {
         "state": view.state + (f" ({view.reason})" if view.reason else ""),
+        "method": view.method,
         "step": _progress(view),
         "rate": view.steps_per_s
         and f"{text.number(view.steps_per_s, 3)} meta-steps/s, {text.number(view.episodes_per_s, 3)} episodes/s",
@@ -199,7 +203,7 @@ def rows_of(view: RunView) -> dict[str, str]:
     return {name: value for name, value in rows.items() if value}
 
 
-COLUMNS = ("run", "state", "step", "of", "loss", "score", "best", "ep/s", "left", "starts", "saved")
+COLUMNS = ("run", "method", "state", "step", "of", "loss", "score", "best", "ep/s", "left", "starts", "saved")
 """Of the table of several runs; ``saved``: step of the newest checkpoint."""
 
 
@@ -208,6 +212,7 @@ def columns_of(view: RunView, name: str) -> tuple[object, ...]:
     score = view.score_name
     return (
         name,
+        view.method or text.MISSING,
         view.state,
         view.step,
         view.steps,
@@ -274,10 +279,11 @@ def _processes(view: RunView) -> str:
 
 def _tested(test: dict[str, Any]) -> str | None:
     """The result of the final test, both learners."""
-    score = test.get("score", "accuracy")
+    score, title = test.get("score", "accuracy"), test.get("method")
+    names = ("meta-learner", "co-learner") if title is None else (title, f"{title}-dagger")
     found = [
         f"{name} {text.score(score, test[key].get('mean'), 2)} {text.interval(score, test[key].get('ci95'), 2)}"
-        for key, name in (("meta", "meta-learner"), ("co", "co-learner"))
+        for key, name in zip(("meta", "co"), names, strict=True)
         if isinstance(test.get(key), dict)
     ]
     return f"{test.get('split')} split, step {test.get('step')}: {', '.join(found)}" if found else None
