@@ -67,7 +67,8 @@ def meta_gradient(
         episode: prepared by its domain, on the device of ``params``.
         problem: the network's loss; its ``micro_batch`` bounds what passes through the network at once.
         engine: how it is computed.
-        diagnose: also report the cosine in psi between the co-learner's and the meta-learner's meta-gradients.
+        diagnose: also report the cosine in psi between the co-learner's and the meta-learner's meta-gradients (of the
+            rule's first term).
         meta_step: the number of the meta-step, for methods with a schedule.
 
     Cost: with K inner steps, ``graph`` K forward, backward and double backward passes over the support set and memory
@@ -253,22 +254,27 @@ def points_held(steps: int, trajectory: str) -> int:
 
 
 class _Queries:
-    """The query losses of a term along the inner loop: their weighted sum, and what the last one tells."""
+    """The query losses of a term along the inner loop: their weighted sum, and what the last of them tells."""
 
     def __init__(self, loop: InnerLoop, term: Term, weights: Mapping[Learner, float]) -> None:
         self._loop, self._term, self._weights = loop, term, weights
-        self.told: dict[str, Tensor] = {}
+        self._tells = max((k for k, weight in enumerate(term.weights) if weight), default=0)
+        self.told = {"loss": next(iter(loop.meta.values())).new_zeros(())}
 
     def after(self, k: int, fast: Params, into: Cotangent, penalty: bool) -> None:
         """Add the gradient of the query loss after step ``k`` (-1: before any), where it counts, and of the penalty."""
-        weight, is_last = self._term.weights[max(k, 0)], k == self._loop.steps - 1
+        weight, row = self._term.weights[max(k, 0)], max(k, 0)
         if weight:
             weights = {learner: weight * w for learner, w in self._weights.items()}
-            terms = self._loop.query(fast, max(k, 0), weights, into)
-            loss = terms["loss"] if not self.told else self.told["loss"] + terms["loss"]
-            self.told = {**(terms if is_last or not self.told else self.told), "loss": loss}
-        if is_last and penalty and (value := self._loop.add_penalty(fast, into)) is not None:
-            self.told["loss"] = self.told["loss"] + value
+            terms = self._loop.query(fast, row, weights, into)
+            self._add(terms["loss"])
+            if row == self._tells:
+                self.told = {**terms, **self.told}
+        if k == self._loop.steps - 1 and penalty and (value := self._loop.add_penalty(fast, into)) is not None:
+            self._add(value)
+
+    def _add(self, loss: Tensor) -> None:
+        self.told["loss"] = self.told["loss"] + loss
 
 
 def _steps(loop: InnerLoop) -> range:

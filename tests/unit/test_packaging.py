@@ -102,7 +102,7 @@ def test_a_wheel_carries_the_recipes_the_launch_files_and_every_module(tmp_path)
     )
     assert found.stdout.split() == [
         str(tmp_path / "site/cml_dist/config/recipes.py"),
-        *("cifar_fs", "glyphs", "mini_imagenet", "omniglot", "sinusoid"),
+        *("cifar_fs", "glyphs", "mini_imagenet", "omniglot", "protonet", "r2d2", "sinusoid"),
         str(tmp_path / "site/cml_dist/recipes/glyphs.yaml"),
     ], found.stderr
 
