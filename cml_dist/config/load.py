@@ -63,12 +63,15 @@ def layered(recipe: Mapping[str, Any], overrides: Sequence[str]) -> Layers:
                 gave_way[f"method.{key}"] = section.pop(key)
         defaults = METHODS[now].settings if now in METHODS else {}
         has_colearner = section.get("colearner", defaults.get("colearner", False)) is not False
-        if not has_colearner and section.get("gamma") and "method.gamma" not in chosen:
+        switched = chosen & {"method.name", "method.colearner"} and "method.gamma" not in chosen
+        if not has_colearner and section.get("gamma") and switched:
             gave_way["method.gamma"] = section.pop("gamma")
         sources = {f"method.{key}": f"method {now}" for key in defaults if section.get(key) is None}
     else:
         sources = {}
-    for key in flatten(data):
+    for key, value in flatten(data).items():
+        if value is None and key in sources:
+            continue  # asked for what the method says
         if key in chosen or any(key.startswith(f"{section_key}.") for section_key in chosen):
             sources[key] = "command line"
         elif key in given:

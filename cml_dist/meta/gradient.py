@@ -84,30 +84,30 @@ def meta_gradient(
     grads, terms = _objective(loop, {"meta": 1.0, "co": method.gamma}, engine, meta_step)
     # A body that is all frozen has no gradient.
     if diagnose and len(problem.learners) == 2 and any(part_of(n) == BODY for n in grads):
-        co, _ = _objective(loop, {"meta": 0.0, "co": 1.0}, engine, meta_step, last=True)
+        co, _ = _objective(loop, {"meta": 0.0, "co": 1.0}, engine, meta_step, first_alone=True)
         terms["gradient_cosine"] = _cosine_in_body(grads, co, method.gamma)
     return MetaGradient({n: grads[n] if n in grads else torch.zeros_like(p) for n, p in params.items()}, terms)
 
 
 def _objective(
-    loop: InnerLoop, weights: Mapping[Learner, float], engine: Engine, meta_step: int, *, last: bool = False
+    loop: InnerLoop, weights: Mapping[Learner, float], engine: Engine, meta_step: int, *, first_alone: bool = False
 ) -> tuple[Params, dict[str, Tensor]]:
     """Gradient of all terms of the outer loss by meta-parameter, and what they are.
 
     Args:
         weights: of each learner's query loss.
-        last: of the first term alone, as of MAML (for the diagnosis).
+        first_alone: of the rule's first term alone, without its penalty (for the diagnosis).
     """
     total: Params = {}
     told: dict[str, Tensor] = {}
-    for number, term in enumerate(loop.rule.terms(meta_step, loop.steps)[: 1 if last else None]):
+    for number, term in enumerate(loop.rule.terms(meta_step, loop.steps)[: 1 if first_alone else None]):
         back = Cotangent()
         if term.horizon is not None:
             terms = one_step(loop, term, weights, back)
         elif engine.name == "graph" and loop.order == 2:
-            terms = graph(loop, term, weights, back, penalty=number == 0 and not last)
+            terms = graph(loop, term, weights, back, penalty=number == 0 and not first_alone)
         else:
-            terms = adjoint(loop, term, weights, back, engine, penalty=number == 0 and not last)
+            terms = adjoint(loop, term, weights, back, engine, penalty=number == 0 and not first_alone)
         accumulate(total, {n: g for n, g in back.meta.items() if fnmatchcase(n, term.trains)}, owned=True)
         told = {**terms, **told, "loss": terms["loss"] + told["loss"] if told else terms["loss"]}
     return total, told

@@ -91,7 +91,8 @@ class InnerLoop:
             weights = {"meta": 1.0, "co": method.gamma} if method.both_adapt else {"meta": 1.0}
         self.weights = weights
         self.starts_head = problem.starts_head and "meta" in weights
-        fast, const = self._start(self.meta, self._features())
+        self._features = self._support_features()
+        fast, const = self._start(self.meta, self._features)
         self.fast, self.const = detached(fast), detached(const)
         self.steps = method.inner_steps if self.fast else 0
         # Of SGD with constant rates the transpose of a step is known, and needs no forward value.
@@ -109,7 +110,7 @@ class InnerLoop:
         fast, const = self.rule.start({**meta, **head}, self.episode)
         return fast, {**{n: value for n, value in head.items() if n not in fast}, **const}
 
-    def _features(self) -> Tensor | None:
+    def _support_features(self) -> Tensor | None:
         """What the head is started from: ``[N, D]`` of the support set at the meta-parameters, as values."""
         if not (self.starts_head and self.problem.head_reads_support):
             return None
@@ -117,9 +118,9 @@ class InnerLoop:
 
     def pull_back_start(self, back: Cotangent) -> None:
         """Turn a gradient at the start into one with respect to the meta-parameters alone, in ``back.meta``."""
-        leaves, features = detached(self.meta, requires_grad=True), self._features()
-        made = [] if features is None else [features.requires_grad_()]
-        fast, const = self._start(leaves, features)
+        leaves = detached(self.meta, requires_grad=True)
+        made = [] if self._features is None else [self._features.detach().requires_grad_()]
+        fast, const = self._start(leaves, *(made or [None]))
         values, vectors = [], []
         for started, grads in ((fast, back.fast), (const, back.const)):
             for name in list(grads):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -140,13 +140,9 @@ class Problem:
         prototypes = None
         if learner == "co" and self.uses_prototypes:
             prototypes = class_means(self.values(params, support, "co", context), support.targets, episode.ways)
-        with self._norms_of(params, episode, learner) if norm == "support" else self._as_it_is():
+        with self._norms_of(params, episode, learner) if norm == "support" else nullcontext():
             outputs = self.values(params, query, learner, context)
         return outputs if prototypes is None else self.against_prototypes(outputs, prototypes)
-
-    @contextmanager
-    def _as_it_is(self) -> Iterator[None]:
-        yield
 
     @contextmanager
     def _norms_of(self, params: Params, episode: Episode, learner: Learner) -> Iterator[None]:

@@ -12,8 +12,8 @@ from cml_dist.errors import ConfigError
 from cml_dist.meta.gradient import Engine, adjoint
 from cml_dist.meta.inner import Cotangent, InnerLoop, Point
 from cml_dist.meta.problem import Problem, detached
-from cml_dist.meta.rule import Method
-from cml_dist.types import RULE, Batch, Episode, Params
+from cml_dist.meta.rule import Method, part_of
+from cml_dist.types import BODY, COLEARNER, HEAD, RULE, Batch, Episode, Params
 
 STEPS = 2
 """Inner steps that are tried: the second starts from what the rule itself has made."""
@@ -52,23 +52,32 @@ def check_rule(problem: Problem, method: Method, params: Params, episode: Episod
         at = Point(loop.meta, fast, loop.const).leaves()
         grad = loop.gradient(at, k, differentiable=method.order == 2)
         after = method.rule.update(dict(at.meta), dict(at.fast), dict(at.const), grad, k)
-        _check_update(kind, fast, after)
+        _check_update(kind, fast, after, method.order)
         fast = detached(after)
-    learned = [n for n in params if n.startswith(f"{RULE}.")]
-    reached: set[str] = set()
-    for term in method.rule.terms(0, loop.steps) if learned else ():
-        back = Cotangent()
-        adjoint(loop, replace(term, horizon=None), {"meta": 1.0, "co": method.gamma}, back, Engine("adjoint"))
-        reached |= back.meta.keys()
-    for name in learned:
-        if name not in reached:
+    idle = {n for n in params if n.startswith(f"{RULE}.")}
+    for steps in (loop.steps, method.inner_steps):  # what a later step alone uses is found by all of them
+        if idle:
+            idle -= _learned(InnerLoop(params, episode, problem, replace(method, inner_steps=steps)), method)
+    for name in params:
+        if name in idle:
             raise ConfigError(
                 f"{kind} declares {name}, which the outer loss does not depend on: it would never be learned",
                 "use it in start, view or update, set method.inner_steps above 0, or leave it out of init",
             )
 
 
-def _check_update(kind: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+def _learned(loop: InnerLoop, method: Method) -> set[str]:
+    """The meta-parameters that the outer loss depends on."""
+    reached: set[str] = set()
+    for term in method.rule.terms(0, loop.steps):
+        back = Cotangent()
+        way = Engine("adjoint", "sqrt")
+        adjoint(loop, replace(term, horizon=None), {"meta": 1.0, "co": method.gamma}, back, way)
+        reached |= back.meta.keys()
+    return reached
+
+
+def _check_update(kind: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor], order: int) -> None:
     strange = sorted(set(before) ^ set(after))
     if strange:
         what = "leaves out" if strange[0] in before else "adds"
@@ -81,7 +90,9 @@ def _check_update(kind: str, before: Mapping[str, Tensor], after: Mapping[str, T
                 f"{kind}.update gives {name} as {tuple(now.shape)} {now.dtype}, where fast has {was}",
                 "return each name of fast with the shape and type that it came with",
             )
-        if not now.requires_grad:
+        # At first order gradients are constants, and a rule's own state may be one of them.
+        may_be_constant = order == 1 and part_of(name) not in (BODY, HEAD, COLEARNER)
+        if not now.requires_grad and not may_be_constant:
             raise ConfigError(
                 f"{kind}.update gives {name} without a graph, so that no meta-gradient can pass through the step",
                 "make it from fast, meta and grad(...) by torch operations, without detach, .data or no_grad",

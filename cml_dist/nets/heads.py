@@ -20,6 +20,9 @@ from cml_dist.types import Params
 class SharedHead(nn.Module):
     """All classes start from one learned vector, so that no order of the labels is preferred.
 
+    Under cross-entropy the vector's own gradient is exactly 0 (what all classes share changes no softmax): it stays as
+    it was initialised, but for an outer Adam's steps along rounding noise, which change no output either.
+
     Args:
         dim: features D that the head reads.
 

@@ -8,6 +8,7 @@ Starting processes costs most, so one launch runs all cases of its world size; b
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import os
@@ -151,6 +152,7 @@ def join(config: RunConfig) -> World:
 
 def prepare(world: World, case: Case) -> tuple[RunConfig, RandomImages, DataParallel | Zero]:
     world.accelerator.free_memory()  # the engine of the case before
+    gc.freeze()  # or each further collection, of which DeepSpeed asks for many, goes through all modules again
     config = config_of(case.strategy, case.dtype, case.optimizer)
     model_config, shape = (NETS if case.dtype == "float64" else FLOAT32_NETS)[case.net]
     domain = RandomImages(shape)

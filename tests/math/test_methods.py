@@ -173,7 +173,7 @@ def make(setting: Setting) -> tuple[Problem, Params, Params, Episode]:
     if setting.co == "prototypes":
         net = CmlNet(net.body, net.head, nn.Linear(6, 4).double(), prototypes=True)
     if setting.co == "untrained":
-        freeze(net, [n for n, _ in net.named_parameters()], colearner=True)
+        freeze(net, [n for n, _ in net.named_parameters() if not n.startswith("colearner.")], colearner=True)
     net.add_rule(CASES[setting.case].rule.init(net.adaptable()))
     params = {n: p.detach().clone() for n, p in net.named_parameters()}
     for name in params:

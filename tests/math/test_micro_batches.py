@@ -53,6 +53,16 @@ def test_a_micro_batch_bounds_what_passes_through_the_network():
     assert sizes == [4, 2, 4, 4, 1, 4, 2]
 
 
+def test_an_episode_tells_of_each_pass_through_the_network():
+    """Between inner steps and micro-batches: whoever waits for a long episode sees that it gets on."""
+    problem, params = make_problem(make_net("vector"))
+    told = []
+    problem.on_pass = lambda: told.append(1)
+    problem.micro_batch = 4
+    meta_gradient(params, make_episode("vector"), problem, Method.sgd(3, 0.4, 0.3, gamma=0.7), "adjoint")
+    assert len(told) == 3 * 2 + 3 + 3 * 2  # steps of 2 pieces, a query of 3, pull-backs of 2
+
+
 @pytest.mark.parametrize("family", ["vector", "map", "attention"])
 @pytest.mark.parametrize("engine", ["graph", "adjoint"])
 @pytest.mark.parametrize("steps", [1, 3])

@@ -11,8 +11,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
-from cml_dist.meta.rule import Method
+from cml_dist.meta.rule import InnerRule, Method
+from cml_dist.methods.inner_optim import Adam
+from cml_dist.methods.meta_sgd import MetaSgd
 from cml_dist.nets.mlp import MLP
 from cml_dist.nets.network import CmlNet
 from cml_dist.planning import footprint as module
@@ -107,11 +110,34 @@ def test_equals_the_live_bytes_of_a_real_meta_step(engine, order, micro_batch):
         live.standing([*model.parameters(), *model.buffers()])
         made = (module._map_batch(batch, torch.clone) for _ in range(3) for batch in (given.support, given.query))
         some = (replace(given, support=next(made), query=next(made)) for _ in range(3))
-        total, _ = model(some, 1 / 3, frozenset({given.index}))
+        total, _ = model(some, 1 / 3, True)
         total.backward()
     found = meta_step_footprint(net, loss, loss, method, engine, given, episodes=3, micro_batch=micro_batch)
     # A map is 5 KiB. What may differ: outputs of micro-batches that were left out, numbers that operators wrap.
     assert live.peak - 70 * 2 * 4 - 512 <= found.peak <= live.peak
+
+
+@pytest.mark.parametrize(("rule", "copies"), [(InnerRule, 1), (MetaSgd, 1), (Adam, 3)])
+@pytest.mark.parametrize(
+    ("engine", "trajectory", "order", "micro_batch"),
+    [("graph", "all", 2, None), ("adjoint", "all", 2, 13), ("adjoint", "sqrt", 2, None), ("adjoint", "sqrt", 1, None)],
+)
+def test_holds_for_any_rule_and_any_kept_points(rule, copies, engine, trajectory, order, micro_batch):
+    """Against real live bytes, at K = 9, where sqrt holds 5 points; Adam's have its moments with them."""
+    torch.manual_seed(0)
+    method, given, net = Method(9, rule(0.1, 0.1), 1.0, order), episode(), network()
+    net.add_rule(method.rule.init(net.adaptable()))
+    model = MetaModel(net, loss, loss, method, Engine(engine, trajectory), micro_batch=micro_batch)
+    with LiveBytes() as live:
+        live.standing([*model.parameters(), *model.buffers(), given.support.inputs, given.query.inputs])
+        model([given], 1.0, True)[0].backward()
+    options = {"micro_batch": micro_batch, "trajectory": trajectory}
+    found = meta_step_footprint(net, loss, loss, method, engine, given, **options)
+    a_copy = sum(p.numel() * 4 for name, p in net.named_parameters() if name.startswith(("body", "head")))
+    assert found.peak - found.episode == pytest.approx(live.peak, rel=0.02, abs=1024)  # the episode was there before
+    held = 5 if trajectory == "sqrt" else 9
+    if order == 2 or rule is not InnerRule:  # of SGD at first order no step is kept
+        assert found.adapted == copies * a_copy * held
 
 
 @pytest.mark.parametrize("engine", ["graph", "adjoint"])
