@@ -67,7 +67,8 @@ def make_plan(config: RunConfig, processes: int) -> RunPlan:
     engine, micro_batch = config.engine.name, config.engine.micro_batch
     if engine == "auto":
         # The memory budget decides; until it has, the fastest that could be (see planning/choose.py).
-        engine = "adjoint" if isinstance(micro_batch, int) else "graph"
+        asked = isinstance(micro_batch, int), config.engine.trajectory == "sqrt", config.engine.copies == "cpu"
+        engine = "adjoint" if any(asked) else "graph"
     steps, every = config.train.steps, config.eval.every
     batch = config.train.episodes_per_step
     test_steps = config.eval.inner_steps

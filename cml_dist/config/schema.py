@@ -521,4 +521,8 @@ class RunConfig(Section):
             raise ValueError(
                 "engine.micro_batch is set, but engine.name graph keeps the whole loop in memory: set engine.name=adjoint"
             )
+        if self.engine.name == "graph" and self.engine.trajectory == "sqrt":
+            raise ValueError(
+                "engine.trajectory is sqrt, but engine.name graph keeps the whole loop in memory: set engine.name=adjoint"
+            )
         return self

@@ -217,7 +217,7 @@ def fit_memory(
         unrolled = Means(plan.engine, plan.micro_batch, plan.copies)
         asks = config.engine.name == "auto" and plan.engine == "graph" and plan.inner_steps > 1 and training
         if asks and planner.footprint(unrolled).peak > GRAPH_ON_CPU:
-            return replace(plan, engine="adjoint")
+            return planner.candidates()[1].of(plan)
         return plan
     strategy = Strategy(plan.strategy, plan.offload)
     means, need = planner.choose(strategy, plan.processes, budget)
