@@ -23,10 +23,10 @@ USABLE = 0.9
 """The part of a GPU's memory that a run may take: context, workspaces and the allocator's slack need the rest."""
 
 
-GRAPH_ON_CPU = 2**30
-"""Bytes of a meta-step up to which ``graph`` is the faster engine on a CPU: beyond, memory costs more than passes.
+GRAPH_ON_CPU = 3 * 2**30
+"""Bytes of a meta-step up to which ``graph`` is taken on a CPU without a budget: there it was the faster engine.
 
-Measured in benchmarks/2026-11-28-methods.md.
+Beyond, memory costs more than passes. Measured in benchmarks/2026-11-28-methods.md: faster up to 2.4 GiB, slower at 7.
 """
 
 
