@@ -12,6 +12,7 @@ from torch import Tensor
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import DomainConfig, RunConfig
 from cml_dist.errors import ConfigError
+from cml_dist.meta.gradient import points_held
 from cml_dist.meta.rule import Method
 from cml_dist.nets.guard import couples_examples
 from cml_dist.nets.network import CmlNet
@@ -172,6 +173,9 @@ class MemoryPlanner:
         return sizes
 
     def _footprint(self, means: Means) -> Footprint:
+        if means.trajectory == "sqrt":  # the same simulation, with fewer points that are kept
+            every, steps = self.footprint(replace(means, trajectory="all")), self.method.inner_steps
+            return replace(every, adapted=every.adapted * points_held(steps, "sqrt") // max(steps, 1))
         return meta_step_footprint(
             self.net,
             self.task.loss,
@@ -183,7 +187,6 @@ class MemoryPlanner:
             micro_batch=means.micro_batch,
             autocast=autocast_type(self.config),
             offload_path=means.copies == "cpu" and self.on_gpu,
-            trajectory=means.trajectory,
             scratch=not self.on_gpu,
         )
 

@@ -152,7 +152,8 @@ def test_a_lone_process_that_hangs_is_started_again_by_its_launcher(tmp_path):
 
 
 def test_an_episode_may_take_longer_than_a_rank_may_stand_still(tmp_path):
-    folder, overrides = tmp_path / "run", ("method.inner_steps=6", "parallel.timeout_s=5", "eval.final=false")
+    folder = tmp_path / "run"
+    overrides = ("method.inner_steps=6", "engine.name=adjoint", "parallel.timeout_s=5", "eval.final=false")
     code, out = run(2, FAULTY, *command(folder, *overrides), FAULT="slow")
     assert code == 0, out
     assert read_metrics(folder / "metrics.jsonl")[4]["seconds"] > 10, "it was slow"
