@@ -23,6 +23,8 @@ from cml_dist.types import Batch, Episode
 SHAPE, WAYS = (3, 64, 64), 4
 CPU, SINGLE = torch.device("cpu"), Strategy("single")
 
+pytestmark = pytest.mark.timeout(900)  # simulations: seconds each on a quiet machine, and a busy one must pass too
+
 
 def settings(backbone="test_vit", steps=1, engine="adjoint", micro_batch="auto", **sections):
     data = {
