@@ -127,7 +127,7 @@ def dagger_refusal(config: RunConfig) -> str | None:
     """Why CML-dagger (eq. 9) is not defined for a configuration; None: it is."""
     if config.method.colearner is False:
         return f"method.name {config.method.name} has no co-learner"
-    if config.method.colearner == "untrained":
+    if not has_trained_colearner(config):
         return "the co-learner is not trained (method.colearner=untrained)"
     if config.eval.co_adapt == "released":
         return None
@@ -136,3 +136,8 @@ def dagger_refusal(config: RunConfig) -> str | None:
     if colearner_kind(config) == "prototype":
         return "eq. 9 adapts by the co-learner's loss on the support set, of which its prototypes are made"
     return None
+
+
+def has_trained_colearner(config: RunConfig) -> bool:
+    """Whether there is one to score; after the meta-learner's own adaptation (``released``) it always can be."""
+    return config.method.colearner in (True, "adapts")

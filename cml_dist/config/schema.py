@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from cml_dist.config.methods import METHODS, dagger_refusal
+from cml_dist.config.methods import METHODS, dagger_refusal, has_trained_colearner
 
 
 class Section(BaseModel):
@@ -162,7 +162,7 @@ class MethodConfig(Section):
     """What a meta-gradient is (paper, eq. 5-7). What is not set is as the method's name says (config/methods.py)."""
 
     name: Literal["cml", "maml", "fomaml", "anil", "boil", "meta_sgd"] = Field(
-        "cml", description="cml: maml with the co-learner; fomaml: first order; anil: the head alone adapts; boil: the body alone; meta_sgd: a learned step size for each element"
+        "cml", description="; ".join(f"{name}: {info.what}" for name, info in METHODS.items())
     )
     colearner: bool | Literal["untrained", "adapts"] | None = Field(
         None,
@@ -484,7 +484,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _learners_are_there(self) -> RunConfig:
         if self.eval.learner == "co" and (reason := dagger_refusal(self)) is not None:
-            remedy = "" if self.method.colearner is False else ", or eval.co_adapt=released"
+            remedy = ", or eval.co_adapt=released" if has_trained_colearner(self) else ""
             raise ValueError(f"eval.learner is co, but {reason}: set eval.learner=meta{remedy}")
         if self.model.colearner.kind == "prototype" and self.method.colearner == "adapts":
             raise ValueError(

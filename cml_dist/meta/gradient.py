@@ -167,7 +167,7 @@ def adjoint(
     first order the same sweep takes the inner gradients as constants.
     """
     queries = _Queries(loop, term, weights)
-    if loop.order == 1 and loop.is_sgd:  # each step is the identity: nothing to keep, and nothing to pull through
+    if loop.order == 1 and loop.rule.is_sgd:  # each step is the identity: nothing to keep, and nothing to pull through
         fast = loop.fast
         for k in _steps(loop):
             fast = loop.step(fast, k) if k >= 0 else fast

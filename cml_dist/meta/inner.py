@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cml_dist.meta.problem import Pass, Problem, class_means, detached
-from cml_dist.meta.rule import GradFn, InnerRule, Method, part_of
+from cml_dist.meta.rule import GradFn, Method, network_part, part_of
 from cml_dist.types import BODY, COLEARNER, HEAD, Batch, Episode, Learner, Params
 
 
@@ -95,8 +95,6 @@ class InnerLoop:
         fast, const = self._start(self.meta, self._features)
         self.fast, self.const = detached(fast), detached(const)
         self.steps = method.inner_steps if self.fast else 0
-        # Of SGD with constant rates the transpose of a step is known, and needs no forward value.
-        self.is_sgd = type(self.rule).update is InnerRule.update
 
     # ------------------------------------------------------------------ the start
 
@@ -165,7 +163,7 @@ class InnerLoop:
             (loss,) = self._support_losses(k)
             # Nodes of their own: the gradient is a partial one, also where a rule makes one of the point's tensors from
             # another (SGD never does).
-            nodes = point if self.is_sgd else {n: value.view_as(value) for n, value in point.items()}
+            nodes = point if self.rule.is_sgd else {n: value.view_as(value) for n, value in point.items()}
             return _gradients(loss(Point(at.meta, nodes, at.const)), nodes, create_graph=True)
 
         def streamed(point: Params) -> Params:
@@ -182,7 +180,7 @@ class InnerLoop:
         Cost: one Hessian-vector product (reverse over reverse), memory of one micro-batch's graph.
         """
         here = Point(self.meta, fast, self.const)
-        if self.is_sgd:
+        if self.rule.is_sgd:
             if self.order == 2:  # lambda - H alpha lambda; of first order the step is the identity
                 vector = {n: -rate * back.fast[n] for n, rate in self.rule.rates(fast).items()}
                 self.add_products(here, k, vector, back)
@@ -344,11 +342,6 @@ def adapt(meta: Params, episode: Episode, problem: Problem, method: Method, lear
 
 
 # --------------------------------------------------------------------------- small things
-
-
-def network_part(meta: Mapping[str, Tensor]) -> Params:
-    """The network's own among meta-parameters, without what a rule adds."""
-    return {n: value for n, value in meta.items() if part_of(n) in (BODY, HEAD, COLEARNER)}
 
 
 def accumulate(total: Params, grads: Mapping[str, Tensor | None], *, owned: bool = False) -> None:

@@ -63,14 +63,14 @@ class MetaModel(nn.Module):
         return {n: p.detach() for n, p in zip(self.names, self.values, strict=True)}
 
     def forward(
-        self, episodes: Iterable[Episode], weight: float, diagnose: bool = False, meta_step: int = 0
+        self, episodes: Iterable[Episode], weight: float, diagnose: frozenset[int] = frozenset(), meta_step: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the episodes' outer losses, whose backward delivers the weighted sum of meta-gradients.
 
         Args:
             episodes: this rank's, prepared, on this module's device; may be empty.
             weight: of each episode (for a mean over B episodes reduced by averaging over N ranks: N / B).
-            diagnose: whether the cosine of the learners' meta-gradients is wanted, of each episode.
+            diagnose: indices of the episodes of which the cosine of the learners' meta-gradients is wanted.
             meta_step: the number of the meta-step, for methods with a schedule.
 
         Returns:
@@ -84,7 +84,13 @@ class MetaModel(nn.Module):
         sums: dict[str, Tensor] = {}
         for episode in episodes:
             one = meta_gradient(
-                params, episode, problem, self.method, self.engine, diagnose=diagnose, meta_step=meta_step
+                params,
+                episode,
+                problem,
+                self.method,
+                self.engine,
+                diagnose=episode.index in diagnose,
+                meta_step=meta_step,
             )
             for total, name in zip(totals, self.names, strict=True):
                 total.add_(one.grads[name], alpha=weight)

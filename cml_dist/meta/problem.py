@@ -54,7 +54,7 @@ class Problem:
         self.autocast = autocast
         self.on_pass: Callable[[], None] = lambda: None
         self.learners: tuple[Learner, ...] = ("meta",) if net.colearner is None else ("meta", "co")
-        self.starts_head: bool = hasattr(net.head, "start")
+        self.starts_head: bool = net.starts_head
 
     # ------------------------------------------------------------------ passes through the network
 

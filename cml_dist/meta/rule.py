@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,6 +16,11 @@ GradFn = Callable[[Params], Params]
 def part_of(name: str) -> str:
     """The part a canonical parameter name belongs to: ``body``, ``head``, ``colearner`` or ``rule``."""
     return name.partition(".")[0]
+
+
+def network_part(params: Mapping[str, Tensor]) -> Params:
+    """The network's own among parameters, without what a rule adds."""
+    return {n: value for n, value in params.items() if part_of(n) in (BODY, HEAD, COLEARNER)}
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,11 @@ class InnerRule:
     adapts: frozenset[str] | None = None
     parts: tuple[str, ...] = (BODY, HEAD)
 
+    @property
+    def is_sgd(self) -> bool:
+        """Whether a step is SGD's, at constant rates: its transpose is known, and needs no forward value."""
+        return type(self).update is InnerRule.update
+
     def rates(self, names: Iterable[str]) -> dict[str, float]:
         """Step size by name, of the parameters that adapt."""
         by_part = {BODY: self.body_lr, HEAD: self.head_lr, COLEARNER: self.head_lr}
@@ -76,8 +86,7 @@ class InnerRule:
 
     def view(self, meta: Params, fast: Params, const: Params, k: int) -> Params:
         """What the network sees in step k; the query after step k is seen with the same k."""
-        seen = {**meta, **const, **fast}
-        return {n: value for n, value in seen.items() if part_of(n) in (BODY, HEAD, COLEARNER)}
+        return network_part({**meta, **const, **fast})
 
     def update(self, meta: Params, fast: Params, const: Params, grad: GradFn, k: int) -> Params:
         """fast_{k+1}, with the names, shapes and types of ``fast``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict
 from typing import Any
 
 from cml_dist.config.methods import METHODS, colearner_kind
@@ -92,8 +92,7 @@ RULES: Mapping[str, type[InnerRule]] = {cls.__name__: cls for cls in (InnerRule,
 
 def describe_rule(rule: InnerRule, names: list[str]) -> dict[str, Any]:
     """A rule as JSON, from which :func:`described_rule` makes it again; ``names`` are what adapts."""
-    members = {f.name: getattr(rule, f.name) for f in fields(rule)}
-    return {"kind": type(rule).__name__, **members, "adapts": names, "parts": list(rule.parts)}
+    return {"kind": type(rule).__name__, **asdict(rule), "adapts": names}
 
 
 def described_rule(described: Mapping[str, Any]) -> InnerRule:

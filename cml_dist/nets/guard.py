@@ -155,7 +155,7 @@ class _Probe:
         self.net = copy.deepcopy(net).to("meta")
         self.buffers = _double(net.named_buffers())
         self.params = _away_from_kinks(_double(net.named_parameters()))
-        first = "pooled" if hasattr(net.head, "start") else "meta"  # an episode starts the head: it is linear
+        first = "pooled" if net.starts_head else "meta"  # an episode starts the head: it is linear
         self.learners = (first,) if net.colearner is None else (first, "co")
         generator = torch.Generator().manual_seed(1)
         device = next(net.parameters()).device

@@ -17,14 +17,34 @@ from cml_dist.meta.problem import class_means
 from cml_dist.types import Params
 
 
-class SharedHead(nn.Module):
+class StartedHead(nn.Module):
+    """A linear layer whose weight and bias an episode starts; a kind of head says how.
+
+    Args:
+        dim: features D that the head reads.
+    """
+
+    reads_support = True
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        for name in ("weight", "bias"):
+            self.register_parameter(name, None)
+
+    def start(self, own: Params, features: Tensor | None, targets: Tensor, ways: int) -> Params:
+        """Weight ``[ways, D]`` and bias ``[ways]``, from own meta-parameters and the support set's features."""
+        raise NotImplementedError
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return F.linear(pooled, self.weight, self.bias)
+
+
+class SharedHead(StartedHead):
     """All classes start from one learned vector, so that no order of the labels is preferred.
 
     Under cross-entropy the vector's own gradient is exactly 0 (what all classes share changes no softmax): it stays as
     it was initialised, but for an outer Adam's steps along rounding noise, which change no output either.
-
-    Args:
-        dim: features D that the head reads.
 
     Source: UNICORN-MAML (Ye and Chao, 2106.16245), section 6.
     """
@@ -32,19 +52,15 @@ class SharedHead(nn.Module):
     reads_support = False
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
+        super().__init__(dim)
         made = nn.Linear(dim, 1)
         self.weight, self.bias = made.weight, made.bias
 
     def start(self, own: Params, features: Tensor | None, targets: Tensor, ways: int) -> Params:
         return {"weight": own["weight"].repeat(ways, 1), "bias": own["bias"].repeat(ways)}
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        return F.linear(pooled, self.weight, self.bias)
 
-
-class CentroidHead(nn.Module):
+class CentroidHead(StartedHead):
     """Classes start from the mean feature of their support examples; it learns nothing of its own.
 
     Its outputs are minus the squared distances to these means, but for what all classes share: with no inner steps it
@@ -53,23 +69,12 @@ class CentroidHead(nn.Module):
     Source: Proto-MAML (Triantafillou et al., 1903.03096), section 3.2; Snell et al., 1703.05175, eq. 8.
     """
 
-    reads_support = True
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-        for name in ("weight", "bias"):
-            self.register_parameter(name, None)
-
     def start(self, own: Params, features: Tensor | None, targets: Tensor, ways: int) -> Params:
         means = class_means(features, targets, ways)
         return {"weight": 2 * means, "bias": -means.square().sum(1)}
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        return F.linear(pooled, self.weight, self.bias)
 
-
-class RidgeHead(nn.Module):
+class RidgeHead(StartedHead):
     """Classes start from the ridge regression of their one-hot labels on the support features, in closed form.
 
     It learns the regulariser (its logarithm), and scale and offset of the outputs. With no inner steps it is R2-D2's.
@@ -77,13 +82,8 @@ class RidgeHead(nn.Module):
     Source: Bertinetto et al., 1805.08136, eq. 6 and 7 (Woodbury form: a system of as many equations as examples).
     """
 
-    reads_support = True
-
     def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-        for name in ("weight", "bias"):
-            self.register_parameter(name, None)
+        super().__init__(dim)
         self.log_lambda = nn.Parameter(torch.zeros(1))
         self.scale = nn.Parameter(torch.ones(1))
         self.offset = nn.Parameter(torch.zeros(1))
@@ -93,9 +93,6 @@ class RidgeHead(nn.Module):
         identity = torch.eye(len(features), dtype=features.dtype, device=features.device)
         solved = torch.linalg.solve(features @ features.T + own["log_lambda"].exp() * identity, labels)
         return {"weight": own["scale"] * (features.T @ solved).T, "bias": own["offset"].expand(ways).clone()}
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return F.linear(pooled, self.weight, self.bias)
 
 
 def build_head(kind: str, dim: int, output_dim: int) -> nn.Module:

@@ -45,6 +45,11 @@ class CmlNet(nn.Module):
                 outputs.append(self.colearner(features.tap))
         return tuple(outputs)
 
+    @property
+    def starts_head(self) -> bool:
+        """Whether each episode starts the head's weight and bias (see ``heads.py``)."""
+        return hasattr(self.head, "start")
+
     def add_rule(self, learned: Params) -> None:
         """Take over initial values of what a rule learns, under their own names, which begin with ``rule.``."""
         for name, value in learned.items():
@@ -62,7 +67,7 @@ class CmlNet(nn.Module):
         Of a head that an episode starts, the weight and bias that it then has, for one class: ``[1, D]`` and ``[1]``.
         """
         named = {n: p.detach() for n, p in self.named_parameters() if not n.startswith(f"{RULE}.")}
-        if hasattr(self.head, "start"):
+        if self.starts_head:
             some = next(self.parameters())
             named = {n: p for n, p in named.items() if not n.startswith(f"{HEAD}.")}
             named |= {f"{HEAD}.weight": some.new_zeros(1, self.head.dim), f"{HEAD}.bias": some.new_zeros(1)}

@@ -37,7 +37,11 @@ class DataParallel:
             self._wrapped = self.world.accelerator.prepare_model(self.model)
 
     def gradient(
-        self, episodes: Iterable[Episode], num_global: int, diagnose: bool = False, meta_step: int = 0
+        self,
+        episodes: Iterable[Episode],
+        num_global: int,
+        diagnose: frozenset[int] = frozenset(),
+        meta_step: int = 0,
     ) -> dict[str, Tensor]:
         """Put the mean meta-gradient of all ranks' episodes into ``.grad``; return this rank's sums of terms.
 

@@ -71,7 +71,11 @@ class Zero:
             raise AssertionError(f"DeepSpeed runs {type(self._torch)} instead of {type(optimizer)}")
 
     def gradient(
-        self, episodes: Iterable[Episode], num_global: int, diagnose: bool = False, meta_step: int = 0
+        self,
+        episodes: Iterable[Episode],
+        num_global: int,
+        diagnose: frozenset[int] = frozenset(),
+        meta_step: int = 0,
     ) -> dict[str, Tensor]:
         """Put this rank's part of the mean meta-gradient into DeepSpeed's partitions; see :class:`DataParallel`."""
         loss, sums = self._engine(episodes, self.world.size / num_global, diagnose, meta_step)

@@ -12,7 +12,6 @@ from torch import Tensor
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import DomainConfig, RunConfig
 from cml_dist.errors import ConfigError
-from cml_dist.meta.gradient import points_held
 from cml_dist.meta.rule import Method
 from cml_dist.nets.guard import couples_examples
 from cml_dist.nets.network import CmlNet
@@ -173,9 +172,8 @@ class MemoryPlanner:
         return sizes
 
     def _footprint(self, means: Means) -> Footprint:
-        if means.trajectory == "sqrt":  # the same simulation, with fewer points that are kept
-            every, steps = self.footprint(replace(means, trajectory="all")), self.method.inner_steps
-            return replace(every, adapted=every.adapted * points_held(steps, "sqrt") // max(steps, 1))
+        if means.trajectory == "sqrt":
+            return self.footprint(replace(means, trajectory="all")).with_sqrt()
         return meta_step_footprint(
             self.net,
             self.task.loss,

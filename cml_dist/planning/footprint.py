@@ -16,7 +16,7 @@ from cml_dist.meta.gradient import Engine, points_held
 from cml_dist.meta.inner import InnerLoop
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.problem import Problem
-from cml_dist.meta.rule import InnerRule, Method
+from cml_dist.meta.rule import Method
 from cml_dist.planning.live_bytes import ELSEWHERE, LiveBytes
 from cml_dist.types import Batch, Episode
 
@@ -33,12 +33,19 @@ class Footprint:
         gradients: the accumulated meta-gradient (it becomes ``.grad``).
         adapted: adapted parameters along the inner loop, as far as they are kept on the computing device.
         activations: all the rest: saved tensors of first and second order, temporaries, kernels' scratch.
+        points: how many points of the inner loop ``adapted`` holds.
     """
 
     episode: int
     gradients: int
     adapted: int
     activations: int
+    points: int = 0
+
+    def with_sqrt(self) -> Footprint:
+        """The same with about every sqrt(K)-th point kept instead of all (see :class:`Engine`)."""
+        held = points_held(self.points, "sqrt")
+        return replace(self, adapted=self.adapted * held // max(self.points, 1), points=held)
 
     @property
     def peak(self) -> int:
@@ -57,7 +64,6 @@ def meta_step_footprint(
     micro_batch: int | None = None,
     autocast: torch.dtype | None = None,
     offload_path: bool = False,
-    trajectory: str = "all",
     scratch: bool = True,
 ) -> Footprint:
     """Peak memory of forward and backward of :class:`MetaModel`, without running it.
@@ -71,7 +77,6 @@ def meta_step_footprint(
         episodes: of a meta-step on this rank.
         micro_batch, autocast: see :class:`cml_dist.meta.problem.Problem`.
         offload_path: the adapted copies are kept off the computing device.
-        trajectory: of ``adjoint``, see :class:`Engine`.
         scratch: count what convolutions of the CPU take besides (a GPU's own workspaces are not counted).
 
     Cost: seconds, whatever the number of inner steps, episodes and micro-batches; a simulation is exact in each of
@@ -101,18 +106,19 @@ def meta_step_footprint(
     adapts = _fast_bytes(bare, loss, score, method, episode)
     steps = method.inner_steps
     whole = peak(min(steps, STEPS))
-    is_identity = method.order == 1 and type(method.rule).update is InnerRule.update
+    is_identity = method.order == 1 and method.rule.is_sgd
     keeps_path = not unrolled and not offload_path and not is_identity
-    held = steps if unrolled else points_held(steps, trajectory) if keeps_path else min(steps, 1)
+    held = steps if unrolled or keeps_path else min(steps, 1)
     if steps > STEPS:
-        whole += (peak(STEPS + 1) - whole) * (steps - STEPS) if unrolled else adapts * (held - STEPS) * keeps_path
+        a_step = peak(STEPS + 1) - whole if unrolled else adapts if keeps_path else 0
+        whole += a_step * (steps - STEPS)
     parts = {
         "episode": _size(seen),
         "gradients": sum(_bytes(p) for p in bare.parameters()),
         "adapted": adapts * held,
     }
     activations = whole - sum(parts.values())
-    return Footprint(**{**parts, "episode": _size(episode)}, activations=activations)
+    return Footprint(**{**parts, "episode": _size(episode)}, activations=activations, points=held)
 
 
 def _fast_bytes(net: nn.Module, loss: Callable, score: Callable, method: Method, episode: Episode) -> int:
@@ -139,8 +145,9 @@ def _peak(model: MetaModel, episode: Episode, episodes: int, scratch: bool) -> i
             setattr(model, name, storageless(buffer))
         with LiveBytes(scratch, elsewhere=ELSEWHERE if fake else None) as live:
             live.standing([*model.parameters(), *model.buffers()])
-            made: Iterator[Episode] = (_mapped(episode, storageless) for _ in range(episodes))
-            loss, _ = model(made, 1.0, True)  # as the trainer does at steps that it logs
+            made: Iterator[Episode] = (replace(_mapped(episode, storageless), index=n) for n in range(episodes))
+            # The trainer measures the cosine in all episodes of some steps; the last one shows what it takes.
+            loss, _ = model(made, 1.0, frozenset({episodes - 1}))
             loss.backward()
     return live.peak
 

@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from cml_dist.domains.base import SPLITS, Domain
+from cml_dist.domains.base import Domain, episode_rng
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
@@ -19,6 +18,9 @@ from cml_dist.run.interrupts import Stopped
 from cml_dist.run.stream import EpisodeStream
 from cml_dist.run.unfinished import Unfinished
 from cml_dist.types import Batch, Episode, Learner, Params
+
+ORDERS_SEED = 2**32
+"""Of label orders: no seed of episodes is so large, so that orders and classes are drawn apart."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def evaluate(
 
 def label_orders(episode: Episode, count: int) -> list[Episode]:
     """The episode under its own and ``count - 1`` other label orders: a pure function of (split, index)."""
-    found, generator = [episode], np.random.default_rng([SPLITS.index(episode.split), episode.index])
+    found, generator = [episode], episode_rng(ORDERS_SEED, episode.split, episode.index)
     for _ in range(count - 1):
         order = torch.from_numpy(generator.permutation(episode.ways)).to(episode.support.targets.device)
         support, query = (Batch(b.inputs, order[b.targets]) for b in (episode.support, episode.query))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cml_dist.config.methods import dagger_refusal, learner_title, method_title
+from cml_dist.config.methods import dagger_refusal, has_trained_colearner, learner_title, method_title
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError
@@ -185,7 +185,8 @@ def score_run(
             )
         refused = dagger_refusal(config)
         if config.method.colearner is not False and refused is not None:
-            console.note(f"CML-dagger is not tested: {refused} (eval.co_adapt=released tests the authors' variant)")
+            hint = " (eval.co_adapt=released tests the authors' variant)" if has_trained_colearner(config) else ""
+            console.note(f"CML-dagger is not tested: {refused}{hint}")
         if summary_file != folder.own_eval_file:
             console.note(f"Scores: {folder.eval_file}, kept as {summary_file}")
     return summary

@@ -368,7 +368,8 @@ class _Run:
         started_s = time.perf_counter()
         num_episodes = config.train.episodes_per_step
         # The cosine costs the co-learner's meta-gradient besides: at the steps that are logged.
-        diagnose = (self.step + 1) % config.run.log_every == 0
+        is_logged = (self.step + 1) % config.run.log_every == 0
+        diagnose = frozenset(range(self.step * num_episodes, (self.step + 1) * num_episodes) if is_logged else ())
         world.watch.wait(f"the start of step {self.step + 1}")  # where ZeRO-3 gathers the parameters
         sums = self.strategy.gradient(episodes, num_episodes, diagnose, self.step)
         lr = learning_rate(config.optim, self.step, config.train.steps)

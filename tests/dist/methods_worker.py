@@ -147,9 +147,10 @@ def train(world: World, case: Case, strategy_name: str, dtype_name: str) -> dict
     found: dict[str, Any] = {"terms": {}}
     norms = []
     for step, episodes in enumerate(EPISODES):
-        indices = rank_share(step, episodes, world.rank, world.size)
+        indices = list(rank_share(step, episodes, world.rank, world.size))
+        diagnose = frozenset(indices if case.diagnose else ())
         stream = EpisodeStream(domain, "train", indices, device=world.device, dtype=dtype)
-        for sums in world.gather(strategy.gradient(stream, episodes, case.diagnose, step)):
+        for sums in world.gather(strategy.gradient(stream, episodes, diagnose, step)):
             for term, value in sums.items():
                 found["terms"][term] = found["terms"].get(term, 0.0) + value
         if step == 0 and isinstance(strategy, DataParallel):
