@@ -42,7 +42,7 @@ def worker(strategy_name: str, offload: str, out: str) -> None:
     from cml_dist.meta.model import MetaModel
     from cml_dist.meta.rule import Method
     from cml_dist.nets.build import build_net
-    from cml_dist.parallel.leave import leave
+    from cml_dist.parallel.exit import leave
     from cml_dist.parallel.world import join_world, set_arithmetic
     from cml_dist.parallel.zero import build_strategy
     from cml_dist.planning.choose import Means, MemoryPlanner, Task

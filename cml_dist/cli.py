@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import signal
 import sys
 import time
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING
 from cml_dist import __version__
 from cml_dist.errors import CmlError
 from cml_dist.launching.options import add_slurm_options
-from cml_dist.parallel.launched import launched_or_alone
-from cml_dist.parallel.leave import leave
-from cml_dist.parallel.watch import Joined, this_watch
+from cml_dist.parallel.env import launched_by_torchrun, launched_or_alone, set_torch_defaults
+from cml_dist.parallel.exit import leave
+from cml_dist.parallel.heartbeat import this_heartbeat
 from cml_dist.run.interrupts import STOPPED_BY_USER
 
 if TYPE_CHECKING:
@@ -164,6 +163,7 @@ def _interval(word: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parsed(argv)
+    set_torch_defaults()
     rank = launched_or_alone().rank
     from cml_dist.telemetry.console import Console, console_for
 
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console().error(what, "mend it, then run the same command")
         return leave(1, what)
     except Exception as error:
-        this_watch().blame(error)
+        this_heartbeat().blame(error)
         import traceback
 
         traceback.print_exc()
@@ -192,11 +192,11 @@ def _say(error: CmlError) -> None:
     """Put an error on the screen: once, where every rank raises it; by every machine, as long as they have not met."""
     from cml_dist.telemetry.console import Console
 
-    here, met = launched_or_alone(), isinstance(this_watch(), Joined)
+    here, met = launched_or_alone(), this_heartbeat().met
     if error.everywhere and (here.rank if met else here.local_rank) > 0:
         if met:
             return
-        if "TORCHELASTIC_RUN_ID" in os.environ:
+        if launched_by_torchrun():
             # The launcher ends all processes of this machine when the first one leaves: let that be the one who speaks.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(SPEAKS_WITHIN_S)

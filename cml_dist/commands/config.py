@@ -17,7 +17,7 @@ def config(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.config.plan import make_plan, plan_rows
     from cml_dist.config.recipes import find_recipe
     from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
-    from cml_dist.parallel.launched import launched
+    from cml_dist.parallel.env import launched
 
     if args.keys:
         if console.interactive:

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from cml_dist.parallel.launched import launched_or_alone
+from cml_dist.parallel.env import join_srun, launched_or_alone
 
 if TYPE_CHECKING:
     from cml_dist.doctor.report import Report
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 
 def doctor(args: argparse.Namespace, console: Console) -> int:
-    from cml_dist.parallel.srun import join_srun
     from cml_dist.telemetry.console import NullConsole, console_for
 
     os.environ.update(join_srun())

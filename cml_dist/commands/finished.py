@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from cml_dist.parallel.arrival import arrive
+from cml_dist.parallel.env import check_launch
 
 if TYPE_CHECKING:
     from cml_dist.config.schema import RunConfig
@@ -13,23 +13,23 @@ if TYPE_CHECKING:
 
 
 def evaluate(args: argparse.Namespace, console: Console) -> None:
-    config = _arrived(args)
+    config = _config_of(args)
     from cml_dist.run.finished import evaluate_run
 
     evaluate_run(config, args.checkpoint, console)
 
 
 def export(args: argparse.Namespace, console: Console) -> None:
-    config = _arrived(args)
+    config = _config_of(args)
     from cml_dist.run.finished import export_again
 
     export_again(config, args.checkpoint, args.to, console)
 
 
-def _arrived(args: argparse.Namespace) -> RunConfig:
-    """The run's configuration; other processes notice from now on where this one dies, also while it imports torch."""
+def _config_of(args: argparse.Namespace) -> RunConfig:
+    """The run's configuration, in a world that can be."""
     from cml_dist.run.folder import run_config
 
     config = run_config(args.run_dir, args.overrides)
-    arrive(config.parallel)
+    check_launch(config.parallel.processes)
     return config

@@ -6,10 +6,9 @@ import argparse
 import signal
 from typing import TYPE_CHECKING
 
-from cml_dist.parallel.arrival import arrive
-from cml_dist.parallel.ending import restarts
-from cml_dist.parallel.parent import launched_by_torchrun, signal_when_parent_ends
-from cml_dist.parallel.watch import this_watch
+from cml_dist.parallel.env import check_launch, launched_by_torchrun, restarts
+from cml_dist.parallel.exit import signal_when_parent_ends
+from cml_dist.parallel.heartbeat import this_heartbeat
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def train(args: argparse.Namespace, console: Console) -> int:
         # left to end its ranks: they stop and save.
         signal_when_parent_ends(signal.SIGTERM)
     try:
-        arrive(config.parallel)  # before the imports below, which take their time
+        check_launch(config.parallel.processes)  # before the imports below, which take their time
         with interrupts.held():
             from cml_dist.run.trainer import train
 
@@ -37,10 +36,10 @@ def train(args: argparse.Namespace, console: Console) -> int:
         if not isinstance(stopped, Stopped) and not interrupts.cut_short:
             interrupts.patient()  # a launcher that ends all after the first must not break off who says why
             raise
-        this_watch().blame(stopped)  # a launcher stops all when one dies
+        this_heartbeat().blame(stopped)  # a launcher stops all when one dies
         code = _exit_code(STOPPED_BY_SCHEDULER)
         cause = f"it was stopped by {interrupts.stop} before training began"
-        this_watch().fail(cause, everywhere=True, stop_code=code)  # the signal may have reached this rank alone
+        this_heartbeat().fail(cause, everywhere=True, stop_code=code)  # the signal may have reached this rank alone
         console.warn(f"Stopped by {interrupts.stop} before training began; nothing is lost: run the same command again")
     except KeyboardInterrupt:
         from cml_dist.run.folder import RunFolder
@@ -49,7 +48,7 @@ def train(args: argparse.Namespace, console: Console) -> int:
             raise
         console.warn("Interrupted; the last checkpoint is whole, and the same command resumes from it")
         code = _exit_code(STOPPED_BY_USER)
-        this_watch().fail("it was interrupted", everywhere=True, stop_code=code)
+        this_heartbeat().fail("it was interrupted", everywhere=True, stop_code=code)
     interrupts.deafen()
     return code
 

@@ -39,7 +39,7 @@ class Board:
         """
         from torch.distributed import HashStore, PrefixStore
 
-        from cml_dist.parallel.launched import launched
+        from cml_dist.parallel.env import launched
         from cml_dist.parallel.meeting import launcher_store
 
         if place.size == 1:

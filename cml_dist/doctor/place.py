@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cml_dist.parallel.launched import launched
+from cml_dist.parallel.env import launched
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from cml_dist.doctor.check import Case
 from cml_dist.doctor.findings import Finding
-from cml_dist.parallel.launched import idle_nodes
+from cml_dist.parallel.env import idle_nodes
 
 LITTLE_S = 15 * 60
 

@@ -25,7 +25,7 @@ def choose_interface(host: str, port: int) -> None:
     """
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return
-    address = _own_address(host, port)
+    address = own_address(host, port)
     if ipaddress.ip_address(address).is_loopback:
         raise NetworkError(
             f"MASTER_ADDR is {host}, which is the loopback ({address}) on {socket.gethostname()}; other machines "
@@ -42,7 +42,7 @@ def choose_interface(host: str, port: int) -> None:
     )
 
 
-def _own_address(host: str, port: int) -> str:
+def own_address(host: str, port: int) -> str:
     """This machine's address on the way to ``host``. Nothing is sent."""
     try:
         family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]

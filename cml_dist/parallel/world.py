@@ -28,13 +28,13 @@ from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CmlError, WorldError
 from cml_dist.parallel.allocator import give_back_freed_memory, keep_freed_memory
-from cml_dist.parallel.alone import watched_alone
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
-from cml_dist.parallel.ending import outlast_the_launcher
+from cml_dist.parallel.env import Launched, check_launch, forget_others, launched
+from cml_dist.parallel.exit import name_failure_before_sigterm
+from cml_dist.parallel.heartbeat import Heartbeat, set_heartbeat, this_heartbeat
 from cml_dist.parallel.interface import choose_interface
-from cml_dist.parallel.launched import Launched, check_launch, forget_others, launched
-from cml_dist.parallel.meeting import group_timeout, meet
-from cml_dist.parallel.watch import Watch, keep_watch, this_watch
+from cml_dist.parallel.rank_heartbeat import heartbeat_alone
+from cml_dist.parallel.rendezvous import GROUP_TIMEOUT, meet, this_member
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class World:
         rank, size: this process, and how many there are.
         local_rank, local_size: the same on this machine.
         device: where this process computes.
-        watch: of the other ranks; knows where this one is.
+        watch: the heartbeat; knows where this rank and the others are.
     """
 
     accelerator: Accelerator
@@ -57,7 +57,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
-    watch: Watch = field(default_factory=Watch)
+    watch: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def is_main(self) -> bool:
@@ -143,9 +143,9 @@ class World:
         return self.together(work)
 
     def close(self) -> None:
-        """Leave the process group once all are here, watched to the end. Collective: all ranks."""
+        """Leave the process group once all are here; the heartbeat goes on to the end. Collective: all ranks."""
         self.watch.beat("the end")
-        self.max(0.0)  # who does not come is told of; without rank 0 nobody would be
+        self.max(0.0)  # who does not come is named
         self.watch.beat("leaving the process group")
         self.accelerator.end_training()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -206,46 +206,46 @@ def join_world(config: RunConfig) -> World:
         local_rank=here.local_rank,
         local_size=here.local_size,
         device=accelerator.device,
-        watch=this_watch(),
+        watch=this_heartbeat(),
     )
 
 
 @contextmanager
 def joined_world(config: RunConfig) -> Iterator[World]:
-    """The world of :func:`join_world`, left in order at the end; also a process that is alone is watched meanwhile.
+    """The world of :func:`join_world`, left in order at the end; a process that is alone has a heartbeat too.
 
     After an error nothing is left in order: the others may never come, and a process group would wait for them.
 
     Collective: all ranks.
     """
-    with watched_alone(config.parallel.timeout_s) if launched().size == 1 else nullcontext():
+    with heartbeat_alone(this_member(0), config.parallel.timeout_s) if launched().size == 1 else nullcontext():
         world = join_world(config)
         yield world
         world.close()
 
 
 def _join_group(config: RunConfig, here: Launched, use_cpu: bool, by_deepspeed: bool) -> None:
-    """Meet the other ranks in the watch, and make the process group that Accelerate and DeepSpeed then find.
+    """Meet the other ranks, and make the process group that Accelerate and DeepSpeed then find.
 
-    The watch comes first, so that no rank waits in vain for another: neither in torch's own meeting, nor later. A lone
-    process needs a group for DeepSpeed alone.
+    The heartbeat comes first, so that no rank waits in vain for another, neither in torch's own rendezvous nor later. A
+    lone process needs a group for DeepSpeed alone.
     """
     if torch.distributed.is_initialized() or (here.size == 1 and not by_deepspeed):
         return
     if here.size == 1:
-        watch, store = this_watch(), torch.distributed.HashStore()
+        heartbeat, store = this_heartbeat(), torch.distributed.HashStore()
     else:
-        watch, store = meet(config.parallel)
-        keep_watch(watch)
-        outlast_the_launcher(watch)
-    watch.beat("the start of the process group")
-    with watch.waiting():
+        heartbeat, store = meet(config.parallel)
+        set_heartbeat(heartbeat)
+        name_failure_before_sigterm(heartbeat)
+    heartbeat.beat("the start of the process group")
+    with heartbeat.waiting():
         torch.distributed.init_process_group(
             "gloo" if use_cpu else "nccl",
             store=store,
             rank=here.rank,
             world_size=here.size,
-            timeout=group_timeout(config.parallel),
+            timeout=GROUP_TIMEOUT,
             # Without it barriers warn that they have to guess the GPU.
             device_id=None if use_cpu else torch.device("cuda", here.local_rank),
         )
@@ -264,7 +264,7 @@ def _accelerator(config: RunConfig, use_cpu: bool, plugin: DeepSpeedPlugin | Non
         dynamo_plugin=TorchDynamoPlugin(backend="no"),
         deepspeed_plugin=plugin,
         kwargs_handlers=[
-            InitProcessGroupKwargs(backend=backend, timeout=group_timeout(config.parallel)),
+            InitProcessGroupKwargs(backend=backend, timeout=GROUP_TIMEOUT),
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )

@@ -25,10 +25,9 @@ from cml_dist.config.plan import RunPlan, make_plan, plan_rows, share
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, CmlError, TrainingError
 from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
-from cml_dist.parallel.ending import restarts
+from cml_dist.parallel.env import idle_nodes, restarts
+from cml_dist.parallel.failure import Failure
 from cml_dist.parallel.gpu_memory import memory_explained
-from cml_dist.parallel.launched import idle_nodes
-from cml_dist.parallel.verdict import Verdict
 from cml_dist.parallel.world import World, joined_world, set_arithmetic
 from cml_dist.parallel.zero import build_strategy
 from cml_dist.run import checkpoint as checkpoints
@@ -184,11 +183,11 @@ class _Run:
         with suppress(CmlError):  # the first error counts
             self._tell("stopped" if asked else "failed", reason)
 
-    def _lost(self, verdict: Verdict) -> None:
-        """The watch is about to end this process, from a thread of its own: what it says is the last word."""
+    def _lost(self, failure: Failure) -> None:
+        """The heartbeat is about to end this process, from a thread of its own: what it says is the last word."""
         self.lost = True
         if self.folder.claimed and self.folder.exists:
-            self._write_status("failed" if verdict.stop_code is None else "stopped", verdict.what)
+            self._write_status("failed" if failure.stop_code is None else "stopped", failure.what)
 
     def _tell(self, state: State, reason: str) -> None:
         """Rank 0 writes ``status.json``."""

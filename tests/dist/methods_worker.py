@@ -29,7 +29,7 @@ from cml_dist.methods.meta_sgd import MetaSgd
 from cml_dist.nets.heads import build_head
 from cml_dist.nets.network import CmlNet
 from cml_dist.nets.partition import freeze
-from cml_dist.parallel.leave import leave
+from cml_dist.parallel.exit import leave
 from cml_dist.parallel.strategy import DataParallel
 from cml_dist.parallel.world import World
 from cml_dist.parallel.zero import build_strategy

@@ -29,7 +29,7 @@ from cml_dist.domains.base import Domain, episode_rng
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.rule import Method
 from cml_dist.nets.build import build_net
-from cml_dist.parallel.leave import leave
+from cml_dist.parallel.exit import leave
 from cml_dist.parallel.strategy import DataParallel
 from cml_dist.parallel.world import World, join_world, set_arithmetic
 from cml_dist.parallel.zero import Zero, build_strategy

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cml_dist.config.load import parse_config
 from cml_dist.errors import CheckpointError
-from cml_dist.parallel.leave import leave
+from cml_dist.parallel.exit import leave
 from cml_dist.parallel.world import World, join_world
 from cml_dist.run import checkpoint as checkpoints
 

@@ -25,7 +25,7 @@ from cml_dist.doctor.examine import bare_config
 from cml_dist.doctor.findings import Finding, listed, merge
 from cml_dist.doctor.place import Place, place_of
 from cml_dist.errors import WorldError
-from cml_dist.parallel.srun import first_host, join_srun, tasks_of_node
+from cml_dist.parallel.env import first_host, join_srun, tasks_of_node
 from cml_dist.telemetry.console import Console
 
 ALONE = Place(0, 1, 0, 1, "n01", "none")

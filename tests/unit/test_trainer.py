@@ -21,8 +21,6 @@ from cml_dist.config.load import merge, parse_config
 from cml_dist.domains.sinusoid import SinusoidDomain
 from cml_dist.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError, WorldError
 from cml_dist.parallel import strategy as strategies
-from cml_dist.parallel.verdict import Verdict
-from cml_dist.parallel.watch import Watch
 from cml_dist.parallel.world import World
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run import evaluator as evaluators
@@ -310,7 +308,7 @@ def test_the_last_word_is_that_of_the_watch(tmp_path, monkeypatch):
 
     def lost(self, episodes):
         if self.step == 6:
-            thread = threading.Thread(target=self._lost, args=(Verdict((1,), "rank 1 was killed"),), name="watch")
+            thread = threading.Thread(target=self._lost, args=(Failure((1,), "rank 1 was killed"),), name="watch")
             thread.start()
             thread.join()
         return meta_step(self, episodes)
@@ -325,7 +323,7 @@ def test_the_last_word_is_that_of_the_watch(tmp_path, monkeypatch):
 
 def test_the_watch_hears_of_every_pass_through_the_network(tmp_path, monkeypatch):
     heard = Counter()
-    monkeypatch.setattr(Watch, "touch", lambda self: heard.update([self._at[0]]))
+    monkeypatch.setattr(Heartbeat, "touch", lambda self: heard.update([self._at[0]]))
     steps = ("train.steps=1", "method.inner_steps=3", "engine.name=adjoint", "engine.micro_batch=2")
     go(tmp_path / "run", *steps, "eval.val_episodes=2", "eval.final=false")
     # Of 5 support and 5 query examples, in threes: three inner steps, the query set, and three steps back.

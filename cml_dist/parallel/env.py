@@ -1,8 +1,10 @@
-"""What the environment says of the world, by a launcher or by hand; checked before anything waits. No torch."""
+"""The only reader of launchers' environment variables: who this process is, and which world it belongs to. No torch."""
 
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,9 +18,20 @@ STARTED_BY = {
 }
 """How many copies of the command something started, without telling them of each other in torch's way."""
 
+PORTS = (20000, 32000)
+"""For the rendezvous of tasks that srun starts itself; below the range from which Linux gives out ports."""
 
 NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Beside WORLD_SIZE."""
+
+
+TORCH_DEFAULTS = {
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # each store connection that breaks would be a page of C++ frames
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # a collective that fails ends its process
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "86400",  # it counts the time of a suspended job; our heartbeat does not
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # the flight recorder: the last collectives of each rank
+}
+"""What torch's C++ parts read from the environment; a user's own values stay."""
 
 
 class Launched(NamedTuple):
@@ -130,6 +143,97 @@ def forget_others() -> None:
     if launched().size == 1 and not by_a_launcher:
         for name in ("WORLD_SIZE", *NEEDED, *STARTED_BY):
             os.environ.pop(name, None)
+
+def set_torch_defaults() -> None:
+    """Set :data:`TORCH_DEFAULTS`; before torch is imported."""
+    for name, value in TORCH_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def host_name() -> str:
+    """This machine, as its users know it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def launcher_name(environment: Mapping[str, str] | None = None) -> str:
+    """Who started this process, for people."""
+    environment = os.environ if environment is None else environment
+    if "TORCHELASTIC_RUN_ID" in environment:
+        by = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in environment else "torchrun"
+        return f"{by}, inside srun" if "SLURM_STEP_ID" in environment else by
+    if "SLURM_STEP_ID" in environment:
+        return "srun"
+    return "another launcher" if launched(environment).size > 1 else "none"
+
+
+def launched_by_torchrun() -> bool:
+    """Whether the parent is torchrun (accelerate launch too), whose main thread makes its ranks and outlives them."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launcher_serves_store() -> bool:
+    """Whether the launcher's agent, and not rank 0, listens at MASTER_PORT."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def restarts() -> tuple[int, int]:
+    """How often the launcher has started this world again in place, and how often it may."""
+    count, most = (os.environ.get(f"TORCHELASTIC_{name}") or 0 for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return int(count), int(most)
+
+
+def join_srun(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables of torch's rendezvous for a task of a job step of several; none where a launcher set them already.
+
+    Found on the node, in the task: rank and machine of a batch script are those of its first node (trap 24).
+
+    Raises:
+        WorldError: SLURM does not say where rank 0 runs.
+    """
+    environment = os.environ if environment is None else environment
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if "RANK" in environment or "SLURM_STEP_ID" not in environment or tasks < 2:
+        return {}
+    try:
+        step = int(environment["SLURM_JOB_ID"]) * 64 + int(environment["SLURM_STEP_ID"])
+        return {
+            "RANK": environment["SLURM_PROCID"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "WORLD_SIZE": str(tasks),
+            "LOCAL_WORLD_SIZE": str(
+                tasks_of_node(environment["SLURM_STEP_TASKS_PER_NODE"], int(environment["SLURM_NODEID"]))
+            ),
+            "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
+            "MASTER_PORT": str(PORTS[0] + step % (PORTS[1] - PORTS[0])),
+        }
+    except (KeyError, ValueError) as error:
+        raise WorldError(
+            f"srun started {tasks} tasks, but does not say enough to join them: {error}",
+            "start them by srun accelerate launch, see launch/slurm",
+        ) from error
+
+
+def tasks_of_node(counts: str, node: int) -> int:
+    """``2(x3),1`` and 3 -> 1: how many tasks the node of that number has."""
+    each: list[int] = []
+    for part in counts.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE is {counts!r}")
+        each += [int(found[1])] * int(found[2] or 1)
+    if node >= len(each):
+        raise ValueError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE is {counts!r}")
+    return each[node]
+
+
+def first_host(nodes: str) -> str:
+    """The first of a list in SLURM's notation, e.g. ``n[01-04],x7`` -> ``n01``.
+
+    As launch/slurm/node.sh finds it: scontrol is on no node by necessity, and in no container.
+    """
+    while found := re.fullmatch(r"([^],]*?)\[(\d+)[^]]*\](.*)", nodes):
+        nodes = "".join(found.groups())
+    return nodes.split(",")[0]
 
 
 def _refuse_worlds_apart(world: Launched, environment: Mapping[str, str]) -> None:

@@ -8,9 +8,9 @@ from cml_dist.cli import build_parser, main
 from cml_dist.commands.config import config
 from cml_dist.config.load import parse_config
 from cml_dist.errors import NetworkError, WorldError
-from cml_dist.parallel import launched as module
+from cml_dist.parallel import env as module
+from cml_dist.parallel.env import Launched, check_launch, forget_others, idle_nodes, launched, launched_or_alone
 from cml_dist.parallel.interface import choose_interface
-from cml_dist.parallel.launched import Launched, check_launch, forget_others, idle_nodes, launched, launched_or_alone
 from cml_dist.run import folder as folders
 from cml_dist.run.folder import RunFolder, same_everywhere
 from cml_dist.telemetry.console import Console

@@ -1,0 +1,155 @@
+"""How a process ends: by itself in a world of several, or by its heartbeat while the main thread hangs. No torch."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from types import FrameType
+from typing import TextIO
+
+from cml_dist.parallel.env import launched_or_alone, restarts
+from cml_dist.parallel.failure import AGAIN, Failure
+from cml_dist.parallel.heartbeat import Heartbeat, this_heartbeat
+
+PR_SET_PDEATHSIG = 1
+"""See prctl(2)."""
+
+STDERR = 2
+SIGTERM_PATIENCE_S = 5.0
+"""In which the judge names the rank that a launcher saw die before it sent SIGTERM to the others."""
+
+LAST_WORDS_S = 5.0
+"""A file system that hangs holds up the last words, but not the end."""
+
+LINGER_S = 1.5
+"""Of who speaks in rank 0's place: the other ranks of the machine look whether it lives, and speak if not."""
+
+
+def end_process(failure: Failure, heartbeat: Heartbeat, speaks: bool) -> None:
+    """Say why, show stacks where they help, end who cannot end by itself, and leave: with exit code 1, or as asked to.
+
+    Nothing here waits for the main thread, which may hold any lock, or hang.
+
+    Args:
+        speaks: whether this rank is the one that puts the line on the screen.
+    """
+    faulthandler.dump_traceback_later(LAST_WORDS_S, exit=True, file=STDERR)
+    for machine, pid in failure.stopped:
+        if machine == heartbeat.machine and pid != os.getpid():
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+    kind = "error" if failure.stop_code is None else "warning"
+    line = f"{kind}: {failure.what}; {_remedy(failure)}".rstrip("; ") + "\n"
+    if speaks:
+        # A live display may have hidden the cursor, and left it in the middle of a line.
+        _write(STDERR, "\x1b[?25h\n" + line if os.isatty(STDERR) else line)
+    log = _descriptor(heartbeat.log)
+    if log is not None:
+        _write(log, line)
+    if failure.stacks:
+        _write(STDERR if log is None else log, f"{heartbeat.described}; its threads:\n{_stacks()}")
+    with suppress(Exception):
+        heartbeat.at_end(failure)
+    if speaks and 0 in failure.ranks:
+        time.sleep(LINGER_S)
+    os._exit(1 if failure.stop_code is None else failure.stop_code)
+
+
+def leave(code: int, cause: str = "", *, everywhere: bool = False) -> int:
+    """End at once in a world of several processes, which hears the ``cause``; in a world of one, return ``code``.
+
+    Args:
+        code: exit code.
+        cause: why this rank fails, in one line; empty where it does not.
+        everywhere: see :meth:`Heartbeat.fail`.
+
+    After a fault the others may never come, and a process group that is torn down in order would wait for them. After
+    success, torch's gloo threads that a DDP module still holds abort the interpreter while it goes down ("terminate
+    called without an active exception", about one exit in five on a busy machine), and the launcher would report a
+    finished run as a failed one. Everything that matters is closed or synced by then.
+    """
+    if cause:
+        this_heartbeat().fail(cause, everywhere=everywhere)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if launched_or_alone().size > 1:
+        os._exit(code)
+    return code
+
+
+def name_failure_before_sigterm(heartbeat: Heartbeat) -> None:
+    """Take SIGTERM with some patience: a launcher that sees one rank die sends it to the others at once.
+
+    Before they obey, the heartbeat says which one it was. Call it in the main thread.
+    """
+
+    def obey(number: int, frame: FrameType | None) -> None:
+        heartbeat.await_failure(SIGTERM_PATIENCE_S)
+        heartbeat.fail("it was told to end (SIGTERM)", everywhere=True)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, obey)
+
+
+def signal_when_parent_ends(number: int) -> None:
+    """Have the kernel send this process a signal once the thread that made it has ended (Linux alone)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+def dump_stacks_unless_called_again(log: TextIO | None, seconds: float) -> None:
+    """Show this process's stacks after ``seconds`` (0: never), from a thread that needs no lock of Python's.
+
+    Time in which the process as a whole is suspended counts too: it shows stacks then, and goes on.
+
+    Args:
+        log: where to; None: stderr.
+    """
+    if seconds:
+        faulthandler.dump_traceback_later(seconds, file=_descriptor(log) or STDERR)
+    else:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _remedy(failure: Failure) -> str:
+    """With what a launcher that restarts in place does by itself."""
+    restart, most = restarts()
+    if restart >= most:
+        return failure.remedy
+    starts = f"the launcher starts all again from the last checkpoint (restart {restart + 1} of {most})"
+    return failure.remedy.replace(AGAIN, starts)
+
+
+def _descriptor(log: TextIO | None) -> int | None:
+    if log is None:
+        return None
+    try:
+        return log.fileno()
+    except (OSError, ValueError):  # closed, or no file
+        return None
+
+
+def _write(descriptor: int, text: str) -> None:
+    """Past Python's buffers, whose locks the main thread may hold."""
+    data = text.encode(errors="backslashreplace")
+    with suppress(OSError):
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+
+def _stacks() -> str:
+    """Of all threads of this process; in one piece, so that ranks that share a file do not mix theirs."""
+    file = os.memfd_create("stacks")
+    try:
+        faulthandler.dump_traceback(file, all_threads=True)
+        return os.pread(file, 2**20, 0).decode(errors="replace")
+    finally:
+        os.close(file)

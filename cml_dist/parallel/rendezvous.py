@@ -1,0 +1,212 @@
+"""How the processes of a world find each other: through the launcher's store, then in one that rank 0 serves itself.
+
+A store of a start's own holds nothing of an earlier start, breaks when rank 0 dies, and survives a launcher that is
+killed while its ranks save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
+from typing import TypeVar
+
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
+
+from cml_dist.config.schema import ParallelConfig
+from cml_dist.errors import NetworkError, WorldError
+from cml_dist.parallel import failure as failures
+from cml_dist.parallel.env import Launched, host_name, launched, launcher_serves_store
+from cml_dist.parallel.failure import Failure, Member
+from cml_dist.parallel.interface import own_address
+from cml_dist.parallel.rank_heartbeat import RankHeartbeat
+
+T = TypeVar("T")
+
+KEY = "cml_dist/store"
+POLL_S = 0.2
+CONNECT_S = 5.0
+"""For one attempt: a program that takes a connection and says nothing would hold up torch's client for ever."""
+
+MARGIN_S = 15.0
+"""Rank 0 names who is missing; the others wait this much longer for it to."""
+
+GROUP_TIMEOUT = timedelta(hours=24)
+"""Of torch's own collectives, which count the time of a suspended job: the heartbeat judges what hangs."""
+
+REACH = (
+    "see whether rank 0's process runs there, whether MASTER_ADDR and MASTER_PORT are the same everywhere, and whether "
+    "a firewall is in between"
+)
+
+
+def meet(config: ParallelConfig) -> tuple[RankHeartbeat, Store]:
+    """Find the other processes that the launcher started; from now on each knows where the others are.
+
+    Returns:
+        (the heartbeat, a store for the process group).
+
+    Raises:
+        NetworkError: the rendezvous, or rank 0's store, cannot be reached.
+        WorldError: ranks do not come within ``parallel.join_timeout_s``.
+
+    Collective: all ranks.
+    """
+    here, until_s = launched(), time.monotonic() + config.join_timeout_s
+    store, connect = _serve(here) if here.rank == 0 else _find(here, until_s, config.join_timeout_s)
+    me = this_member(here.rank)
+    everyone = join(store, me, here.size, config.join_timeout_s)
+    heartbeat = RankHeartbeat(
+        everyone[here.rank], everyone, connect(), silence_s=config.silence_s, timeout_s=config.timeout_s
+    )
+    heartbeat.start()
+    store.set_timeout(GROUP_TIMEOUT)
+    return heartbeat, PrefixStore("group", store)
+
+
+def this_member(rank: int) -> Member:
+    """This process, as the others shall know it."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            kernel = file.read().strip()
+        machine = f"{kernel}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        machine = socket.gethostname()
+    return Member(rank, host_name(), os.getpid(), machine)
+
+
+def join(store: Store, me: Member, size: int, seconds: float) -> list[Member]:
+    """All ranks, once they are here.
+
+    Args:
+        store: of this start alone.
+        seconds: in which all must come.
+
+    Raises:
+        WorldError: not all came, or rank 0 is lost again.
+
+    Collective: all ranks.
+    """
+    # What the heartbeat reads of a rank is there from the start.
+    store.set(f"beat/{me.rank}", json.dumps((0, me.where, False, 0.0, seconds + MARGIN_S, False, False)))
+    store.set(f"member/{me.rank}", json.dumps(asdict(me)))
+    until_s = time.monotonic() + seconds + (MARGIN_S if me.rank else 0.0)
+    keys = [f"member/{rank}" for rank in range(size)]
+    try:
+        if me.rank == 0:
+            while not (all_here := store.check(keys)) and time.monotonic() < until_s:
+                time.sleep(POLL_S)
+            if all_here:
+                words = [json.loads(word) for word in store.multi_get(keys)]
+                store.set("everyone", json.dumps(words))
+            else:
+                absent = failures.missing([r for r in range(size) if not store.check([keys[r]])], size, seconds)
+                store.set("everyone", absent.to_json())
+                time.sleep(2 * POLL_S)  # for the others to read it
+                raise _not_joined(absent)
+        while not store.check(["everyone"]):
+            if time.monotonic() > until_s:
+                raise WorldError(f"rank 0 does not say within {seconds + MARGIN_S:.0f} s that all ranks came", REACH)
+            time.sleep(POLL_S)
+        found = json.loads(store.get("everyone"))
+    except DistError as error:
+        raise WorldError(f"rank 0 ended while the ranks met: {_first_line(error)}", failures.AGAIN) from error
+    if isinstance(found, dict):
+        raise _not_joined(Failure.from_json(json.dumps(found)))
+    return [Member(**member) for member in found]
+
+
+def _not_joined(why: Failure) -> WorldError:
+    error = WorldError(why.what, why.remedy)
+    error.everywhere = True
+    return error
+
+
+def _serve(here: Launched) -> tuple[TCPStore, Callable[[], TCPStore]]:
+    """Rank 0: a store of this start's own, where the launcher says or at a free port that its store tells."""
+    try:
+        if not launcher_serves_store():
+            store = TCPStore(here.host, here.port, is_master=True, wait_for_workers=False, multi_tenant=True)
+            return store, partial(_client, here.host, here.port)
+        alone = here.local_size == here.size
+        address = "127.0.0.1" if alone else own_address(here.host, here.port)
+        store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        token = secrets.token_hex(16)
+        store.set("start", token)
+        _client(here.host, here.port).set(KEY, json.dumps((address, store.port, token)))
+        return store, partial(_client, address, store.port)
+    except (DistError, RuntimeError, ValueError) as error:
+        where = f"the rendezvous at {here.host}:{here.port}"
+        raise NetworkError(f"{socket.gethostname()} cannot serve {where}: {_first_line(error)}", REACH) from error
+
+
+def _find(here: Launched, until_s: float, seconds: float) -> tuple[TCPStore, Callable[[], TCPStore]]:
+    """Another rank: rank 0's store. What the launcher's says may be of an earlier start, whose rank 0 is gone.
+
+    Raises:
+        NetworkError: nobody listens there.
+    """
+    why: object = "rank 0 has not come"
+    launchers: TCPStore | None = None
+    while time.monotonic() < until_s:
+        try:
+            if launchers is None:
+                launchers = _client(here.host, here.port)
+            if not launcher_serves_store():
+                return launchers, partial(_client, here.host, here.port)
+            if launchers.check([KEY]):
+                address, port, token = json.loads(launchers.get(KEY))
+                why = f"rank 0's store at {address}:{port} does not answer"
+                store, connect = _client(address, port), partial(_client, address, port)
+                if store.check(["start"]) and store.get("start").decode() == token:
+                    return store, connect
+        except OSError as error:
+            why = error.strerror or error
+        except DistError as error:
+            why = _first_line(error)
+        time.sleep(POLL_S)
+    raise NetworkError(
+        f"{socket.gethostname()} did not reach the rendezvous at {here.host}:{here.port} within {seconds:.0f} s: {why}",
+        REACH,
+    )
+
+
+def _client(host: str, port: int) -> TCPStore:
+    """Raises OSError, DistError: nobody listens there, or what listens is no store."""
+    socket.create_connection((host, port), timeout=CONNECT_S).close()  # one line where nobody does, not torch's pages
+    return _within(
+        CONNECT_S,
+        lambda: TCPStore(host, port, is_master=False, timeout=timedelta(seconds=CONNECT_S), wait_for_workers=False),
+        f"what listens at {host}:{port} is no store",
+    )
+
+
+def _within(seconds: float, work: Callable[[], T], what: str) -> T:
+    """What ``work`` returns; TimeoutError where it takes longer (its thread stays behind)."""
+    done: list[T | BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except Exception as error:
+            done.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds + 1.0)
+    if not done:
+        raise TimeoutError(what)
+    if isinstance(done[0], BaseException):
+        raise done[0]
+    return done[0]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
