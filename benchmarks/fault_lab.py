@@ -46,7 +46,7 @@ START_S, FINISH_S = 120.0, 240.0
 
 COMMON = (
     f"train.steps={STEPS}", "train.episodes_per_step=3", f"checkpoint.every={SAVED_EVERY}", "parallel.threads=1",
-    f"eval.every={VALIDATED_EVERY}", "run.log_every=10",
+    f"eval.every={VALIDATED_EVERY}", "run.log_every=10", "parallel.join_timeout_s=30",
 )  # fmt: skip
 SINUSOID = (
     "sinusoid", "domain.shots=5", "domain.queries=5", "model.hidden=[64, 64]", "method.inner_steps=3",

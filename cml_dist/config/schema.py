@@ -396,13 +396,15 @@ class ParallelConfig(Section):
     timeout_s: float = Field(
         600.0,
         gt=0,
-        description="seconds after which a rank that does not move, while others wait for it or as the only one, is a failure that ends all; each episode, pass through the network and saved tensor is a move",
+        description="seconds after which a rank that does not move, while others wait for it or as the only one, is a failure that ends all (three times the longest move so far, if that is more); each episode, pass through the network and saved tensor is a move",
     )
     silence_s: float = Field(
         30.0, ge=3, description="seconds without a word after which a rank or its machine is taken for lost"
     )
     join_timeout_s: float = Field(
-        45.0, gt=0, description="seconds in which all processes must have started, counted from when the first is ready"
+        180.0,
+        gt=0,
+        description="seconds in which all processes must have started and imported their libraries, counted by each from when it is ready",
     )
 
 

@@ -21,6 +21,8 @@ from cml_dist.config.load import merge, parse_config
 from cml_dist.domains.sinusoid import SinusoidDomain
 from cml_dist.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError, WorldError
 from cml_dist.parallel import strategy as strategies
+from cml_dist.parallel.failure import Failure
+from cml_dist.parallel.heartbeat import Heartbeat
 from cml_dist.parallel.world import World
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run import evaluator as evaluators
