@@ -80,7 +80,10 @@ def names(lab: Lab, rank: int) -> tuple[str, ...]:
     """
     if lab.setup.processes == 1:
         return ()
-    by_others = rf"rank {rank} \(host [^\n]*ended without a word|no word from rank {rank} \(host|processes did not come within [^\n]*: rank {rank}\b"
+    by_others = (
+        rf"rank {rank} \(host [^\n]*ended without a word|no word from rank {rank} \(host|"
+        rf"processes did not come within [^\n]*: rank {rank}\b"
+    )
     if rank == 0:
         by_others += "|see whether rank 0's process runs"
     # A launcher's table, where it was the first to notice.
