@@ -180,6 +180,7 @@ class RankHeartbeat(Heartbeat):
         if failure.everywhere:
             time.sleep(GRACE_S)  # the main thread ends the process before that
             speaks = self.me.rank == 0
+        dump_stacks_unless_called_again(self.log, 0)
         self._end_process(failure, self, speaks)
 
     def _publish(self, found: Failure) -> Failure:
