@@ -1,5 +1,5 @@
-# cml_dist and all that it needs, to the version, run by any unprivileged user. docs/containers.md has the commands, also
-# for enroot, pyxis and Apptainer.
+# cml_dist and all that it needs, to the version, run by any unprivileged user. docs/how-to/containers.md has the commands,
+# also for enroot, pyxis and Apptainer.
 #
 #   docker build -t cml-dist .                                                                        CPU
 #   docker build -t cml-dist:cuda --build-arg BASE=nvidia/cuda:13.0.2-runtime-ubuntu24.04 .           GPUs

@@ -2,7 +2,8 @@
 
 Usage, with the Python that has torch and DeepSpeed, and with g++: deepspeed_ops.py FOLDER [arguments of pip install]
 
-DEEPSPEED_OPS, CPU_ARCH and TORCH_CUDA_ARCH_LIST say what to build (docs/containers.md); DeepSpeed's setup.py does it.
+DEEPSPEED_OPS, CPU_ARCH and TORCH_CUDA_ARCH_LIST say what to build (docs/how-to/containers.md); DeepSpeed's setup.py
+does it.
 What belongs into site-packages, the operators and the list of them that DeepSpeed reads, lies there below FOLDER.
 """
 

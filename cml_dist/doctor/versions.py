@@ -129,7 +129,7 @@ def operators(ahead: list[str], target: tuple[str, str], here: tuple[str, str]) 
         value += f", but DeepSpeed is on {here[0]} here, and would compile its own"
     else:
         value += f", under torch {target[1]}, and refused by DeepSpeed under {here[1]}"
-    remedy = "if code of your own uses them, build them anew, for this machine (docs/containers.md)"
+    remedy = "if code of your own uses them, build them anew, for this machine (docs/how-to/containers.md)"
     return Finding("DeepSpeed ops", "note", value, remedy, alike=ALIKE_OPS)
 
 

@@ -252,8 +252,8 @@ def _refuse_worlds_apart(world: Launched, environment: Mapping[str, str]) -> Non
             raise WorldError(
                 f"{starter} started {copies} copies of this command ({name}), but they do not form one world: that of "
                 f"this copy has {world.size} process{'es' * (world.size != 1)} on {parts} machine{'s' * (parts != 1)}",
-                "start with accelerate launch or torchrun on each machine (docs/clusters.md); if separate runs are "
-                f"meant, say so by parallel.processes={world.size}",
+                "start with accelerate launch or torchrun on each machine (docs/how-to/several-machines.md); if "
+                f"separate runs are meant, say so by parallel.processes={world.size}",
             )
 
 

@@ -77,7 +77,7 @@ def test_operators_are_compiled_in_a_stage_of_their_own_for_a_cpu_that_is_named(
     arguments = dict(re.findall(r"^ARG (\w+)=(.*)$", operators, re.M))
     defaults = {"DEEPSPEED_OPS": "", "CPU_ARCH": "x86-64-v3", "TORCH_CUDA_ARCH_LIST": "", "PIP_ARGS": ""}
     assert arguments == defaults
-    manual = (ROOT / "docs/containers.md").read_text()
+    manual = (ROOT / "docs/how-to/containers.md").read_text()
     assert all(f"| `{name}` |" in manual for name in arguments)
 
 
