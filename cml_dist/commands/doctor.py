@@ -1,48 +1,54 @@
-"""``cml-dist doctor``: the report of all ranks."""
+"""``cml-dist doctor``: one report for all ranks."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import sys
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cml_dist.parallel.env import join_srun, launched_or_alone
+from cml_dist.parallel.env import launched, launched_or_alone
 
 if TYPE_CHECKING:
-    from cml_dist.doctor.report import Report
     from cml_dist.telemetry.console import Console
+    from cml_dist.tools.doctor.findings import Report
+
+PATIENCE = "parallel.timeout_s=120"
+"""A hang is to be seen within minutes here; the command line may say otherwise."""
 
 
 def doctor(args: argparse.Namespace, console: Console) -> int:
-    from cml_dist.telemetry.console import NullConsole, console_for
+    from cml_dist.parallel.env import join_srun
+    from cml_dist.telemetry.console import console_for
 
     os.environ.update(join_srun())
-    console = NullConsole() if args.json else console_for(launched_or_alone().rank)
+    # JSON has the screen to itself.
+    console = console_for(1 if args.json else launched_or_alone().rank)
     from cml_dist.config.load import load_config
-    from cml_dist.doctor.examine import Examination, bare_config, num_steps
+    from cml_dist.tools.doctor.examine import examine
+    from cml_dist.tools.doctor.findings import Case
 
-    overrides = list(args.overrides)
+    overrides = [PATIENCE, *args.overrides]
     if args.config is not None and "=" in args.config and not os.path.exists(args.config):
-        overrides.insert(0, args.config)  # the first override, where no configuration is named
+        overrides.insert(1, args.config)  # the first override, where no configuration is named
         args.config = None
-    config = bare_config(overrides) if args.config is None else load_config(args.config, overrides)
-    run_dir = args.run_dir or config.run.dir
+    config = load_config(args.config or "glyphs", overrides)
+    case = Case(config, args.config, Path(args.run_dir or config.run.dir), launched())
+    count = itertools.count()
 
     def present(report: Report) -> None:
+        running.close()
         if args.json:
             print(json.dumps(report.as_dict(), indent=2), flush=True)
-            return
         console.header("cml-dist doctor", report.head())
         console.findings(report.groups())
         faults = [(f"{row.check}: {row.value}", row.remedy) for row in report.of("fault")]
         console.verdict(report.verdict(), report.ready, faults)
 
-    with console.progress("looking", num_steps()) as view:
-        examination = Examination(config, args.config, run_dir, present, lambda done, at: view.update(done, at=at))
-        code = examination.run()
-    if examination.hung:  # a thread that hangs would keep the interpreter from going down
-        sys.stdout.flush()
-        os._exit(code)
-    return code
+    with ExitStack() as running:
+        view = running.enter_context(console.progress("checks", None))
+        ready = examine(case, present, lambda name: view.update(next(count), at=name))
+    return 0 if ready else 1

@@ -9,25 +9,24 @@ import sys
 import time
 
 from cml_dist.cli import main
-from cml_dist.doctor import examine, ring, shared_folder, together
+from cml_dist.tools.doctor import examine, run
 
 FAULT, RANK = os.environ.get("FAULT", ""), int(os.environ.get("RANK", 0))
 SLOW = ("DeepSpeed", "second derivative", "data")
-examine.CHECKS = tuple(check for check in examine.CHECKS if check.name not in SLOW)
+examine.IN_THE_WORLD = tuple(check for check in examine.IN_THE_WORLD if check.name not in SLOW)
 
-if FAULT == "absent":
-    together.JOIN_S = 6.0
-    if RANK == 1:
-        time.sleep(30)  # the launcher sees nothing amiss
-        sys.exit(0)
-if FAULT == "hang":
-    together.RING_S = 4.0
-    if RANK == 1:
-        ring._reduce = lambda world: time.sleep(600)
+
+def _killed(case):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if FAULT == "absent" and RANK == 1:
+    time.sleep(30)  # the launcher sees nothing amiss
+    sys.exit(0)
 if FAULT == "killed" and RANK == 1:
-    ring._reduce = lambda world: os.kill(os.getpid(), signal.SIGKILL)
+    examine.IN_THE_WORLD = (examine.Check("machine", "killed", _killed, "rank"),)
 if FAULT == "deviant":
-    shared_folder.APPEAR_S = 1.0
+    run.APPEAR_S = 1.0
 if FAULT == "deviant" and RANK == 1:
     os.chdir(os.environ["ELSEWHERE"])  # a relative run.dir is another folder there
     version = importlib.metadata.version
