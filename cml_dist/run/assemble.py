@@ -87,6 +87,7 @@ def assemble(
     domain = world.main_first(find_data)  # fills the cache of embedded or remote data
     world.together(load)  # every rank decodes at once
     net = world.main_first(make)  # fills the cache of pre-trained weights
+
     def make_method() -> Method:
         method = method_of(config, net)
         if type(method.rule) is not InnerRule:
