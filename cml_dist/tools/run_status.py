@@ -333,7 +333,7 @@ def _held(folder: RunFolder) -> bool:
 
 def _quiet_s(folder: RunFolder) -> float:
     """Seconds since anything was written: status every few seconds, metrics, logs and checkpoints between."""
-    moving = (folder.status_file, folder.path / "lock", folder.metrics_file, folder.validation_file)
+    moving = (folder.status_file, folder.metrics_file, folder.validation_file)
     times = [_mtime(path) for path in (*moving, folder.checkpoints)]
     times += [_mtime(path) for path in folder.logs.glob("*.log")]
     return max(0.0, time.time() - max(times))
