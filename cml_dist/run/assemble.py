@@ -111,6 +111,6 @@ def assemble(
         micro_batch=plan.micro_batch,
         autocast=autocast_type(config),
     )
-    # An episode of many inner steps and micro-batches may take longer than the watch's patience, a pass hardly can.
+    # An episode of many inner steps and micro-batches may take longer than parallel.timeout_s; a pass hardly can.
     model.problem.on_pass = world.watch.touch
     return Parts(domain, net, model, dtype, plan)

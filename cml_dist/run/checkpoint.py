@@ -64,7 +64,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU. Raises DamagedCheckpoint where the disk no longer gives it."""
-        this_watch().touch()  # a large model on a slow disk takes its time, and does not hang
+        this_watch().touch()  # reading a large model from a slow disk is no hang
         with _damage_named(self.path):
             return self._file.read(name)
 
@@ -127,14 +127,14 @@ def save(
             )
     else:
         world.watch.wait(f"saving step {step}")
-    # The other ranks, and rank 0 after a fault: each tensor is gathered by all, also where nobody writes it any more.
+    # On the other ranks, and on rank 0 after a fault: gathering a tensor is a collective, whether it is written or not.
     deque(tensors, maxlen=0)
 
-    def tell() -> None:
+    def report() -> None:
         if fault is not None:
             raise fault
 
-    world.together(tell)
+    world.together(report)
     return target
 
 
@@ -211,7 +211,7 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]
 
 
 def on_all_ranks(world: World, look: Callable[[], tuple[Checkpoint | None, T]]) -> tuple[Checkpoint | None, T]:
-    """What ``look`` finds and verifies on rank 0, opened by all ranks, with what it says besides.
+    """What ``look`` finds and verifies on rank 0, opened by all ranks, and what else it returns.
 
     Raises:
         CheckpointError: ``look`` did. NetworkError: another machine does not see that file.

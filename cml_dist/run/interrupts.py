@@ -24,11 +24,10 @@ class Stopped(BaseException):
 
 
 class Interrupts:
-    """While open, SIGINT and ``signals`` only set ``stop``; between :meth:`raise_signals` and :meth:`defer_signals`
-    they end the run at once.
+    """While open, SIGINT and ``signals`` only set ``stop``; after :meth:`raise_signals` they end the run at once.
 
-    A second signal changes nothing, however many come. Only SIGINT without a launcher, from someone at the keyboard,
-    interrupts at once then. A checkpoint is a rename: it is whole or not there also then.
+    Further signals change nothing. Only a second Ctrl-C without a launcher interrupts at once; checkpoints are whole
+    also then.
 
     Args:
         signals: names, e.g. ``SIGUSR1``.
@@ -42,7 +41,7 @@ class Interrupts:
         self.stop: str | None = None
         self._signals = ("SIGINT", *signals)
         self._deferred = True
-        # Under a launcher one Ctrl-C comes twice, from the terminal and from the launcher: it is no sign of impatience.
+        # Under a launcher one Ctrl-C arrives twice, from the terminal and from the launcher.
         self._launched = "LOCAL_RANK" in os.environ
         self._previous: dict[int, Any] = {}
 
@@ -51,17 +50,17 @@ class Interrupts:
         return self.stop is not None and not self._deferred
 
     def raise_signals(self) -> None:
-        """There is nothing to lose: a signal raises Stopped or KeyboardInterrupt at once, also one that came before."""
+        """From now on a signal raises Stopped or KeyboardInterrupt at once, also one that came before."""
         self._deferred = False
         if self.stop is not None:
             self._raise(self.stop)
 
     def defer_signals(self) -> None:
-        """There is something to lose: signals wait until the run asks for ``stop``."""
+        """From now on signals only set ``stop``, which the run reads between meta-steps and tested episodes."""
         self._deferred = True
 
     def ignore_signals(self) -> None:
-        """On the way out of a stopped run: the interpreter drops its handlers, and a repeated signal would kill it."""
+        """When a stopped run exits: the interpreter drops its handlers, and a repeated signal would kill it."""
         if self.stop is not None:
             for number in self._previous:
                 signal.signal(number, signal.SIG_IGN)

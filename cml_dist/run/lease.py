@@ -1,8 +1,8 @@
-"""One trainer writes a run folder: also after a requeue, while the old job still lives on a node that was cut off.
+"""One trainer writes a run folder: also after a requeue, while the old job still runs on a node that was cut off.
 
-``lock`` is held (flock) while its writer lives, and names it with a generation number, which grows with each writer.
-A requeued job puts a lock of its own in the place of its earlier start's; who was replaced finds another generation
-there before it writes. On a file system without locks the generation alone decides: the later writer has the folder.
+The file ``lock`` is locked (flock) while its writer lives, and names it with a generation number, which each writer
+raises. A requeued job replaces the lock of its earlier start, which finds another generation there before its next
+write. On a file system without locks the generation alone decides: the later writer has the folder.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Lease:
 
     def __init__(self, folder: Path, start: Start) -> None:
         self._path, self._files = folder / "lock", []
-        os.register_at_fork(after_in_child=self._close)  # a loader process that lives on must not hold the lock
+        os.register_at_fork(after_in_child=self._close)  # a loader process that outlives us must not hold it
         try:
             holder = self._read()
             same_job = start.job is not None and holder.get("job") == start.job

@@ -30,7 +30,7 @@ from cml_dist.telemetry.rank_log import RankLog
 from cml_dist.telemetry.trackers import Trackers, check_installed
 
 STATUS_S = 10.0
-"""Seconds between two words of a running trainer in ``status.json``, however long a meta-step takes."""
+"""Seconds between two writes of ``status.json`` while the run trains, however long a meta-step takes."""
 
 
 class Session:
@@ -41,7 +41,7 @@ class Session:
         console: the screen, and this rank's log.
         trackers: those of ``run.trackers``, once the run has begun.
         step: meta-steps done.
-        doing: what the run is at, for ``status.json``.
+        doing: ``training``, ``validation`` and so on, for ``status.json``.
     """
 
     def __init__(self, config: RunConfig, world: World, console: Console) -> None:
@@ -97,15 +97,11 @@ class Session:
         self.trackers = Trackers(self.config, self.step, self.console, active=self.world.is_main)
 
     def fail(self, error: BaseException, stopped_by: str | None) -> None:
-        """Record an end before the end.
-
-        Args:
-            stopped_by: the signal that asked for it; None: it is a fault.
-        """
+        """Record why the run ends early: the signal that stopped it, else the error."""
         self.world.watch.blame(error)
         self._log.failed(error)
         with suppress(CmlError):  # the first error counts
-            self.tell("stopped" if stopped_by else "failed", stopped_by or str(error) or repr(error))
+            self.write_status("stopped" if stopped_by else "failed", stopped_by or str(error) or repr(error))
 
     def close(self) -> None:
         """Close the files; the folder is free for another trainer, and of a run that never began nothing is left."""
@@ -125,11 +121,7 @@ class Session:
     # ------------------------------------------------------------------ while it runs
 
     def fence(self) -> None:
-        """Rank 0, right before it writes what a later start would miss or take for its own.
-
-        Raises:
-            CheckpointError: a later start of this run has taken over the folder.
-        """
+        """Raise CheckpointError where a later start of this run has taken over the folder; called by rank 0 alone."""
         if self._lease is not None:
             self._lease.check()
 
@@ -149,10 +141,10 @@ class Session:
         self.trackers.validation(line, score_name)
 
     def took(self, what: str, seconds: float) -> None:
-        """How long a meta-step (``step``) or a checkpoint (``save``) took: a safe exit may take as long again."""
+        """Note how long a meta-step (``step``) or a checkpoint (``save``) took: a safe exit may take as long."""
         self._longest_s[what] = max(self._longest_s[what], seconds)
 
-    def tell(self, state: State, reason: str) -> None:
+    def write_status(self, state: State, reason: str) -> None:
         """Write ``status.json``, where a run lives here, and no later start of it has taken over.
 
         Nothing is written after the first state that is not ``running``.
@@ -207,8 +199,8 @@ class Session:
             raise CheckpointError(
                 f"cannot write run.dir {folder.path}: {error.strerror}", "choose a folder that can be written"
             ) from error
-        self.tell("running", self.doing)
-        threading.Thread(target=self._keep_telling, name="status", daemon=True).start()
+        self.write_status("running", self.doing)
+        threading.Thread(target=self._keep_status_fresh, name="status", daemon=True).start()
 
     def _begin(self, parts: Parts, record: dict[str, Any], validated: int) -> None:
         folder = self.folder
@@ -222,7 +214,7 @@ class Session:
             write_text(folder.deepspeed_file, json.dumps(deepspeed_config(self.config, parts.plan), indent=2) + "\n")
         append_json_line(folder.sessions_file, record)
         self._starts = len(folder.sessions_file.read_bytes().splitlines())
-        self.tell("running", self.doing)
+        self.write_status("running", self.doing)
 
     def _open_log(self) -> None:
         world, start = self.world, this_start()
@@ -236,10 +228,10 @@ class Session:
         world.watch.log = self._log.file
 
     def _lost(self, verdict: Verdict) -> None:
-        """The watch is about to end this process, from a thread of its own: its reason is the last word."""
-        self.tell("failed" if verdict.stop_code is None else "stopped", verdict.what)
+        """Called by the watch's thread, which is about to end this process: its reason is the one that stays."""
+        self.write_status("failed" if verdict.stop_code is None else "stopped", verdict.what)
 
-    def _keep_telling(self) -> None:
+    def _keep_status_fresh(self) -> None:
         while not self._over.wait(STATUS_S):
             with suppress(CmlError):  # a full disk: the next checkpoint says so
-                self.tell("running", self.doing)
+                self.write_status("running", self.doing)

@@ -110,7 +110,7 @@ class Trainer:
                 self.finish()
         except Stopped:
             return self.stopped()
-        self.session.tell("finished", "")
+        self.session.write_status("finished", "")
         return Outcome(self.step, finished=True)
 
     # ------------------------------------------------------------------ phases
@@ -137,7 +137,7 @@ class Trainer:
             self.strategy = build_strategy(config, self.parts.plan, world, self.parts.model)
 
     def resume(self) -> None:
-        """Go on from the newest whole checkpoint, or begin; say and record what will happen here."""
+        """Load the newest whole checkpoint, if there is one; record and show what this start will do."""
         world, config, session = self.world, self.config, self.session
         world.watch.beat("looking for a checkpoint")
         folder = session.folder.checkpoints
@@ -151,7 +151,7 @@ class Trainer:
             self.step, self.state = found.step, {**self.state, **found.state}
             session.console.note(f"Resuming at step {self.step} of {config.train.steps} from {found.path}")
         record = session.begin(self.parts, self.threads, self.step, self.state["validated"])
-        # Right after the ranks met: one that still ends at once at a signal leaves those behind that save first.
+        # Right after a collective: a rank that a signal still ends at once would leave the others waiting for it.
         self.interrupts.defer_signals()
         if world.is_main:
             announce(session.console, config, self.parts, record)
@@ -171,7 +171,7 @@ class Trainer:
                 metrics, stop, save = self.meta_step(stream)
                 live.step(metrics)
                 self.on_step(self.step, "step")
-                # Saved before a long validation too: who stops or is killed in it loses nothing, and resume runs it.
+                # Before a validation too, which may take long: a run that is stopped or killed in it loses no step.
                 if stop or save or self.validation_due or self.step == config.train.steps:
                     self.save()
                 if stop:
@@ -201,7 +201,7 @@ class Trainer:
         """All ranks were asked to stop, and everything is saved."""
         signals = [name for name in self.world.gather(self.interrupts.stop) if name is not None]
         by_user = all(name == "SIGINT" for name in signals)
-        self.session.tell("stopped", signals[0])
+        self.session.write_status("stopped", signals[0])
         self.session.console.note(
             f"Stopped by {'Ctrl-C' if by_user else signals[0]} after step {self.step} of {self.config.train.steps}; "
             f"everything is saved in {self.session.folder.path}. Run the same command again to go on."
