@@ -16,6 +16,7 @@ from cml_dist.launching.options import add_slurm_options
 from cml_dist.parallel.env import launched_by_torchrun, launched_or_alone, set_torch_defaults
 from cml_dist.parallel.exit import leave
 from cml_dist.parallel.heartbeat import this_heartbeat
+from cml_dist.run.hooks import OnStep, nothing
 from cml_dist.run.interrupts import STOPPED_BY_USER
 
 if TYPE_CHECKING:
@@ -160,10 +161,15 @@ def _interval(word: str) -> float:
     return seconds
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+def main(argv: Sequence[str] | None = None, on_step: OnStep = nothing) -> int:
+    """Run one command; returns the exit code.
+
+    Args:
+        on_step: a hook of ``train``, see :mod:`cml_dist.run.hooks`.
+    """
     args = _parsed(argv)
     set_torch_defaults()
+    args.on_step = on_step
     rank = launched_or_alone().rank
     from cml_dist.telemetry.console import Console, console_for
 

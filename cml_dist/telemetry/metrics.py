@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from cml_dist.atomic import atomic_file
 from cml_dist.errors import CheckpointError
 
 
@@ -103,13 +104,9 @@ class MetricsWriter:
         lines = self.path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
         # Replaced also where all is kept: a trainer that was cut off, with the old file open, must not go on in ours.
-        fresh = self.path.with_name(self.path.name + ".new")
         try:
-            with open(fresh, "wb") as file:
-                file.writelines(kept)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(fresh, self.path)
+            with atomic_file(self.path) as fresh:
+                fresh.write_bytes(b"".join(kept))
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         return len(lines) - len(kept)

@@ -15,10 +15,11 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
+from cml_dist.atomic import write_text
 from cml_dist.config.load import flatten
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
-from cml_dist.run.folder import RunFolder, write_text
+from cml_dist.run.folder import RunFolder
 from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.metrics import StepMetrics, read_tail
 

@@ -306,7 +306,7 @@ def _state(status: RunStatus, quiet_s: float, folder: RunFolder) -> tuple[str, s
 
 def _starts_again(folder: RunFolder) -> bool:
     """Whether a later start than that of the status has the folder: it says nothing of itself until it is ready."""
-    taken_s = _mtime(folder.path / "lease.json")
+    taken_s = _mtime(folder.path / "lock")
     if taken_s <= _mtime(folder.status_file):
         return False
     return time.time() - taken_s <= SILENT_S or _held(folder)
@@ -332,8 +332,8 @@ def _held(folder: RunFolder) -> bool:
 
 
 def _quiet_s(folder: RunFolder) -> float:
-    """Seconds since anything was written: status and lease every few seconds, metrics, logs and checkpoints between."""
-    moving = (folder.status_file, folder.path / "lease.json", folder.metrics_file, folder.validation_file)
+    """Seconds since anything was written: status every few seconds, metrics, logs and checkpoints between."""
+    moving = (folder.status_file, folder.metrics_file, folder.validation_file)
     times = [_mtime(path) for path in (*moving, folder.checkpoints)]
     times += [_mtime(path) for path in folder.logs.glob("*.log")]
     return max(0.0, time.time() - max(times))

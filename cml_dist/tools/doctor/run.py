@@ -122,7 +122,7 @@ def _space(case: Case, base: Path) -> Finding:
 
 def _write(folder: Path) -> Finding:
     """As a checkpoint is written: under another name, flushed to the disk, renamed over the one before."""
-    from cml_dist.domains.publish import fsync
+    from cml_dist.atomic import fsync
 
     target, temporary = folder / "file", folder / "file.writing"
     target.write_bytes(b"before")
