@@ -24,6 +24,7 @@ from cml_dist.config.schema import RunConfig
 from cml_dist.errors import TrainingError
 from cml_dist.parallel.env import restarts
 from cml_dist.parallel.gpu_memory import memory_explained
+from cml_dist.parallel.optim import learning_rate
 from cml_dist.parallel.world import World, joined_world, set_arithmetic
 from cml_dist.parallel.zero import build_strategy
 from cml_dist.run import checkpoint as checkpoints
@@ -33,7 +34,6 @@ from cml_dist.run.export import export_run
 from cml_dist.run.folder import same_everywhere
 from cml_dist.run.hooks import OnStep, nothing
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
-from cml_dist.run.optim import learning_rate
 from cml_dist.run.record import announce, versions
 from cml_dist.run.report import score_run
 from cml_dist.run.session import Session
