@@ -79,7 +79,7 @@ def check_deepspeed(case: Case) -> Iterator[Finding]:
 
     from cml_dist.config.plan import resolve_strategy
 
-    strategy, _ = resolve_strategy(case.config, case.place.size)
+    strategy, _ = resolve_strategy(case.config, case.place.size, os.environ)
     wanted = strategy.startswith("zero")
     missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
     if missing:

@@ -12,7 +12,7 @@ import torch
 from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
-from cml_dist.methods.build import make_network, method_of
+from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.network import CmlNet
 from cml_dist.planning.choose import USABLE, Means, MemoryPlanner, Task, task_of
 from cml_dist.planning.strategies import STRATEGIES, RankBudget, Strategy
@@ -115,7 +115,7 @@ def forecast(
     net = network_structure(config, inputs)
     # Strategies are what is compared here; the plan is asked for the rest.
     parallel = config.parallel.model_copy(update={"strategy": "auto", "offload": "auto"})
-    plan = make_plan(config.model_copy(update={"parallel": parallel}), gpus)
+    plan = make_plan(config.model_copy(update={"parallel": parallel}), gpus, {})
     planner = MemoryPlanner(config, plan, net, method_of(config, net), inputs.task, on_gpu=True)
     usable = config.memory.budget_gib or USABLE * gpu_memory_gib
     strategies = [s for s in STRATEGIES if (s.name == "single") == (gpus == 1) or (gpus == 1 and s.offload != "none")]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -100,7 +101,7 @@ class _Run:
 
     def __init__(self, config: RunConfig, world: World, console: Console, interrupts: Interrupts) -> None:
         self.config, self.world, self.interrupts = config, world, interrupts
-        self.plan: RunPlan = make_plan(config, world.size)
+        self.plan: RunPlan = make_plan(config, world.size, os.environ)
         self.folder = RunFolder(config.run.dir)
         self.threads = set_arithmetic(config, world)
         self.metrics: MetricsWriter | None = None

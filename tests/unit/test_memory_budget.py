@@ -54,12 +54,12 @@ def fit(config, budget_gib=None):
     net, task, method = made(config)
     if budget_gib is not None:
         config = config.model_copy(update={"memory": config.memory.model_copy(update={"budget_gib": budget_gib})})
-    return fit_memory(config, make_plan(config, 1), net, method, task, CPU)
+    return fit_memory(config, make_plan(config, 1, {}), net, method, task, CPU)
 
 
 def planner_of(config, on_gpu=False):
     net, task, method = made(config)
-    return MemoryPlanner(config, make_plan(config, 1), net, method, task, on_gpu=on_gpu)
+    return MemoryPlanner(config, make_plan(config, 1, {}), net, method, task, on_gpu=on_gpu)
 
 
 def gib(planner, means):
@@ -68,7 +68,7 @@ def gib(planner, means):
 
 def test_without_a_budget_nothing_is_chosen():
     config = settings()
-    assert fit(config) == make_plan(config, 1)
+    assert fit(config) == make_plan(config, 1, {})
 
 
 def test_candidates_go_from_whole_to_one_example_and_then_off_the_gpu():
