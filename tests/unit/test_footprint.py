@@ -162,7 +162,7 @@ def test_offloaded_copies_do_not_grow_with_inner_steps():
     assert few == many < predicted("adjoint", replace(METHOD, inner_steps=30)).peak
 
 
-@pytest.mark.parametrize("micro_batch", [1, 7])
+@pytest.mark.parametrize("micro_batch", [3, 7])
 def test_two_micro_batches_and_the_rest_stand_for_all(micro_batch, nothing_left_out):
     method, sets = replace(METHOD, inner_steps=2), {"episode": episode(25, 16), "micro_batch": micro_batch}
     shortcut = predicted("adjoint", method, **sets)

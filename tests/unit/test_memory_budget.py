@@ -29,7 +29,7 @@ def settings(backbone="mlp", steps=1, engine="adjoint", micro_batch="auto", **se
         "engine": {"name": engine, "micro_batch": micro_batch},
         "domain": {"name": "images", "root": "unused", "ways": WAYS},
         # Narrower than the batch is long, so that activations count for more than parameters; few operators.
-        "model": {"backbone": backbone, "hidden": [2] * 4, "filters": 2, "colearner": {"depth": 1, "width": 8}},
+        "model": {"backbone": backbone, "hidden": [2] * 2, "filters": 2, "colearner": {"depth": 1, "width": 8}},
         "method": {"inner_steps": steps},
         "optim": {"name": "sgd"},
     }
@@ -82,16 +82,22 @@ def test_candidates_go_from_whole_to_one_example_and_then_off_the_gpu():
 def test_each_candidate_needs_less_than_the_one_before():
     """What the search by halving rests on."""
     planner = planner_of(settings(steps=3), on_gpu=True)
-    needs = [gib(planner, means) for means in planner.candidates()]
-    for copies in ("device", "cpu"):
-        these = [n for n, m in zip(needs, planner.candidates(), strict=True) if m.copies == copies]
-        assert these == sorted(these, reverse=True)
-    assert needs[-1] < needs[-5], "keeping the copies elsewhere saves something"
+    device, cpu = (
+        [gib(planner, Means("adjoint", size, copies)) for size in sizes]
+        for copies, sizes in (("device", (None, 8, 2, 1)), ("cpu", (8, 1)))
+    )
+    assert device == sorted(device, reverse=True) and cpu == sorted(cpu, reverse=True)
+    assert cpu[-1] < device[-1], "keeping the copies elsewhere saves something"
 
 
-def test_the_largest_micro_batch_that_fits_is_taken_and_the_reason_said():
-    planner = planner_of(settings())
-    needs = {m.micro_batch: gib(planner, m) for m in planner.candidates()}
+@pytest.fixture(scope="module")
+def planner():
+    """Of the plain settings; what it has simulated once serves all."""
+    return planner_of(settings())
+
+
+def test_the_largest_micro_batch_that_fits_is_taken_and_the_reason_said(planner):
+    needs = {size: gib(planner, Means("adjoint", size, "device")) for size in (4, 8)}
     plan = fit(settings(), (needs[4] + needs[8]) / 2)
     assert (plan.engine, plan.micro_batch) == ("adjoint", 4)
     assert "in micro-batches of 4" in plan.memory and "adjoint whole would need" in plan.memory
@@ -105,8 +111,7 @@ def test_what_was_asked_for_by_name_stays():
         fit(settings(micro_batch=4), 1e-6)
 
 
-def test_a_budget_that_nothing_fits_names_the_smallest_that_would():
-    planner = planner_of(settings())
+def test_a_budget_that_nothing_fits_names_the_smallest_that_would(planner):
     least = gib(planner, planner.candidates()[-1])
     with pytest.raises(ConfigError, match="nothing fits into") as refused:
         fit(settings(), 0.99 * least)
@@ -123,11 +128,10 @@ def test_batch_statistics_are_never_split():
 
 
 @pytest.mark.parametrize("part", [0.5, 1.0])
-def test_the_run_stays_inside_its_budget(part):
+def test_the_run_stays_inside_its_budget(part, planner):
     """The bytes of real tensors in a real meta-step, counted as they come and go."""
     config = settings()
     net, task, method = made(config)
-    planner = planner_of(config)
     least, most = (gib(planner, planner.candidates()[n]) for n in (-1, 0))
     budget = least + part * (most - least)
     plan = fit(config, budget)

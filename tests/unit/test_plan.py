@@ -203,7 +203,8 @@ def test_vit_base_is_answered_without_weights(plan):
     """86 million parameters at 224 px: neither their values (0.33 GiB) nor an activation are ever in memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     words = ["mini_imagenet", "--image-size", "224", "model.backbone=vit_base_patch16_224", "method.inner_steps=5"]
-    found = forecast(plan, *words, "--gpus", "16", "--gpu-memory-gib", "80", "model.pretrained=true")
+    words += ["engine.name=adjoint", "model.pretrained=true"]
+    found = forecast(plan, *words, "--gpus", "16", "--gpu-memory-gib", "80")
     assert found["num_parameters"] == pytest.approx(86e6, rel=0.01)
     ddp = found["rows"][0]
     assert ddp["parameters"] == 4 * found["num_parameters"]
