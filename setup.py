@@ -73,8 +73,8 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    # The recipes live in configs/recipes and are installed as data of cml_dist.recipes (see config/recipes.py), what
-    # launchers read lies in launch, and is installed as data of cml_dist.launch (see launching/files.py).
+    # The recipes live in configs/recipes and are installed as data of cml_dist.recipes (see config/load.py), what
+    # launchers read lies in launch, and is installed as data of cml_dist.launch (see launching/slurm.py).
     packages=[*find_packages(include=["cml_dist", "cml_dist.*"]), "cml_dist.recipes", "cml_dist.launch"],
     package_dir={"cml_dist.recipes": "configs/recipes", "cml_dist.launch": "launch"},
     package_data={

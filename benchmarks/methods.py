@@ -96,11 +96,10 @@ def cost(repeats: int) -> None:
     """Seconds of a meta-step of each variant in turn, and the bytes of its live tensors at their peak."""
     import torch
 
-    from cml_dist.config.load import layered, parse_config, read_yaml
-    from cml_dist.config.recipes import find_recipe
+    from cml_dist.config.load import find_recipe, layered, parse_config, read_yaml
     from cml_dist.domains.images import ImageDomain
     from cml_dist.meta.model import MetaModel
-    from cml_dist.methods.build import make_network, method_of
+    from cml_dist.nets.build import make_network, method_of
     from cml_dist.parallel.allocator import keep_freed_memory
     from cml_dist.planning.live_bytes import LiveBytes
     from cml_dist.types import Batch, Episode

@@ -12,6 +12,7 @@ difference of a parameter to the first row's after the two steps.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def worker(strategy_name: str, offload: str, out: str) -> None:
     )
     world = join_world(config)
     set_arithmetic(config, world)
-    plan = make_plan(config, world.size)
+    plan = make_plan(config, world.size, os.environ)
     net = build_net(config.model, input_shape=SHAPE, output_dim=WAYS, seed=0, colearner=True)
     loss = torch.nn.functional.cross_entropy
 

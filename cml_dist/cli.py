@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from cml_dist import __version__
 from cml_dist.errors import CmlError
-from cml_dist.launching.options import add_slurm_options
+from cml_dist.launching.request import add_slurm_options
 from cml_dist.parallel.env import launched_by_torchrun, launched_or_alone, set_torch_defaults
 from cml_dist.parallel.exit import leave
 from cml_dist.parallel.heartbeat import this_heartbeat
@@ -23,10 +23,7 @@ if TYPE_CHECKING:
     from cml_dist.telemetry.console import Console
 
 DESCRIPTION = "Distributed meta-training with Cooperative Meta-Learning (CML): exact meta-gradients on many devices."
-CONFIG_HELP = (
-    "a YAML file, or the short name of a shipped recipe (glyphs, omniglot, cifar_fs, mini_imagenet, sinusoid, "
-    "protonet, r2d2)"
-)
+CONFIG_HELP = "a YAML file, or the short name of a shipped recipe, e.g. glyphs or sinusoid"
 INTERRUPTED = {
     "eval": "Interrupted; nothing was left half",
     "pack": "Interrupted; nothing was left half",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -35,8 +35,8 @@ class Batch:
     inputs: Tensor
     targets: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(change(self.inputs), change(self.targets))
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Episode:
     context: Mapping[str, Tensor] = field(default_factory=dict)
     ways: int = 0
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Episode:
+        """The episode with each of its tensors changed."""
+        context = {name: change(value) for name, value in self.context.items()}
+        return replace(self, support=self.support.map(change), query=self.query.map(change), context=context)
+
     def to(self, device: torch.device) -> Episode:
-        return replace(
-            self,
-            support=self.support.to(device),
-            query=self.query.to(device),
-            context={name: value.to(device, non_blocking=True) for name, value in self.context.items()},
-        )
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import TYPE_CHECKING
 
 from cml_dist.errors import CmlError
@@ -13,9 +14,8 @@ if TYPE_CHECKING:
 
 
 def config(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.config.load import annotated, layered, parse_config, read_yaml, valid_keys
+    from cml_dist.config.load import annotated, find_recipe, layered, parse_config, read_yaml, valid_keys
     from cml_dist.config.plan import make_plan, plan_rows
-    from cml_dist.config.recipes import find_recipe
     from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
     from cml_dist.parallel.env import launched
 
@@ -30,7 +30,8 @@ def config(args: argparse.Namespace, console: Console) -> None:
         raise CmlError("no configuration was named", "cml-dist config CONFIG, or cml-dist config --keys")
     layers = layered(read_yaml(find_recipe(args.config)), args.overrides)
     config = parse_config(layers.data, source=args.config)
-    plan = make_plan(config, config.parallel.processes or launched().size)  # asked for, else launched, else one
+    processes = config.parallel.processes or launched().size  # asked for, else launched, else one
+    plan = make_plan(config, processes, os.environ)
     if zero_stage(plan.strategy) is not None or args.deepspeed:
         dictionary = deepspeed_config(config, plan)  # also a check of the user's own file
     if args.deepspeed:

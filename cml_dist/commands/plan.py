@@ -7,22 +7,13 @@ import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cml_dist.planning.strategies import RankBudget
     from cml_dist.telemetry.console import Console
 
 
-PLAN_COLUMNS = {
-    "parameters": "params",
-    "gradients": "grads",
-    "moments": "moments",
-    "adapted": "copies",
-    "activations": "activ.",
-    "buffers": "buffers",
-    "total": "total",
-    "host": "host",
-    "sent": "sent",
-}
-"""Parts of a rank's budget, with names short enough for a table on a terminal."""
+PARTS = ("parameters", "gradients", "moments", "adapted", "activations", "buffers", "total", "host", "sent")
+"""Of a rank's budget, a column each."""
+SHORT = {"parameters": "params", "gradients": "grads", "adapted": "copies", "activations": "activ."}
+"""Names short enough for a table on a terminal."""
 
 
 def plan(args: argparse.Namespace, console: Console) -> None:
@@ -30,6 +21,7 @@ def plan(args: argparse.Namespace, console: Console) -> None:
 
     config = load_config(args.config, args.overrides)
     from cml_dist.planning.forecast import forecast
+    from cml_dist.planning.strategies import Strategy
 
     found = forecast(
         config,
@@ -42,6 +34,7 @@ def plan(args: argparse.Namespace, console: Console) -> None:
     if args.json:
         print(json.dumps(found.as_dict(), indent=2))
         return
+    named = [str(Strategy(row.strategy, row.offload)) for row in found.rows]
     console.header(
         "cml-dist plan",
         {
@@ -53,16 +46,17 @@ def plan(args: argparse.Namespace, console: Console) -> None:
         },
     )
 
-    def gib(size: int) -> str:
-        return f"{size / 2**30:.2f}"
-
     alike = len(set(found.means)) == 1
     rows = [
-        (_strategy_words(row), *(gib(getattr(row, part)) for part in PLAN_COLUMNS), "yes" if found.fits(row) else "no")
-        + (() if alike else (str(means),))
-        for row, means in zip(found.rows, found.means, strict=True)
+        (
+            named[number],
+            *(f"{getattr(row, part) / 2**30:.2f}" for part in PARTS),
+            "yes" if found.fits(row) else "no",
+            *([] if alike else [str(found.means[number])]),
+        )
+        for number, row in enumerate(found.rows)
     ]
-    columns = ("strategy", *PLAN_COLUMNS.values(), "fits", *([] if alike else ["meta-gradient by"]))
+    columns = ("strategy", *(SHORT.get(part, part) for part in PARTS), "fits", *([] if alike else ["meta-gradient by"]))
     console.table("GiB of each rank at its largest moment, and sent in a meta-step", columns, rows)
     console.note(
         "Copies: adapted parameters of the inner steps. Activations are of second order, moments with the master copy; "
@@ -71,9 +65,5 @@ def plan(args: argparse.Namespace, console: Console) -> None:
     if found.command is None:
         console.note(f"Nothing fits: the leanest strategy needs GPUs of {found.smallest_gib:.3g} GiB")
     else:
-        console.note(f"Recommended: {_strategy_words(found.rows[found.recommended])}")
+        console.note(f"Recommended: {named[found.recommended]}")
         print(found.command)
-
-
-def _strategy_words(row: RankBudget) -> str:
-    return row.strategy + {"none": "", "optimizer": " offload", "all": " offload all"}[row.offload]

@@ -1,7 +1,8 @@
-"""From YAML and ``key=value`` overrides to a checked, frozen :class:`RunConfig`; the only reader of such files."""
+"""From a recipe and ``key=value`` overrides to a checked, frozen :class:`RunConfig`; the only reader of such files."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cml_dist.config import schema
-from cml_dist.config.methods import METHODS, NAME_DECIDES, family
-from cml_dist.config.recipes import find_recipe
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
+from cml_dist.registry import DOMAINS, METHODS, NAME_DECIDES, family
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_RECIPES = (_PACKAGE / "recipes", _PACKAGE.parent / "configs" / "recipes")
+"""Installed (setup.py puts the recipes there), or in a checkout, also an editable one."""
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -25,6 +29,56 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: unreadable file, unknown key (with the nearest valid one), or a value out of range.
     """
     return parse_config(layered(read_yaml(find_recipe(path)), overrides).data, source=str(path))
+
+
+# --------------------------------------------------------------------------- files
+
+
+def recipes() -> dict[str, Path]:
+    """Every shipped recipe by its short name, e.g. ``glyphs``, in order of name."""
+    found = ({path.stem: path for path in sorted(place.glob("*.yaml"))} for place in _RECIPES)
+    return next(filter(None, found), {})
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """The file of a recipe.
+
+    Args:
+        name_or_path: the path of a YAML file, or the short name of a recipe (``glyphs``, also ``glyphs.yaml``, or the
+            path that it has in a checkout). A file of that name in the current folder wins.
+
+    Raises:
+        ConfigError: neither a file nor a recipe; the nearest names are given.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path
+    known = recipes()
+    short = path.name.removesuffix(".yaml")
+    if str(path.parent) in (".", "configs/recipes") and short in known:
+        return known[short]
+    what = f"{name_or_path} is a folder" if path.is_dir() else f"{name_or_path} is neither a file nor a recipe"
+    near = difflib.get_close_matches(short, known, n=3, cutoff=0.5)
+    remedy = (
+        f"did you mean {' or '.join(near)}?" if near else f"give the path of a YAML file, or one of {', '.join(known)}"
+    )
+    raise ConfigError(f"configuration {what}", remedy)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no valid YAML: {error}", "correct the file at that place") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds no mapping of sections", "start from a file in configs/recipes")
+    return data
+
+
+# --------------------------------------------------------------------------- layers
 
 
 @dataclass(frozen=True)
@@ -53,6 +107,7 @@ def layered(recipe: Mapping[str, Any], overrides: Sequence[str]) -> Layers:
     given, chosen = flatten(recipe), {override.partition("=")[0] for override in overrides}
     section = data.get("method")
     gave_way: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     if isinstance(section, dict) and isinstance(section.get("name", "cml"), str):
         then, now = given.get("method.name", "cml"), section.get("name", "cml")
         dropped = ()
@@ -67,8 +122,6 @@ def layered(recipe: Mapping[str, Any], overrides: Sequence[str]) -> Layers:
         if not has_colearner and section.get("gamma") and switched:
             gave_way["method.gamma"] = section.pop("gamma")
         sources = {f"method.{key}": f"method {now}" for key in defaults if section.get(key) is None}
-    else:
-        sources = {}
     for key, value in flatten(data).items():
         if value is None and key in sources:
             continue  # asked for what the method says
@@ -79,25 +132,13 @@ def layered(recipe: Mapping[str, Any], overrides: Sequence[str]) -> Layers:
     return Layers(data, sources, gave_way)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no valid YAML: {error}", "correct the file at that place") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds no mapping of sections", "start from a file in configs/recipes")
-    return data
-
-
 def merge(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """``data`` with ``section.key=value`` assignments applied; values are read as YAML."""
-    merged = _copied(data)
+    merged = copy.deepcopy(dict(data))
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not key or any(not part for part in key.split(".")):
+        *sections, last = key.split(".")
+        if not equals or not all((*sections, last)):
             raise ConfigError(
                 f"override {override!r} is not of the form section.key=value", "write e.g. train.steps=1000"
             )
@@ -105,23 +146,30 @@ def merge(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"the value of {override!r} is no valid YAML", "quote it for your shell") from error
-        *sections, last = key.split(".")
         target = merged
-        for depth, section in enumerate(sections):
+        for depth, section in enumerate(sections, start=1):
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                raise ConfigError(
-                    f"override {override!r}: {'.'.join(sections[: depth + 1])} is a value, not a section",
-                    f"set it whole: {'.'.join(sections[: depth + 1])}=...",
-                )
+                whole = ".".join(sections[:depth])
+                raise ConfigError(f"override {override!r}: {whole} is a value, not a section", f"set it: {whole}=...")
         if isinstance(target.get(last), dict) and not isinstance(value, dict):
             raise ConfigError(f"override {override!r}: {key} is a section", f"set one of its keys, {_example(key)}")
         target[last] = value
     return merged
 
 
-def _copied(value: Any) -> Any:
-    return {k: _copied(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as ``section.key`` -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+# --------------------------------------------------------------------------- checking and showing
 
 
 def parse_config(data: Mapping[str, Any], source: str = "configuration") -> RunConfig:
@@ -143,68 +191,42 @@ def dump_config(config: RunConfig) -> str:
 
 def annotated(config: RunConfig, sources: Mapping[str, str]) -> str:
     """The same as :func:`dump_config` with the source of each setting that is no default, as comments."""
-    lines: list[str] = []
 
-    def section(data: Mapping[str, Any], prefix: str, indent: str) -> None:
+    def lines(data: Mapping[str, Any], prefix: str, indent: str) -> Iterable[str]:
         for key, value in data.items():
             if isinstance(value, Mapping) and value:
-                lines.append(f"{indent}{key}:")
-                section(value, f"{prefix}{key}.", f"{indent}  ")
+                yield f"{indent}{key}:"
+                yield from lines(value, f"{prefix}{key}.", f"{indent}  ")
                 continue
             text = yaml.safe_dump([value], default_flow_style=True, width=10**6).strip()[1:-1]
             source = sources.get(f"{prefix}{key}")
-            lines.append(f"{indent}{key}: {text}" + (f"  # {source}" if source else ""))
+            yield f"{indent}{key}: {text}" + (f"  # {source}" if source else "")
 
-    section(config.model_dump(mode="json"), "", "")
-    return "\n".join(lines) + "\n"
-
-
-def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as ``section.key`` -> value."""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-# --------------------------------------------------------------------------- messages
+    return "\n".join(lines(config.model_dump(mode="json"), "", "")) + "\n"
 
 
 def _fault(error: Mapping[str, Any]) -> tuple[str, str]:
     """(what, remedy) of one pydantic error."""
-    # The tag of a discriminated union ("glyphs") stands in the location; users never wrote it.
-    loc = [str(part) for part in error["loc"]]
-    if len(loc) > 1 and loc[0] == "domain" and loc[1] in _DOMAINS:
-        tag = loc.pop(1)
-    else:
-        tag = None
-    key = ".".join(loc)
-    value = error.get("input")
+    location = [str(part) for part in error["loc"]]
+    domain = None
+    if location[:1] == ["domain"] and location[1:2] and location[1] in DOMAINS:
+        domain = location.pop(1)  # the tag of the union, which users never wrote
+    key, value = ".".join(location), error.get("input")
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, valid_keys(tag), n=1, cutoff=0.5)
-        return f"{key} is not a setting" + (f" of domain {tag}" if tag else ""), (
-            f"did you mean {near[0]}?" if near else "see cml-dist config --keys"
-        )
+        near = difflib.get_close_matches(key, valid_keys(domain), n=1, cutoff=0.5)
+        remedy = f"did you mean {near[0]}?" if near else "see cml-dist config --keys"
+        return f"{key} is not a setting" + (f" of domain {domain}" if domain else ""), remedy
     if error["type"] == "missing":
         return f"{key} is not set", f"add {key}=..."
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
         name = value.get("name") if isinstance(value, Mapping) else value
-        near = difflib.get_close_matches(str(name), _DOMAINS, n=1)
-        return f"domain.name is {name!r}", f"use one of {', '.join(_DOMAINS)}" + (
-            f" (nearest: {near[0]})" if near else ""
-        )
+        return f"domain.name is {name!r}", f"use one of {', '.join(DOMAINS)}"
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key} is {value!r}, but it is a section", f"set its keys, {_example(key)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{key}: {message}" if key else message, ""
-    near = difflib.get_close_matches(str(value), _literals(error), n=1)
-    remedy = message[:1].lower() + message[1:]
-    remedy = remedy.replace("input should", f"{key} should", 1)
-    return f"{key} is {value!r}", remedy + (f" (nearest: {near[0]})" if near else "")
+    return f"{key} is {value!r}", (message[:1].lower() + message[1:]).replace("input should", f"{key} should", 1)
 
 
 def _example(section: str) -> str:
@@ -212,28 +234,31 @@ def _example(section: str) -> str:
     return f"e.g. {next(key for key in valid_keys() if key.startswith(f'{section}.'))}=..."
 
 
-def _literals(error: Mapping[str, Any]) -> list[str]:
-    expected = error.get("ctx", {}).get("expected", "")
-    return [part.strip(" '\"") for part in str(expected).replace(" or ", ",").split(",")] if expected else []
-
-
-_DOMAINS: dict[str, type[BaseModel]] = {
-    "glyphs": schema.GlyphsConfig,
-    **{name: schema.ImagesConfig for name in ("images", "omniglot", "cifar_fs", "fc100", "mini_imagenet")},
-    "sinusoid": schema.SinusoidConfig,
-}
-
-
 def valid_keys(domain: str | None = None) -> dict[str, str]:
     """Every setting as ``section.key`` -> its description, with those of one domain (default: of all)."""
-    keys = {"domain.name": " | ".join(_DOMAINS) + "; required"}
-    for name, model in _DOMAINS.items():
+    keys = {"domain.name": " | ".join(DOMAINS) + "; required"}
+    for name, entry in DOMAINS.items():
         if domain in (None, name):
-            for key, meaning in _keys(model, "domain.").items():
+            for key, meaning in _keys(getattr(schema, entry.settings), "domain.").items():
                 keys.setdefault(key, meaning)  # shots of images and of curves: the first says it
     for name, info in RunConfig.model_fields.items():
         if name != "domain":
             keys.update(_keys(info.annotation, f"{name}."))
+    return keys
+
+
+def _keys(model: Any, prefix: str) -> dict[str, str]:
+    keys: dict[str, str] = {}
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys.update(_keys(info.annotation, f"{prefix}{name}."))
+            continue
+        default = "required" if info.is_required() else f"default {_as_yaml(info.default)}"
+        choices = " | ".join(str(choice) for choice in get_args(info.annotation) if isinstance(choice, str))
+        description = info.description or ""
+        if info.default is None and "null: " in description:  # already there, with what it means
+            description, default = description.replace("null: ", "default null: "), ""
+        keys[f"{prefix}{name}"] = "; ".join(filter(None, (choices, description, default)))
     return keys
 
 
@@ -242,18 +267,3 @@ def _as_yaml(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(list(value)) if isinstance(value, tuple) else str(value)
-
-
-def _keys(model: Any, prefix: str) -> dict[str, str]:
-    keys: dict[str, str] = {}
-    for name, info in model.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            keys.update(_keys(info.annotation, f"{prefix}{name}."))
-        else:
-            default = "required" if info.is_required() else f"default {_as_yaml(info.default)}"
-            choices = " | ".join(str(choice) for choice in get_args(info.annotation) if isinstance(choice, str))
-            description = info.description or ""
-            if info.default is None and "null: " in description:  # already there, with what it means
-                description, default = description.replace("null: ", "default null: "), ""
-            keys[f"{prefix}{name}"] = "; ".join(filter(None, (choices, description, default)))
-    return keys

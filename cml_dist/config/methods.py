@@ -1,65 +1,13 @@
-"""Methods by name: what each sets, what it is called, and what a co-learner can be beside it. No torch."""
+"""What a configured method is called, and what a co-learner can be beside it. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+from cml_dist.registry import METHODS
+
 RunConfig = Any
-"""``schema.RunConfig``, which is checked by functions here."""
-
-
-@dataclass(frozen=True)
-class MethodInfo:
-    """A method of ``method.name``.
-
-    Attributes:
-        title: what people call it.
-        what: one line for ``--keys``.
-        settings: its published defaults (settings of ``method.*``): above the schema's, below a recipe's for it.
-        family: a recipe's ``method.*`` counts for all of the family that it names.
-        adapts_only: the one part that adapts, where the method is defined by it.
-    """
-
-    title: str
-    what: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    family: str = ""
-    adapts_only: str | None = None
-
-
-METHODS: dict[str, MethodInfo] = {
-    "cml": MethodInfo("MAML", "MAML with the co-learner", {"colearner": True}, "maml"),
-    "maml": MethodInfo("MAML", "all adapts, second order", {}, "maml"),
-    "fomaml": MethodInfo("FOMAML", "MAML of first order", {"order": 1}, "maml"),
-    "anil": MethodInfo(
-        "ANIL",
-        "the head alone adapts (Raghu et al., 1909.09157)",
-        {"adapts": ["head"], "inner_steps": 1, "inner_lr": 0.5},
-        adapts_only="head",
-    ),
-    "boil": MethodInfo(
-        "BOIL",
-        "the body alone adapts (Oh et al., 2008.08882)",
-        {"adapts": ["body"], "inner_steps": 1, "inner_lr": 0.5},
-        adapts_only="body",
-    ),
-    "meta_sgd": MethodInfo(
-        "Meta-SGD",
-        "a learned step size for every element, which starts at inner_lr (Li et al., 1707.09835)",
-        {"inner_steps": 1, "inner_lr": 0.1},
-    ),
-}
-"""Steps and rates of ANIL and BOIL are those of the BOIL line of work for Conv-4 (inner rate 0.5, one step)."""
-
-NAME_DECIDES = ("colearner", "order")
-"""Settings that a name of the family ``maml`` decides: a recipe's give way to another name."""
-
-
-def family(name: str) -> str:
-    """The family of a method; a method that is none's is its own."""
-    return (METHODS[name].family if name in METHODS else "") or name
+"""``schema.RunConfig``, which imports from here."""
 
 
 def method_title(config: RunConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,7 +38,6 @@ class RunPlan:
     steps: int
     episodes: int
     validations: int
-    checkpoints: int
     inner_steps: int
     test_inner_steps: int
     micro_batch: int | None = None
@@ -57,64 +57,62 @@ def share(total: int, rank: int, world: int) -> range:
     return range(first, first + base + (rank < extra))
 
 
-def make_plan(config: RunConfig, processes: int) -> RunPlan:
+def make_plan(config: RunConfig, processes: int, environment: Mapping[str, str]) -> RunPlan:
     """Resolve ``config`` for a world of ``processes``.
+
+    Args:
+        environment: variables that the launcher set, e.g. ``os.environ``; ``{}``: there is no launcher.
 
     Raises:
         ConfigError: a strategy that this world cannot carry.
     """
-    strategy, offload = resolve_strategy(config, processes)
-    engine, micro_batch = config.engine.name, config.engine.micro_batch
+    strategy, offload = resolve_strategy(config, processes, environment)
+    asked, second_order = config.engine, config.method.order == 2
+    engine, micro_batch = asked.name, asked.micro_batch if isinstance(asked.micro_batch, int) else None
     if engine == "auto":
         # The memory budget decides; until it has, the fastest that could be (see planning/choose.py).
-        asked = isinstance(micro_batch, int), config.engine.trajectory == "sqrt", config.engine.copies == "cpu"
-        engine = "adjoint" if any(asked) else "graph"
+        lean = micro_batch is not None or asked.trajectory == "sqrt" or asked.copies == "cpu"
+        engine = "adjoint" if lean else "graph"
     steps, every = config.train.steps, config.eval.every
     batch = config.train.episodes_per_step
     test_steps = config.eval.inner_steps
     return RunPlan(
         processes=processes,
         strategy=strategy,
-        engine=engine if config.method.order == 2 else "first_order",
+        engine=engine if second_order else "first_order",
         episodes_by_rank=tuple(len(share(batch, rank, processes)) for rank in range(processes)),
         steps=steps,
         episodes=steps * batch,
-        validations=(steps // every + (steps % every > 0)) if every else 1,
-        checkpoints=steps // config.checkpoint.every + (steps % config.checkpoint.every > 0),
+        validations=-(-steps // every) if every else 1,
         inner_steps=config.method.inner_steps,
         test_inner_steps=config.method.inner_steps if test_steps is None else test_steps,
         offload=offload,
-        micro_batch=micro_batch if isinstance(micro_batch, int) else None,
-        copies="cpu" if (config.engine.copies, engine, config.method.order) == ("cpu", "adjoint", 2) else "device",
-        trajectory="sqrt" if (config.engine.trajectory, engine) == ("sqrt", "adjoint") else "all",
+        micro_batch=micro_batch,
+        copies="cpu" if asked.copies == "cpu" and engine == "adjoint" and second_order else "device",
+        trajectory="sqrt" if asked.trajectory == "sqrt" and engine == "adjoint" else "all",
     )
 
 
-def resolve_strategy(config: RunConfig, processes: int) -> tuple[str, str]:
+def resolve_strategy(config: RunConfig, processes: int, environment: Mapping[str, str]) -> tuple[str, str]:
     """(strategy, offload) of a world of ``processes``: what was asked for, and what the launcher set up.
 
     Raises:
         ConfigError: the two contradict each other, or DeepSpeed cannot do it.
     """
     strategy, offload = config.parallel.strategy, config.parallel.offload
-    request = deepspeed_request(config)
+    request = deepspeed_request(config, environment)
     if request is None:
-        if strategy == "auto":
-            strategy = "ddp" if processes > 1 else "single"
-        offload = "none" if offload == "auto" else offload
+        theirs, kept = "ddp" if processes > 1 else "single", "none"
     else:
-        theirs = f"zero{request.stage}"
-        if strategy not in ("auto", theirs):
-            raise ConfigError(
-                f"parallel.strategy is {strategy}, but {request.source} sets up DeepSpeed's {theirs}",
-                f"set parallel.strategy=auto or {theirs}, or use another file",
-            )
-        if offload not in ("auto", request.offload):
-            raise ConfigError(
-                f"parallel.offload is {offload}, but {request.source} offloads {request.offload}",
-                f"set parallel.offload=auto or {request.offload}, or mend the file",
-            )
-        strategy, offload = theirs, request.offload
+        theirs, kept = f"zero{request.stage}", request.offload
+        for key, ours, launched in (("strategy", strategy, theirs), ("offload", offload, kept)):
+            if ours not in ("auto", launched):
+                raise ConfigError(
+                    f"parallel.{key} is {ours}, but {request.source} sets up DeepSpeed's {theirs}, offload {kept}",
+                    f"set parallel.{key}=auto or {launched}, or use another file",
+                )
+    strategy = theirs if strategy == "auto" else strategy
+    offload = kept if offload == "auto" else offload
     if strategy == "single" and processes > 1:
         raise ConfigError(
             f"parallel.strategy is single, but {processes} processes run",
@@ -147,6 +145,7 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
         steps += f" by {method.inner_optim}" if plan.inner_steps and method.inner_optim != "sgd" else ""
     if method.adapts is not None:
         steps += f" on {', '.join(method.adapts)}"
+    on_cpu = {"none": "", "optimizer": ", optimizer on the CPU", "all": ", optimizer and parameters on the CPU"}
     colearner = ""
     if method.colearner is not False:
         state = {"untrained": "untrained ", "adapts": "adapting "}.get(method.colearner, "")
@@ -167,7 +166,7 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
         + (", every sqrt(K)-th point kept" if plan.trajectory == "sqrt" else "")
         + (", bfloat16 inside the network" if config.run.compute == "bfloat16" else ""),
         **({"memory": plan.memory} if plan.memory else {}),
-        "world": f"{plan.processes} process{'es' * (plan.processes != 1)} ({_strategy_words(plan)}), "
+        "world": f"{plan.processes} process{'es' * (plan.processes != 1)} ({plan.strategy}{on_cpu[plan.offload]}), "
         f"{batch} episodes a meta-step: {' or '.join(map(str, each))} a process",
         "training": f"{plan.steps:,} meta-steps of {config.optim.name} at {config.optim.lr:g}, "
         f"{plan.episodes:,} episodes",
@@ -180,17 +179,12 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
     }
 
 
-def _strategy_words(plan: RunPlan) -> str:
-    parts = {"optimizer": ", optimizer on the CPU", "all": ", optimizer and parameters on the CPU"}
-    return plan.strategy + parts.get(plan.offload, "")
-
-
 def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}" + "s" * (number != 1)
 
 
 def _domain_words(config: RunConfig) -> str:
     domain = config.domain
-    if domain.name == "sinusoid":
-        return f"sinusoid, {domain.shots} support and {domain.queries} query points"
+    if not hasattr(domain, "ways"):
+        return f"{domain.name}, {domain.shots} support and {domain.queries} query points"
     return f"{domain.name}, {domain.ways}-way {domain.shots}-shot, {domain.queries} queries a class"

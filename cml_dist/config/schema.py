@@ -1,7 +1,6 @@
-"""Every setting of a run: typed, frozen, with its range, unit and default.
+"""Every setting of a run: typed, frozen, with its range, unit and default. No torch.
 
-Unknown keys are refused with the nearest valid name (``load.py``). Nothing here imports torch, so that
-``cml-dist config`` and ``--help`` answer at once.
+Names come from ``registry.py``; what cannot be together is refused in ``checks.py``, unknown keys in ``load.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +10,13 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from cml_dist.config.methods import METHODS, dagger_refusal, has_trained_colearner
+from cml_dist.config.checks import contradictions
+from cml_dist.registry import BACKBONES, DOMAINS, HEADS, INNER_OPTIMS, METHODS, TIMM, in_words
+
+MethodName = Literal[tuple(METHODS)]
+InnerOptim = Literal[tuple(INNER_OPTIMS)]
+HeadName = Literal[tuple(HEADS)]
+ImageSet = Literal[tuple(name for name, entry in DOMAINS.items() if entry.settings == "ImagesConfig")]
 
 
 class Section(BaseModel):
@@ -26,7 +31,7 @@ def _as_list(value: object) -> object:
 
 
 Terms = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_list)]
-"""Which parameters: ``body``, ``head``, ``last:N`` or globs over canonical names (nets/partition.py)."""
+"""Which parameters: ``body``, ``head``, ``last:N`` or globs over canonical names (``nets/partition.py``)."""
 
 
 def _at_home(path: str | bool) -> str | bool:
@@ -36,6 +41,7 @@ def _at_home(path: str | bool) -> str | bool:
     return path
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Place = Annotated[str, AfterValidator(_at_home)]
 """A path; a URL too, where the setting says so."""
 
@@ -47,12 +53,8 @@ class AugmentConfig(Section):
     """Changes to training images, drawn from the episode's own generator (val and test are never changed)."""
 
     flip: bool = Field(False, description="mirror each image left-right with probability 1/2")
-    crop_padding: int = Field(
-        0, ge=0, le=64, description="pad by this many pixels (reflected), then crop back at random"
-    )
-    rotate_classes: bool = Field(
-        False, description="each class turned by 90, 180, 270 degrees is a class of its own (Omniglot)"
-    )
+    crop_padding: int = Field(0, ge=0, le=64, description="pad by this many pixels (reflected), then crop back at random")
+    rotate_classes: bool = Field(False, description="each class turned by 90, 180, 270 degrees is a class of its own (Omniglot)")
 
 
 class ImageSettings(Section):
@@ -61,31 +63,11 @@ class ImageSettings(Section):
     ways: int = Field(5, ge=2, le=1000, description="classes in an episode (N)")
     shots: int = Field(1, ge=1, le=1000, description="support examples a class (K)")
     queries: int = Field(15, ge=1, le=1000, description="query examples a class")
-    mean: tuple[float, ...] | None = Field(
-        None, description="per channel, of pixels in 0..1; null: measured on the training split when packed"
-    )
-    std: tuple[float, ...] | None = Field(
-        None, description="per channel, of pixels in 0..1; null: measured on the training split when packed"
-    )
+    mean: tuple[float, ...] | None = Field(None, description="per channel, of pixels in 0..1; null: measured on the training split when packed")
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, description="per channel, of pixels in 0..1; null: measured on the training split when packed")
     augment: AugmentConfig = AugmentConfig()
-    memory_gib: float = Field(
-        4.0,
-        ge=0,
-        description="keep a decoded split in memory (uint8, in each process) up to this size, GiB, and half of the free memory for all; else decode in workers",
-    )
-    workers: int | None = Field(
-        None,
-        ge=0,
-        le=64,
-        description="processes a rank that prepare episodes ahead; 0: in the training process; null: 0 where the split is in memory, else up to 4",
-    )
-
-    @field_validator("std")
-    @classmethod
-    def _positive(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if value is not None and min(value, default=1.0) <= 0:
-            raise ValueError("each std must be above 0")
-        return value
+    memory_gib: float = Field(4.0, ge=0, description="keep a decoded split in memory (uint8, in each process) up to this size, GiB, and half of the free memory for all; else decode in workers")
+    workers: int | None = Field(None, ge=0, le=64, description="processes a rank that prepare episodes ahead; 0: in the training process; null: 0 where the split is in memory, else up to 4")
 
 
 class GlyphsConfig(ImageSettings):
@@ -98,7 +80,7 @@ class GlyphsConfig(ImageSettings):
 class ImagesConfig(ImageSettings):
     """A packed image set: a folder or URL written by ``cml-dist data pack``."""
 
-    name: Literal["images", "omniglot", "cifar_fs", "fc100", "mini_imagenet"]
+    name: ImageSet
     root: Place = Field(description="folder or URL of the packed set (cml-dist data pack SOURCE DEST)")
     cache: Place | None = Field(None, description="where shards of a remote root are kept; null: the user's cache folder")
 
@@ -122,78 +104,39 @@ DomainConfig = Annotated[GlyphsConfig | ImagesConfig | SinusoidConfig, Field(dis
 class ColearnerConfig(Section):
     """The second head: not adapted, reads the adapted pre-pool features, deleted after training."""
 
-    kind: Literal["auto", "dense", "prototype"] = Field(
-        "auto",
-        description="dense: outputs by an own last layer (the paper's); prototype: an own projection, compared with the support set's class means; auto: prototype where a dense one could only guess (the body does not adapt, or the head treats labels alike)",
-    )
-    depth: int = Field(
-        2, ge=0, le=4, description="blocks before its output layer (paper: 2 conv blocks; 0 is a bare FC)"
-    )
-    width: int = Field(
-        64, ge=1, le=65536, description="channels (or units) of each block; conv4 and mlp use their own width"
-    )
+    kind: Literal["auto", "dense", "prototype"] = Field("auto", description="dense: outputs by an own last layer (the paper's); prototype: an own projection, compared with the support set's class means; auto: prototype where a dense one could only guess (the body does not adapt, or the head treats labels alike)")
+    depth: int = Field(2, ge=0, le=4, description="blocks before its output layer (paper: 2 conv blocks; 0 is a bare FC)")
+    width: int = Field(64, ge=1, le=65536, description="channels (or units) of each block; conv4 and mlp use their own width")
 
 
 class ModelConfig(Section):
     """The network: backbone (psi) + head (theta) + co-learner (phi)."""
 
-    backbone: str = Field("conv4", min_length=1, description="conv4, mlp, or any timm model by name, e.g. resnet18")
-    pretrained: Annotated[bool | str, AfterValidator(_at_home)] = Field(
-        False, description="timm backbones: true for the published weights, or the path of a local weight file"
-    )
+    backbone: str = Field("conv4", min_length=1, description=f"{', '.join(BACKBONES)}, or {TIMM.help}")
+    pretrained: Annotated[bool | str, AfterValidator(_at_home)] = Field(False, description="timm backbones: true for the published weights, or the path of a local weight file")
     filters: int = Field(64, ge=1, le=4096, description="conv4: channels of each block")
     hidden: tuple[int, ...] = Field((40, 40), min_length=1, description="mlp: units of each hidden layer")
-    head: Literal["linear", "shared", "centroid", "ridge"] = Field(
-        "linear",
-        description="linear; shared: all classes start from one learned vector (UNICORN-MAML); centroid, ridge: classes start from the support features (Proto-MAML; ridge regression); all but linear take any number of classes at test, and with method.inner_steps=0 centroid is a prototypical network, ridge R2-D2",
-    )
-    norm: Literal["batch", "frozen"] = Field(
-        "batch",
-        description="BatchNorm: 'batch' statistics of the examples at hand (transductive, as in the paper), or the 'frozen' running statistics of pre-trained weights",
-    )
-    trained: Terms = Field(
-        ("body", "head"),
-        description="what is meta-trained besides the co-learner: body, head, last:N (the last N blocks of the body) or globs over parameter names; the rest is frozen: constants without gradient, moments or second-order work",
-    )
+    head: HeadName = Field("linear", description=f"{in_words(HEADS)}; all but linear take any number of classes at test, and with method.inner_steps=0 centroid is a prototypical network, ridge R2-D2")
+    norm: Literal["batch", "frozen"] = Field("batch", description="BatchNorm: 'batch' statistics of the examples at hand (transductive, as in the paper), or the 'frozen' running statistics of pre-trained weights")
+    trained: Terms = Field(("body", "head"), description="what is meta-trained besides the co-learner: body, head, last:N (the last N blocks of the body) or globs over parameter names; the rest is frozen: constants without gradient, moments or second-order work")
     colearner: ColearnerConfig = ColearnerConfig()
 
 
 class MethodConfig(Section):
-    """What a meta-gradient is (paper, eq. 5-7). What is not set is as the method's name says (config/methods.py)."""
+    """What a meta-gradient is (paper, eq. 5-7). What is not set is as the method's name says (``registry.METHODS``)."""
 
-    name: Literal["cml", "maml", "fomaml", "anil", "boil", "meta_sgd"] = Field(
-        "cml", description="; ".join(f"{name}: {info.what}" for name, info in METHODS.items())
-    )
-    colearner: bool | Literal["untrained", "adapts"] | None = Field(
-        None,
-        description="true; false; untrained: a co-learner that is never trained (the paper's noise); adapts: it adapts in the inner loop as well (the paper's CL); null: true for cml, else false",
-    )
+    name: MethodName = Field("cml", description=in_words(METHODS))
+    colearner: bool | Literal["untrained", "adapts"] | None = Field(None, description="true; false; untrained: a co-learner that is never trained (the paper's noise); adapts: it adapts in the inner loop as well (the paper's CL); null: true for cml, else false")
     inner_steps: int = Field(1, ge=0, le=1000, description="gradient steps on the support set (M)")
     inner_lr: float = Field(0.01, gt=0, le=100, description="step size of the inner loop for body and head (alpha)")
-    head_lr: float | None = Field(
-        None, ge=0, le=100, description="step size of the inner loop for the head alone; null: inner_lr"
-    )
-    body_lr: float | None = Field(
-        None, ge=0, le=100, description="step size of the inner loop for the body alone; null: inner_lr"
-    )
-    adapts: Terms | None = Field(
-        None,
-        description="what adapts in the inner loop, in the words of model.trained (e.g. [head, last:2]); null: all of body and head that is trained, or what the method says",
-    )
-    inner_optim: Literal["sgd", "momentum", "adam"] = Field(
-        "sgd", description="optimizer of the inner loop, differentiated exactly; moments start at zero in each episode"
-    )
+    head_lr: float | None = Field(None, ge=0, le=100, description="step size of the inner loop for the head alone; null: inner_lr")
+    body_lr: float | None = Field(None, ge=0, le=100, description="step size of the inner loop for the body alone; null: inner_lr")
+    adapts: Terms | None = Field(None, description="what adapts in the inner loop, in the words of model.trained (e.g. [head, last:2]); null: all of body and head that is trained, or what the method says")
+    inner_optim: InnerOptim = Field("sgd", description="optimizer of the inner loop, differentiated exactly; moments start at zero in each episode")
     inner_momentum: float = Field(0.9, ge=0, lt=1, description="inner_optim momentum only")
-    inner_betas: tuple[float, float] = Field((0.9, 0.999), description="inner_optim adam only")
-    gamma: float | None = Field(
-        None,
-        ge=0,
-        le=1000,
-        description="weight of the co-learner's loss in the outer loss (eq. 6); null: 1 with a co-learner, else 0",
-    )
-    order: Literal[1, 2] | None = Field(
-        None, description="2: exact, through the inner loop; 1: first order; null: 1 for fomaml, else 2"
-    )
+    inner_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="inner_optim adam only")
+    gamma: float | None = Field(None, ge=0, le=1000, description="weight of the co-learner's loss in the outer loss (eq. 6); null: 1 with a co-learner, else 0")
+    order: Literal[1, 2] | None = Field(None, description="2: exact, through the inner loop; 1: first order; null: 1 for fomaml, else 2")
 
     @model_validator(mode="before")
     @classmethod
@@ -207,66 +150,14 @@ class MethodConfig(Section):
                 data["gamma"] = 0.0 if data["colearner"] is False else 1.0
         return data
 
-    @field_validator("inner_betas")
-    @classmethod
-    def _inner_betas(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in value):
-            raise ValueError("each beta must lie in [0, 1)")
-        return value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> MethodConfig:
-        if self.colearner is False and self.gamma:
-            raise ValueError(
-                f"gamma is {self.gamma:g}, but method.name {self.name} has no co-learner: set method.colearner=true, or "
-                "leave method.gamma out"
-            )
-        if self.name == "cml" and self.colearner is False:
-            raise ValueError("colearner is false, but method.name is cml: set method.name=maml, or colearner=true")
-        if self.name == "fomaml" and self.order != 1:
-            raise ValueError("order is 2, but method.name fomaml is first order: set method.name=maml, or order=1")
-        only = METHODS[self.name].adapts_only
-        if only is not None:
-            other = {"head": "body", "body": "head"}[only]
-            terms = self.adapts or ()
-            if any(t == other or t.startswith(f"{other}.") or (only == "head" and t.startswith("last:")) for t in terms):
-                raise ValueError(
-                    f"adapts is {list(terms)}, but method.name {self.name} adapts the {only} alone: leave method.adapts "
-                    "out, or set method.name=maml"
-                )
-            if getattr(self, f"{other}_lr"):
-                raise ValueError(
-                    f"{other}_lr is {getattr(self, f'{other}_lr'):g}, but method.name {self.name} adapts the {only} alone: "
-                    f"leave method.{other}_lr out, or set method.name=maml"
-                )
-        if self.name == "meta_sgd" and self.inner_optim != "sgd":
-            raise ValueError(
-                f"inner_optim is {self.inner_optim}, but method.name meta_sgd has a step of its own: set "
-                "method.inner_optim=sgd, or method.name=maml"
-            )
-        return self
-
 
 class EngineConfig(Section):
     """How the meta-gradient is computed; the value is the same for all."""
 
-    name: Literal["auto", "graph", "adjoint"] = Field(
-        "auto",
-        description="graph: unrolled loop; adjoint: memory flat in inner steps; auto: graph where it fits into the memory budget (on the CPU, which has none by default: where it is the faster one), else adjoint",
-    )
-    micro_batch: int | str | None = Field(
-        "auto",
-        description="most examples of an episode that pass through the network at once (adjoint; needs a network whose norms couple no examples); null: all; auto: all that the memory budget holds",
-    )
-    trajectory: Literal["auto", "all", "sqrt"] = Field(
-        "auto",
-        description="adjoint: which points of the inner loop are kept: all, or about every sqrt(K)-th, the others computed anew (2 sqrt(K) copies of what adapts for one more forward sweep); auto: all, and sqrt where the memory budget asks for it",
-    )
-    copies: Literal["auto", "device", "cpu"] = Field(
-        "auto",
-        description="adjoint: where the adapted parameters of each inner step are kept; auto: device, and cpu where the memory budget asks for it",
-    )
-
+    name: Literal["auto", "graph", "adjoint"] = Field("auto", description="graph: unrolled loop; adjoint: memory flat in inner steps; auto: graph where it fits into the memory budget (on the CPU, which has none by default: where it is the faster one), else adjoint")
+    micro_batch: int | str | None = Field("auto", description="most examples of an episode that pass through the network at once (adjoint; needs a network whose norms couple no examples); null: all; auto: all that the memory budget holds")
+    trajectory: Literal["auto", "all", "sqrt"] = Field("auto", description="adjoint: which points of the inner loop are kept: all, or about every sqrt(K)-th, the others computed anew (2 sqrt(K) copies of what adapts for one more forward sweep); auto: all, and sqrt where the memory budget asks for it")
+    copies: Literal["auto", "device", "cpu"] = Field("auto", description="adjoint: where the adapted parameters of each inner step are kept; auto: device, and cpu where the memory budget asks for it")
 
     @field_validator("micro_batch", mode="before")
     @classmethod
@@ -279,11 +170,7 @@ class EngineConfig(Section):
 class MemoryConfig(Section):
     """What the trainer may use; ``auto`` settings are chosen to stay inside it."""
 
-    budget_gib: float | None = Field(
-        None,
-        gt=0,
-        description="memory of each process for parameters, gradients, moments, copies and activations, GiB (on the CPU without the interpreter and its libraries); null: 90 % of the GPU, no limit on the CPU",
-    )
+    budget_gib: float | None = Field(None, gt=0, description="memory of each process for parameters, gradients, moments, copies and activations, GiB (on the CPU without the interpreter and its libraries); null: 90 % of the GPU, no limit on the CPU")
 
 
 # --------------------------------------------------------------------------- optimisation
@@ -295,28 +182,15 @@ class OptimConfig(Section):
     name: Literal["sgd", "adam", "adamw"] = Field("adam")
     lr: float = Field(1e-3, gt=0, le=100, description="outer step size (after warm-up)")
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="adam and adamw only")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="adam and adamw only")
     eps: float = Field(1e-8, gt=0, description="adam and adamw only")
-    weight_decay: float = Field(
-        0.0, ge=0, le=10, description="on weights of 2 and more dimensions; never on biases, norms and other vectors, nor on what a method learns (step sizes)"
-    )
-    schedule: Literal["constant", "cosine", "linear", "step"] = Field(
-        "constant", description="of the outer step size over train.steps, after warm-up"
-    )
+    weight_decay: float = Field(0.0, ge=0, le=10, description="on weights of 2 and more dimensions; never on biases, norms and other vectors, nor on what a method learns (step sizes)")
+    schedule: Literal["constant", "cosine", "linear", "step"] = Field("constant", description="of the outer step size over train.steps, after warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps in which the outer step size rises linearly from 0")
     final_lr_factor: float = Field(0.0, ge=0, le=1, description="cosine and linear: last step size as a fraction of lr")
     step_every: int = Field(10_000, ge=1, description="step: meta-steps between two decays")
     step_factor: float = Field(0.5, gt=0, le=1, description="step: factor of each decay")
-    clip_norm: float | None = Field(
-        None, gt=0, description="largest global L2 norm of the meta-gradient; null: no clipping"
-    )
-
-    @field_validator("betas")
-    @classmethod
-    def _betas(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in value):
-            raise ValueError("each beta must lie in [0, 1)")
-        return value
+    clip_norm: float | None = Field(None, gt=0, description="largest global L2 norm of the meta-gradient; null: no clipping")
 
 
 class TrainConfig(Section):
@@ -324,11 +198,7 @@ class TrainConfig(Section):
 
     steps: int = Field(30_000, ge=1, description="meta-steps")
     episodes_per_step: int = Field(4, ge=1, le=100_000, description="episodes of a meta-step over all processes (B)")
-    max_nonfinite: int = Field(
-        10,
-        ge=1,
-        description="stop after this many steps in a row with NaN or inf in the meta-gradient (each is skipped)",
-    )
+    max_nonfinite: int = Field(10, ge=1, description="stop after this many steps in a row with NaN or inf in the meta-gradient (each is skipped)")
 
 
 class EvalConfig(Section):
@@ -336,25 +206,13 @@ class EvalConfig(Section):
 
     every: int = Field(500, ge=0, description="meta-steps between validations; 0: only at the end")
     val_episodes: int = Field(200, ge=1, description="fixed episodes of the val split in each validation")
-    episodes: int = Field(
-        1000, ge=2, description="fixed episodes of the test split in the final test and in cml-dist eval"
-    )
+    episodes: int = Field(1000, ge=2, description="fixed episodes of the test split in the final test and in cml-dist eval")
     split: Literal["train", "val", "test"] = Field("test", description="what cml-dist eval and the final test score on")
-    learner: Literal["meta", "co"] = Field(
-        "meta", description="whose validation score chooses the best step: meta (CML, eq. 8) or co (CML-dagger, eq. 9)"
-    )
-    co_adapt: Literal["eq9", "released"] = Field(
-        "eq9",
-        description="CML-dagger: adapt by the co-learner's support loss (eq. 9), or by the meta-learner's as in the released test script",
-    )
+    learner: Literal["meta", "co"] = Field("meta", description="whose validation score chooses the best step: meta (CML, eq. 8) or co (CML-dagger, eq. 9)")
+    co_adapt: Literal["eq9", "released"] = Field("eq9", description="CML-dagger: adapt by the co-learner's support loss (eq. 9), or by the meta-learner's as in the released test script")
     inner_steps: int | None = Field(None, ge=0, le=1000, description="inner steps at test; null: method.inner_steps")
-    norm: Literal["batch", "support"] = Field(
-        "batch",
-        description="norms by batch statistics: those of the query images (batch, as in the paper: an answer depends on its neighbours), or those of the support images",
-    )
-    permutations: int = Field(
-        1, ge=1, le=1000, description="label orders under which each test episode is tested; above 1 the spread over them is reported"
-    )
+    norm: Literal["batch", "support"] = Field("batch", description="norms by batch statistics: those of the query images (batch, as in the paper: an answer depends on its neighbours), or those of the support images")
+    permutations: int = Field(1, ge=1, le=1000, description="label orders under which each test episode is tested; above 1 the spread over them is reported")
     seed: int = Field(0, ge=0, lt=2**32, description="chooses the val and test episodes, whatever run.seed is")
     untrained: bool = Field(True, description="also test the untrained network, as a floor to compare with")
     final: bool = Field(True, description="test the best step and export it when training ends")
@@ -367,45 +225,21 @@ class CheckpointConfig(Section):
     """What is kept to resume from."""
 
     every: int = Field(500, ge=1, description="meta-steps between checkpoints")
-    every_minutes: float | None = Field(
-        15.0, gt=0, description="a checkpoint too where so many minutes have passed since the last one; null: never"
-    )
+    every_minutes: float | None = Field(15.0, gt=0, description="a checkpoint too where so many minutes have passed since the last one; null: never")
     keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept (the best one is kept besides)")
 
 
 class ParallelConfig(Section):
     """Who carries the meta-gradient."""
 
-    strategy: Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3"] = Field(
-        "auto",
-        description="auto: what the launcher set up (DeepSpeed with its stage; else ddp, or single for one process); zero1 shares out the optimizer's state, zero2 gradients too, zero3 parameters too",
-    )
-    offload: Literal["auto", "none", "optimizer", "all"] = Field(
-        "auto",
-        description="what lies on the CPU: the optimizer's state (zero2, zero3) or all, with the parameters (zero3); auto: what the launcher or parallel.deepspeed says, else none",
-    )
-    deepspeed: Place | None = Field(
-        None, description="a DeepSpeed file (JSON) of your own, whose tuning is taken over; null: the launcher's, or none"
-    )
-    processes: int | None = Field(
-        None, ge=1, description="processes that must be there; null: as many as the launcher started"
-    )
-    threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads a process; null: the machine's cores shared out"
-    )
-    timeout_s: float = Field(
-        600.0,
-        gt=0,
-        description="seconds after which a rank that does not move, while others wait for it or as the only one, is a failure that ends all (three times the longest move so far, if that is more); each episode, pass through the network and saved tensor is a move",
-    )
-    silence_s: float = Field(
-        30.0, ge=3, description="seconds without a word after which a rank or its machine is taken for lost"
-    )
-    join_timeout_s: float = Field(
-        180.0,
-        gt=0,
-        description="seconds in which all processes must have started and imported their libraries, counted by each from when it is ready",
-    )
+    strategy: Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3"] = Field("auto", description="auto: what the launcher set up (DeepSpeed with its stage; else ddp, or single for one process); zero1 shares out the optimizer's state, zero2 gradients too, zero3 parameters too")
+    offload: Literal["auto", "none", "optimizer", "all"] = Field("auto", description="what lies on the CPU: the optimizer's state (zero2, zero3) or all, with the parameters (zero3); auto: what the launcher or parallel.deepspeed says, else none")
+    deepspeed: Place | None = Field(None, description="a DeepSpeed file (JSON) of your own, whose tuning is taken over; null: the launcher's, or none")
+    processes: int | None = Field(None, ge=1, description="processes that must be there; null: as many as the launcher started")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads a process; null: the machine's cores shared out")
+    timeout_s: float = Field(600.0, gt=0, description="seconds after which a rank that does not move, while others wait for it or as the only one, is a failure that ends all (three times the longest move so far, if that is more); each episode, pass through the network and saved tensor is a move")
+    silence_s: float = Field(30.0, ge=3, description="seconds without a word after which a rank or its machine is taken for lost")
+    join_timeout_s: float = Field(180.0, gt=0, description="seconds in which all processes must have started and imported their libraries, counted by each from when it is ready")
 
 
 STOP_SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU")
@@ -416,6 +250,11 @@ and some no process can catch (SIGKILL).
 """
 
 
+def _arithmetic(value: object) -> object:
+    """Other common names of the two."""
+    return {"bf16": "bfloat16", "float32": "dtype", "fp32": "dtype"}.get(value, value) if isinstance(value, str) else value
+
+
 class RunSection(Section):
     """Where the run lives, and what makes it repeatable."""
 
@@ -423,49 +262,12 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="initial parameters and training episodes")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and arithmetic")
-    compute: Literal["dtype", "bfloat16"] = Field(
-        "dtype",
-        description="arithmetic inside the network: run.dtype, or bfloat16 by autocast; parameters, adapted ones too, losses and moments stay float32",
-    )
+    compute: Annotated[Literal["dtype", "bfloat16"], BeforeValidator(_arithmetic)] = Field("dtype", description="arithmetic inside the network: run.dtype, or bfloat16 by autocast; parameters, adapted ones too, losses and moments stay float32 (float16 would overflow in second-order gradients)")
     deterministic: bool = Field(True, description="only deterministic kernels; on CUDA a few have no such form, which is warned of")
-    log_every: int = Field(
-        50, ge=1, description="meta-steps between lines where the output is no terminal (metrics.jsonl has every step)"
-    )
-    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_as_list)] = Field(
-        (),
-        description="also shown in: tensorboard (in the run's folder), wandb (WANDB_MODE=offline: contacts nobody); metrics, validations, test and configuration, by rank 0; needs pip install 'cml-dist[trackers]'",
-    )
-    tracker_project: str | None = Field(
-        None, min_length=1, description="W&B's project; null: WANDB_PROJECT, else cml-dist (the run is named after its folder)"
-    )
-    stop_signals: tuple[str, ...] = Field(
-        ("SIGUSR1", "SIGTERM"),
-        description="signals besides Ctrl-C that end the running meta-step, save and leave with exit code 75; a second one changes nothing",
-    )
-
-    @field_validator("stop_signals")
-    @classmethod
-    def _ask_to_stop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            if name not in STOP_SIGNALS:
-                raise ValueError(f"{name!r} does not ask a process to stop: choose from {', '.join(STOP_SIGNALS)}")
-        return value
-
-    @field_validator("compute", mode="before")
-    @classmethod
-    def _no_fp16(cls, value: object) -> object:
-        if value in ("float16", "fp16", "half"):
-            raise ValueError(
-                "float16 overflows in second-order gradients, whose loss scaling would have to stand inside the graph; "
-                "use bfloat16, which has float32's range"
-            )
-        return {"bf16": "bfloat16", "float32": "dtype", "fp32": "dtype"}.get(value, value) if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _autocast_from_float32(self) -> RunSection:
-        if self.compute == "bfloat16" and self.dtype != "float32":
-            raise ValueError(f"compute is bfloat16, but dtype is {self.dtype}: set run.dtype=float32, or run.compute=dtype")
-        return self
+    log_every: int = Field(50, ge=1, description="meta-steps between lines where the output is no terminal (metrics.jsonl has every step)")
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_as_list)] = Field((), description="also shown in: tensorboard (in the run's folder), wandb (WANDB_MODE=offline: contacts nobody); metrics, validations, test and configuration, by rank 0; needs pip install 'cml-dist[trackers]'")
+    tracker_project: str | None = Field(None, min_length=1, description="W&B's project; null: WANDB_PROJECT, else cml-dist (the run is named after its folder)")
+    stop_signals: tuple[Literal[STOP_SIGNALS], ...] = Field(("SIGUSR1", "SIGTERM"), description="signals besides Ctrl-C that end the running meta-step, save and leave with exit code 75; a second one changes nothing")
 
 
 class RunConfig(Section):
@@ -484,47 +286,7 @@ class RunConfig(Section):
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
-    def _learners_are_there(self) -> RunConfig:
-        if self.eval.learner == "co" and (reason := dagger_refusal(self)) is not None:
-            remedy = ", or eval.co_adapt=released" if has_trained_colearner(self) else ""
-            raise ValueError(f"eval.learner is co, but {reason}: set eval.learner=meta{remedy}")
-        if self.model.colearner.kind == "prototype" and self.method.colearner == "adapts":
-            raise ValueError(
-                "model.colearner.kind is prototype, which has nothing that adapts by a support loss, but method.colearner "
-                "is adapts: set model.colearner.kind=dense"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _head_can(self) -> RunConfig:
-        head, regression = self.model.head, not hasattr(self.domain, "ways")
-        if regression and head != "linear":
-            raise ValueError(f"model.head is {head}, but domain {self.domain.name} has no classes: set model.head=linear")
-        if regression and self.model.colearner.kind == "prototype":
-            raise ValueError(
-                f"model.colearner.kind is prototype, but domain {self.domain.name} has no classes: set "
-                "model.colearner.kind=dense"
-            )
-        if regression and self.eval.permutations > 1:
-            raise ValueError(
-                f"eval.permutations is {self.eval.permutations}, but domain {self.domain.name} has no labels: set "
-                "eval.permutations=1"
-            )
-        if head == "shared" and self.method.inner_steps == 0:
-            raise ValueError(
-                "model.head is shared, but method.inner_steps is 0: all classes keep the same vector; set "
-                "method.inner_steps to 1 or more, or model.head=centroid or ridge"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _engine_can(self) -> RunConfig:
-        if self.engine.name == "graph" and isinstance(self.engine.micro_batch, int):
-            raise ValueError(
-                "engine.micro_batch is set, but engine.name graph keeps the whole loop in memory: set engine.name=adjoint"
-            )
-        if self.engine.name == "graph" and self.engine.trajectory == "sqrt":
-            raise ValueError(
-                "engine.trajectory is sqrt, but engine.name graph keeps the whole loop in memory: set engine.name=adjoint"
-            )
+    def _agrees(self) -> RunConfig:
+        for contradiction in contradictions(self):
+            raise ValueError(contradiction)
         return self

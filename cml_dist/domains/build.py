@@ -1,18 +1,15 @@
-"""From ``domain.name`` to the domain: the one place where a new domain is added."""
+"""From ``domain.name`` to the domain that ``registry.DOMAINS`` names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cml_dist.domains.base import Domain
 from cml_dist.errors import ConfigError
+from cml_dist.registry import DOMAINS
 
 if TYPE_CHECKING:
     from cml_dist.domains.shard_format import Progress
-
-Builder = Callable[[Any, int, int, int, "Progress | None"], Domain]
-"""``builder(config, train_seed, eval_seed, processes, progress)``"""
 
 
 def build_domain(
@@ -33,16 +30,15 @@ def build_domain(
 
     *Collective*: none; processes that build at once share what is cached.
     """
-    builder = DOMAINS.get(config.name)
-    if builder is None:
+    if config.name not in DOMAINS:
         raise ConfigError(f"domain.name is {config.name!r}", f"use one of {', '.join(DOMAINS)}")
-    return builder(config, train_seed, eval_seed, processes, progress)
+    return DOMAINS[config.name].load()(config, train_seed, eval_seed, processes, progress)
 
 
 # Each builder imports its module when it is called, so that a run loads no more than its own domain.
 
 
-def _build_glyphs(config: Any, train_seed: int, eval_seed: int, processes: int, progress: Progress | None) -> Domain:
+def build_glyphs(config: Any, train_seed: int, eval_seed: int, processes: int, progress: Progress | None) -> Domain:
     from cml_dist.domains.glyphs import ensure_glyphs
     from cml_dist.domains.images import ImageDomain
 
@@ -51,26 +47,14 @@ def _build_glyphs(config: Any, train_seed: int, eval_seed: int, processes: int, 
     return ImageDomain.build(config, **seeds, root=root, processes=processes, progress=progress)
 
 
-def _build_images(config: Any, train_seed: int, eval_seed: int, processes: int, progress: Progress | None) -> Domain:
+def build_images(config: Any, train_seed: int, eval_seed: int, processes: int, progress: Progress | None) -> Domain:
     from cml_dist.domains.images import ImageDomain
 
     seeds = {"train_seed": train_seed, "eval_seed": eval_seed}
     return ImageDomain.build(config, **seeds, root=config.root, processes=processes, progress=progress)
 
 
-def _build_sinusoid(config: Any, train_seed: int, eval_seed: int, processes: int, progress: Progress | None) -> Domain:
+def build_sinusoid(config: Any, train_seed: int, eval_seed: int, processes: int, progress: Progress | None) -> Domain:
     from cml_dist.domains.sinusoid import SinusoidDomain
 
     return SinusoidDomain.build(config, train_seed=train_seed, eval_seed=eval_seed)
-
-
-DOMAINS: dict[str, Builder] = {
-    "glyphs": _build_glyphs,
-    "images": _build_images,
-    "omniglot": _build_images,
-    "cifar_fs": _build_images,
-    "fc100": _build_images,
-    "mini_imagenet": _build_images,
-    "sinusoid": _build_sinusoid,
-}
-"""What makes the domain of each name that ``config.schema.DomainConfig`` accepts."""

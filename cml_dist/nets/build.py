@@ -1,23 +1,24 @@
-"""From the model's settings to the network, with initial values that are a pure function of the seed."""
+"""From the settings to the network and the method that trains it; initial values are a pure function of the seed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
 
-from cml_dist.config.schema import ModelConfig
+from cml_dist.config.methods import colearner_kind
+from cml_dist.config.schema import ModelConfig, RunConfig
 from cml_dist.errors import ConfigError
-from cml_dist.nets.blocks import batch_norm, group_norm
-from cml_dist.nets.colearner import GridColearner, MapColearner, TokenColearner, VectorColearner
-from cml_dist.nets.conv4 import Conv4
-from cml_dist.nets.guard import couples_examples, has_batch_norm, prepare_for_second_order
+from cml_dist.meta.rule import Method, part_of
+from cml_dist.methods.build import rule_of
+from cml_dist.nets.colearner import build_colearner
+from cml_dist.nets.guard import has_batch_norm, prepare_for_second_order
 from cml_dist.nets.heads import build_head
-from cml_dist.nets.mlp import MLP
 from cml_dist.nets.network import CmlNet
+from cml_dist.nets.partition import freeze, select
+from cml_dist.registry import BACKBONES, METHODS, TIMM
 from cml_dist.types import BODY, COLEARNER, HEAD
 
 PARTS = (BODY, HEAD, COLEARNER)
@@ -49,9 +50,24 @@ def build_net(
         ConfigError: the backbone does not read such inputs, or ``model.norm=frozen`` has no statistics to freeze.
         ModelError: the backbone is unknown, or does not take the image size or channels.
     """
-    _check_inputs(model, input_shape)
+    backbone = BACKBONES.get(model.backbone, TIMM)
+    dims, reads, others = {
+        "vectors": (1, "vectors", "conv4 or a timm model"),
+        "images": (3, "images (C, H, W)", "mlp"),
+    }[backbone.reads]
+    if len(input_shape) != dims:
+        raise ConfigError(
+            f"model.backbone {model.backbone} reads {reads}, but the domain's inputs have shape {tuple(input_shape)}",
+            f"set model.backbone to {others}, or choose another domain",
+        )
+    if model.pretrained and backbone is not TIMM:
+        raise ConfigError(
+            f"model.pretrained is {model.pretrained}, but model.backbone {model.backbone} has no pre-trained weights",
+            "set model.pretrained=false, or choose a timm backbone",
+        )
     with _part_seed(seed, BODY):
-        body = _build_body(model.model_copy(update={"pretrained": False}) if structure_only else model, input_shape)
+        settings = model.model_copy(update={"pretrained": False}) if structure_only else model
+        body = backbone.load()(settings, input_shape)
     if model.norm == "frozen" and has_batch_norm(body) and not (model.pretrained or structure_only):
         raise ConfigError(
             f"model.norm is frozen, but model.backbone {model.backbone} has no pre-trained statistics to freeze",
@@ -63,7 +79,7 @@ def build_net(
     second = None
     if colearner:
         with _part_seed(seed, COLEARNER):
-            second = _build_colearner(model, body, model.colearner.width if prototypes else output_dim)
+            second = build_colearner(model, body, model.colearner.width if prototypes else output_dim)
     net = CmlNet(body, head, second, prototypes=prototypes and colearner)
     prepare_for_second_order(net, model.norm)
     return net
@@ -78,43 +94,54 @@ def _part_seed(seed: int, part: str) -> Iterator[None]:
         yield
 
 
-def _check_inputs(model: ModelConfig, input_shape: tuple[int, ...]) -> None:
-    reads_vectors = model.backbone == "mlp"
-    if len(input_shape) != (1 if reads_vectors else 3):
-        kind, remedy = ("vectors", "conv4 or a timm model") if reads_vectors else ("images (C, H, W)", "mlp")
-        raise ConfigError(
-            f"model.backbone {model.backbone} reads {kind}, but the domain's inputs have shape {tuple(input_shape)}",
-            f"set model.backbone to {remedy}, or choose another domain",
-        )
-    if model.pretrained and model.backbone in ("conv4", "mlp"):
-        raise ConfigError(
-            f"model.pretrained is {model.pretrained}, but model.backbone {model.backbone} has no pre-trained weights",
-            "set model.pretrained=false, or choose a timm backbone",
-        )
+def make_network(
+    config: RunConfig, input_shape: tuple[int, ...], output_dim: int, *, structure_only: bool = False
+) -> CmlNet:
+    """The network that a configuration names, with what its method learns; a pure function of ``run.seed``.
+
+    Arguments as of :func:`build_net`.
+
+    Raises:
+        ConfigError: ``model.trained`` or ``method.adapts`` names what the network has not.
+    """
+    net = build_net(
+        config.model,
+        input_shape=input_shape,
+        output_dim=output_dim,
+        seed=config.run.seed,
+        colearner=config.method.colearner is not False,
+        prototypes=colearner_kind(config) == "prototype",
+        structure_only=structure_only,
+    )
+    freeze(net, select(net, config.model.trained, "model.trained"), colearner=config.method.colearner == "untrained")
+    net.add_rule(method_of(config, net).rule.init(net.adaptable()))
+    return net
 
 
-def _build_body(model: ModelConfig, input_shape: tuple[int, ...]) -> nn.Module:
-    if model.backbone == "conv4":
-        return Conv4(input_shape, model.filters)
-    if model.backbone == "mlp":
-        return MLP(input_shape[0], model.hidden)
-    # timm takes seconds to import, and the other backbones do not need it.
-    from cml_dist.nets.timm_backbone import TimmBackbone
+def method_of(config: RunConfig, net: CmlNet) -> Method:
+    """The method, with the parameters of ``net`` that adapt.
 
-    return TimmBackbone(model.backbone, input_shape, model.pretrained)
-
-
-def _build_colearner(model: ModelConfig, body: nn.Module, output_dim: int) -> nn.Module:
-    """The co-learner for the body's kind of tap."""
-    depth, width, shape = model.colearner.depth, model.colearner.width, body.tap_shape
-    if model.backbone == "conv4":
-        return GridColearner(shape, depth, output_dim, batch_norm)
-    if model.backbone == "mlp":
-        return VectorColearner(shape[0], depth, shape[0], output_dim)
-    if len(shape) == 3:
-        # A norm that couples examples only where the body already does: else they stay independent.
-        norm: Callable[[int], nn.Module] = batch_norm if couples_examples(body) else group_norm
-        return MapColearner(shape[0], depth, width, output_dim, norm)
-    if len(shape) == 2:
-        return TokenColearner(shape[1], depth, width, output_dim)
-    return VectorColearner(shape[0], depth, width, output_dim)
+    Raises:
+        ConfigError: ``method.adapts`` names what the network has not, has not as something trained, or what the method
+            does not adapt; or nothing that is learned is left.
+    """
+    method = config.method
+    adapts = None
+    if method.adapts is not None:
+        adapts = select(net, method.adapts, "method.adapts", adapting=True)
+        only = METHODS[method.name].adapts_only
+        strays = [n for n in adapts if only is not None and part_of(n) != only]
+        if strays:
+            raise ConfigError(
+                f"method.adapts selects {strays[0]}, but method.name {method.name} adapts the {only} alone",
+                "leave method.adapts out, or set method.name=maml",
+            )
+        adapts += [n for n in net.adaptable() if part_of(n) == COLEARNER and method.colearner == "adapts"]
+    parts = (BODY, HEAD, COLEARNER) if method.colearner == "adapts" else (BODY, HEAD)
+    return Method(
+        method.inner_steps,
+        rule_of(method, adapts=None if adapts is None else frozenset(adapts), parts=parts),
+        gamma=method.gamma or 0.0,
+        order=method.order or 2,
+        both_adapt=method.colearner == "adapts",
+    )

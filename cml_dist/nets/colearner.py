@@ -1,79 +1,48 @@
-"""Co-learners (phi): the second head, one kind for each kind of tap.
+"""Co-learners (phi): the second head, with blocks for each kind of tap.
 
 Each has ``depth`` blocks and an output layer named ``out``; depth 0 is the output layer alone (after pooling).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cml_dist.nets.blocks import ConvBlock
-
-MAX_DEPTH = 4
-
-
-def _widths(in_width: int, width: int, depth: int) -> list[tuple[int, int]]:
-    """(input, output) width of each block; a width above 0 for every depth from 0 to 4."""
-    if not 0 <= depth <= MAX_DEPTH:
-        raise ValueError(f"co-learner depth is {depth}, not 0 to {MAX_DEPTH}")
-    return [(in_width if number == 0 else width, width) for number in range(depth)]
+from cml_dist.config.schema import ModelConfig
+from cml_dist.nets.conv4 import ConvBlock, batch_norm
+from cml_dist.nets.guard import couples_examples
+from cml_dist.registry import BACKBONES
 
 
-class GridColearner(nn.Module):
-    """Conv-4's co-learner: conv blocks, max-pool, flatten, FC; it reads a map ``[N, C, H, W]``.
-
-    At 84 px, 5-way, depth 2 it has 82,117 parameters.
+class Colearner(nn.Module):
+    """Blocks, pooling, FC.
 
     Args:
-        tap_shape: ``(C, H, W)`` of the map.
-        depth: conv blocks [3x3 conv with bias, norm, ReLU] of ``C`` channels each.
-        output_dim: outputs N.
-        norm: makes the norm layer of a block from its channels.
-
-    Source: CML (UAI 2024), section 5 and the authors' code: the max-pool follows the last block.
+        blocks: applied one after the other to the tap.
+        pool: from the last block's output to vectors ``[N, features]``.
+        outputs: outputs ``[N, outputs]``.
+        called: the blocks' name in canonical parameter names.
     """
 
     def __init__(
-        self, tap_shape: tuple[int, int, int], depth: int, output_dim: int, norm: Callable[[int], nn.Module]
+        self,
+        blocks: Iterable[nn.Module],
+        pool: Callable[[Tensor], Tensor],
+        features: int,
+        outputs: int,
+        called: str = "blocks",
     ) -> None:
         super().__init__()
-        channels, height, width = tap_shape
-        self.blocks = nn.ModuleList(ConvBlock(i, o, norm(o)) for i, o in _widths(channels, channels, depth))
-        self.out = nn.Linear(channels * (height // 2) * (width // 2), output_dim)
+        self.called, self.pool = called, pool
+        self.add_module(called, nn.ModuleList(blocks))
+        self.out = nn.Linear(features, outputs)
 
     def forward(self, tap: Tensor) -> Tensor:
-        for block in self.blocks:
+        for block in getattr(self, self.called):
             tap = block(tap)
-        return self.out(F.max_pool2d(tap, 2).flatten(1))
-
-
-class MapColearner(nn.Module):
-    """For the maps of timm backbones: conv blocks, global average pool, FC; it reads ``[N, C, H, W]`` of any size.
-
-    Args:
-        channels: channels C of the map.
-        depth: conv blocks [3x3 conv, norm, ReLU].
-        width: channels of each block.
-        output_dim: outputs.
-        norm: makes the norm layer of a block from its channels.
-    """
-
-    def __init__(
-        self, channels: int, depth: int, width: int, output_dim: int, norm: Callable[[int], nn.Module]
-    ) -> None:
-        super().__init__()
-        sizes = _widths(channels, width, depth)
-        # The norm has a bias of its own: a second one in front of it would have a true gradient of 0.
-        self.blocks = nn.ModuleList(ConvBlock(i, o, norm(o), bias=False) for i, o in sizes)
-        self.out = nn.Linear(width if depth else channels, output_dim)
-
-    def forward(self, tap: Tensor) -> Tensor:
-        for block in self.blocks:
-            tap = block(tap)
-        return self.out(tap.mean(dim=(2, 3)))
+        return self.out(self.pool(tap))
 
 
 class TokenBlock(nn.Module):
@@ -88,45 +57,54 @@ class TokenBlock(nn.Module):
         return F.gelu(self.linear(self.norm(tokens)))
 
 
-class TokenColearner(nn.Module):
-    """For the tokens of transformers and mixers: token blocks, mean over tokens, FC; it reads ``[N, T, C]``.
+class VectorBlock(nn.Linear):
+    """Linear, ReLU."""
 
-    Args:
-        channels: width C of a token.
-        depth: blocks [LayerNorm, Linear, GELU].
-        width: units of each block.
-        output_dim: outputs.
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.relu(super().forward(inputs))
+
+
+def build_colearner(model: ModelConfig, body: nn.Module, outputs: int) -> Colearner:
+    """The co-learner for the kind of tap that ``body`` gives: map ``[N, C, H, W]``, tokens ``[N, T, C]`` or vectors.
+
+    Conv-4 and the MLP have the paper's, whose blocks are as wide as the tap: Conv-4's has 82,117 parameters at 84 px,
+    5-way, depth 2.
+
+    Source: CML (UAI 2024), section 5 and the authors' code (conv4: the max-pool follows the last block); section 5.1
+    (sinusoid: one hidden layer of 40, so depth 1).
     """
+    shape, depth = body.tap_shape, model.colearner.depth
+    channels = shape[1] if len(shape) == 2 else shape[0]
+    width = channels if model.backbone in BACKBONES else model.colearner.width
+    sizes = [(channels if number == 0 else width, width) for number in range(depth)]
+    features = width if depth else channels
+    if model.backbone == "conv4":
+        flat = channels * (shape[1] // 2) * (shape[2] // 2)
+        return Colearner((ConvBlock(i, o, batch_norm(o)) for i, o in sizes), _pooled_and_flat, flat, outputs)
+    if len(shape) == 3:
+        # A norm that couples examples only where the body already does: else they stay independent. It has a bias of
+        # its own: a second one in front of it would have a true gradient of 0.
+        norm = batch_norm if couples_examples(body) else _group_norm
+        blocks = (ConvBlock(i, o, norm(o), bias=False) for i, o in sizes)
+        return Colearner(blocks, _mean_of_map, features, outputs)
+    if len(shape) == 2:
+        return Colearner((TokenBlock(i, o) for i, o in sizes), _mean_of_tokens, features, outputs)
+    return Colearner((VectorBlock(i, o) for i, o in sizes), nn.Identity(), features, outputs, called="layers")
 
-    def __init__(self, channels: int, depth: int, width: int, output_dim: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(TokenBlock(i, o) for i, o in _widths(channels, width, depth))
-        self.out = nn.Linear(width if depth else channels, output_dim)
 
-    def forward(self, tap: Tensor) -> Tensor:
-        for block in self.blocks:
-            tap = block(tap)
-        return self.out(tap.mean(dim=1))
+def _group_norm(channels: int) -> nn.Module:
+    """GroupNorm in at most 8 groups of at least 8 channels: it couples no examples, and no group is a lone value."""
+    groups = next((count for count in (8, 4, 2) if channels % count == 0 and channels // count >= 8), 1)
+    return nn.GroupNorm(groups, channels)
 
 
-class VectorColearner(nn.Module):
-    """For vectors ``[N, D]``: hidden layers with ReLU, FC.
+def _pooled_and_flat(maps: Tensor) -> Tensor:
+    return F.max_pool2d(maps, 2).flatten(1)
 
-    Args:
-        dim: size D of the vector.
-        depth: hidden layers.
-        width: units of each hidden layer.
-        output_dim: outputs.
 
-    Source: CML (UAI 2024), section 5.1 (sinusoid: one hidden layer of 40, so depth 1).
-    """
+def _mean_of_map(maps: Tensor) -> Tensor:
+    return maps.mean(dim=(2, 3))
 
-    def __init__(self, dim: int, depth: int, width: int, output_dim: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in _widths(dim, width, depth))
-        self.out = nn.Linear(width if depth else dim, output_dim)
 
-    def forward(self, tap: Tensor) -> Tensor:
-        for layer in self.layers:
-            tap = F.relu(layer(tap))
-        return self.out(tap)
+def _mean_of_tokens(tokens: Tensor) -> Tensor:
+    return tokens.mean(dim=1)

@@ -1,16 +1,40 @@
-"""Conv-4: the four-block convolutional backbone of few-shot learning."""
+"""Conv-4, the four-block convolutional backbone of few-shot learning, and the block that co-learners share with it."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cml_dist.config.schema import ModelConfig
 from cml_dist.errors import ModelError
-from cml_dist.nets.blocks import ConvBlock, batch_norm, block_names
 from cml_dist.types import Features
 
 NUM_BLOCKS = 4
 MIN_SIDE = 2**NUM_BLOCKS
+
+
+def batch_norm(channels: int) -> nn.Module:
+    """BatchNorm by the statistics of the examples at hand; it has no running statistics (transductive, as in CML)."""
+    return nn.BatchNorm2d(channels, track_running_stats=False)
+
+
+class ConvBlock(nn.Module):
+    """3x3 convolution (same size), norm, ReLU.
+
+    Args:
+        in_channels: channels of the input map ``[N, in_channels, H, W]``.
+        out_channels: channels of the output map ``[N, out_channels, H, W]``.
+        norm: the norm layer after the convolution; its bias is what ``bias`` would double.
+        bias: whether the convolution has a bias (Conv-4 of the paper has one).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm: nn.Module, bias: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+        self.norm = norm
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(maps)))
 
 
 class Conv4(nn.Module):
@@ -46,7 +70,7 @@ class Conv4(nn.Module):
 
     def blocks(self) -> list[list[str]]:
         """Names of the parameters of each block, first to last."""
-        return block_names(self)
+        return [[f"{child}.{name}" for name, _ in block.named_parameters()] for child, block in self.named_children()]
 
     def forward(self, inputs: Tensor) -> Features:
         """Features of images ``[N, C, H, W]``."""
@@ -54,3 +78,7 @@ class Conv4(nn.Module):
         for block in (self.block2, self.block3, self.block4):
             maps = block(F.max_pool2d(maps, 2))
         return Features(tap=maps, pooled=F.max_pool2d(maps, 2).flatten(1))
+
+
+def build(model: ModelConfig, input_shape: tuple[int, ...]) -> Conv4:
+    return Conv4(input_shape, model.filters)

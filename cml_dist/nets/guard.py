@@ -7,10 +7,9 @@ other parameters, and operators whose second derivative is missing or wrong.
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from types import MethodType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cml_dist.errors import ModelError
 from cml_dist.nets.network import CmlNet
-from cml_dist.types import Params
 
 Norm = Literal["batch", "frozen"]
 
@@ -122,201 +120,84 @@ def check_twice_differentiable(
         name: what messages call the network, e.g. its ``model.backbone``.
 
     Raises:
-        ModelError: an operator has no second derivative, a second derivative is cut off or wrong, a parameter is
-            shared under two names, or the network keeps tensors outside its parameters and buffers: choose another
-            model.backbone (or method.order=1 where only the second derivative is at fault).
+        ModelError: the network is no function of its parameters and buffers (it has a cache), or an operator has no
+            second derivative or a wrong one: choose another model.backbone (or method.order=1, where only the second
+            is at fault).
 
     Cost: a few first-order passes and one second-order pass on three examples, in float64.
     """
-    _refuse_shared_parameters(net, name)
-    _refuse_stashed_tensors(net, name)
-    probe = _Probe(net, input_shape, output_dim, name)
+    loss, params = _probe(net, input_shape, output_dim)
+    unused, _ = _probe(net, input_shape, output_dim)
     generator = torch.Generator().manual_seed(0)
     errors = []
-    for _ in range(NUM_DIRECTIONS):
-        direction = _relative_direction(probe.params, generator)
-        exact = probe.hessian_vector(direction)
-        _refuse_stashed_tensors(probe.net, name)
-        for step, tolerance in STEPS.items():
-            errors.append(_relative_error(exact, probe.difference(direction, step)))
-            if errors[-1] < tolerance:
-                return
+    try:
+        for _ in range(NUM_DIRECTIONS):
+            # Each parameter tensor moves by its own root mean square (1 where it is zero).
+            direction = _noise(params, generator, lambda rms: rms or 1.0)
+            # What has no graph (its backward ran outside autograd) counts as zero: the comparison finds it.
+            _, exact = torch.autograd.functional.vhp(loss, params, direction)
+            moved = [p + d for p, d in zip(params, direction, strict=True)]
+            if not torch.allclose(loss(*moved), unused(*moved), rtol=1e-6):
+                raise ModelError(f"{name} keeps values of other parameters", "choose another model.backbone")
+            for step, tolerance in STEPS.items():
+                ahead, behind = (_gradient(loss, params, direction, sign * step) for sign in (1, -1))
+                differences = [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
+                distance = _norm([a - b for a, b in zip(exact, differences, strict=True)])
+                errors.append(distance / (_norm(differences) or 1.0))
+                if errors[-1] < tolerance:
+                    return
+    except (RuntimeError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{name} cannot be differentiated twice as a function of its parameters: {reason}",
+            "choose another model.backbone, or set method.order=1 (first order)",
+        ) from error
     raise ModelError(
         f"the second derivative of {name} is wrong: {min(errors):.1e} of its size off the differences of its gradient",
         "choose another model.backbone, or set method.order=1 (first order)",
     )
 
 
-class _Probe:
-    """A smooth loss over all learners on random examples, as a function of the parameters."""
+Values = tuple[Tensor, ...]
 
-    def __init__(self, net: CmlNet, input_shape: tuple[int, ...], output_dim: int, name: str) -> None:
-        self.name = name
-        self.net = copy.deepcopy(net).to("meta")
-        self.buffers = _double(net.named_buffers())
-        self.params = _away_from_kinks(_double(net.named_parameters()))
-        first = "pooled" if net.starts_head else "meta"  # an episode starts the head: it is linear
-        self.learners = (first,) if net.colearner is None else (first, "co")
-        generator = torch.Generator().manual_seed(1)
-        device = next(net.parameters()).device
-        shapes = (PROBE_EXAMPLES, *input_shape), (PROBE_EXAMPLES, output_dim)
-        self.inputs, self.targets = (
-            torch.randn(shape, generator=generator, dtype=torch.float64).to(device) for shape in shapes
-        )
 
-    def gradient(self, params: Params) -> Params:
-        leaves = _leaves(params)
-        return self._grad([self._loss(leaves)], leaves)
+def _probe(net: CmlNet, input_shape: tuple[int, ...], output_dim: int) -> tuple[Callable[..., Tensor], Values]:
+    """A smooth loss over all learners on random examples, as a function of parameters; and parameters in float64."""
+    stateless = copy.deepcopy(net).to("meta")
+    names = [name for name, _ in net.named_parameters()]
+    params = tuple(p.detach().double() for p in net.parameters())
+    buffers = {n: b.double() if b.is_floating_point() else b for n, b in net.named_buffers()}
+    first = "pooled" if net.starts_head else "meta"  # an episode starts the head: it is linear
+    learners = (first,) if net.colearner is None else (first, "co")
+    generator = torch.Generator().manual_seed(1)
+    inputs, targets = (
+        torch.randn(PROBE_EXAMPLES, *shape, generator=generator, dtype=torch.float64).to(params[0].device)
+        for shape in (input_shape, (output_dim,))
+    )
 
-    def difference(self, direction: Params, step: float) -> Params:
-        ahead = self.gradient({name: value + step * direction[name] for name, value in self.params.items()})
-        behind = self.gradient({name: value - step * direction[name] for name, value in self.params.items()})
-        return {name: (ahead[name] - behind[name]) / (2 * step) for name in self.params}
-
-    def hessian_vector(self, direction: Params) -> Params:
-        leaves = _leaves(self.params)
-        grads = self._grad([self._loss(leaves)], leaves, create_graph=True)
-        if _meets_error_node(list(grads.values())):
-            raise ModelError(
-                f"{self.name} cannot be differentiated twice: a custom function in it is marked once_differentiable",
-                "choose another model.backbone, or set method.order=1 (first order)",
-            )
-        # What has no graph (its backward ran outside autograd) is left out here, and found by the comparison.
-        used = [name for name, grad in grads.items() if grad.requires_grad]
-        if not used:
-            return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-        return self._grad([grads[name] for name in used], leaves, [direction[name] for name in used])
-
-    def _loss(self, leaves: Params) -> Tensor:
-        call = {"learners": self.learners}
-        try:
-            outputs = functional_call(self.net, {**leaves, **self.buffers}, (self.inputs,), call)
-        except (RuntimeError, NotImplementedError) as error:
-            raise ModelError(
-                f"{self.name} cannot run as a function of its parameters and buffers: {_first_line(error)}",
-                "choose another model.backbone",
-            ) from error
+    def loss(*values: Tensor) -> Tensor:
+        tensors = {**dict(zip(names, values, strict=True)), **buffers}
+        outputs = functional_call(stateless, tensors, (inputs,), {"learners": learners})
         # Each output is pulled to targets of its own size: embeddings and features are wider than classes.
-        targets = (self.targets[:, torch.arange(output.shape[1]) % self.targets.shape[1]] for output in outputs)
-        pairs = zip(outputs, targets, strict=True)
-        return sum(((output - target).square().mean() for output, target in pairs), torch.zeros(()))
+        pairs = ((output, targets[:, torch.arange(output.shape[1]) % output_dim]) for output in outputs)
+        return sum((output - target).square().mean() for output, target in pairs)
 
-    def _grad(
-        self, outputs: list[Tensor], leaves: Params, weights: list[Tensor] | None = None, create_graph: bool = False
-    ) -> Params:
-        """Gradients by name, zeros for what the outputs do not use; a missing derivative becomes a ModelError."""
-        try:
-            grads = torch.autograd.grad(
-                outputs, list(leaves.values()), weights, create_graph=create_graph, allow_unused=True
-            )
-        except (RuntimeError, NotImplementedError) as error:
-            raise ModelError(
-                f"{self.name} cannot be differentiated twice: {_cause(error)}",
-                "choose another model.backbone, or set method.order=1 (first order)",
-            ) from error
-        return {
-            name: torch.zeros_like(leaf) if grad is None else grad
-            for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
-        }
+    # Where a ResNet starts its last gain of a block at 0, half of the ReLUs behind it get exactly 0: a kink, at which
+    # differences mean nothing. So all move by a tenth.
+    away = _noise(params, torch.Generator().manual_seed(2), lambda rms: 0.1 * (rms + 0.1))
+    return loss, tuple(value + noise for value, noise in zip(params, away, strict=True))
 
 
-def _leaves(params: Params) -> Params:
-    return {name: value.detach().requires_grad_() for name, value in params.items()}
+def _gradient(loss: Callable[..., Tensor], params: Values, direction: Values, step: float) -> Values:
+    leaves = [(p + step * d).requires_grad_() for p, d in zip(params, direction, strict=True)]
+    return torch.autograd.grad(loss(*leaves), leaves, allow_unused=True, materialize_grads=True)
 
 
-def _double(tensors: Iterator[tuple[str, Tensor]]) -> Params:
-    return {name: t.detach().to(torch.float64) if t.is_floating_point() else t.detach() for name, t in tensors}
+def _noise(params: Values, generator: torch.Generator, size: Callable[[float], float]) -> Values:
+    """Gaussian noise for each parameter, scaled by a function of its root mean square."""
+    drawn = (torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in params)
+    return tuple(size(float(p.square().mean().sqrt())) * noise for p, noise in zip(params, drawn, strict=True))
 
 
-def _cause(error: Exception) -> str:
-    operator = re.search(r"derivative for (?:aten::)?(\S+) is not implemented", str(error))
-    if operator:
-        return f"operator {operator.group(1)} has no second derivative"
-    return _first_line(error)
-
-
-def _meets_error_node(tensors: list[Tensor]) -> bool:
-    """Whether the graph has a node that refuses to be differentiated.
-
-    ``torch.autograd.grad`` does not raise there: the node leads to no parameter, so its branch is left out unsaid.
-    """
-    nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if node.name() == "torch::autograd::Error":
-            return True
-        following = {upstream for upstream, _ in node.next_functions if upstream is not None} - seen
-        seen |= following
-        nodes.extend(following)
-    return False
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _away_from_kinks(params: Params) -> Params:
-    """The parameters with a tenth of noise.
-
-    Where a ResNet starts its last gain of a block at 0, half of the ReLUs behind it get exactly 0: a kink, at which
-    differences mean nothing.
-    """
-    generator = torch.Generator().manual_seed(2)
-    moved = {}
-    for name, value in params.items():
-        noise = torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
-        moved[name] = value + 0.1 * (_rms(value) + 0.1) * noise
-    return moved
-
-
-def _rms(value: Tensor) -> float:
-    return float(value.square().mean().sqrt())
-
-
-def _relative_direction(params: Params, generator: torch.Generator) -> Params:
-    """A random direction in which each parameter tensor moves by its own root mean square (1 where it is zero)."""
-    direction = {}
-    for name, value in params.items():
-        noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
-        direction[name] = (_rms(value) or 1.0) * noise.to(value.device)
-    return direction
-
-
-def _relative_error(exact: Params, approximate: Params) -> float:
-    distance = sum(float((exact[name] - approximate[name]).square().sum()) for name in exact) ** 0.5
-    size = sum(float(value.square().sum()) for value in approximate.values()) ** 0.5
-    return distance / size if size > 0 else distance
-
-
-def _refuse_shared_parameters(net: nn.Module, name: str) -> None:
-    owners: dict[int, str] = {}
-    for module_name, module in net.named_modules():
-        for own_name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            full_name = f"{module_name}.{own_name}"
-            if id(parameter) in owners:
-                raise ModelError(
-                    f"{name} shares one parameter under two names, {owners[id(parameter)]} and {full_name}",
-                    "choose another model.backbone",
-                )
-            owners[id(parameter)] = full_name
-
-
-def _refuse_stashed_tensors(net: nn.Module, name: str) -> None:
-    for module_name, module in net.named_modules():
-        for key, value in vars(module).items():
-            if key not in ("_parameters", "_buffers", "_modules") and _holds_tensor(value):
-                raise ModelError(
-                    f"{name} keeps a tensor outside its parameters and buffers, {module_name}.{key}",
-                    "choose another model.backbone",
-                )
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return True
-    if isinstance(value, dict):
-        return any(_holds_tensor(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return any(_holds_tensor(item) for item in value)
-    return False
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return sum(float(tensor.square().sum()) for tensor in tensors) ** 0.5

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cml_dist.meta.problem import class_means
+from cml_dist.registry import HEADS
 from cml_dist.types import Params
 
 
@@ -97,6 +98,5 @@ class RidgeHead(StartedHead):
 
 def build_head(kind: str, dim: int, output_dim: int) -> nn.Module:
     """The head that ``model.head`` names, with PyTorch's own initial values."""
-    if kind == "linear":
-        return nn.Linear(dim, output_dim)
-    return {"shared": SharedHead, "centroid": CentroidHead, "ridge": RidgeHead}[kind](dim)
+    make = HEADS[kind].load()
+    return make(dim, output_dim) if kind == "linear" else make(dim)

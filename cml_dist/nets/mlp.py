@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cml_dist.nets.blocks import block_names
+from cml_dist.config.schema import ModelConfig
 from cml_dist.types import Features
 
 
@@ -30,7 +30,7 @@ class MLP(nn.Module):
 
     def blocks(self) -> list[list[str]]:
         """Names of the parameters of each layer, first to last."""
-        return [[f"layers.{name}" for name in names] for names in block_names(self.layers)]
+        return [[f"layers.{number}.weight", f"layers.{number}.bias"] for number in range(len(self.layers))]
 
     def forward(self, inputs: Tensor) -> Features:
         """Features of vectors ``[N, input_dim]``."""
@@ -38,3 +38,7 @@ class MLP(nn.Module):
         for layer in self.layers:
             hidden = F.relu(layer(hidden))
         return Features(tap=hidden, pooled=hidden)
+
+
+def build(model: ModelConfig, input_shape: tuple[int, ...]) -> MLP:
+    return MLP(input_shape[0], model.hidden)

@@ -173,7 +173,7 @@ def join_world(config: RunConfig) -> World:
             f"{here.local_size} processes were launched on this machine, which has {gpus} GPUs",
             f"launch {gpus} a machine, or set run.device=cpu",
         )
-    plan = make_plan(config, here.size)
+    plan = make_plan(config, here.size, os.environ)
     if here.size > here.local_size:
         choose_interface(here.host, here.port)
     by_deepspeed = zero_stage(plan.strategy) is not None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -21,7 +22,6 @@ from cml_dist.types import Batch, Episode
 
 USABLE = 0.9
 """The part of a GPU's memory that a run may take: context, workspaces and the allocator's slack need the rest."""
-
 
 GRAPH_ON_CPU = 3 * 2**30
 """Bytes of a meta-step up to which ``graph`` is taken on a CPU without a budget: there it was the faster engine.
@@ -46,22 +46,27 @@ class Means:
 
     def of(self, plan: RunPlan) -> RunPlan:
         """The plan with these means."""
-        return replace(
-            plan,
-            engine=self.engine,
-            micro_batch=self.micro_batch,
-            copies=self.copies,
-            trajectory=self.trajectory,
-        )
+        return replace(plan, **asdict(self))
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a domain says about memory: an episode's shapes, and how outputs become losses."""
+    """What a domain says about memory: an episode's shapes, how they are known, and how outputs become losses."""
 
     episode: Episode
     loss: Callable[[Tensor, Tensor], Tensor]
     score: Callable[[Tensor, Tensor], Tensor]
+    source: str = "the domain's"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input."""
+        return tuple(self.episode.query.inputs.shape[1:])
+
+    @property
+    def output_dim(self) -> int:
+        """Of a learner: classes, or regression targets."""
+        return self.episode.ways or self.episode.query.targets.shape[1]
 
 
 def task_of(
@@ -80,15 +85,15 @@ def task_of(
         dtype: of prepared inputs.
         loss, score: the domain's.
     """
-    ways = getattr(domain, "ways", None)  # regression has none
+    ways = getattr(domain, "ways", 0)  # regression has none
 
     def batch(each: int) -> Batch:
         count = each * (ways or 1)
-        target = ((count,), torch.int64) if ways else ((count, output_dim), dtype)
         inputs = torch.empty(count, *input_shape, dtype=dtype, device="meta")
-        return Batch(inputs, torch.empty(target[0], dtype=target[1], device="meta"))
+        labels = torch.empty(count, dtype=torch.int64, device="meta")
+        return Batch(inputs, labels if ways else torch.empty(count, output_dim, dtype=dtype, device="meta"))
 
-    return Task(Episode(batch(domain.shots), batch(domain.queries), "train", 0, ways=ways or 0), loss, score)
+    return Task(Episode(batch(domain.shots), batch(domain.queries), "train", 0, ways=ways), loss, score)
 
 
 class MemoryPlanner:
@@ -132,10 +137,9 @@ class MemoryPlanner:
     def candidates(self) -> list[Means]:
         """Every means that the configuration leaves open, from the fastest to the leanest."""
         engine, plan = self.config.engine, self.plan
-        first = Means(plan.engine, plan.micro_batch, plan.copies, plan.trajectory)
+        found = [Means(plan.engine, plan.micro_batch, plan.copies, plan.trajectory)]
         if plan.engine == "graph" and engine.name != "auto":
-            return [first]
-        found = [first]
+            return found
         lean = "adjoint" if plan.engine == "graph" else plan.engine
         copies = "cpu" if engine.copies == "cpu" and lean == "adjoint" else "device"
         sizes = self._micro_batches() if engine.micro_batch == "auto" and not self.coupled else [plan.micro_batch]
@@ -151,16 +155,15 @@ class MemoryPlanner:
     def choose(self, strategy: Strategy, world: int, budget: int) -> tuple[Means | None, int]:
         """The fastest means inside a budget of ``budget`` bytes, or None; and the bytes it (or the leanest) needs."""
         found = self.candidates()
-        # Each needs less than the one before, save where the copies move to the CPU, and there the halving asks first.
-        low, high = 0, len(found) - 1
-        while low < high:
-            middle = (low + high) // 2 if low else 0  # most runs fit as they are: ask for that first
-            if self.bytes_needed(strategy, found[middle], world) <= budget:
-                high = middle
-            else:
-                low = middle + 1
-        need = self.bytes_needed(strategy, found[low], world)
-        return (found[low] if need <= budget else None), need
+
+        def fits(means: Means) -> bool:
+            return self.bytes_needed(strategy, means, world) <= budget
+
+        # Most runs fit as they are: that comes first. Of the rest each needs less than the one before, save where the
+        # copies move to the CPU, and there the halving asks first.
+        first = 0 if fits(found[0]) else bisect_left(found, True, lo=1, key=fits)
+        means = found[first] if first < len(found) else None
+        return means, self.bytes_needed(strategy, means or found[-1], world)
 
     def _micro_batches(self) -> list[int]:
         """Halves of the larger set, down to one example."""
@@ -214,27 +217,26 @@ def fit_memory(
     """
     planner = MemoryPlanner(config, plan, net, method, task, on_gpu=device.type == "cuda")
     budget = memory_budget(config, device)
+    found = planner.candidates()
     if budget is None:
-        unrolled = Means(plan.engine, plan.micro_batch, plan.copies)
         asks = config.engine.name == "auto" and plan.engine == "graph" and plan.inner_steps > 1 and training
-        if asks and planner.footprint(unrolled).peak > GRAPH_ON_CPU:
-            return planner.candidates()[1].of(plan)
-        return plan
+        return found[1].of(plan) if asks and planner.footprint(found[0]).peak > GRAPH_ON_CPU else plan
     strategy = Strategy(plan.strategy, plan.offload)
     means, need = planner.choose(strategy, plan.processes, budget)
     if means is None and not training:
-        return planner.candidates()[-1].of(plan)
+        return found[-1].of(plan)
     if means is None:
+        smallest = -(-need * 1000 // 2**30) / 1000  # GiB to three decimals, never too few
         raise ConfigError(
-            f"nothing fits into {budget / 2**30:.3f} GiB a process: the leanest, {planner.candidates()[-1]} under "
-            f"{strategy}, needs {_rounded_up(need):.3f} GiB",
-            f"set memory.budget_gib to {_rounded_up(need):.3f} or more, or a ZeRO strategy, fewer trained or adapting "
+            f"nothing fits into {budget / 2**30:.3f} GiB a process: the leanest, {found[-1]} under {strategy}, needs "
+            f"{smallest:.3f} GiB",
+            f"set memory.budget_gib to {smallest:.3f} or more, or a ZeRO strategy, fewer trained or adapting "
             "parameters (model.trained, method.adapts)",
         )
     words = f"{need / 2**30:.2f} of {budget / 2**30:.2f} GiB a process with {means}"
-    first = planner.candidates()[0]
-    if means != first:
-        words += f" ({first} would need {planner.bytes_needed(strategy, first, plan.processes) / 2**30:.2f})"
+    if means != found[0]:
+        whole = planner.bytes_needed(strategy, found[0], plan.processes)
+        words += f" ({found[0]} would need {whole / 2**30:.2f})"
     return replace(means.of(plan), memory=words)
 
 
@@ -265,8 +267,3 @@ def model_size(config: RunConfig, net: CmlNet) -> ModelSize:
         moments_per_parameter=(1 if config.optim.momentum else 0) if sgd else 2,
         element=dtype.itemsize,
     )
-
-
-def _rounded_up(size: int) -> float:
-    """Bytes as GiB to three decimals, never too few."""
-    return -(-size * 1000 // 2**30) / 1000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ from cml_dist.meta.inner import InnerLoop
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
-from cml_dist.planning.live_bytes import ELSEWHERE, LiveBytes
+from cml_dist.planning.live_bytes import ELSEWHERE, LiveBytes, bytes_of
 from cml_dist.types import Batch, Episode
 
 STEPS = 2
@@ -68,29 +68,25 @@ def meta_step_footprint(
 ) -> Footprint:
     """Peak memory of forward and backward of :class:`MetaModel`, without running it.
 
+    Of network and episode only structure, shapes and types count; they may lie on any device, ``meta`` too.
+
     Args:
-        net: the network, on any device, ``meta`` too; only its structure, shapes and types count.
         loss, score: the domain's.
-        method: inner steps, rates, order.
         engine: ``graph`` or ``adjoint``.
-        episode: an episode as the domain prepares it, on any device; only shapes and types count.
+        episode: as the domain prepares it.
         episodes: of a meta-step on this rank.
         micro_batch, autocast: see :class:`cml_dist.meta.problem.Problem`.
         offload_path: the adapted copies are kept off the computing device.
         scratch: count what convolutions of the CPU take besides (a GPU's own workspaces are not counted).
 
-    Cost: seconds, whatever the number of inner steps, episodes and micro-batches; a simulation is exact in each of
-    them because the loops repeat themselves:
+    Cost: seconds, whatever the number of inner steps, episodes and micro-batches, because the loops repeat themselves:
 
-    - inner steps: every step keeps the same and needs the same besides, save the first, which starts from the
-      parameters themselves. So the peak is a straight line from 2 steps on. A step that is kept keeps its copy of what
-      adapts, with its moments, in ``adjoint`` (of SGD at first order, or with the copies elsewhere, nothing), and in
-      ``graph`` what a third step shows.
+    - inner steps: save the first, which starts from the parameters themselves, every step needs the same. So the peak
+      is a straight line from 2 steps on: a step adds its copy of what adapts, with its moments, in ``adjoint`` (nothing
+      for SGD at first order, or with the copies elsewhere), and in ``graph`` what a third step shows.
     - episodes: the second meets what the first left behind, the third the same again. So two stand for more.
     - micro-batches of ``adjoint``: likewise the second and a smaller last one stand for more; only their outputs (a few
       bytes an example) add up.
-
-    Collective: none.
     """
     # An unrolled graph keeps every micro-batch, so there none may be left out.
     unrolled = engine == "graph" and method.order == 2
@@ -101,39 +97,30 @@ def meta_step_footprint(
     def peak(steps: int) -> int:
         method_then = replace(method, inner_steps=steps)
         model = MetaModel(bare, loss, score, method_then, way, micro_batch=micro_batch, autocast=autocast)
-        return _peak(model, seen, min(episodes, 2), scratch)
+        return _peak(model, seen, min(episodes, 2), scratch, fake=autocast is not None or offload_path)
 
-    adapts = _fast_bytes(bare, loss, score, method, episode)
+    # What the inner loop moves, with its moments, and a head that the episode starts.
+    problem = Problem(bare, loss, score, dict(bare.named_buffers()))
+    here = episode.map(lambda tensor: torch.empty_like(tensor, device="meta"))
+    adapts = sum(map(bytes_of, InnerLoop(dict(bare.named_parameters()), here, problem, method).fast.values()))
     steps = method.inner_steps
     whole = peak(min(steps, STEPS))
-    is_identity = method.order == 1 and method.rule.is_sgd
-    keeps_path = not unrolled and not offload_path and not is_identity
+    keeps_path = not unrolled and not offload_path and not (method.order == 1 and method.rule.is_sgd)
     held = steps if unrolled or keeps_path else min(steps, 1)
     if steps > STEPS:
         a_step = peak(STEPS + 1) - whole if unrolled else adapts if keeps_path else 0
         whole += a_step * (steps - STEPS)
-    parts = {
-        "episode": _size(seen),
-        "gradients": sum(_bytes(p) for p in bare.parameters()),
-        "adapted": adapts * held,
-    }
-    activations = whole - sum(parts.values())
-    return Footprint(**{**parts, "episode": _size(episode)}, activations=activations, points=held)
+    gradients, adapted = sum(map(bytes_of, bare.parameters())), adapts * held
+    activations = whole - _size(seen) - gradients - adapted
+    return Footprint(_size(episode), gradients, adapted, activations, points=held)
 
 
-def _fast_bytes(net: nn.Module, loss: Callable, score: Callable, method: Method, episode: Episode) -> int:
-    """Bytes of what the inner loop moves, with its moments, and a head that the episode starts."""
-    problem = Problem(net, loss, score, dict(net.named_buffers()))
-    here = _mapped(episode, lambda tensor: torch.empty_like(tensor, device="meta"))
-    return sum(map(_bytes, InnerLoop(dict(net.named_parameters()), here, problem, method).fast.values()))
+def _peak(model: MetaModel, episode: Episode, episodes: int, scratch: bool, fake: bool) -> int:
+    """Peak of a forward and backward of ``model`` above its parameters and buffers, with one new episode at a time.
 
-
-def _peak(model: MetaModel, episode: Episode, episodes: int, scratch: bool) -> int:
-    """Peak of a forward and backward of ``model`` above its parameters and buffers, with one new episode at a time."""
-    # On the meta device all tensors are alike, which is fastest. A fake CPU is for what asks where a tensor is:
-    # autocast, and copies elsewhere. Either stands for the computing device: outputs have the same sizes on all.
-    (problem,) = model._problem
-    fake = problem.autocast is not None or model.engine.device is not None
+    On the meta device all tensors are alike, which is fastest. A ``fake`` CPU is for what asks where a tensor is:
+    autocast, and copies elsewhere. Either stands for the computing device: outputs have the same sizes on all.
+    """
     device = torch.device("cpu" if fake else "meta")
 
     def storageless(tensor: Tensor) -> Tensor:
@@ -145,7 +132,7 @@ def _peak(model: MetaModel, episode: Episode, episodes: int, scratch: bool) -> i
             setattr(model, name, storageless(buffer))
         with LiveBytes(scratch, elsewhere=ELSEWHERE if fake else None) as live:
             live.standing([*model.parameters(), *model.buffers()])
-            made: Iterator[Episode] = (replace(_mapped(episode, storageless), index=n) for n in range(episodes))
+            made = (replace(episode.map(storageless), index=n) for n in range(episodes))
             # The trainer measures the cosine in all episodes of some steps; the last one shows what it takes.
             loss, _ = model(made, 1.0, frozenset({episodes - 1}))
             loss.backward()
@@ -160,19 +147,6 @@ def _without_values(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, stand_ins)
 
 
-def _map_batch(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    return Batch(change(batch.inputs), change(batch.targets))
-
-
-def _mapped(episode: Episode, change: Callable[[Tensor], Tensor]) -> Episode:
-    return replace(
-        episode,
-        support=_map_batch(episode.support, change),
-        query=_map_batch(episode.query, change),
-        context={name: change(value) for name, value in episode.context.items()},
-    )
-
-
 def _shortened(episode: Episode, micro_batch: int | None) -> Episode:
     """The episode with at most two whole micro-batches and the smaller last one in each set."""
 
@@ -181,15 +155,11 @@ def _shortened(episode: Episode, micro_batch: int | None) -> Episode:
         if micro_batch is None or count <= 3 * micro_batch:
             return batch
         kept = 2 * micro_batch + count % micro_batch
-        return _map_batch(batch, lambda values: values[:1].expand(kept, *values.shape[1:]))
+        return batch.map(lambda values: values[:1].expand(kept, *values.shape[1:]))
 
     return replace(episode, support=shorter(episode.support), query=shorter(episode.query))
 
 
 def _size(episode: Episode) -> int:
     tensors = [episode.support.inputs, episode.support.targets, episode.query.inputs, episode.query.targets]
-    return sum(_bytes(tensor) for tensor in [*tensors, *episode.context.values()])
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return sum(map(bytes_of, [*tensors, *episode.context.values()]))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,19 +13,11 @@ import torch
 from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
-from cml_dist.methods.build import make_network, method_of
+from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.network import CmlNet
 from cml_dist.planning.choose import USABLE, Means, MemoryPlanner, Task, task_of
 from cml_dist.planning.strategies import STRATEGIES, RankBudget, Strategy
-
-KNOWN_INPUTS = {
-    "glyphs": (1, 28, 28),
-    "omniglot": (1, 28, 28),
-    "cifar_fs": (3, 32, 32),
-    "fc100": (3, 32, 32),
-    "mini_imagenet": (3, 84, 84),
-}
-"""Channels, height and width in which these sets are commonly packed."""
+from cml_dist.registry import DOMAINS
 
 LAUNCH_FILES = {
     Strategy("ddp"): "ddp",
@@ -36,16 +29,6 @@ LAUNCH_FILES = {
     Strategy("zero3", "all"): "zero3-offload",
 }
 """What may be recommended. ZeRO-0 is DDP's arithmetic in DeepSpeed's hands: a check, not a means."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What is known of a domain without its data: shapes, and where they are from."""
-
-    shape: tuple[int, ...]
-    output_dim: int
-    task: Task
-    source: str
 
 
 @dataclass(frozen=True)
@@ -102,7 +85,7 @@ def forecast(
     Args:
         gpus: the world size.
         gpu_memory_gib: of one GPU.
-        image_size, channels: of the images; None: those of the packed set, or the usual ones of the named set.
+        image_size, channels: see :func:`known_inputs`.
         words: configuration and overrides as they were typed, for the command.
 
     Raises:
@@ -115,8 +98,8 @@ def forecast(
     net = network_structure(config, inputs)
     # Strategies are what is compared here; the plan is asked for the rest.
     parallel = config.parallel.model_copy(update={"strategy": "auto", "offload": "auto"})
-    plan = make_plan(config.model_copy(update={"parallel": parallel}), gpus)
-    planner = MemoryPlanner(config, plan, net, method_of(config, net), inputs.task, on_gpu=True)
+    plan = make_plan(config.model_copy(update={"parallel": parallel}), gpus, {})
+    planner = MemoryPlanner(config, plan, net, method_of(config, net), inputs, on_gpu=True)
     usable = config.memory.budget_gib or USABLE * gpu_memory_gib
     strategies = [s for s in STRATEGIES if (s.name == "single") == (gpus == 1) or (gpus == 1 and s.offload != "none")]
     leanest = planner.candidates()[-1]
@@ -157,7 +140,7 @@ def _check(config: RunConfig, gpus: int, gpu_memory_gib: float) -> None:
         raise ConfigError(f"parallel.processes is {asked}, but --gpus is {gpus}", f"set parallel.processes={gpus}")
 
 
-def network_structure(config: RunConfig, inputs: Inputs) -> CmlNet:
+def network_structure(config: RunConfig, inputs: Task) -> CmlNet:
     """The network without values: pre-trained weights change no size, and are neither read nor fetched."""
     with torch.device("meta"):
         net = make_network(config, inputs.shape, inputs.output_dim, structure_only=True)
@@ -167,48 +150,49 @@ def network_structure(config: RunConfig, inputs: Inputs) -> CmlNet:
 # --------------------------------------------------------------------------- shapes of an episode
 
 
-def known_inputs(config: RunConfig, image_size: int | None = None, channels: int | None = None) -> Inputs:
-    """What a run reads, as far as it is known without its data.
+def known_inputs(config: RunConfig, image_size: int | None = None, channels: int | None = None) -> Task:
+    """What a run reads, as far as it is known without its data: on the meta device.
+
+    Args:
+        image_size, channels: of the images; None: those of the packed set, or the usual ones of the named set.
 
     Raises:
         ConfigError: the size of the images is not known.
     """
     domain, dtype = config.domain, getattr(torch, config.run.dtype)
-    if domain.name == "sinusoid":
-        from cml_dist.domains.sinusoid import SinusoidDomain as Sinusoid
+    if not hasattr(domain, "ways"):
+        from cml_dist.domains.sinusoid import SinusoidDomain as Domain
 
-        shape, outputs = Sinusoid.input_shape, Sinusoid.output_dim
-        task = task_of(domain, shape, outputs, dtype, Sinusoid.loss, Sinusoid.score)
-        return Inputs(shape, outputs, task, "the domain's")
-    from cml_dist.domains.images import ImageDomain
+        shape, source, outputs = Domain.input_shape, "the domain's", Domain.output_dim
+    else:
+        from cml_dist.domains.images import ImageDomain as Domain
 
-    shape, source = _image_shape(config, image_size, channels)
-    task = task_of(domain, shape, domain.ways, dtype, ImageDomain.loss, ImageDomain.score)
-    return Inputs(shape, domain.ways, task, source)
+        (shape, source), outputs = _image_shape(config, image_size, channels), domain.ways
+    return replace(task_of(domain, shape, outputs, dtype, Domain.loss, Domain.score), source=source)
 
 
-def _image_shape(config: RunConfig, image_size: int | None, channels: int | None) -> tuple[tuple[int, int, int], str]:
+def _image_shape(config: RunConfig, image_size: int | None, channels: int | None) -> tuple[tuple[int, ...], str]:
     """(channels, height, width), and how it is known."""
     name, root = config.domain.name, config.domain.root
-    if image_size is not None and channels is not None:
-        return (channels, image_size, image_size), "as given"
     if name != "glyphs" and root is not None and os.path.isdir(root):
         from cml_dist.domains.shard_reader import ShardSet
 
         shards = ShardSet.open(root)
         shape, source = (shards.channels, *shards.image_size), f"of the set in {root}"
         shards.close()
-    elif name in KNOWN_INPUTS:
-        shape, source = KNOWN_INPUTS[name], f"usual for {name}"
-    else:
+    elif DOMAINS[name].usual_inputs is not None:
+        shape, source = DOMAINS[name].usual_inputs, f"usual for {name}"
+    elif image_size is None or channels is None:
         raise ConfigError(
             f"the size of the images is not known: domain.name is {name}, and domain.root {root} is no folder here",
             "give --image-size PIXELS and --channels 1 or 3, or a domain.root that is here",
         )
-    if image_size is not None or channels is not None:
-        size = shape[1:] if image_size is None else (image_size, image_size)
-        return (channels or shape[0], *size), f"as given, else {source}"
-    return shape, source
+    else:
+        shape, source = (channels, image_size, image_size), "as given"
+    if image_size is None and channels is None:
+        return shape, source
+    size = shape[1:] if image_size is None else (image_size, image_size)
+    return (channels or shape[0], *size), f"as given, else {source}"
 
 
 # --------------------------------------------------------------------------- the command
@@ -221,8 +205,6 @@ def _can_launch(strategy: Strategy, config: RunConfig) -> bool:
 
 
 def _command(strategy: Strategy, gpus: int, words: Sequence[str]) -> str:
-    import shlex
-
     ours = [f"parallel.strategy={strategy.name}"]
     if strategy.stage in (2, 3):
         ours.append(f"parallel.offload={strategy.offload}")

@@ -19,6 +19,10 @@ ELSEWHERE = torch.device("meta")
 """Stands, where a fake CPU is the computing device, for memory that is not its own (e.g. of offloaded copies)."""
 
 
+def bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts live storages of the tensors that operators return inside the context.
 
@@ -30,14 +34,12 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         live, peak: bytes now, and at most; without those of :meth:`standing` tensors.
-        peak_operator: the operator that reached the peak.
     """
 
     def __init__(self, scratch: bool = False, elsewhere: torch.device | None = None) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
-        self.peak_operator = ""
         self._scratch = scratch
         self._elsewhere = elsewhere
         self._known: dict[int, Any] = {}  # storage -> what keeps or watches it
@@ -54,8 +56,7 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(value, Tensor) and value.device != self._elsewhere:
                 self._watch(value.untyped_storage())
         held = self.live + (scratch_bytes(func, args, result) if self._scratch else 0)
-        if held > self.peak:
-            self.peak, self.peak_operator = held, str(func)
+        self.peak = max(self.peak, held)
         return result
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
@@ -80,16 +81,12 @@ def scratch_bytes(func: torch._ops.OpOverload, args: tuple, result: Any) -> int:
     """
     if func is torch.ops.aten.convolution.default:
         inputs, weight = args[:2]
-        return _copy_of_maps(inputs) + _bytes(weight) + _bytes(result)
+        return _copy_of_maps(inputs) + bytes_of(weight) + bytes_of(result)
     if func is torch.ops.aten.convolution_backward.default:
         grad, inputs, weight = args[:3]
-        return _bytes(grad) + _copy_of_maps(inputs) + _bytes(weight)
+        return bytes_of(grad) + _copy_of_maps(inputs) + bytes_of(weight)
     return 0
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _copy_of_maps(inputs: Tensor) -> int:
-    return _bytes(inputs) if inputs.shape[1] > 4 else 0
+    return bytes_of(inputs) if inputs.shape[1] > 4 else 0

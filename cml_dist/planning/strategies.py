@@ -38,16 +38,11 @@ class Strategy:
         return int(self.name[-1]) if self.name.startswith("zero") else None
 
     def __str__(self) -> str:
-        return self.name + {"none": "", "optimizer": " + optimizer offload", "all": " + all offloaded"}[self.offload]
+        return self.name + {"none": "", "optimizer": " offload", "all": " offload all"}[self.offload]
 
 
 STRATEGIES = (
-    Strategy("single"),
-    Strategy("ddp"),
-    Strategy("zero0"),
-    Strategy("zero1"),
-    Strategy("zero2"),
-    Strategy("zero3"),
+    *(Strategy(name) for name in ("single", "ddp", "zero0", "zero1", "zero2", "zero3")),
     Strategy("zero2", "optimizer"),
     Strategy("zero3", "optimizer"),
     Strategy("zero3", "all"),
@@ -110,13 +105,20 @@ class RankBudget:
 def rank_budget(strategy: Strategy, model: ModelSize, step: Footprint, world: int) -> RankBudget:
     """What one of ``world`` ranks needs.
 
+    Sent are two passes of a ring, (N - 1) / N of the parameters' bytes each, under every strategy. An all-reduce is a
+    reduce-scatter and an all-gather (DDP, ZeRO-0). ZeRO-1 and 2 reduce each part of the gradient to its owner and
+    gather the new parameters; ZeRO-3 scatters the gradient and gathers parameters once, before the forward (counted in
+    tests/dist/test_parity.py; it rests on ``use_multi_rank_bucket_allreduce`` and ``stage3_max_live_parameters`` of
+    the DeepSpeed configuration).
+
     Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/engine.py; torch's DDP.
     """
-    moments = list(_moments(strategy, model, step, world))
-    largest = max(moments, key=lambda moment: sum(moment[1].values()))
-    parts = {"adapted": 0, "activations": 0, **largest[1]}
-    host, sent = _host(strategy, model, world), _sent(model, world)
-    return RankBudget(strategy.name, strategy.offload, largest[0], **parts, host=host, sent=sent)
+    moment, parts = max(_moments(strategy, model, step, world), key=lambda found: sum(found[1].values()))
+    parts = {"adapted": 0, "activations": 0, **parts}
+    sent = 2 * model.parameters * (world - 1) // world
+    return RankBudget(
+        strategy.name, strategy.offload, moment, **parts, host=_host(strategy, model, world), sent=sent
+    )
 
 
 def _moments(strategy: Strategy, model: ModelSize, step: Footprint, world: int) -> Iterator[tuple[str, dict[str, int]]]:
@@ -124,6 +126,7 @@ def _moments(strategy: Strategy, model: ModelSize, step: Footprint, world: int) 
     part = -(-whole // world)
     partitioned = stage in (1, 2, 3)
     owned = part if partitioned else whole
+    bucket = REDUCE_BUCKET_ELEMENTS * model.element
 
     parameters, kept_gradients, buckets = whole, 0, 0
     moments = model.moments_per_parameter * owned
@@ -132,14 +135,14 @@ def _moments(strategy: Strategy, model: ModelSize, step: Footprint, world: int) 
     if stage == 3:
         # The inner loop works on gathered, whole parameters; the part is updated in place (no master copy).
         parameters = whole + (0 if strategy.offload == "all" else part)
-        kept_gradients = part
-        buckets = REDUCE_BUCKET_ELEMENTS * model.element  # allocated for good
+        kept_gradients, buckets = part, bucket  # the bucket is allocated for good
     if strategy.offload != "none":
         moments = kept_gradients = 0
     if strategy.name == "ddp":
         kept_gradients = whole  # DDP's buckets, which later are .grad
 
     always = {"parameters": parameters, "moments": moments}
+    constant = model.constants + buckets
     yield (
         "inner loop",
         {
@@ -147,27 +150,26 @@ def _moments(strategy: Strategy, model: ModelSize, step: Footprint, world: int) 
             "gradients": step.gradients + kept_gradients,
             "adapted": step.adapted,
             "activations": step.activations + step.episode,
-            "buffers": model.constants + buckets,
+            "buffers": constant,
         },
     )
 
-    reduced = {"gradients": whole + kept_gradients, "buffers": model.constants + buckets}
+    gradients, flattened = whole + kept_gradients, 0
     if stage == 0:
-        reduced["buffers"] += min(whole, ZERO0_BUCKET_ELEMENTS * model.element)  # a bucket, flattened
+        flattened = min(whole, ZERO0_BUCKET_ELEMENTS * model.element)
     elif stage in (1, 2):
         # The bucket has its configured size, whatever the model's; gradients of its own part are copied out of it.
-        reduced["buffers"] += REDUCE_BUCKET_ELEMENTS * model.element
-        reduced["gradients"] += part if strategy.offload == "none" else 0
-        reduced["buffers"] += model.largest if strategy.offload != "none" else 0
+        flattened = bucket + (0 if strategy.offload == "none" else model.largest)
+        gradients += part if strategy.offload == "none" else 0
     elif stage == 3:
-        reduced["buffers"] += min(whole, buckets)  # flattened for the reduce-scatter
-    yield "reduction", {**always, **reduced}
+        flattened = min(whole, buckets)  # for the reduce-scatter
+    yield "reduction", {**always, "gradients": gradients, "buffers": constant + flattened}
 
     if strategy.offload == "none":
         # Of Adam over lists of tensors: the square roots. ZeRO flattens the gradients of its part once more.
         temporary = owned if model.moments_per_parameter == 2 else 0
         gradients = 2 * part if partitioned else whole
-        yield "update", {**always, "gradients": gradients, "buffers": model.constants + buckets + temporary}
+        yield "update", {**always, "gradients": gradients, "buffers": constant + temporary}
 
 
 def _host(strategy: Strategy, model: ModelSize, world: int) -> int:
@@ -179,14 +181,3 @@ def _host(strategy: Strategy, model: ModelSize, world: int) -> int:
     if strategy.stage == 2:
         host += model.largest
     return host + (part if strategy.offload == "all" else 0)
-
-
-def _sent(model: ModelSize, world: int) -> int:
-    """Two passes of a ring, (N - 1) / N of the parameters' bytes each, under every strategy.
-
-    An all-reduce is a reduce-scatter and an all-gather (DDP, ZeRO-0). ZeRO-1 and 2 reduce each part of the gradient to
-    its owner and gather the new parameters; ZeRO-3 scatters the gradient and gathers parameters once, before the
-    forward (counted in tests/dist/test_parity.py; it rests on ``use_multi_rank_bucket_allreduce`` and
-    ``stage3_max_live_parameters`` of the DeepSpeed configuration).
-    """
-    return 2 * model.parameters * (world - 1) // world

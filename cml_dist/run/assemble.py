@@ -15,8 +15,8 @@ from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import InnerRule, Method
-from cml_dist.methods.build import make_network, method_of
 from cml_dist.methods.check import check_rule, made_up_episode
+from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.guard import check_twice_differentiable
 from cml_dist.nets.network import CmlNet
 from cml_dist.parallel.world import World

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.parallel.gpu_memory import memory_explained
@@ -19,7 +21,7 @@ def evaluate_run(config: RunConfig, which: str, console: Console) -> dict:
     with joined_world(config) as world, memory_explained(world.device):
         set_arithmetic(config, world)
         with preparing(console) as progress:
-            parts = assemble(config, make_plan(config, world.size), world, progress, training=False)
+            parts = assemble(config, make_plan(config, world.size, os.environ), world, progress, training=False)
         return score_run(config, parts.plan, parts, RunFolder(config.run.dir), world, console, which)
 
 
@@ -27,7 +29,7 @@ def export_again(config: RunConfig, which: str, to: str | None, console: Console
     """Export a run's checkpoint. Collective: all ranks (rank 0 writes)."""
     with joined_world(config) as world:
         with preparing(console) as progress:
-            parts = assemble(config, make_plan(config, world.size), world, progress, training=False)
+            parts = assemble(config, make_plan(config, world.size, os.environ), world, progress, training=False)
 
         def write() -> None:
             world.watch.beat("the export")

@@ -9,6 +9,7 @@ metrics, the wish to stop, whether to save, memory).
 from __future__ import annotations
 
 import math
+import os
 import resource
 import time
 from collections.abc import Iterator
@@ -125,8 +126,9 @@ class Trainer:
             session.console.note(f"Restart {restart} of {most} in place")
         # Loaded now: a damaged image is to be found before training, and not when it has ended.
         splits = ("train", "val", *([config.eval.split] if config.eval.final else []))
+        plan = make_plan(config, world.size, os.environ)
         with preparing(session.console) as progress:
-            self.parts = assemble(config, make_plan(config, world.size), world, progress, tuple(dict.fromkeys(splits)))
+            self.parts = assemble(config, plan, world, progress, tuple(dict.fromkeys(splits)))
         self.on_step(0, "assembled")
         self.state["data"] = self.parts.domain.fingerprint()
         # Frozen weights and statistics are in no checkpoint: they must be the same at each start.

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 from slurm_lab import ROOT, Cluster, Job
 
-from cml_dist.launching.batch_script import fill_in
 from cml_dist.run.folder import RunFolder
 
 TWO_NODES = ("--nodes=2", "--processes-per-node=1")
@@ -151,15 +150,16 @@ def _sweep(cluster: Cluster, folder: Path) -> dict[str, Job]:
     """The shipped script by hand: only what must be edited is."""
     folder.mkdir()
     shipped = (ROOT / "launch" / "slurm" / "sweep.sbatch").read_text()
-    script = fill_in(
-        shipped,
-        {"array": "0-3", "gres": None, "cpus-per-task": "1", "output": "log-%a.out"},
-        {
-            "LAUNCH": str(ROOT / "launch"), "ACCELERATE_FILE": "cpu.yaml", "PROCESSES_PER_NODE": 1,
-            "PYTHON": sys.executable, "RUN_DIR": str(folder), "SEEDS": ["0", "1"],
-            "BACKBONES": ["test_resnet", "conv4"],
-        },
-    )  # fmt: skip
+    script = shipped.replace("#SBATCH --gres=gpu:8\n", "")
+    edited = {
+        "#SBATCH --array=": "0-3", "#SBATCH --cpus-per-task=": "1", "#SBATCH --output=": "log-%a.out",
+        "export LAUNCH=": ROOT / "launch", "export ACCELERATE_FILE=": "cpu.yaml", "export PROCESSES_PER_NODE=": "1",
+        "export PYTHON=": sys.executable, "export RUN_DIR=": folder, "SEEDS=": "(0 1)",
+        "BACKBONES=": "(test_resnet conv4)",
+    }  # fmt: skip
+    for setting, value in edited.items():
+        script, found = re.subn(f"^{setting}.*$", f"{setting}{value}", script, count=1, flags=re.M)
+        assert found, setting
     (folder / "sweep.sbatch").write_text(script)
     words = (
         "glyphs", "run.device=cpu", "parallel.threads=1", "model.filters=4", "domain.ways=2", "domain.queries=2",

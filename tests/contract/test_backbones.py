@@ -7,9 +7,11 @@ ordinary first-order one, in float64. A first-order meta-gradient must fail the 
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -19,7 +21,6 @@ from cml_dist.config.schema import ModelConfig
 from cml_dist.meta.gradient import meta_gradient
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
-from cml_dist.nets import timm_backbone
 from cml_dist.nets.build import build_net
 from cml_dist.nets.guard import couples_examples
 from cml_dist.types import BODY, COLEARNER, HEAD, Batch, Episode, Params
@@ -67,18 +68,20 @@ class Case:
         return functional_call(self.net, {**params, **self.buffers}, (inputs,), {"learners": learners})
 
 
-def _case(name: str, monkeypatch: pytest.MonkeyPatch) -> Case:
+@functools.cache
+def _case(name: str) -> Case:
     side, smaller = MODELS[name]
     shape = (side,) if name == "mlp" else (3, side, side)
-    create_kwargs = timm_backbone._create_kwargs
-    monkeypatch.setattr(timm_backbone, "_create_kwargs", lambda *given: {**create_kwargs(*given), **smaller})
-    net = build_net(
-        ModelConfig(backbone=name, colearner={"depth": 1, "width": 16}),
-        input_shape=shape,
-        output_dim=WAYS,
-        seed=0,
-        colearner=True,
-    ).double()
+    create = timm.create_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", lambda *given, **settings: create(*given, **{**settings, **smaller}))
+        net = build_net(
+            ModelConfig(backbone=name, colearner={"depth": 1, "width": 16}),
+            input_shape=shape,
+            output_dim=WAYS,
+            seed=0,
+            colearner=True,
+        ).double()
     generator = torch.Generator().manual_seed(0)
     targets = torch.arange(WAYS).repeat(PER_CLASS)
     support, query = (
@@ -148,8 +151,8 @@ def _errors(case: Case, direction: Params, *candidates: Params) -> list[float]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_meta_gradient_matches_finite_differences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = _case(name, monkeypatch)
+def test_meta_gradient_matches_finite_differences(name: str) -> None:
+    case = _case(name)
     before = {key: value.clone() for key, value in case.buffers.items()}
     exact, first_order = (meta_gradient_under_test(case, order) for order in (2, 1))
     assert all(torch.isfinite(grad).all() for grad in exact.values())
@@ -157,17 +160,17 @@ def test_meta_gradient_matches_finite_differences(name: str, monkeypatch: pytest
         assert torch.allclose(grad, exact[name], rtol=1e-10, atol=1e-12), f"the engines differ in {name}"
 
     first_order_errors = []
-    for seed, part in enumerate(["", "", BODY, HEAD, COLEARNER]):
+    for seed, part in enumerate(["", BODY, HEAD, COLEARNER]):
         error, first_order_error = _errors(case, _direction(case, seed, part), exact, first_order)
         assert error < TOLERANCE, f"direction {seed} in {part or 'all parts'}: off by {error:.1e}"
         first_order_errors.append(first_order_error)
-    assert max(first_order_errors[:3]) > 100 * TOLERANCE, "the second-order term is too small to be tested"
+    assert max(first_order_errors[:2]) > 100 * TOLERANCE, "the second-order term is too small to be tested"
     assert all(torch.equal(case.buffers[key], value) for key, value in before.items()), "buffers changed"
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_couples_examples_says_what_the_network_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = _case(name, monkeypatch)
+def test_couples_examples_says_what_the_network_does(name: str) -> None:
+    case = _case(name)
     inputs = case.support[0]
     together = torch.cat(case.outputs(case.params, inputs, "meta", "co"), dim=1)
     apart = torch.cat([torch.cat(case.outputs(case.params, chunk, "meta", "co"), dim=1) for chunk in inputs.split(3)])

@@ -143,7 +143,7 @@ def train(world: World, case: Case, strategy_name: str, dtype_name: str) -> dict
     net, method, domain = make(case)
     engine = Engine("adjoint", case.trajectory)
     model = MetaModel(net.to(dtype), domain.loss, domain.score, method, engine, micro_batch=case.micro_batch)
-    strategy = build_strategy(config, make_plan(config, world.size), world, model)
+    strategy = build_strategy(config, make_plan(config, world.size, os.environ), world, model)
     found: dict[str, Any] = {"terms": {}}
     norms = []
     for step, episodes in enumerate(EPISODES):

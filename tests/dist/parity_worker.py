@@ -161,7 +161,7 @@ def prepare(world: World, case: Case) -> tuple[RunConfig, RandomImages, DataPara
     # Small inner steps in float32: what rounding does to a meta-gradient grows with them.
     inner_lr = 0.1 if case.dtype == "float64" else 0.01
     model = MetaModel(net, domain.loss, domain.score, Method.sgd(2, inner_lr, 2 * inner_lr, gamma=0.7), case.engine)
-    return config, domain, build_strategy(config, make_plan(config, world.size), world, model)
+    return config, domain, build_strategy(config, make_plan(config, world.size, os.environ), world, model)
 
 
 def steps(

@@ -59,9 +59,9 @@ def peak(config, plan, device) -> int:
 
 def test_a_budget_that_the_fastest_means_exceed_is_kept_by_leaner_ones(gpu, monkeypatch):
     monkeypatch.setattr(test_memory_budget, "SHAPE", (3, 160, 160))
-    config, budget = settings(steps=3, memory={"budget_gib": 0.04}), 0.04 * 2**30
+    config, budget = settings("test_vit", steps=3, memory={"budget_gib": 0.04}), 0.04 * 2**30
     net, task, method = made(config)
-    first = make_plan(config, 1)
+    first = make_plan(config, 1, {})
     peak(config, first, gpu)  # the GPU's libraries are loaded
     free = peak(config, first, gpu)
     plan = fit_memory(config, first, net, method, task, gpu)
@@ -70,13 +70,14 @@ def test_a_budget_that_the_fastest_means_exceed_is_kept_by_leaner_ones(gpu, monk
     assert plan.micro_batch is not None and used <= budget < free
 
 
-def test_copies_on_the_cpu_take_their_memory_off_the_gpu(gpu):
-    config = settings(steps=8, micro_batch=1)
+def test_copies_on_the_cpu_take_their_memory_off_the_gpu(gpu, monkeypatch):
+    monkeypatch.setattr(test_memory_budget, "SHAPE", (3, 64, 64))
+    config = settings("test_vit", steps=8, micro_batch=1)
     net, task, method = made(config)
-    planner = MemoryPlanner(config, make_plan(config, 1), net, method, task, on_gpu=True)
+    planner = MemoryPlanner(config, make_plan(config, 1, {}), net, method, task, on_gpu=True)
     found = {}
     for copies in ("device", "cpu"):
-        plan = replace(make_plan(config, 1), copies=copies)
+        plan = replace(make_plan(config, 1, {}), copies=copies)
         said = planner.bytes_needed(Strategy("single"), Means("adjoint", 1, copies), 1)
         found[copies] = peak(config, plan, gpu), said
     print(found)

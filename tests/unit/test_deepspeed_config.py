@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -23,7 +24,7 @@ def config(optim=None, run=None, **parallel):
 
 def dictionary(processes=2, **settings):
     made = config(**settings)
-    return deepspeed_config(made, make_plan(made, processes))
+    return deepspeed_config(made, make_plan(made, processes, os.environ))
 
 
 @pytest.fixture
@@ -81,10 +82,10 @@ def test_auto_takes_what_the_launcher_set_up(monkeypatch):
     monkeypatch.setenv(DEEPSPEED + "ZERO_STAGE", "3")
     monkeypatch.setenv(DEEPSPEED + "OFFLOAD_OPTIMIZER_DEVICE", "cpu")
     monkeypatch.setenv(DEEPSPEED + "OFFLOAD_PARAM_DEVICE", "none")
-    plan = make_plan(config(), 2)
+    plan = make_plan(config(), 2, os.environ)
     assert (plan.strategy, plan.offload) == ("zero3", "optimizer")
     assert "2 processes (zero3, optimizer on the CPU)" in plan_rows(config(), plan)["world"]
-    assert make_plan(config(strategy="zero3", offload="optimizer"), 2) == plan
+    assert make_plan(config(strategy="zero3", offload="optimizer"), 2, os.environ) == plan
 
 
 @pytest.mark.parametrize(
@@ -106,13 +107,13 @@ def test_a_launcher_that_contradicts_the_run_is_refused(monkeypatch, variables, 
     for name, value in variables.items():
         monkeypatch.setenv((DEEPSPEED if name.isupper() else "ACCELERATE_") + name.upper(), value)
     with pytest.raises(ConfigError, match=words):
-        make_plan(config(**settings), 2)
+        make_plan(config(**settings), 2, os.environ)
 
 
 def test_without_a_launcher_of_deepspeed_its_variables_say_nothing(monkeypatch):
     monkeypatch.setenv(DEEPSPEED + "ZERO_STAGE", "3")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    assert make_plan(config(), 2).strategy == "ddp"
+    assert make_plan(config(), 2, os.environ).strategy == "ddp"
 
 
 def test_an_own_file_chooses_the_stage_and_its_tuning_is_taken_over(file):
@@ -162,7 +163,7 @@ def test_an_own_file_that_contradicts_the_run_is_refused_by_name(file, settings,
 
 def test_an_own_file_of_another_stage_is_refused(file):
     with pytest.raises(ConfigError, match="parallel.strategy is zero3, but .*own.json sets up DeepSpeed's zero2"):
-        make_plan(config(strategy="zero3", deepspeed=file(**zero())), 2)
+        make_plan(config(strategy="zero3", deepspeed=file(**zero())), 2, os.environ)
 
 
 @pytest.mark.parametrize(
@@ -176,14 +177,14 @@ def test_an_own_file_of_another_stage_is_refused(file):
 )
 def test_an_own_file_of_another_form_is_refused(file, settings, words):
     with pytest.raises(ConfigError, match=words):
-        make_plan(config(deepspeed=file(**settings)), 2)
+        make_plan(config(deepspeed=file(**settings)), 2, os.environ)
 
 
 def test_two_files_that_differ_are_refused(file, monkeypatch):
     monkeypatch.setenv(LAUNCHED, "true")
     monkeypatch.setenv(DEEPSPEED + "CONFIG_FILE", "other.json")
     with pytest.raises(ConfigError, match="name one of the two"):
-        make_plan(config(deepspeed=file(**zero())), 2)
+        make_plan(config(deepspeed=file(**zero())), 2, os.environ)
 
 
 def test_the_command_line_prints_the_dictionary(capsys):

@@ -94,21 +94,21 @@ def test_a_wheel_carries_the_recipes_the_launch_files_and_every_module(tmp_path)
     assert len(modules) > 20 and modules <= names and "cml_dist/py.typed" in names
     assert not any(name.startswith(("tests", "configs", "benchmarks")) for name in names)
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import cml_dist.config.recipes as r;"
+        "import sys; sys.path.insert(0, sys.argv[1]); import cml_dist.config.load as r;"
         "print(r.__file__, *r.recipes(), r.find_recipe('glyphs'))"
     )
     found = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "site"], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert found.stdout.split() == [
-        str(tmp_path / "site/cml_dist/config/recipes.py"),
+        str(tmp_path / "site/cml_dist/config/load.py"),
         *("cifar_fs", "glyphs", "mini_imagenet", "omniglot", "protonet", "r2d2", "sinusoid"),
         str(tmp_path / "site/cml_dist/recipes/glyphs.yaml"),
     ], found.stderr
 
 
     # What launches is looked for where the installation is, and nothing of it is missing.
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from cml_dist.launching.files import *; print(launch_folder())"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from cml_dist.launching.slurm import *; print(launch_folder())"
     found = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "site"], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )

@@ -83,7 +83,7 @@ def test_deepspeed_is_configured_as_the_arithmetic_says():
 
     config = load_config("omniglot", [])
     for stage in (1, 2, 3):
-        plan = replace(make_plan(config, 1), strategy=f"zero{stage}", processes=2)
+        plan = replace(make_plan(config, 1, {}), strategy=f"zero{stage}", processes=2)
         zero = deepspeed_config(config, plan)["zero_optimization"]
         made = DeepSpeedZeroConfig(**zero)
         assert made.reduce_bucket_size == REDUCE_BUCKET_ELEMENTS and not made.overlap_comm
@@ -203,7 +203,8 @@ def test_vit_base_is_answered_without_weights(plan):
     """86 million parameters at 224 px: neither their values (0.33 GiB) nor an activation are ever in memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     words = ["mini_imagenet", "--image-size", "224", "model.backbone=vit_base_patch16_224", "method.inner_steps=5"]
-    found = forecast(plan, *words, "--gpus", "16", "--gpu-memory-gib", "80", "model.pretrained=true")
+    words += ["engine.name=adjoint", "model.pretrained=true"]
+    found = forecast(plan, *words, "--gpus", "16", "--gpu-memory-gib", "80")
     assert found["num_parameters"] == pytest.approx(86e6, rel=0.01)
     ddp = found["rows"][0]
     assert ddp["parameters"] == 4 * found["num_parameters"]

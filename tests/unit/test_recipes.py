@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cml_dist.config.recipes import find_recipe, recipes
+from cml_dist.config.load import find_recipe, recipes
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
 

@@ -9,16 +9,15 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from cml_dist.config.load import Layers, annotated, layered, merge, parse_config, read_yaml
-from cml_dist.config.recipes import find_recipe, recipes
+from cml_dist.config.load import Layers, annotated, find_recipe, layered, merge, parse_config, read_yaml, recipes
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import GradFn, InnerRule, Method
-from cml_dist.methods.build import make_network, method_of
 from cml_dist.methods.check import check_rule, made_up_episode
 from cml_dist.methods.inner_optim import Adam, Momentum
 from cml_dist.methods.meta_sgd import MetaSgd
+from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.network import CmlNet
 from cml_dist.types import Episode, Features, Params
 
@@ -202,40 +201,40 @@ def config_of(*overrides: str, recipe: dict = GLYPHS) -> RunConfig:
 CONTRADICTIONS = [
     (
         "method.name=anil method.adapts=[body]",
-        "method: adapts is ['body'], but method.name anil adapts the head alone: leave method.adapts out, or set "
+        "method.adapts is ['body'], but method.name anil adapts the head alone: leave method.adapts out, or set "
         "method.name=maml",
     ),
     (
         "method.name=anil method.adapts=[head,last:1]",
-        "method: adapts is ['head', 'last:1'], but method.name anil adapts the head alone: leave",
+        "method.adapts is ['head', 'last:1'], but method.name anil adapts the head alone: leave",
     ),
     (
         "method.name=boil method.adapts=[head]",
-        "method: adapts is ['head'], but method.name boil adapts the body alone: leave method.adapts out, or set "
+        "method.adapts is ['head'], but method.name boil adapts the body alone: leave method.adapts out, or set "
         "method.name=maml",
     ),
     (
         "method.name=anil method.body_lr=0.1",
-        "method: body_lr is 0.1, but method.name anil adapts the head alone: leave method.body_lr out, or set "
+        "method.body_lr is 0.1, but method.name anil adapts the head alone: leave method.body_lr out, or set "
         "method.name=maml",
     ),
     (
         "method.name=boil method.head_lr=0.1",
-        "method: head_lr is 0.1, but method.name boil adapts the body alone: leave method.head_lr out, or set",
+        "method.head_lr is 0.1, but method.name boil adapts the body alone: leave method.head_lr out, or set",
     ),
     (
         "method.name=meta_sgd method.inner_optim=adam",
-        "method: inner_optim is adam, but method.name meta_sgd has a step of its own: set method.inner_optim=sgd, or "
+        "method.inner_optim is adam, but method.name meta_sgd has a step of its own: set method.inner_optim=sgd, or "
         "method.name=maml",
     ),
     (
         "method.name=boil method.gamma=0.5",
-        "method: gamma is 0.5, but method.name boil has no co-learner: set method.colearner=true, or leave "
+        "method.gamma is 0.5, but method.name boil has no co-learner: set method.colearner=true, or leave "
         "method.gamma out",
     ),
     (
         "method.colearner=false",
-        "method: colearner is false, but method.name is cml: set method.name=maml, or colearner=true",
+        "method.colearner is false, but method.name is cml: set method.name=maml, or method.colearner=true",
     ),
     (
         "method.name=anil method.colearner=true eval.learner=co",
@@ -425,7 +424,7 @@ def test_a_recipe_without_a_name_is_cmls():
 def test_a_weight_without_co_learner_gives_way_to_the_command_line_alone(overrides):
     """One that a recipe, or the command line itself, sets beside such a method is a mistake, and not passed over."""
     recipe = {**GLYPHS, "method": {"name": "maml", "gamma": 0.5}}
-    with pytest.raises(ConfigError, match="method: gamma is 0.5, but method.name maml has no co-learner: set"):
+    with pytest.raises(ConfigError, match="method.gamma is 0.5, but method.name maml has no co-learner: set"):
         layers(*overrides, recipe=recipe)
     with_colearner = {**GLYPHS, "method": {"name": "boil", "colearner": True, "gamma": 0.5}}
     found, config = layers("method.colearner=false", recipe=with_colearner)

@@ -1,0 +1,161 @@
+"""The names that a configuration chooses from, with what builds each: methods, networks, heads, domains. No torch.
+
+Settings, help texts, error messages and builders read these tables: a new one is a line here and the module it names.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a name means.
+
+    Attributes:
+        help: one line for ``cml-dist config --keys``.
+        target: what builds it, as ``module:attribute``.
+    """
+
+    help: str
+    target: str = ""
+
+    def load(self) -> Any:
+        """The target, whose module is imported now, so that a run loads no more than it names."""
+        module, _, attribute = self.target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+def in_words(table: Mapping[str, Entry]) -> str:
+    """Every name with its meaning, for help texts."""
+    return "; ".join(f"{name}: {entry.help}" if entry.help else name for name, entry in table.items())
+
+
+# --------------------------------------------------------------------------- methods
+
+
+@dataclass(frozen=True)
+class MethodEntry(Entry):
+    """A method of ``method.name``. Its target is its inner rule; without one ``method.inner_optim`` chooses the rule.
+
+    Attributes:
+        title: what people call it.
+        settings: its published defaults (settings of ``method.*``): above the schema's, below a recipe's for it.
+        family: a recipe's ``method.*`` counts for all of the family that it names.
+        adapts_only: the one part that adapts, where the method is defined by it.
+    """
+
+    title: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    family: str = ""
+    adapts_only: str | None = None
+
+
+HALF = {"inner_steps": 1, "inner_lr": 0.5}
+"""Steps and rate of the BOIL line of work for Conv-4."""
+
+METHODS: dict[str, MethodEntry] = {
+    "cml": MethodEntry("MAML with the co-learner", title="MAML", settings={"colearner": True}, family="maml"),
+    "maml": MethodEntry("all adapts, second order", title="MAML", family="maml"),
+    "fomaml": MethodEntry("MAML of first order", title="FOMAML", settings={"order": 1}, family="maml"),
+    "anil": MethodEntry(
+        "the head alone adapts (Raghu et al., 1909.09157)",
+        title="ANIL",
+        settings={"adapts": ["head"], **HALF},
+        adapts_only="head",
+    ),
+    "boil": MethodEntry(
+        "the body alone adapts (Oh et al., 2008.08882)",
+        title="BOIL",
+        settings={"adapts": ["body"], **HALF},
+        adapts_only="body",
+    ),
+    "meta_sgd": MethodEntry(
+        "a learned step size for every element, which starts at inner_lr (Li et al., 1707.09835)",
+        "cml_dist.methods.meta_sgd:MetaSgd",
+        title="Meta-SGD",
+        settings={"inner_steps": 1, "inner_lr": 0.1},
+    ),
+}
+
+NAME_DECIDES = ("colearner", "order")
+"""Settings that a name within a family decides: a recipe's give way to another name."""
+
+INNER_OPTIMS: dict[str, Entry] = {
+    "sgd": Entry("", "cml_dist.meta.rule:InnerRule"),
+    "momentum": Entry("", "cml_dist.methods.inner_optim:Momentum"),
+    "adam": Entry("", "cml_dist.methods.inner_optim:Adam"),
+}
+
+
+def family(name: str) -> str:
+    """The family of a method; a method that is none's is its own."""
+    return (METHODS[name].family if name in METHODS else "") or name
+
+
+# --------------------------------------------------------------------------- networks
+
+
+@dataclass(frozen=True)
+class BackboneEntry(Entry):
+    """A backbone of our own. Its target is ``build(model: ModelConfig, input_shape) -> Module``.
+
+    Attributes:
+        reads: ``images`` or ``vectors``.
+    """
+
+    reads: str = "images"
+
+
+BACKBONES: dict[str, BackboneEntry] = {
+    "conv4": BackboneEntry("four convolutional blocks", "cml_dist.nets.conv4:build"),
+    "mlp": BackboneEntry("hidden layers, for vectors", "cml_dist.nets.mlp:build", reads="vectors"),
+}
+TIMM = BackboneEntry("any timm model by name, e.g. resnet18", "cml_dist.nets.timm_backbone:build")
+"""What every other name of ``model.backbone`` is."""
+
+HEADS: dict[str, Entry] = {
+    "linear": Entry("a linear layer", "torch.nn:Linear"),
+    "shared": Entry("all classes start from one learned vector (UNICORN-MAML)", "cml_dist.nets.heads:SharedHead"),
+    "centroid": Entry("classes start from their mean support feature (Proto-MAML)", "cml_dist.nets.heads:CentroidHead"),
+    "ridge": Entry("classes start from ridge regression on the support features", "cml_dist.nets.heads:RidgeHead"),
+}
+
+
+# --------------------------------------------------------------------------- domains
+
+
+@dataclass(frozen=True)
+class DomainEntry(Entry):
+    """A domain of ``domain.name``. Its target is ``build(settings, train_seed, eval_seed, processes, progress)``.
+
+    Attributes:
+        settings: its section, a class of ``config/schema.py``.
+        usual_inputs: channels, height and width in which the set is commonly packed.
+    """
+
+    settings: str = "ImagesConfig"
+    usual_inputs: tuple[int, int, int] | None = None
+
+
+_IMAGES = "cml_dist.domains.build:build_images"
+
+DOMAINS: dict[str, DomainEntry] = {
+    "glyphs": DomainEntry(
+        "characters of many scripts, nothing to download",
+        "cml_dist.domains.build:build_glyphs",
+        settings="GlyphsConfig",
+        usual_inputs=(1, 28, 28),
+    ),
+    "images": DomainEntry("any packed image set", _IMAGES),
+    "omniglot": DomainEntry("", _IMAGES, usual_inputs=(1, 28, 28)),
+    "cifar_fs": DomainEntry("", _IMAGES, usual_inputs=(3, 32, 32)),
+    "fc100": DomainEntry("", _IMAGES, usual_inputs=(3, 32, 32)),
+    "mini_imagenet": DomainEntry("", _IMAGES, usual_inputs=(3, 84, 84)),
+    "sinusoid": DomainEntry(
+        "regression on sine curves", "cml_dist.domains.build:build_sinusoid", settings="SinusoidConfig"
+    ),
+}
