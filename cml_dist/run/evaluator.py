@@ -95,6 +95,7 @@ def evaluate(
     many threads (parallel.threads). Collective: all ranks.
 
     Args:
+        params: on the device where ``parts.model`` is.
         permutations: label orders under which each episode is tested, a pure function of split and index; the first
             is the episode's own.
         stop: asked before each episode: whether to break off.
@@ -102,8 +103,7 @@ def evaluate(
     Raises:
         Stopped: on all ranks, where one broke off.
     """
-    problem = parts.model.to(world.device).problem
-    params = {n: p.to(world.device, parts.dtype) for n, p in params.items()}
+    problem = parts.model.problem
     method = replace(parts.model.method, inner_steps=parts.plan.test_inner_steps)
     co_adapt, norm = config.eval.co_adapt, config.eval.norm
     # Mean and spread over label orders of each learner, and a row that is not 0 where a rank broke off.

@@ -104,7 +104,10 @@ def score_run(
     world.together(lambda: checkpoints.check_same_run(checkpoint, parts.net))
     learners = ("meta",) if dagger_refusal(config) else ("meta", "co")
 
+    parts.model.to(world.device)  # not while it trains: it would part gradients from the buckets that DDP reduces
+
     def test(params: Params, what: str) -> dict[str, EvalReport]:
+        params = {n: p.to(world.device, parts.dtype) for n, p in params.items()}
         with console.progress(what, config.eval.episodes) as view:
             return evaluate(
                 config, parts, world, params, learners, split=config.eval.split, num_episodes=config.eval.episodes,

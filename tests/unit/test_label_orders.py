@@ -50,7 +50,6 @@ def parts(net):
 def report(net, permutations):
     params, problem = parts(net)
     model = SimpleNamespace(problem=problem, method=METHOD)
-    model.to = lambda device: model
     made = SimpleNamespace(
         domain=Noise(), model=model, dtype=torch.float64, plan=SimpleNamespace(test_inner_steps=METHOD.inner_steps)
     )
