@@ -13,12 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Entry:
-    """What a name means.
-
-    Attributes:
-        help: one line for ``cml-dist config --keys``.
-        target: what builds it, as ``module:attribute``.
-    """
+    """What a name means: one line for ``cml-dist config --keys``, and what builds it, as ``module:attribute``."""
 
     help: str
     target: str = ""
@@ -101,11 +96,7 @@ def family(name: str) -> str:
 
 @dataclass(frozen=True)
 class BackboneEntry(Entry):
-    """A backbone of our own. Its target is ``build(model: ModelConfig, input_shape) -> Module``.
-
-    Attributes:
-        reads: ``images`` or ``vectors``.
-    """
+    """A backbone, which reads ``images`` or ``vectors``. Its target is ``build(model: ModelConfig, input_shape)``."""
 
     reads: str = "images"
 

@@ -134,57 +134,66 @@ def resolve_strategy(config: RunConfig, processes: int, environment: Mapping[str
 
 def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
     """The plan in words, for people."""
-    method = config.method
-    batch = config.train.episodes_per_step
-    each = sorted(set(plan.episodes_by_rank), reverse=True)
-    steps = _count(plan.inner_steps, "inner step")
-    if method.name == "meta_sgd":
-        steps += f", step sizes of each element learned from {method.inner_lr:g}"
-    else:
-        steps += f" of {method.inner_lr:g}" if plan.inner_steps else ""
-        steps += f" by {method.inner_optim}" if plan.inner_steps and method.inner_optim != "sgd" else ""
-    if method.adapts is not None:
-        steps += f" on {', '.join(method.adapts)}"
-    on_cpu = {"none": "", "optimizer": ", optimizer on the CPU", "all": ", optimizer and parameters on the CPU"}
+    model, method, domain = config.model, config.method, config.domain
     colearner = ""
     if method.colearner is not False:
         state = {"untrained": "untrained ", "adapts": "adapting "}.get(method.colearner, "")
-        colearner = f", {state}{colearner_kind(config)} co-learner of depth {config.model.colearner.depth}"
+        colearner = f"{state}{colearner_kind(config)} co-learner of depth {model.colearner.depth}"
+    examples = f"{domain.shots} support and {domain.queries} query points"
+    if hasattr(domain, "ways"):
+        examples = f"{domain.ways}-way {domain.shots}-shot, {domain.queries} queries a class"
+    on_cpu = {"none": "", "optimizer": "optimizer on the CPU", "all": "optimizer and parameters on the CPU"}
+    strategy = _listed(plan.strategy, on_cpu[plan.offload])
+    each = " or ".join(map(str, sorted(set(plan.episodes_by_rank), reverse=True)))
     return {
         "run": f"{config.run.dir} (seed {config.run.seed})",
-        "domain": _domain_words(config),
-        "model": config.model.backbone
-        + (f", {config.model.head} head" if config.model.head != "linear" else "")
-        + colearner
-        + (f", trained: {', '.join(config.model.trained)}" if config.model.trained != ("body", "head") else ""),
-        "method": f"{method_title(config)}: {steps}"
-        + (f", gamma {method.gamma:g}" if colearner else "")
-        + f", order {method.order}",
-        "engine": plan.engine
-        + (f", micro-batches of {_count(plan.micro_batch, 'example')}" if plan.micro_batch else "")
-        + (", copies on the CPU" if plan.copies == "cpu" else "")
-        + (", every sqrt(K)-th point kept" if plan.trajectory == "sqrt" else "")
-        + (", bfloat16 inside the network" if config.run.compute == "bfloat16" else ""),
+        "domain": f"{domain.name}, {examples}",
+        "model": _listed(
+            model.backbone,
+            f"{model.head} head" if model.head != "linear" else "",
+            colearner,
+            f"trained: {', '.join(model.trained)}" if model.trained != ("body", "head") else "",
+        ),
+        "method": _listed(
+            f"{method_title(config)}: {_inner_steps(config, plan)}",
+            f"gamma {method.gamma:g}" if colearner else "",
+            f"order {method.order}",
+        ),
+        "engine": _listed(
+            plan.engine,
+            f"micro-batches of {_count(plan.micro_batch, 'example')}" if plan.micro_batch else "",
+            "copies on the CPU" if plan.copies == "cpu" else "",
+            "every sqrt(K)-th point kept" if plan.trajectory == "sqrt" else "",
+            "bfloat16 inside the network" if config.run.compute == "bfloat16" else "",
+        ),
         **({"memory": plan.memory} if plan.memory else {}),
-        "world": f"{plan.processes} process{'es' * (plan.processes != 1)} ({plan.strategy}{on_cpu[plan.offload]}), "
-        f"{batch} episodes a meta-step: {' or '.join(map(str, each))} a process",
+        "world": f"{plan.processes} process{'es' * (plan.processes != 1)} ({strategy}), "
+        f"{config.train.episodes_per_step} episodes a meta-step: {each} a process",
         "training": f"{plan.steps:,} meta-steps of {config.optim.name} at {config.optim.lr:g}, "
         f"{plan.episodes:,} episodes",
         "validation": f"{plan.validations} x {config.eval.val_episodes} episodes; a checkpoint every "
         f"{_count(config.checkpoint.every, 'meta-step')}",
-        "test": f"{config.eval.episodes} episodes of {config.eval.split}, "
-        f"{_count(plan.test_inner_steps, 'inner step')}"
-        + (", statistics of the support set" if config.eval.norm == "support" else "")
-        + (f", {config.eval.permutations} label orders each" if config.eval.permutations > 1 else ""),
+        "test": _listed(
+            f"{config.eval.episodes} episodes of {config.eval.split}",
+            _count(plan.test_inner_steps, "inner step"),
+            "statistics of the support set" if config.eval.norm == "support" else "",
+            f"{config.eval.permutations} label orders each" if config.eval.permutations > 1 else "",
+        ),
     }
+
+
+def _inner_steps(config: RunConfig, plan: RunPlan) -> str:
+    method, steps = config.method, _count(plan.inner_steps, "inner step")
+    if method.name == "meta_sgd":
+        steps += f", step sizes of each element learned from {method.inner_lr:g}"
+    elif plan.inner_steps:
+        steps += f" of {method.inner_lr:g}" + (f" by {method.inner_optim}" if method.inner_optim != "sgd" else "")
+    return steps + (f" on {', '.join(method.adapts)}" if method.adapts is not None else "")
+
+
+def _listed(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
 
 
 def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}" + "s" * (number != 1)
-
-
-def _domain_words(config: RunConfig) -> str:
-    domain = config.domain
-    if not hasattr(domain, "ways"):
-        return f"{domain.name}, {domain.shots} support and {domain.queries} query points"
-    return f"{domain.name}, {domain.ways}-way {domain.shots}-shot, {domain.queries} queries a class"

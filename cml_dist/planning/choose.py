@@ -77,14 +77,7 @@ def task_of(
     loss: Callable[[Tensor, Tensor], Tensor],
     score: Callable[[Tensor, Tensor], Tensor],
 ) -> Task:
-    """The task of a domain from its settings alone, on the meta device: no data is read.
-
-    Args:
-        domain: its settings.
-        input_shape, output_dim: of one prepared input, and of the head.
-        dtype: of prepared inputs.
-        loss, score: the domain's.
-    """
+    """The task of a domain from its settings, on the meta device: no data is read. Shape and type: as prepared."""
     ways = getattr(domain, "ways", 0)  # regression has none
 
     def batch(each: int) -> Batch:
@@ -100,10 +93,8 @@ class MemoryPlanner:
     """What a rank needs with any means under any strategy, and the first means that a budget allows.
 
     Args:
-        config: the run's.
-        plan: its plan so far.
-        net: the network, on any device, also ``meta``.
-        method, task: what is computed.
+        plan: the run's so far.
+        net: on any device, also ``meta``.
         on_gpu: whether the computing device has memory of its own. On the CPU offloading moves nothing out of the
             budget, and convolutions take scratch besides.
 

@@ -36,15 +36,11 @@ class Forecast:
     """What a run would need on each rank.
 
     Attributes:
-        gpus, gpu_memory_gib: what was asked about.
         usable_gib: of each GPU: ``memory.budget_gib``, or nine tenths of it.
-        inputs, input_source: shape of an input, and how it is known.
         num_parameters, num_constants: elements that are meta-trained, and that are not.
         episodes_per_rank: of a meta-step, on the busiest rank.
-        rows: a budget a strategy.
-        means: how the meta-gradient would be computed under each: the fastest way that fits, else the leanest.
-        recommended: number of the row to use, None where nothing fits.
-        command: that starts it.
+        rows, means: a budget a strategy, and the fastest means that fit it, else the leanest.
+        recommended, command: number of the row to use, and what starts it; None where nothing fits.
         smallest_gib: the GPU memory (or budget) with which the leanest strategy would fit, where nothing fits.
     """
 
@@ -83,8 +79,6 @@ def forecast(
     """Every strategy's budget for ``config`` on ``gpus`` GPUs, and the fastest one that fits.
 
     Args:
-        gpus: the world size.
-        gpu_memory_gib: of one GPU.
         image_size, channels: see :func:`known_inputs`.
         words: configuration and overrides as they were typed, for the command.
 
@@ -109,10 +103,12 @@ def forecast(
     fitting = [n for n, row in enumerate(rows) if row.total <= usable * 2**30 and _can_launch(strategies[n], config)]
     order = planner.candidates().index
     recommended = min(fitting, key=lambda n: (rows[n].sent, order(means[n]), n), default=None)
-    smallest = None
+    command = smallest = None
     if recommended is None:
         smallest = min(planner.need(s, leanest, gpus).total for s in strategies) / 2**30
         smallest /= 1 if config.memory.budget_gib else USABLE
+    else:
+        command = _command(strategies[recommended], gpus, words)
     return Forecast(
         gpus=gpus,
         gpu_memory_gib=gpu_memory_gib,
@@ -125,7 +121,7 @@ def forecast(
         rows=rows,
         means=means,
         recommended=recommended,
-        command=None if recommended is None else _command(strategies[recommended], gpus, words),
+        command=command,
         smallest_gib=smallest,
     )
 
