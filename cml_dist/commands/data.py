@@ -38,7 +38,7 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.domains.shards import ShardSet
     from cml_dist.errors import ConfigError
     from cml_dist.telemetry.preparing import preparing
-    from cml_dist.tools.inspect import draw_contact_sheet, split_rows
+    from cml_dist.tools.inspect import COLUMNS, draw_contact_sheet, split_rows
 
     for name in ("ways", "shots", "episodes"):
         if getattr(args, name) < 1:
@@ -56,9 +56,8 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     info = shards.info
     height, width = info.image_size
     kind = "grey" if info.channels == 1 else "RGB"
-    columns = ("split", "classes", "images", "min", "median", "max", "shards", "MiB")
-    rows = [(*row[:-1], round(row.size_mib, 1)) for row in split_rows(shards)]
-    console.table(f"{info.name}, {width}x{height} px, {kind} (min, median, max: images a class)", columns, rows)
+    title = f"{info.name}, {width}x{height} px, {kind} (min, median, max: images a class)"
+    console.table(title, COLUMNS, split_rows(shards))
     if info.mean and info.std:
         means, stds = (", ".join(f"{x:.4f}" for x in values) for values in (info.mean, info.std))
         console.note(f"mean {means}; std {stds} (pixels in 0..1, train split)")

@@ -45,17 +45,10 @@ _CANVAS, _SIZE = 28, 24  # pixels of the renderings that are compared
 
 
 class Character(NamedTuple):
-    """A class of Glyphs.
-
-    Attributes:
-        codepoint: of the character.
-        name: the class's name, ``script/rest of the Unicode name``, e.g. ``"GREEK/SMALL LETTER OMEGA"``.
-        split: ``"train"``, ``"val"`` or ``"test"``.
-        outlines: its outline in each face that has it, by the name of the face; font units, y up.
-    """
+    """A class of Glyphs: a character, and its outline in each face that has it (font units, y up)."""
 
     codepoint: int
-    name: str
+    name: str  # script/rest of the Unicode name, e.g. "GREEK/SMALL LETTER OMEGA"
     split: str
     outlines: dict[str, Outline]
 
@@ -95,10 +88,13 @@ def choose_characters(progress: Progress | None = None) -> list[Character]:
         if alike[code].isdisjoint(chosen):
             chosen.append(code)
     chosen.sort(key=place.get)
-    scripts = [_script(code) for code in chosen]
-    names = [unicodedata.name(chr(code)).replace(f"{s} ", f"{s}/", 1) for s, code in zip(scripts, chosen, strict=True)]
-    rows = zip(chosen, names, scripts, strict=True)
-    return [Character(code, name, SCRIPTS[script], outlines[code]) for code, name, script in rows]
+    return [_character(code, outlines[code]) for code in chosen]
+
+
+def _character(code: int, outlines: dict[str, Outline]) -> Character:
+    script = _script(code)
+    name = unicodedata.name(chr(code)).removeprefix(f"{script} ")
+    return Character(code, f"{script}/{name}", SCRIPTS[script], outlines)
 
 
 def _letters_of(face: str) -> Iterator[tuple[int, Outline]]:
@@ -111,10 +107,9 @@ def _letters_of(face: str) -> Iterator[tuple[int, Outline]]:
         glyphs = font.getGlyphSet()
         names = _tex_codes(font.getGlyphOrder()) if face in TEX_FACES else font.getBestCmap()
         for codepoint, name in sorted(names.items()):
-            if name != ".notdef" and _is_base_letter(codepoint):
-                outline = _outline(glyphs, name)
-                if outline is not None:
-                    yield codepoint, outline
+            outline = _outline(glyphs, name) if name != ".notdef" and _is_base_letter(codepoint) else None
+            if outline is not None:
+                yield codepoint, outline
 
 
 def _tex_codes(glyph_names: list[str]) -> dict[int, str]:
@@ -171,7 +166,7 @@ def _outline(glyphs: Any, name: str) -> Outline | None:
 
 
 def _look_alikes(codes: list[int], outlines: dict[int, dict[str, Outline]]) -> dict[int, set[int]]:
-    """For each code point those that look like it in any face that both have."""
+    """For each code point those that look like it in any face that both have, itself among them."""
     canvas = Canvas(_CANVAS)
     alike: dict[int, set[int]] = {codepoint: set() for codepoint in codes}
     for face in FACES:
@@ -184,6 +179,5 @@ def _look_alikes(codes: list[int], outlines: dict[int, dict[str, Outline]]) -> d
         splits = np.array([SCRIPTS[_script(codepoint)] for codepoint in here])
         limit = np.where(splits[:, None] == splits[None], SAME_SHAPE, SAME_SHAPE_ACROSS_SPLITS)
         for first, second in zip(*np.nonzero(products >= limit * np.outer(lengths, lengths)), strict=True):
-            if first != second:
-                alike[here[first]].add(here[second])
+            alike[here[first]].add(here[second])
     return alike

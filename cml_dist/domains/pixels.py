@@ -24,13 +24,7 @@ _B = TypeVar("_B")
 
 
 class Picture(NamedTuple):
-    """An image ready to be stored.
-
-    Attributes:
-        data: the bytes of its file.
-        ext: ``"png"`` or ``"jpg"``.
-        pixels: uint8 ``[C, H, W]``.
-    """
+    """An image ready to be stored: the bytes of a ``png`` or ``jpg`` file, and its pixels uint8 ``[C, H, W]``."""
 
     data: bytes
     ext: str

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from cml_dist.domains.base import SPLITS, Progress  # noqa: F401  (Progress for build.py)
 from cml_dist.errors import DataError
@@ -26,18 +26,14 @@ INDEX_FILE = "index.npz"
 REPAIR = "copy the set again whole, or pack it again (cml-dist data pack); remove a cached copy, and it is fetched anew"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class SplitInfo(_Part):
+class SplitInfo(BaseModel, frozen=True):
     """Classes of a split in their order, and how many images each has."""
 
     classes: tuple[str, ...]
     images: tuple[int, ...]
 
 
-class FileInfo(_Part):
+class FileInfo(BaseModel, frozen=True):
     """A file of the set: name within the folder, size in bytes, checksum; for a shard also its split and images."""
 
     # A set may come from a URL: a name must never lead out of its folder.
@@ -48,7 +44,7 @@ class FileInfo(_Part):
     images: int = 0
 
 
-class DatasetInfo(_Part):
+class DatasetInfo(BaseModel, frozen=True):
     """The content of ``dataset.json``; mean and std are per channel, of pixels in 0..1 of the training split."""
 
     format: Literal["cml_dist shard set"] = "cml_dist shard set"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -19,28 +18,19 @@ _INK, _SUPPORT, _QUERY = "#1d2733", "#1f5fae", "#d8912f"
 _GAP, _LINE, _TILE = 6, 26, 72  # pixels
 
 
-class SplitRow(NamedTuple):
-    """One row of the table: a split, and how many images its classes have."""
-
-    split: str
-    num_classes: int
-    num_images: int
-    min_per_class: int
-    median_per_class: float
-    max_per_class: int
-    num_shards: int
-    size_mib: float
+COLUMNS = ("split", "classes", "images", "min", "median", "max", "shards", "MiB")
+"""Of the table; min, median and max are images a class."""
 
 
-def split_rows(shards: ShardSet) -> list[SplitRow]:
-    """The table of a set."""
+def split_rows(shards: ShardSet) -> list[tuple]:
+    """The table of a set: a row of ``COLUMNS`` for each split."""
     rows = []
     for split in shards.splits:
         sizes = np.array(shards.split_info(split).images)
         files = [shard for shard in shards.info.shards if shard.split == split]
         counts = int(sizes.min()), float(np.median(sizes)), int(sizes.max())
         size_mib = sum(file.size for file in files) / 2**20
-        rows.append(SplitRow(split, len(sizes), int(sizes.sum()), *counts, len(files), size_mib))
+        rows.append((split, len(sizes), int(sizes.sum()), *counts, len(files), round(size_mib, 1)))
     return rows
 
 
@@ -58,8 +48,9 @@ def draw_contact_sheet(
     Raises:
         DataError: if an image is damaged, or the file cannot be written.
     """
-    ways = min(ways, *(row.num_classes for row in split_rows(shards)))
-    images = min(shots + queries, *(row.min_per_class for row in split_rows(shards)))
+    infos = [shards.split_info(split) for split in shards.splits]
+    ways = min(ways, *(len(info.classes) for info in infos))
+    images = min(shots + queries, *(min(info.images) for info in infos))
     shots = min(shots, images)
     title = f"{ways} ways, {shots} shots (blue) and {images - shots} queries (orange)"
     lines: list[tuple[str, np.ndarray | None]] = [(f"{shards.name}: {title}", None)]

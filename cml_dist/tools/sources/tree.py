@@ -21,11 +21,7 @@ _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".w
 class SourceTree:
     """Files by path (``/`` between parts, in natural order), read one at a time; safe to read from threads.
 
-    Hidden files and those of macOS's archives are left out.
-
-    Args:
-        where: the source, for errors.
-        readers: what there is.
+    Hidden files and those of macOS's archives are left out; ``where`` names the source in errors.
     """
 
     def __init__(self, where: str, readers: Readers) -> None:
