@@ -78,10 +78,11 @@ def _draw(lines: list[tuple[str, np.ndarray | None]], shots: int, image_size: tu
     # Small images are enlarged without smoothing: the sheet shows the very pixels that the network gets.
     method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BICUBIC
     height, width = (max(1, round(side * (max(1, round(scale)) if scale >= 1 else scale))) for side in image_size)
-    left = 2 * _GAP + max(int(font.getlength(text)) for text, _ in lines)
+    left = 2 * _GAP + max(int(font.getlength(text)) for text, images in lines if images is not None)
     columns = max(len(images) for _, images in lines if images is not None)
     heights = [_LINE if images is None else height + _GAP for _, images in lines]
-    sheet = Image.new("RGB", (left + columns * (width + _GAP), sum(heights) + _LINE), "white")
+    widest = max(left + columns * (width + _GAP), *(int(font.getlength(text)) + 2 * _GAP for text, _ in lines))
+    sheet = Image.new("RGB", (widest, sum(heights) + _LINE), "white")
     pen = ImageDraw.Draw(sheet)
     top = _GAP
     for (text, images), line_height in zip(lines, heights, strict=True):
