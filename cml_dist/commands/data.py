@@ -17,60 +17,50 @@ def _pack(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.telemetry.preparing import preparing
     from cml_dist.tools.pack import pack
 
+    options = ("layout", "splits", "image_size", "channels", "name")
     with preparing(console) as progress:
-        made = pack(
-            args.source,
-            args.dest,
-            layout=args.layout,
-            splits=args.splits,
-            image_size=args.image_size,
-            channels=args.channels,
-            name=args.name,
-            progress=progress,
-        )
-    height, width = made.image_size
-    rows = [(split, classes, made.num_images[split]) for split, classes in made.num_classes.items()]
-    console.table(f"{made.name} ({made.layout}), {width}x{height} px", ("split", "classes", "images"), rows)
+        made = pack(args.source, args.dest, **{name: getattr(args, name) for name in options}, progress=progress)
+    shards = made.shards
+    height, width = shards.image_size
+    rows = [(split, len(shards.split_info(split).classes), shards.num_images(split)) for split in shards.splits]
+    console.table(f"{shards.name} ({made.layout}), {width}x{height} px", ("split", "classes", "images"), rows)
+    size_mib = sum(file.size for file in shards.info.shards) / 2**20
     console.note(
-        f"Packed {sum(made.num_images.values()):,} images, {made.size_bytes / 2**20:.1f} MiB, into {made.dest} "
-        f"({made.num_kept:,} kept byte for byte, {made.num_converted:,} converted)"
+        f"Packed {len(shards):,} images, {size_mib:.1f} MiB, into {args.dest} "
+        f"({made.num_kept:,} kept byte for byte, {len(shards) - made.num_kept:,} converted)"
     )
-    console.note(f"Look at it: cml-dist data inspect {made.dest}")
+    console.note(f"Look at it: cml-dist data inspect {args.dest}")
 
 
 def _inspect(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.telemetry.preparing import preparing
-    from cml_dist.tools.inspect import inspect
+    from pathlib import Path
 
+    from cml_dist.domains.shards import ShardSet
+    from cml_dist.errors import ConfigError
+    from cml_dist.telemetry.preparing import preparing
+    from cml_dist.tools.inspect import COLUMNS, draw_contact_sheet, split_rows
+
+    for name in ("ways", "shots", "episodes"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"{name} is {getattr(args, name)}", f"give 1 or more: --{name} 1")
     with preparing(console) as progress:
         root = args.dir
         if root == "glyphs":
             from cml_dist.domains.glyphs import ensure_glyphs
 
             root = str(ensure_glyphs(progress=progress))
-        found = inspect(
-            root,
-            sheet=args.sheet,
-            ways=args.ways,
-            shots=args.shots,
-            episodes=args.episodes,
-            verify=args.verify,
-            progress=progress,
-        )
-    columns = ("split", "classes", "images", "min", "median", "max", "shards", "MiB")
-    rows = [
-        (r.split, r.num_classes, r.num_images, r.min_per_class, r.median_per_class, r.max_per_class, r.num_shards)
-        + (round(r.size_mib, 1),)
-        for r in found.rows
-    ]
-    height, width = found.image_size
-    kind = "grey" if found.channels == 1 else "RGB"
-    console.table(f"{found.name}, {width}x{height} px, {kind} (min, median, max: images a class)", columns, rows)
-    if found.mean and found.std:
-        means, stds = (", ".join(f"{x:.4f}" for x in values) for values in (found.mean, found.std))
+        shards = ShardSet.open(root, progress=progress)
+        if args.verify:
+            shards.verify(progress)
+        shown = draw_contact_sheet(shards, Path(args.sheet), ways=args.ways, shots=args.shots, episodes=args.episodes)
+    info = shards.info
+    height, width = info.image_size
+    kind = "grey" if info.channels == 1 else "RGB"
+    title = f"{info.name}, {width}x{height} px, {kind} (min, median, max: images a class)"
+    console.table(title, COLUMNS, split_rows(shards))
+    if info.mean and info.std:
+        means, stds = (", ".join(f"{x:.4f}" for x in values) for values in (info.mean, info.std))
         console.note(f"mean {means}; std {stds} (pixels in 0..1, train split)")
     if args.verify:
         console.note("All checksums agree")
-    if found.sheet_note:
-        console.note(found.sheet_note)
-    console.note(f"Contact sheet: {found.sheet}")
+    console.note(f"Contact sheet: {args.sheet} ({shown})")

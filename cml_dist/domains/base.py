@@ -14,6 +14,9 @@ from cml_dist.types import Episode
 
 SPLITS = ("train", "val", "test")
 
+Progress = Callable[[int, int, str], None]
+"""``progress(done, total, what)``: called as work goes on."""
+
 
 def episode_rng(seed: int, split: str, index: int) -> np.random.Generator:
     """The one source of randomness of an episode: a generator made from (seed, split, index) and nothing else."""
@@ -53,7 +56,7 @@ class Domain(ABC):
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean score over the examples: a scalar without gradient."""
 
-    def load(self, split: str, progress: Callable[[int, int, str], None] | None = None) -> bool:
+    def load(self, split: str, progress: Progress | None = None) -> bool:
         """Bring a split into memory ahead of its use, where that pays; returns whether it is there."""
         return False
 

@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cml_dist.domains.base import Progress
+from cml_dist.domains.glyph_images import Canvas, upright
 from cml_dist.errors import DataError
 
 if TYPE_CHECKING:
     from matplotlib.path import Path as Outline
 
-SCRIPTS = {
-    "LATIN": "train",
-    "GREEK": "train",
-    "CYRILLIC": "train",
-    "COPTIC": "train",
-    "OLD ITALIC": "train",
-    "LISU": "train",
-    "CANADIAN SYLLABICS": "train",
-    "OGHAM": "train",
-    "ARMENIAN": "val",
-    "HEBREW": "val",
-    "NKO": "val",
-    "LAO": "val",
-    "GEORGIAN": "test",
-    "ARABIC": "test",
-    "TIFINAGH": "test",
-}
+_TRAIN = ("LATIN", "GREEK", "CYRILLIC", "COPTIC", "OLD ITALIC", "LISU", "CANADIAN SYLLABICS", "OGHAM")
+_VAL = ("ARMENIAN", "HEBREW", "NKO", "LAO")
+_TEST = ("GEORGIAN", "ARABIC", "TIFINAGH")
+SCRIPTS = dict.fromkeys(_TRAIN, "train") | dict.fromkeys(_VAL, "val") | dict.fromkeys(_TEST, "test")
 """Split of each script (the first words of a Unicode name); those nearest to Latin in shape are for training."""
 
 UNICODE_FACES = (
@@ -57,19 +44,11 @@ SAME_SHAPE_ACROSS_SPLITS = 0.90
 _CANVAS, _SIZE = 28, 24  # pixels of the renderings that are compared
 
 
-@dataclass(frozen=True)
-class Character:
-    """A class of Glyphs.
-
-    Attributes:
-        codepoint: of the character.
-        name: the class's name, ``script/rest of the Unicode name``, e.g. ``"GREEK/SMALL LETTER OMEGA"``.
-        split: ``"train"``, ``"val"`` or ``"test"``.
-        outlines: its outline in each face that has it, by the name of the face; font units, y up.
-    """
+class Character(NamedTuple):
+    """A class of Glyphs: a character, and its outline in each face that has it (font units, y up)."""
 
     codepoint: int
-    name: str
+    name: str  # script/rest of the Unicode name, e.g. "GREEK/SMALL LETTER OMEGA"
     split: str
     outlines: dict[str, Outline]
 
@@ -84,61 +63,53 @@ def font_file(face: str) -> Path:
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
     if not path.is_file():
-        raise DataError(
-            f"matplotlib's font {path} is missing", "install matplotlib from its wheel: pip install matplotlib"
-        )
+        raise DataError(f"matplotlib's font {path} is missing", "install its wheel: pip install matplotlib")
     return path
 
 
-def choose_characters(progress: Callable[[int, int, str], None] | None = None) -> list[Character]:
+def choose_characters(progress: Progress | None = None) -> list[Character]:
     """All base letters of the known scripts, each shape once.
 
     A letter that looks like an earlier one in any face that both have is left out, whatever its script, so that no
     shape lies in two classes or two splits. Of two the one in more faces stays, else the first by script and code
     point.
-
-    Args:
-        progress: called as ``progress(done, total, what)``.
     """
     outlines: dict[int, dict[str, Outline]] = {}
-    for number, face in enumerate(FACES):
-        if progress is not None:
-            progress(number, len(FACES), "reading fonts")
+    for number, face in enumerate(FACES, start=1):
         for codepoint, outline in _letters_of(face):
             outlines.setdefault(codepoint, {})[face] = outline
-    if progress is not None:
-        progress(len(FACES), len(FACES), "reading fonts")
-    scripts = list(SCRIPTS)
-    order = sorted(outlines, key=lambda code: (-len(outlines[code]), scripts.index(_script(code)), code))
-    chosen = _distinct(order, outlines)
-    chosen.sort(key=lambda code: (scripts.index(_script(code)), code))
-    return [Character(code, _class_name(code), SCRIPTS[_script(code)], outlines[code]) for code in chosen]
+        if progress is not None:
+            progress(number, len(FACES), "reading fonts")
+    place = {code: (list(SCRIPTS).index(_script(code)), code) for code in outlines}
+    order = sorted(outlines, key=lambda code: (-len(outlines[code]), *place[code]))
+    alike = _look_alikes(order, outlines)
+    chosen: list[int] = []
+    for code in order:
+        if alike[code].isdisjoint(chosen):
+            chosen.append(code)
+    chosen.sort(key=place.get)
+    return [_character(code, outlines[code]) for code in chosen]
+
+
+def _character(code: int, outlines: dict[str, Outline]) -> Character:
+    script = _script(code)
+    name = unicodedata.name(chr(code)).removeprefix(f"{script} ")
+    return Character(code, f"{script}/{name}", SCRIPTS[script], outlines)
 
 
 def _letters_of(face: str) -> Iterator[tuple[int, Outline]]:
     """Code point and outline of each letter of a face; never its box for missing characters."""
     from fontTools.ttLib import TTFont
 
-    with _quiet_font_tools(), TTFont(font_file(face)) as font:
+    # Computer Modern's files have dates that it remarks on.
+    logging.getLogger("fontTools.ttLib.tables._h_e_a_d").setLevel(logging.ERROR)
+    with TTFont(font_file(face)) as font:
         glyphs = font.getGlyphSet()
         names = _tex_codes(font.getGlyphOrder()) if face in TEX_FACES else font.getBestCmap()
         for codepoint, name in sorted(names.items()):
-            if name != ".notdef" and _is_base_letter(codepoint):
-                outline = _outline(glyphs, name)
-                if outline is not None:
-                    yield codepoint, outline
-
-
-@contextmanager
-def _quiet_font_tools() -> Iterator[None]:
-    """Without fontTools' remarks on the dates in Computer Modern's files."""
-    logger = logging.getLogger("fontTools")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+            outline = _outline(glyphs, name) if name != ".notdef" and _is_base_letter(codepoint) else None
+            if outline is not None:
+                yield codepoint, outline
 
 
 def _tex_codes(glyph_names: list[str]) -> dict[int, str]:
@@ -169,74 +140,33 @@ def _script(codepoint: int) -> str:
     return next((script for script in SCRIPTS if name.startswith(script + " ")), "")
 
 
-def _class_name(codepoint: int) -> str:
-    script = _script(codepoint)
-    return f"{script}/{unicodedata.name(chr(codepoint))[len(script) + 1 :]}"
-
-
 def _outline(glyphs: Any, name: str) -> Outline | None:
     """The outline of a glyph, None where it has no ink."""
+    from fontTools.pens.basePen import decomposeQuadraticSegment
+    from fontTools.pens.recordingPen import DecomposingRecordingPen
     from matplotlib.path import Path as Outline
 
-    pen = _pen_class()(glyphs)
+    pen = DecomposingRecordingPen(glyphs)
     glyphs[name].draw(pen)
-    if not pen.vertices:
-        return None
-    return Outline(np.array(pen.vertices, dtype=np.float64), pen.codes)
-
-
-@cache
-def _pen_class() -> type:
-    """Made on first use, so that importing this module does not import fontTools."""
-    from fontTools.pens.basePen import BasePen
-    from matplotlib.path import Path as Outline
-
-    class OutlinePen(BasePen):
-        """Collects vertices and codes of a matplotlib path."""
-
-        def __init__(self, glyphs: Any) -> None:
-            super().__init__(glyphs)
-            self.vertices: list[tuple[float, float]] = []
-            self.codes: list[int] = []
-
-        def _add(self, code: int, *points: tuple[float, float]) -> None:
-            self.vertices += points
-            self.codes += [code] * len(points)
-
-        def _moveTo(self, point: tuple[float, float]) -> None:
-            self._add(Outline.MOVETO, point)
-
-        def _lineTo(self, point: tuple[float, float]) -> None:
-            self._add(Outline.LINETO, point)
-
-        def _qCurveToOne(self, *points: tuple[float, float]) -> None:
-            self._add(Outline.CURVE3, *points)
-
-        def _curveToOne(self, *points: tuple[float, float]) -> None:
-            self._add(Outline.CURVE4, *points)
-
-        def _closePath(self) -> None:
-            self._add(Outline.CLOSEPOLY, self.vertices[-1])
-
-    return OutlinePen
-
-
-def _distinct(order: list[int], outlines: dict[int, dict[str, Outline]]) -> list[int]:
-    """The code points, in this order, that look like no earlier one that was kept."""
-    alike = _look_alikes(order, outlines)
-    kept: list[int] = []
-    taken: set[int] = set()
-    for codepoint in order:
-        if taken.isdisjoint(alike[codepoint]):
-            kept.append(codepoint)
-            taken.add(codepoint)
-    return kept
+    vertices: list[tuple[float, float]] = []
+    codes: list[int] = []
+    for operator, points in pen.value:
+        if operator == "qCurveTo":
+            if points[-1] is None:  # no point lies on the curve: it starts between its last and its first
+                start = tuple(np.mean((points[-2], points[0]), axis=0))
+                vertices, codes = [*vertices, start], [*codes, Outline.MOVETO]
+                points = (*points[:-1], start)
+            points = [point for curve in decomposeQuadraticSegment(points) for point in curve]
+        code = {"moveTo": Outline.MOVETO, "lineTo": Outline.LINETO, "qCurveTo": Outline.CURVE3}.get(operator)
+        if operator == "closePath":
+            code, points = Outline.CLOSEPOLY, [vertices[-1]]
+        vertices += points
+        codes += [code] * len(points)
+    return Outline(np.array(vertices, dtype=np.float64), codes) if vertices else None
 
 
 def _look_alikes(codes: list[int], outlines: dict[int, dict[str, Outline]]) -> dict[int, set[int]]:
-    """For each code point those that look like it in any face that both have."""
-    from cml_dist.domains.glyph_images import Canvas, upright
-
+    """For each code point those that look like it in any face that both have, itself among them."""
     canvas = Canvas(_CANVAS)
     alike: dict[int, set[int]] = {codepoint: set() for codepoint in codes}
     for face in FACES:
@@ -249,6 +179,5 @@ def _look_alikes(codes: list[int], outlines: dict[int, dict[str, Outline]]) -> d
         splits = np.array([SCRIPTS[_script(codepoint)] for codepoint in here])
         limit = np.where(splits[:, None] == splits[None], SAME_SHAPE, SAME_SHAPE_ACROSS_SPLITS)
         for first, second in zip(*np.nonzero(products >= limit * np.outer(lengths, lengths)), strict=True):
-            if first != second:
-                alike[here[first]].add(here[second])
+            alike[here[first]].add(here[second])
     return alike

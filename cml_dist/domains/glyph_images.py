@@ -30,11 +30,7 @@ Affine = tuple[float, float, float, float, float, float]
 
 
 class Canvas:
-    """A square on which filled outlines are drawn, white (255) on black (0), each pixel by its covered area.
-
-    Args:
-        size: pixels a side.
-    """
+    """A square of ``size`` pixels on which filled outlines are drawn, white (255) on black (0), by covered area."""
 
     def __init__(self, size: int) -> None:
         from matplotlib.backends.backend_agg import RendererAgg
@@ -55,18 +51,12 @@ class Canvas:
 
 def upright(outline: Outline, canvas: int, size: float) -> Affine:
     """The change that centres an outline on a canvas and makes its longer side ``size`` pixels."""
-    x, y = outline.vertices.T
-    scale = size / max(np.ptp(x), np.ptp(y))
+    scale = size / _longer_side(outline)
     return _centred(outline, (scale, 0.0, 0.0, scale), canvas, (0.0, 0.0))
 
 
 def examples(outlines: dict[str, Outline], codepoint: int, canvas: Canvas) -> list[tuple[str, np.ndarray]]:
     """The examples of a class: faces in turn, in an order and with changes drawn from the code point alone.
-
-    Args:
-        outlines: the character's outline in each face that has it.
-        codepoint: the character; seeds the generator.
-        canvas: of ``IMAGE_SIZE`` pixels.
 
     Returns:
         ``EXAMPLES`` pairs of the face's name and an image, uint8 ``[28, 28]``.
@@ -84,8 +74,7 @@ def _random_change(outline: Outline, rng: np.random.Generator) -> Affine:
     """A small rotation, shear, scaling and shift that keeps the glyph inside the image."""
     turn, shear, scale, aspect, right, up = rng.uniform(-1, 1, size=6).tolist()
     turn, shear = turn * _ROTATION, shear * _SHEAR
-    x, y = outline.vertices.T
-    size = _GLYPH_SIZE * math.exp(scale * _LOG_SCALE) / max(np.ptp(x), np.ptp(y))
+    size = _GLYPH_SIZE * math.exp(scale * _LOG_SCALE) / _longer_side(outline)
     wide, high = size * math.exp(aspect * _LOG_ASPECT / 2), size * math.exp(-aspect * _LOG_ASPECT / 2)
     # rotation . shear . stretch; the functions of math, not numpy's, are the same on any processor
     cos, sin = math.cos(turn), math.sin(turn)
@@ -95,6 +84,10 @@ def _random_change(outline: Outline, rng: np.random.Generator) -> Affine:
         linear = tuple(value * _ROOM / span for value in linear)
     shift = [max(0.0, min(_SHIFT, (_ROOM - length) / 2)) for length in _spans(outline, linear)]
     return _centred(outline, linear, IMAGE_SIZE, (right * shift[0], up * shift[1]))
+
+
+def _longer_side(outline: Outline) -> float:
+    return np.ptp(outline.vertices, axis=0).max()
 
 
 def _moved(outline: Outline, linear: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -113,12 +106,5 @@ def _centred(outline: Outline, linear: tuple[float, ...], canvas: int, shift: tu
     """The linear change, then the middle of the glyph's box to the middle of the canvas plus ``shift`` pixels."""
     x, y = _moved(outline, linear)
     a, b, c, d = linear
-    middle = canvas / 2
-    return (
-        a,
-        b,
-        c,
-        d,
-        middle + shift[0] - float(x.min() + x.max()) / 2,
-        middle + shift[1] - float(y.min() + y.max()) / 2,
-    )
+    right, up = (canvas / 2 + s - float(v.min() + v.max()) / 2 for s, v in zip(shift, (x, y), strict=True))
+    return a, b, c, d, right, up

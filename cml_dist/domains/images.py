@@ -15,53 +15,32 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from cml_dist.config.schema import ImageSettings
-from cml_dist.domains import augment
-from cml_dist.domains.base import SPLITS, Domain, episode_rng
-from cml_dist.domains.decoded import decode_split
+from cml_dist.domains import sampling
+from cml_dist.domains.base import SPLITS, Domain, Progress, episode_rng
 from cml_dist.domains.free_memory import available_bytes
-from cml_dist.domains.image_checks import check_splits, normalisation, num_classes
-from cml_dist.domains.sampling import draw, split_turns, turned_classes
-from cml_dist.domains.shard_format import Progress
-from cml_dist.domains.shard_reader import ShardSet
+from cml_dist.domains.pixels import in_threads
+from cml_dist.domains.shards import ShardSet
 from cml_dist.errors import ConfigError, DataError
 from cml_dist.types import Batch, Episode
 
 _GIB = 2**30
+_REPORT_EVERY = 256  # images between two progress reports
 
 
 class ImageDomain(Domain):
-    """N-way K-shot episodes over the classes of a packed image set.
+    """N-way K-shot episodes over the classes of a packed image set; make one with ``ImageDomain.build``.
 
     Labels are ``0..ways-1`` in the order in which the classes were drawn; support and query are ordered class by class.
     A split is decoded once and kept as uint8 where it fits ``settings.memory_gib`` and this process's part of half the
     memory that is free now; else each episode decodes its own images. Either way an episode is the same. The object can
     be pickled and forked; decoded splits are inherited by a fork, and not pickled.
-
-    Args:
-        shards: the packed set.
-        settings: ways, shots, queries, normalisation, augmentation, memory.
-        train_seed: chooses the episodes of ``train``.
-        eval_seed: chooses the episodes of ``val`` and ``test``.
-        splits: the splits that will be used; each is checked.
-        processes: how many on this machine keep the same data.
-
-    Raises:
-        DataError: if a split has too few classes or a class too few images (named).
-        ConfigError: if mean and std do not fit the images.
     """
 
     score_name = "accuracy"
     higher_is_better = True
 
     def __init__(
-        self,
-        shards: ShardSet,
-        settings: ImageSettings,
-        *,
-        train_seed: int,
-        eval_seed: int,
-        splits: Sequence[str] = SPLITS,
-        processes: int = 1,
+        self, shards: ShardSet, settings: ImageSettings, seeds: dict[str, int], splits: Sequence[str], processes: int
     ) -> None:
         self.shards = shards
         self.settings = settings
@@ -69,14 +48,22 @@ class ImageDomain(Domain):
         self.input_shape = (shards.channels, *shards.image_size)
         self.output_dim = settings.ways
         self.chance = 1 / settings.ways
-        self._seeds = {"train": train_seed, "val": eval_seed, "test": eval_seed}
-        check_splits(shards, settings, self.splits)
-        self._mean, self._std = normalisation(shards, settings)
+        self._seeds = seeds
+        self._check_splits()
+        self._mean, self._std = self._statistic("mean"), self._statistic("std")
+        if min(self._std) <= 0:
+            what = f"the measured std of {shards.name} is {self._std}: a channel is constant"
+            raise ConfigError(what, "set domain.std")
         self._sizes = {split: np.array(shards.split_info(split).images) for split in self.splits}
         self._starts = {split: np.cumsum(sizes) - sizes for split, sizes in self._sizes.items()}
         self._decoded: dict[str, np.ndarray] = {}
         self._may_load = True
-        self._kept = self._choose_kept(available_bytes() // 2 // processes)
+        self._kept: dict[str, bool] = {}
+        room = available_bytes() // 2 // processes
+        for split in self.splits:  # those that come first are kept first
+            size = self._decoded_bytes(split)
+            self._kept[split] = size <= min(settings.memory_gib * _GIB, room)
+            room -= size * self._kept[split]
 
     @classmethod
     def build(
@@ -90,58 +77,77 @@ class ImageDomain(Domain):
         processes: int = 1,
         progress: Progress | None = None,
     ) -> ImageDomain:
-        """The domain over the set at ``root``.
+        """The domain over the set at ``root``, by default ``config.root``.
 
-        Args:
-            config: ``ImagesConfig``, or other settings of an image domain together with ``root``.
-            train_seed: chooses the episodes of ``train``.
-            eval_seed: chooses the episodes of ``val`` and ``test``.
-            root: folder or URL of the set; None: ``config.root``.
-            splits: the splits that will be used; each is checked.
-            processes: how many on this machine keep the same data.
-            progress: called with bytes done and total while a remote set is downloaded.
+        ``eval_seed`` chooses the episodes of val and test; each of ``splits`` is checked; ``processes`` of this machine
+        keep the same data, and share its memory.
 
         Raises:
-            DataError: if the set is missing, damaged, or too small for the episodes that are asked for.
+            DataError: if the set is missing or damaged, a split has too few classes, or a class too few images (named).
+            ConfigError: if mean and std do not fit the images.
         """
-        root = root or getattr(config, "root", None)
-        if root is None:
-            raise ConfigError("domain.root is not set", "give the folder or URL of a packed set")
-        shards = ShardSet.open(root, cache=getattr(config, "cache", None), progress=progress)
-        return cls(shards, config, train_seed=train_seed, eval_seed=eval_seed, splits=splits, processes=processes)
+        shards = ShardSet.open(root or config.root, cache=getattr(config, "cache", None), progress=progress)
+        return cls(shards, config, {"train": train_seed, "val": eval_seed, "test": eval_seed}, splits, processes)
+
+    # ------------------------------------------------------------------ what must hold before the first episode
+
+    def _check_splits(self) -> None:
+        """Refuses splits that cannot fill an episode."""
+        settings, name = self.settings, self.shards.name
+        height, width = self.shards.image_size
+        if settings.augment.rotate_classes and height != width:
+            raise ConfigError(
+                f"domain.augment.rotate_classes needs square images, but those of {name} are {height}x{width}",
+                "set domain.augment.rotate_classes=false",
+            )
+        for split in self.splits:
+            info, least = self.shards.split_info(split), settings.shots + settings.queries
+            count = self._num_classes(split)
+            if count < settings.ways:
+                what = f"domain.ways is {settings.ways}, but split {split!r} of {name} has {count} classes"
+                raise DataError(what, f"lower domain.ways to at most {count}")
+            short = [(c, n) for c, n in zip(info.classes, info.images, strict=True) if n < least]
+            if short:
+                named = ", ".join(f"{c!r} has {n}" for c, n in short[:3])
+                more = f" and {len(short) - 3} more classes have too few" if len(short) > 3 else ""
+                raise DataError(
+                    f"an episode takes {settings.shots} + {settings.queries} images a class (domain.shots + "
+                    f"domain.queries), but in split {split!r} of {name} class {named}{more}",
+                    f"lower shots + queries to at most {min(info.images)}, or leave these classes out",
+                )
+
+    def _statistic(self, name: str) -> tuple[float, ...]:
+        """Mean or std per channel, of pixels in 0..1: as configured, else as measured when the set was packed."""
+        value, channels = getattr(self.settings, name) or getattr(self.shards.info, name), self.shards.channels
+        if value is None or len(value) != channels:
+            found = "not set, and was not measured" if value is None else f"{len(value)} numbers"
+            raise ConfigError(
+                f"domain.{name} is {found}, but images of {self.shards.name} have {channels} channels",
+                f"set domain.{name} to {channels} numbers, or null where the set has a training split",
+            )
+        return tuple(value)
 
     # ------------------------------------------------------------------ episodes
 
     def episode(self, split: str, index: int) -> Episode:
         settings = self.settings
+        ways, shots, queries = settings.ways, settings.shots, settings.queries
         if split not in self.splits:
             known = ", ".join(self.splits)
             raise DataError(f"split {split!r} was not prepared ({known} were)", "name it in splits when building")
         rng = episode_rng(self._seeds[split], split, index)
-        classes, turns, images = self._draw(rng, split)
+        sizes = self._sizes[split]
+        # A class turned by t quarter turns is a class of its own: number c + t * len(sizes).
+        choice = np.tile(sizes, 4 if self._rotates(split) else 1)
+        classes, images = sampling.draw(rng, choice, ways, shots + queries)
+        turns, classes = np.divmod(classes, len(sizes))
         pixels = self._pixels(split, (self._starts[split][classes][:, None] + images).reshape(-1))
         if self._rotates(split):
-            pixels = augment.turn(pixels, np.repeat(turns, settings.shots + settings.queries))
-        if split == "train":
-            pixels = self._augment(rng, pixels)
-        return self._assemble(pixels, split, index)
-
-    def episode_classes(self, split: str, index: int) -> list[str]:
-        """Names of the classes of an episode in the order of their labels; a turned class says so."""
-        rng = episode_rng(self._seeds[split], split, index)
-        names = self.shards.split_info(split).classes
-        classes, turns, _ = self._draw(rng, split)
-        return [names[c] + (f" turned {90 * t} degrees" if t else "") for c, t in zip(classes, turns, strict=True)]
-
-    def _draw(self, rng: np.random.Generator, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Classes ``[ways]``, their quarter turns ``[ways]``, images within the class ``[ways, shots + queries]``."""
-        settings, sizes = self.settings, self._sizes[split]
-        choice = turned_classes(sizes) if self._rotates(split) else sizes
-        classes, images = draw(rng, choice, settings.ways, settings.shots, settings.queries)
-        return (*split_turns(classes, len(sizes)), images)
-
-    def _assemble(self, pixels: np.ndarray, split: str, index: int) -> Episode:
-        ways, shots, queries = self.settings.ways, self.settings.shots, self.settings.queries
+            pixels = sampling.turn(pixels, np.repeat(turns, shots + queries))
+        if split == "train" and settings.augment.flip:
+            pixels = sampling.flip(rng, pixels)
+        if split == "train" and settings.augment.crop_padding:
+            pixels = sampling.pad_and_crop(rng, pixels, settings.augment.crop_padding)
         grouped = torch.from_numpy(np.ascontiguousarray(pixels)).unflatten(0, (ways, shots + queries))
         labels = torch.arange(ways)
         return Episode(
@@ -152,25 +158,17 @@ class ImageDomain(Domain):
             ways=ways,
         )
 
-    def _augment(self, rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
-        chosen = self.settings.augment
-        if chosen.flip:
-            pixels = augment.flip(rng, pixels)
-        if chosen.crop_padding:
-            pixels = augment.pad_and_crop(rng, pixels, chosen.crop_padding)
-        return pixels
-
     def _rotates(self, split: str) -> bool:
         return split == "train" and self.settings.augment.rotate_classes
+
+    def _num_classes(self, split: str) -> int:
+        """Classes that episodes are drawn from: four times those of the training split where classes are turned."""
+        return (4 if self._rotates(split) else 1) * len(self.shards.split_info(split).classes)
 
     # ------------------------------------------------------------------ pixels
 
     def load(self, split: str, progress: Progress | None = None) -> bool:
-        """Decodes a split into memory if it fits, once. Call it before worker processes are forked.
-
-        Args:
-            split: the split.
-            progress: called with images done and total.
+        """Decodes a split into memory if it fits, once; call it before worker processes are forked.
 
         Returns:
             Whether the split is in memory now.
@@ -178,26 +176,20 @@ class ImageDomain(Domain):
         Raises:
             DataError: naming an image that cannot be decoded, and its shard.
         """
-        if split not in self._decoded and self._may_load and self.fits_in_memory(split):
-            self._decoded[split] = decode_split(self.shards, split, progress)
-        return split in self._decoded
+        if split in self._decoded or not (self._may_load and self._kept[split]):
+            return split in self._decoded
+        first, count = self.shards.first_image(split), self.shards.num_images(split)
+        pixels = np.empty((count, *self.input_shape), dtype=np.uint8)
+        for number, image in enumerate(in_threads(self.shards.decode, range(first, first + count))):
+            pixels[number] = image
+            if progress is not None and ((number + 1) % _REPORT_EVERY == 0 or number + 1 == count):
+                progress(number + 1, count, f"decoding {split} images")
+        self._decoded[split] = pixels
+        return True
 
     def suggested_workers(self, split: str) -> int:
         """0 where the split is in memory; else decoding is worth a few processes."""
-        return 0 if self.fits_in_memory(split) else min(4, os.cpu_count() or 1)
-
-    def fits_in_memory(self, split: str) -> bool:
-        """Whether the decoded split is kept in memory."""
-        return self._kept[split]
-
-    def _choose_kept(self, room: int) -> dict[str, bool]:
-        """Which splits are kept: each of at most ``settings.memory_gib``, all of at most ``room`` bytes, in order."""
-        kept = {}
-        for split in self.splits:
-            size = self._decoded_bytes(split)
-            kept[split] = size <= min(self.settings.memory_gib * _GIB, room)
-            room -= size * kept[split]
-        return kept
+        return 0 if self._kept[split] else min(4, os.cpu_count() or 1)
 
     def _decoded_bytes(self, split: str) -> int:
         return self.shards.num_images(split) * int(np.prod(self.input_shape))
@@ -250,14 +242,13 @@ class ImageDomain(Domain):
             "root": self.shards.root,
             "folder": str(self.shards.folder),
             "input_shape": list(self.input_shape),
-            "mean": list(self._mean),
-            "std": list(self._std),
+            **self.preprocessing(),
             "splits": {
                 split: {
-                    "classes": num_classes(self.shards, self.settings, split),
+                    "classes": self._num_classes(split),
                     "images": self.shards.num_images(split),
                     "bytes": self._decoded_bytes(split),
-                    "kept": "memory" if self.fits_in_memory(split) else "streamed",
+                    "kept": "memory" if self._kept[split] else "streamed",
                 }
                 for split in self.splits
             },

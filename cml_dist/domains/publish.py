@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: written beside its final name, then renamed."""
+"""Folders that appear whole or not at all, and work that one of several processes does for all."""
 
 from __future__ import annotations
 
@@ -7,73 +7,48 @@ import glob
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cml_dist.atomic import fsync
 from cml_dist.errors import DataError
 
+_ABANDONED_S = 24 * 3600  # what nobody touched for so long is the work of a killed process
 
-class FolderInMaking:
-    """A temporary sibling of ``dest`` that becomes ``dest`` in one rename.
 
-    What a killed run left beside ``dest`` is removed first; the folder of a run that is still alive is known by its
-    lock and left alone.
+def user_cache(*parts: str) -> Path:
+    """A folder below the user's cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``); not created."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "cml_dist", *parts)
 
-    Args:
-        dest: the folder to publish; it must not exist (an empty folder is accepted).
+
+@contextmanager
+def new_folder(dest: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill, which gets the name ``dest`` in one rename when the block ends; an error leaves nothing.
+
+    What a killed process left beside ``dest`` is removed after a day.
 
     Raises:
-        DataError: if ``dest`` exists already: remove it, or choose another name.
+        DataError: ``dest`` exists already (an empty folder is accepted).
     """
-
-    def __init__(self, dest: str | os.PathLike[str]) -> None:
-        self.dest = Path(dest).absolute()
-        refuse_existing(self.dest)
-        self.dest.parent.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
-        self.path, self._lock = self._create()
-
-    def publish(self) -> None:
-        """Flushes the folder to the disk and gives it its final name."""
-        for file in sorted(self.path.iterdir()):
-            fsync(file)
-        fsync(self.path)
-        refuse_existing(self.dest)
-        os.chmod(self.path, 0o777 & ~_umask())  # mkdtemp's 0700 would hide the set from one's colleagues
+    dest = Path(dest).absolute()
+    refuse_existing(dest)
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{dest.name}.partial-"
+    remove_abandoned(dest.parent, prefix)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=dest.parent, ignore_cleanup_errors=True) as beside:
+        folder = Path(beside, dest.name)
+        folder.mkdir()
+        yield folder
+        for path in (*sorted(folder.iterdir()), folder):
+            fsync(path)
         try:
-            os.rename(self.path, self.dest)
+            os.rename(folder, dest)
         except OSError:
-            refuse_existing(self.dest)
+            refuse_existing(dest)  # another process was first
             raise
-        fsync(self.dest.parent)
-        os.close(self._lock)
-
-    def discard(self) -> None:
-        """Removes everything that was written."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
-
-    @property
-    def _prefix(self) -> str:
-        return f".{self.dest.name}.partial-"
-
-    def _remove_leftovers(self) -> None:
-        for folder in self.dest.parent.glob(f"{glob.escape(self._prefix)}*"):
-            lock, state = _try_lock(folder)
-            if state == "held":  # nobody else holds it: its run is dead
-                shutil.rmtree(folder, ignore_errors=True)
-            if lock is not None:
-                os.close(lock)
-
-    def _create(self) -> tuple[Path, int]:
-        while True:
-            path = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self.dest.parent))
-            lock, state = _try_lock(path)
-            # Another run may take the folder for a leftover before the lock is held: then make a new one.
-            if lock is not None and state != "taken" and path.exists():
-                return path, lock
-            if lock is not None:
-                os.close(lock)
+        fsync(dest.parent)
 
 
 def refuse_existing(dest: Path) -> None:
@@ -86,25 +61,22 @@ def refuse_existing(dest: Path) -> None:
         raise DataError(f"{dest} exists already", "remove it, or choose another destination")
 
 
-def _try_lock(folder: Path) -> tuple[int | None, str]:
-    """A handle of the folder, and ``"held"`` if it holds the lock until it is closed (or its process dies).
+def remove_abandoned(parent: Path, prefix: str) -> None:
+    """Removes what killed processes left: files and folders with this prefix that are older than a day."""
+    for path in parent.glob(f"{glob.escape(prefix)}*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    ``"taken"``: another process holds it. ``"unknown"``: the file system has no locks.
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time, by a lock file beside ``folder``; the system releases it if the process dies.
+
+    On a file system without locks nobody waits: the caller must bear that several do the same work.
     """
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return None, "gone"
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return handle, "taken"
-    except OSError:
-        return handle, "unknown"
-    return handle, "held"
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "a") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,49 +1,42 @@
-"""Which classes and images an episode is made of: drawn without replacement from the episode's own generator."""
+"""What an episode draws from its own generator: classes, images without replacement, changes of training images."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
-QUARTER_TURNS = 4
 
+def draw(rng: np.random.Generator, class_sizes: np.ndarray, ways: int, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws class numbers ``[ways]``, and image numbers within their class ``[ways, images]``, both int64.
 
-class Draw(NamedTuple):
-    """The choice of an episode.
-
-    Attributes:
-        classes: class numbers ``[ways]`` int64, all different.
-        images: image numbers within their class ``[ways, shots + queries]`` int64, different within each row.
-    """
-
-    classes: np.ndarray
-    images: np.ndarray
-
-
-def draw(rng: np.random.Generator, class_sizes: np.ndarray, ways: int, shots: int, queries: int) -> Draw:
-    """Draws classes, and images of each, without replacement.
-
-    Args:
-        rng: the episode's generator (``domains.base.episode_rng``).
-        class_sizes: images of each class, ``[num_classes]``; each at least ``shots + queries``.
-        ways: classes to draw.
-        shots: support images a class: the first columns of the result.
-        queries: query images a class: the other columns.
+    Without replacement; ``class_sizes`` are the images of each class, at least ``images``.
     """
     classes = rng.choice(len(class_sizes), size=ways, replace=False)
-    images = np.stack([rng.choice(int(class_sizes[c]), size=shots + queries, replace=False) for c in classes])
-    return Draw(classes.astype(np.int64), images.astype(np.int64))
+    numbers = np.stack([rng.choice(int(class_sizes[c]), size=images, replace=False) for c in classes])
+    return classes.astype(np.int64), numbers.astype(np.int64)
 
 
-def turned_classes(class_sizes: np.ndarray) -> np.ndarray:
-    """Sizes of the class list in which each class occurs in four orientations.
+def turn(images: np.ndarray, quarter_turns: np.ndarray) -> np.ndarray:
+    """Turns each square image uint8 ``[N, C, S, S]`` counter-clockwise by its number of quarter turns ``[N]``."""
+    turned = images.copy()
+    for turns in (1, 2, 3):
+        chosen = quarter_turns == turns
+        turned[chosen] = np.rot90(images[chosen], turns, axes=(-2, -1))
+    return turned
 
-    Class ``c`` turned by ``t`` quarter turns has the number ``c + t * num_classes`` (see ``split_turns``).
-    """
-    return np.tile(class_sizes, QUARTER_TURNS)
+
+def flip(rng: np.random.Generator, images: np.ndarray) -> np.ndarray:
+    """Mirrors each image uint8 ``[N, C, H, W]`` left-right with probability 1/2."""
+    chosen = rng.random(len(images)) < 0.5
+    flipped = images.copy()
+    flipped[chosen] = images[chosen][..., ::-1]
+    return flipped
 
 
-def split_turns(classes: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers in the list of ``turned_classes`` as (class, quarter turns)."""
-    return classes % num_classes, classes // num_classes
+def pad_and_crop(rng: np.random.Generator, images: np.ndarray, padding: int) -> np.ndarray:
+    """Pads each image uint8 ``[N, C, H, W]`` by reflection and crops it back to its size at a random place."""
+    height, width = images.shape[-2:]
+    top, left = rng.integers(0, 2 * padding + 1, size=(2, len(images)))
+    border = (padding, padding)
+    padded = np.pad(images, ((0, 0), (0, 0), border, border), mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(-2, -1))
+    return np.ascontiguousarray(windows[np.arange(len(images)), :, top, left])

@@ -1,51 +1,69 @@
-"""Remote shard sets: downloaded once into a local folder, checked, shared by the processes of a machine."""
+"""Remote shard sets: downloaded once by fsspec into a local folder, checked, shared by the processes of a machine.
+
+fsspec's own ``filecache`` writes under the final name and knows no checksums: a killed download, or two processes at
+once, would leave half a file. Here each file gets its name when it is whole.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from cml_dist.domains.shard_format import DATASET_FILE, DatasetInfo, FileInfo, Progress, parse_dataset
+from cml_dist.domains.base import Progress
+from cml_dist.domains.publish import fsync, locked, remove_abandoned, user_cache
+from cml_dist.domains.shard_format import DATASET_FILE, DatasetInfo, FileInfo, parse_dataset, sha256_of
 from cml_dist.errors import DataError
-
-_BLOCK_BYTES = 2**20
-
-
-def user_cache(*parts: str) -> Path:
-    """A folder below the user's cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``); not created."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base, "cml_dist", *parts)
 
 
 def is_remote(root: str) -> bool:
-    """Whether ``root`` is a URL (or a ``pipe:`` command) of something else than a local folder."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)|pipe:", root) is not None and not root.startswith("file:")
+    """Whether ``root`` is a URL of something else than a local folder."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)", root) is not None and not root.startswith("file:")
 
 
 def local_folder(root: str, cache: str | os.PathLike[str] | None = None, progress: Progress | None = None) -> Path:
-    """The folder that holds the set: ``root`` itself, or the cached copy of a remote one.
+    """The folder that holds the set: ``root`` itself (a path or ``file:`` URL), or the cached copy of a remote one.
 
-    Args:
-        root: a path, a ``file:`` URL, or a remote URL prefix.
-        cache: where copies are kept; None: the user's cache folder.
-        progress: called with bytes done and total while downloading.
+    Copies are kept in ``cache``, by default in the user's cache folder; ``progress`` is called with bytes done and
+    total while downloading.
 
     Raises:
         DataError: if the remote set cannot be fetched, or a file arrives damaged.
     """
-    if is_remote(root):
-        return _fetch(root.rstrip("/"), Path(cache) if cache else user_cache("shards"), progress)
     if root.startswith("file:"):
         return Path(unquote(urlsplit(root).path))
-    return Path(root).expanduser()
+    if not is_remote(root):
+        return Path(root).expanduser()
+    data, info = _description(root)
+    # Named by content: a set that changed at its source gets another folder, and never mixes with the old one.
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", info.name)[:60]
+    folder = Path(cache or user_cache("shards")) / f"{name}-{hashlib.sha256(data).hexdigest()[:16]}"
+    try:
+        with locked(folder):
+            folder.mkdir(exist_ok=True)
+            remove_abandoned(folder, ".partial-")
+            files = (info.index, *info.shards)
+            done, total = 0, sum(file.size for file in files)
+            for file in files:
+                path = folder / file.name
+                if not (path.exists() and path.stat().st_size == file.size):
+                    _download(root, file, path, _within(progress, done, total, f"downloading {file.name}"))
+                done += file.size
+            if not _holds(folder / DATASET_FILE, data):
+                (folder / DATASET_FILE).write_bytes(data)
+    except OSError as error:
+        what = f"cannot write the cache {folder} ({error.strerror or error})"
+        raise DataError(what, "free space, or set domain.cache") from error
+    return folder
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.exists() and path.read_bytes() == data
 
 
 def description(root: str) -> DatasetInfo:
@@ -54,136 +72,52 @@ def description(root: str) -> DatasetInfo:
     Raises:
         DataError: it cannot be fetched, or describes no set.
     """
-    url = f"{root.rstrip('/')}/{DATASET_FILE}"
-    return parse_dataset(b"".join(_stream(url)), url)
+    return _description(root)[1]
 
 
-def _fetch(root: str, cache: Path, progress: Progress | None) -> Path:
-    url = f"{root}/{DATASET_FILE}"
-    description = b"".join(_stream(url))
-    info = parse_dataset(description, url)
-    # Named by content: a set that changed at its source gets another folder, and never mixes with the old one.
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", info.name)[:60]
-    folder = cache / f"{name}-{hashlib.sha256(description).hexdigest()[:16]}"
-    files = (info.index, *info.shards)
-    total = sum(file.size for file in files)
-    done = 0
-    with _cache_errors(folder), _lock(folder) as alone:
-        if alone:
-            for leftover in folder.glob(".*.partial-*"):  # of a download that was killed
-                leftover.unlink()
-        for file in files:
-            path = folder / file.name
-            if not (path.exists() and path.stat().st_size == file.size):
-                report = None
-                if progress is not None:
-                    report = _shifted(progress, done, total, f"downloading {file.name}")
-                _download(f"{root}/{file.name}", path, file, report)
-            done += file.size
-        if not _holds(folder / DATASET_FILE, description):
-            _replace(folder / DATASET_FILE, [description])
-    return folder
+def _description(root: str) -> tuple[bytes, DatasetInfo]:
+    with _remote(root, DATASET_FILE) as (system, path, url):
+        data = system.cat_file(path)
+    return data, parse_dataset(data, url)
 
 
-def _download(url: str, path: Path, file: FileInfo, report: Callable[[int], None] | None) -> None:
-    digest = hashlib.sha256()
-    received = 0
+def _within(progress: Progress | None, before: int, total: int, what: str) -> dict[str, Callable[..., None]]:
+    """A hook for fsspec, which calls it with the size of a file and the bytes that have come."""
+    if progress is None:
+        return {}
+    return {"progress": lambda size, received, **_: progress(before + received, total, what)}
 
-    def blocks() -> Iterator[bytes]:
-        nonlocal received
-        for block in _stream(url):
-            digest.update(block)
-            received += len(block)
-            if report is not None:
-                report(received)
-            yield block
-        if received != file.size or digest.hexdigest() != file.sha256:
-            kind = f"{received} bytes, not {file.size}" if received != file.size else "its checksum differs"
+
+def _download(root: str, file: FileInfo, path: Path, hooks: dict[str, Callable[..., None]]) -> None:
+    from fsspec.callbacks import Callback
+
+    # A name of its own: on a file system without locks several processes may be here.
+    half = path.with_name(f".partial-{uuid.uuid4().hex}")
+    try:
+        with _remote(root, file.name) as (system, source, url):
+            system.get_file(source, str(half), callback=Callback(hooks=hooks))
+        size = half.stat().st_size
+        if size != file.size or sha256_of(half) != file.sha256:
+            kind = f"{size} bytes, not {file.size}" if size != file.size else "its checksum differs"
             raise DataError(f"{url} arrived damaged or truncated ({kind})", "try again, or repair it at its source")
-
-    _replace(path, blocks())
-
-
-def _holds(path: Path, data: bytes) -> bool:
-    return path.exists() and path.read_bytes() == data
-
-
-def _replace(path: Path, blocks: Iterator[bytes] | list[bytes]) -> None:
-    """Writes a file under a temporary name, and gives it its name when it is whole."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-    partial = Path(name)
-    try:
-        with open(handle, "wb") as file:
-            for block in blocks:
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)  # mkstemp's 0600 would keep a shared cache from one's colleagues
-        os.replace(partial, path)
+        fsync(half)
+        os.replace(half, path)
     finally:
-        partial.unlink(missing_ok=True)
+        half.unlink(missing_ok=True)
 
 
-def _stream(url: str) -> Iterator[bytes]:
+@contextmanager
+def _remote(root: str, name: str) -> Iterator[tuple]:
+    """(file system, path in it, URL) of a file of the set; what fails with them is an error that says what to do."""
+    from fsspec.core import url_to_fs
+
+    url = f"{root.rstrip('/')}/{name}"
     try:
-        with closing(_open(url)) as file:
-            while block := file.read(_BLOCK_BYTES):
-                yield block
-    except GeneratorExit:
-        raise
+        yield (*url_to_fs(url), url)
     except FileNotFoundError as error:
         raise DataError(f"{url} does not exist", "check domain.root, or pack and upload the set again") from error
-    except ImportError as error:  # fsspec knows the protocol, and says which package does the work
-        package = re.search(r'[Ii]nstall (\w+)|"(\w+)" to be installed', str(error))
-        remedy = f"pip install {package[1] or package[2]}" if package else "install it"
-        raise DataError(f"{url} cannot be fetched: {error}", remedy) from error
-    except Exception as error:  # each protocol has its own errors
+    except Exception as error:  # each protocol has its own errors; fsspec says which package it lacks
         raise DataError(
-            f"{url} cannot be fetched ({type(error).__name__}: {error})", "check the address, access and network"
-        ) from error
-
-
-def _open(url: str) -> BinaryIO:
-    """Opens by fsspec; by webdataset where fsspec does not know the protocol or lacks its package."""
-    import fsspec
-
-    from cml_dist.domains.shards import open_by_webdataset
-
-    if url.startswith("pipe:"):
-        return open_by_webdataset(url)
-    try:
-        return fsspec.open(url, "rb").open()
-    except (ImportError, ValueError) as first:
-        try:
-            return open_by_webdataset(url)
-        except ValueError:
-            raise first from None  # neither knows it, and fsspec names the package to install
-
-
-def _shifted(progress: Progress, before: int, total: int, what: str) -> Callable[[int], None]:
-    return lambda received: progress(before + received, total, what)
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    """One process downloads; the others wait, and then find the files. Gives whether the lock could be had."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        alone = False
-        with suppress(OSError):  # without locks each process downloads for itself, under a name of its own
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            alone = True
-        yield alone
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _cache_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"cannot write the cache {folder} ({error.strerror or error})", "free space, or set domain.cache"
+            f"{url} cannot be fetched ({type(error).__name__}: {error})",
+            "check the address, access, network and free space, or pip install the package that is named",
         ) from error

@@ -10,167 +10,95 @@ A shard set is a folder (or URL prefix) with
 
 from __future__ import annotations
 
+import hashlib
 import io
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
-from cml_dist.domains.base import SPLITS
-from cml_dist.domains.pixels import MODES
+from cml_dist.domains.base import SPLITS, Progress  # noqa: F401  (Progress for build.py)
 from cml_dist.errors import DataError
 
-FORMAT = "cml_dist shard set"
-FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.npz"
-EXTENSIONS = ("png", "jpg")
-
-Progress = Callable[[int, int, str], None]
-"""``progress(done, total, what)``: called as work goes on."""
+REPAIR = "copy the set again whole, or pack it again (cml-dist data pack); remove a cached copy, and it is fetched anew"
 
 
-@dataclass(frozen=True)
-class SplitInfo:
+class SplitInfo(BaseModel, frozen=True):
     """Classes of a split in their order, and how many images each has."""
 
     classes: tuple[str, ...]
     images: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class FileInfo:
+class FileInfo(BaseModel, frozen=True):
     """A file of the set: name within the folder, size in bytes, checksum; for a shard also its split and images."""
 
-    name: str
+    # A set may come from a URL: a name must never lead out of its folder.
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     size: int
     sha256: str
     split: str = ""
     images: int = 0
 
 
-@dataclass(frozen=True)
-class DatasetInfo:
+class DatasetInfo(BaseModel, frozen=True):
     """The content of ``dataset.json``; mean and std are per channel, of pixels in 0..1 of the training split."""
 
+    format: Literal["cml_dist shard set"] = "cml_dist shard set"
+    format_version: Literal[1] = 1
     name: str
     image_size: tuple[int, int]
-    channels: int
+    channels: Literal[1, 3]
     source: str
-    splits: Mapping[str, SplitInfo]
+    splits: dict[Literal[SPLITS], SplitInfo]
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     index: FileInfo
     shards: tuple[FileInfo, ...]
-    versions: Mapping[str, str]
-
-    @property
-    def num_images(self) -> int:
-        return sum(sum(split.images) for split in self.splits.values())
+    versions: dict[str, str]
 
 
 def parse_dataset(data: bytes, where: str) -> DatasetInfo:
-    """Reads ``dataset.json``.
-
-    Args:
-        data: its bytes.
-        where: its path or URL, for the error.
+    """Reads the bytes of ``dataset.json``; ``where``, its path or URL, is for the error.
 
     Raises:
         DataError: if it is damaged, of another kind, or of a newer format.
     """
     try:
-        content = json.loads(data)
-        found = content["format"], content["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where} is damaged or is no description of a shard set", _PACK_AGAIN) from error
-    if found != (FORMAT, FORMAT_VERSION):
-        raise DataError(
-            f"{where} has format {found[0]!r} version {found[1]}, not {FORMAT!r} version {FORMAT_VERSION}",
-            "pack the set again with this version, or update cml_dist",
-        )
-    try:
-        info = _build(content)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{where} is damaged ({type(error).__name__}: {error})", _PACK_AGAIN) from error
-    return info
+        return DatasetInfo.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        what = f"{where} is damaged, or of another version ({place}: {first['msg']})"
+        raise DataError(what, f"{REPAIR}, or update cml_dist") from error
 
 
 def parse_index(data: bytes, info: DatasetInfo, where: str) -> dict[str, np.ndarray]:
-    """Reads ``index.npz`` and checks it against the description.
-
-    Returns:
-        Arrays of one entry per image: split, class_number, shard, offset (bytes), size (bytes), key.
+    """Reads the bytes of ``index.npz``: shard, offset (bytes), size (bytes) and key of each image.
 
     Raises:
-        DataError: if it is damaged or describes other shards.
+        DataError: if it is damaged or describes another set.
     """
     try:
+        if hashlib.sha256(data).hexdigest() != info.index.sha256:
+            raise ValueError("its checksum differs")
         with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-            index = {name: stored[name] for name in ("split", "class_number", "shard", "offset", "size", "key")}
+            index = {name: stored[name] for name in ("shard", "offset", "size", "key")}
+        num_images = sum(sum(split.images) for split in info.splits.values())
+        if len(index["shard"]) != num_images or index["shard"].max() >= len(info.shards):
+            raise ValueError(f"it does not belong to the {DATASET_FILE} beside it")
     except Exception as error:  # zip and npy readers raise many kinds for damaged files
-        raise DataError(f"{where} is damaged ({error})", _PACK_AGAIN) from error
-    if not _index_fits(index, info):
-        raise DataError(f"{where} does not belong to the {DATASET_FILE} beside it", _PACK_AGAIN)
+        raise DataError(f"{where} is damaged ({error})", REPAIR) from error
     return index
 
 
-_PACK_AGAIN = "pack the set again (cml-dist data pack SOURCE DEST), or copy it again whole"
-
-
-def _build(content: dict[str, Any]) -> DatasetInfo:
-    height, width = content["image_size"]
-    splits = {
-        split: SplitInfo(tuple(entry["classes"]), tuple(int(count) for count in entry["images"]))
-        for split, entry in content["splits"].items()
-    }
-    mean, std = content["mean"], content["std"]
-    info = DatasetInfo(
-        name=str(content["name"]),
-        image_size=(int(height), int(width)),
-        channels=int(content["channels"]),
-        source=str(content["source"]),
-        splits=splits,
-        mean=None if mean is None else tuple(map(float, mean)),
-        std=None if std is None else tuple(map(float, std)),
-        index=FileInfo(**content["index"]),
-        shards=tuple(FileInfo(**entry) for entry in content["shards"]),
-        versions=dict(content["versions"]),
-    )
-    _check_build(info)
-    return info
-
-
-def _check_build(info: DatasetInfo) -> None:
-    if info.channels not in MODES:
-        raise ValueError(f"channels is {info.channels}")
-    for split, entry in info.splits.items():
-        if split not in SPLITS or len(entry.classes) != len(entry.images):
-            raise ValueError(f"split {split!r}")
-    for file in (info.index, *info.shards):
-        # A set may come from a URL: a name must never lead out of its folder.
-        if "/" in file.name or file.name in ("", ".", "..") or not isinstance(file.size, int):
-            raise ValueError(f"file {file.name!r}")
-
-
-def _index_fits(index: dict[str, np.ndarray], info: DatasetInfo) -> bool:
-    expected_split = np.concatenate(
-        [np.full(sum(info.splits[s].images), i) for i, s in enumerate(SPLITS) if s in info.splits] or [np.zeros(0)]
-    )
-    expected_class = np.concatenate(
-        [np.repeat(np.arange(len(e.images)), e.images) for s in SPLITS if (e := info.splits.get(s))] or [np.zeros(0)]
-    )
-    if any(len(column) != info.num_images for column in index.values()):
-        return False
-    if not info.num_images or not (0 <= index["shard"].min() and index["shard"].max() < len(info.shards)):
-        return False
-    ends = np.array([shard.size for shard in info.shards])[index["shard"]]
-    return bool(
-        np.array_equal(index["split"], expected_split)
-        and np.array_equal(index["class_number"], expected_class)
-        and (index["offset"] >= 0).all()
-        and (index["size"] >= 0).all()
-        and (index["offset"] + index["size"] <= ends).all()
-    )
+def sha256_of(path: Path) -> str:
+    """The checksum of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

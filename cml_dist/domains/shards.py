@@ -1,321 +1,183 @@
-"""Shard sets: a packed image set as WebDataset tar shards and an index of members. The only importer of webdataset.
-
-The format is described in ``shard_format.py``; reading is in ``shard_reader.py`` (``ShardSet`` is offered here too).
-"""
+"""A packed image set: checked when it is opened, then random access to its images by number."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from cml_dist.domains.base import SPLITS
-from cml_dist.domains.pixels import MODES, decode
-from cml_dist.domains.publish import FolderInMaking
-from cml_dist.domains.shard_format import DATASET_FILE, EXTENSIONS, FORMAT, FORMAT_VERSION, INDEX_FILE
-from cml_dist.domains.shard_reader import ShardSet
+from cml_dist.domains import shard_cache
+from cml_dist.domains.base import SPLITS, Progress
+from cml_dist.domains.pixels import open_image, to_array
+from cml_dist.domains.shard_format import (
+    DATASET_FILE,
+    REPAIR,
+    DatasetInfo,
+    SplitInfo,
+    parse_dataset,
+    parse_index,
+    sha256_of,
+)
 from cml_dist.errors import DataError
 
-__all__ = ["ShardSet", "ShardSetWriter", "open_by_webdataset"]
+MAX_OPEN_SHARDS = 256
+"""Further shards are opened for each read: the system limits open files."""
 
 
-class ShardSetWriter:
-    """Writes a shard set; a context manager that publishes the whole set at its end, or nothing.
+class ShardSet:
+    """A packed image set; images are numbered through all splits, sorted by split and class.
 
-    The same calls write the same bytes (for the same package versions). Images of one split and class keep the order
-    in which they are added; classes are numbered within their split in the order of their first image.
+    Reads are safe from threads and after a fork (``pread`` moves no shared position); the object can be pickled.
+    Make one with ``ShardSet.open``.
 
-    Args:
-        dest: the folder to make; must not exist.
-        name: of the set, e.g. ``"omniglot"``.
-        image_size: pixels a side, or ``(height, width)``.
-        channels: 1 (grey) or 3 (RGB).
-        source: where the images come from, for the record.
-        shard_size_mib: size at which a new shard is begun, MiB.
-
-    Raises:
-        DataError: if ``dest`` exists; on exit if there is no image; if the disk is full.
+    Attributes:
+        folder: where its files are.
+        info: its description.
+        root: as given when it was opened.
+        splits: those that it has, in the order train, val, test.
     """
 
-    def __init__(
-        self,
-        dest: str | os.PathLike[str],
-        *,
-        name: str,
-        image_size: int | tuple[int, int],
-        channels: int,
-        source: str = "",
-        shard_size_mib: float = 64,
-    ) -> None:
-        if channels not in MODES:
-            raise DataError(f"channels is {channels}", f"use one of {sorted(MODES)}")
-        self.name = name
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        self.channels = channels
-        self.source = source
-        self._shard_bytes = int(shard_size_mib * 2**20)
-        self._folder = FolderInMaking(dest)
-        self._open: dict[str, _ShardFile] = {}
-        self._shards: list[dict[str, Any]] = []
-        self._classes: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
-        self._rows: list[tuple[int, int, int, int, int]] = []  # split, class, shard, offset, size
-        self._keys: list[str] = []
-        self._known_keys: set[str] = set()
-        self._moments = _Moments(channels)
+    def __init__(self, folder: Path, info: DatasetInfo, index: dict[str, np.ndarray], root: str) -> None:
+        self.folder, self.info, self.root = folder, info, root
+        self.name, self.image_size, self.channels = info.name, info.image_size, info.channels
+        self.splits = tuple(split for split in SPLITS if split in info.splits)
+        self._index = index
+        self._handles: dict[int, int] = {}
 
-    def __enter__(self) -> ShardSetWriter:
-        return self
+    @classmethod
+    def open(
+        cls, root: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None, progress: Progress | None = None
+    ) -> ShardSet:
+        """Opens a set and checks that it is whole (names, sizes, the index; not the content of each shard).
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                with self._writing():
-                    self._finish()
-        except BaseException:
-            self._discard()
-            raise
-        if error is not None:
-            self._discard()
-
-    def _discard(self) -> None:
-        for shard in self._open.values():
-            shard.abandon()
-        self._folder.discard()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turns a failure to write into an error that says so."""
-        try:
-            yield
-        except OSError as error:
-            raise DataError(
-                f"cannot write {self._folder.dest} ({error.strerror or error})",
-                "free space or choose another destination; nothing was left half written",
-            ) from error
-
-    def add(
-        self, split: str, class_name: str, key: str, data: bytes, ext: str, pixels: np.ndarray | None = None
-    ) -> None:
-        """Adds one image.
-
-        Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
-            class_name: the name of its class; a class belongs to one split.
-            key: the name of the image; characters that tar or WebDataset cannot carry become ``_``, and a key that is
-                taken gets a number.
-            data: the bytes of the file, stored as they are.
-            ext: ``"png"`` or ``"jpg"``.
-            pixels: ``data`` decoded, uint8 ``[C, H, W]``, if the caller has it; else it is decoded here.
+        ``root`` is a folder, or a URL prefix that fsspec opens: see ``shard_cache.local_folder``.
 
         Raises:
-            DataError: if the image is unreadable or of another size or mode, or the class lies in another split.
+            DataError: naming the file that is missing, incomplete, truncated or damaged.
         """
-        self._check(split, class_name, ext)
-        if pixels is None:
-            pixels = decode(data, f"image {key!r} of class {class_name!r}", self.image_size, self.channels)
-        if split == "train":
-            self._moments.add(pixels)
-        number = self._classes[split].setdefault(class_name, len(self._classes[split]))
-        key = _free_key(key, self._known_keys)
-        with self._writing():
-            shard = self._shard(split, len(data))
-            offset = shard.write(key, data, ext, number)
-        self._rows.append((SPLITS.index(split), number, shard.number, offset, len(data)))
-        self._keys.append(key)
+        root = os.fspath(root)
+        folder = shard_cache.local_folder(root, cache, progress)
+        file = folder / DATASET_FILE
+        if not folder.is_dir() or not file.exists():
+            kind = f"{DATASET_FILE} is missing" if folder.is_dir() else "no such folder"
+            raise DataError(
+                f"there is no whole packed image set at {root} ({kind})",
+                "check the path (domain.root), or make it: cml-dist data pack SOURCE DEST",
+            )
+        try:
+            info = parse_dataset(file.read_bytes(), str(file))
+            for part in (info.index, *info.shards):
+                file = folder / part.name
+                size = file.stat().st_size if file.exists() else None
+                if size != part.size:
+                    kind = "damaged" if size is not None and size > part.size else "truncated"
+                    fault = "is missing" if size is None else f"is {kind}: {size} bytes, not {part.size}"
+                    raise DataError(f"{file} {fault}", REPAIR)
+            file = folder / info.index.name
+            return cls(folder, info, parse_index(file.read_bytes(), info, str(file)), root)
+        except OSError as error:
+            raise DataError(f"{file} cannot be read ({error.strerror or error})", "check its permissions") from error
 
-    def _check(self, split: str, class_name: str, ext: str) -> None:
-        if split not in SPLITS:
-            raise DataError(f"split is {split!r}", f"use one of {', '.join(SPLITS)}")
-        if ext not in EXTENSIONS:
-            raise DataError(f"file type is {ext!r}", f"use one of {', '.join(EXTENSIONS)}")
-        for other in SPLITS:
-            if other != split and class_name in self._classes[other]:
-                raise DataError(
-                    f"class {class_name!r} lies in the splits {other!r} and {split!r}", "give each class to one split"
-                )
+    def __len__(self) -> int:
+        return len(self._index["offset"])
 
-    def _shard(self, split: str, num_bytes: int) -> _ShardFile:
-        """The open shard of the split; a new one where this image would make it too large."""
-        shard = self._open.get(split)
-        if shard is not None and shard.size + num_bytes > self._shard_bytes:
-            self._close_shard(split)
-            shard = None
-        if shard is None:
-            count = sum(entry["split"] == split for entry in self._shards)
-            number = len(self._shards)
-            name = f"{split}-{count:06d}.tar"
-            self._shards.append({"name": name, "split": split})
-            shard = self._open[split] = _ShardFile(self._folder.path / name, number)
-        return shard
+    def split_info(self, split: str) -> SplitInfo:
+        """Classes and counts of a split.
 
-    def _close_shard(self, split: str) -> None:
-        shard = self._open[split]
-        self._shards[shard.number].update(shard.close())
-        del self._open[split]
+        Raises:
+            DataError: if the set has no such split.
+        """
+        if split not in self.info.splits:
+            raise DataError(
+                f"the set {self.root} has no split {split!r} (it has {', '.join(self.splits)})",
+                "pack it with a list of classes for this split",
+            )
+        return self.info.splits[split]
 
-    def _finish(self) -> None:
-        if not self._rows:
-            raise DataError(f"no image was added to {self._folder.dest}", "check the source")
-        for split in list(self._open):
-            self._close_shard(split)
-        index = self._index_bytes()
-        (self._folder.path / INDEX_FILE).write_bytes(index)
-        (self._folder.path / DATASET_FILE).write_bytes(_json_bytes(self._description(index)))
-        self._folder.publish()
+    def first_image(self, split: str) -> int:
+        """The number of the first image of a split; the split's images follow one another, class by class."""
+        self.split_info(split)
+        return sum(self.num_images(other) for other in self.splits[: self.splits.index(split)])
 
-    def _index_bytes(self) -> bytes:
-        """The index sorted by split and class, so that each class is one run of numbers."""
-        rows = np.array(self._rows, dtype=np.int64)
-        order = np.lexsort((rows[:, 1], rows[:, 0]))
-        split, number, shard, offset, size = rows[order].T
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            split=split.astype(np.uint8),
-            class_number=number.astype(np.int32),
-            shard=shard.astype(np.int32),
-            offset=offset,
-            size=size,
-            key=np.array(self._keys, dtype=np.bytes_)[order],
-        )
-        return buffer.getvalue()
+    def num_images(self, split: str) -> int:
+        return sum(self.split_info(split).images)
 
-    def _description(self, index: bytes) -> dict[str, Any]:
-        rows = np.array(self._rows, dtype=np.int64)
-        splits = {}
-        for position, split in enumerate(SPLITS):
-            classes = list(self._classes[split])
-            if classes:
-                counts = np.bincount(rows[rows[:, 0] == position, 1], minlength=len(classes))
-                splits[split] = {"classes": classes, "images": counts.tolist()}
-        mean, std = self._moments.result()
-        return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "name": self.name,
-            "image_size": list(self.image_size),
-            "channels": self.channels,
-            "source": self.source,
-            "splits": splits,
-            "mean": mean,
-            "std": std,
-            "index": {"name": INDEX_FILE, "size": len(index), "sha256": hashlib.sha256(index).hexdigest()},
-            "shards": self._shards,
-            "versions": {package: version(package) for package in ("numpy", "pillow", "webdataset")},
-        }
+    def key(self, image: int) -> str:
+        """The name of an image, as WebDataset gives it in ``__key__``."""
+        return self._index["key"][image].decode()
 
+    def read(self, image: int) -> bytes:
+        """The bytes of an image's file.
 
-class _ShardFile:
-    """One tar in the making: WebDataset's TarWriter over a file that counts and hashes what passes."""
+        Raises:
+            DataError: if its shard is missing or has become shorter.
+        """
+        shard, size, offset = (int(self._index[column][image]) for column in ("shard", "size", "offset"))
+        try:
+            data = self._pread(shard, size, offset)
+        except OSError as error:
+            what = f"{self._where(image)} cannot be read ({error.strerror or error})"
+            raise DataError(what, REPAIR) from error
+        if len(data) != size:
+            raise DataError(f"{self._where(image)} is cut off: the shard is truncated", REPAIR)
+        return data
 
-    def __init__(self, path: Path, number: int) -> None:
-        import webdataset
+    def decode(self, image: int) -> np.ndarray:
+        """Pixels uint8 ``[C, H, W]``.
 
-        self.number = number
-        self._images = 0
-        self._file = _HashingFile(path)
-        # Fixed owner and time, so that the same images give the same bytes.
-        self._tar = webdataset.TarWriter(self._file, user="", group="", mtime=0, encoder=False)
+        Raises:
+            DataError: naming key and shard, if the image is undecodable or of another size or mode.
+        """
+        data, shape = self.read(image), (self.channels, *self.image_size)
+        try:
+            pixels = to_array(open_image(data, "it"))
+        except DataError as error:
+            # The name is made here, and not for each image: this is the inner loop of loading.
+            raise DataError(f"{self._where(image)} {error.what.removeprefix('it ')}", error.remedy) from error
+        if pixels.shape != shape:
+            raise DataError(f"{self._where(image)} has pixels [C, H, W] {pixels.shape}, not {shape}", REPAIR)
+        return pixels
 
-    @property
-    def size(self) -> int:
-        return self._tar.tarstream.offset
+    def verify(self, progress: Progress | None = None) -> None:
+        """Reads all shards and compares their checksums; ``progress`` is called with bytes done and total.
 
-    def write(self, key: str, data: bytes, ext: str, class_number: int) -> int:
-        """Writes a sample and returns the offset of the image's bytes in the tar."""
-        self._tar.write({"__key__": key, "cls": str(class_number).encode(), ext: data})
-        self._images += 1
-        # TarWriter writes the members sorted by extension, and "cls" sorts before both image types.
-        return self._tar.tarstream.offset - -(-len(data) // 512) * 512
-
-    def close(self) -> dict[str, Any]:
-        self._tar.close()
-        self._file.close()
-        return {"images": self._images, "size": self._file.size, "sha256": self._file.digest.hexdigest()}
-
-    def abandon(self) -> None:
-        """Closes without caring whether it can be written; both parts, or the other is closed when collected."""
-        for part in (self._tar, self._file):
-            with suppress(OSError, ValueError):
-                part.close()
-
-
-class _HashingFile:
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115  (closed by its owner)
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        return self._file.write(data)
+        Raises:
+            DataError: naming the first shard that differs.
+        """
+        total, done = sum(shard.size for shard in self.info.shards), 0
+        for shard in self.info.shards:
+            if sha256_of(self.folder / shard.name) != shard.sha256:
+                what = f"shard {self.folder / shard.name} is damaged (its checksum differs)"
+                raise DataError(what, REPAIR)
+            done += shard.size
+            if progress is not None:
+                progress(done, total, "verifying shards")
 
     def close(self) -> None:
-        self._file.close()
+        """Closes the shards; a later read opens them again."""
+        while self._handles:
+            os.close(self._handles.popitem()[1])
 
+    def __del__(self) -> None:
+        if hasattr(self, "_handles"):
+            self.close()
 
-class _Moments:
-    """Exact integer sums of pixels, so that mean and deviation do not depend on the order of the images."""
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": {}}
 
-    def __init__(self, channels: int) -> None:
-        self._count = 0
-        self._sum = [0] * channels
-        self._sum_of_squares = [0] * channels
+    def _where(self, image: int) -> str:
+        return f"image {self.key(image)!r} in shard {self.folder / self.info.shards[self._index['shard'][image]].name}"
 
-    def add(self, pixels: np.ndarray) -> None:
-        values = pixels.reshape(len(pixels), -1).astype(np.int64)
-        self._count += values.shape[1]
-        for channel, (first, second) in enumerate(zip(values.sum(1), (values * values).sum(1), strict=True)):
-            self._sum[channel] += int(first)
-            self._sum_of_squares[channel] += int(second)
-
-    def result(self) -> tuple[list[float] | None, list[float] | None]:
-        """Mean and standard deviation per channel, of pixels in 0..1; None where no training image was seen."""
-        if not self._count:
-            return None, None
-        mean = [total / self._count for total in self._sum]
-        # n * sum(x^2) - sum(x)^2 stays an integer: no cancellation before the last division.
-        variance = [
-            (self._count * squares - total * total) / self._count**2
-            for total, squares in zip(self._sum, self._sum_of_squares, strict=True)
-        ]
-        return [round(m / 255, 9) for m in mean], [round(v**0.5 / 255, 9) for v in variance]
-
-
-def _free_key(key: str, taken: set[str]) -> str:
-    """The key in characters that tar and WebDataset carry (no dot in the last part), unique; noted in ``taken``."""
-    folder, _, last = key.replace("\\", "/").strip("/").rpartition("/")
-    folder = re.sub(r"[^A-Za-z0-9_./=+-]", "_", folder)
-    last = re.sub(r"[^A-Za-z0-9_=+-]", "_", last) or "_"
-    clean = f"{folder}/{last}" if folder else last
-    if len(clean) > 90:  # a USTAR name has 100 characters, and an extension and a number must follow
-        clean = f"{hashlib.sha256(key.encode()).hexdigest()[:12]}-{last[-60:]}"
-    free, number = clean, 2
-    while free in taken:
-        free, number = f"{clean}-{number}", number + 1
-    taken.add(free)
-    return free
-
-
-def open_by_webdataset(url: str) -> BinaryIO:
-    """A stream of bytes from any URL that webdataset opens, e.g. http, gs or a ``pipe:`` command."""
-    import webdataset
-
-    return webdataset.gopen(url, "rb")
-
-
-def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    def _pread(self, shard: int, size: int, offset: int) -> bytes:
+        handle = self._handles.get(shard)
+        if handle is not None:
+            return os.pread(handle, size, offset)
+        handle = os.open(self.folder / self.info.shards[shard].name, os.O_RDONLY)
+        try:
+            return os.pread(handle, size, offset)
+        finally:
+            # Kept for later reads, unless another thread was first or there are very many.
+            if len(self._handles) >= MAX_OPEN_SHARDS or self._handles.setdefault(shard, handle) != handle:
+                os.close(handle)

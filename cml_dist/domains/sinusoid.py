@@ -30,24 +30,15 @@ class SinusoidDomain(Domain):
     output_dim = 1
     score_name = "mse"
     higher_is_better = False
-    chance = None
 
-    def __init__(self, shots: int, queries: int, noise: float, *, train_seed: int, eval_seed: int) -> None:
-        self.shots = shots
-        self.queries = queries
-        self.noise = noise
-        self._seeds = {split: train_seed if split == "train" else eval_seed for split in SPLITS}
+    def __init__(self, config: SinusoidConfig, seeds: dict[str, int]) -> None:
+        self.shots, self.queries, self.noise = config.shots, config.queries, config.noise
+        self._seeds = seeds
 
     @classmethod
     def build(cls, config: SinusoidConfig, *, train_seed: int, eval_seed: int) -> SinusoidDomain:
-        """The domain that the configuration describes.
-
-        Args:
-            config: points an episode, and the noise on their targets.
-            train_seed: chooses the training episodes.
-            eval_seed: chooses the val and test episodes.
-        """
-        return cls(config.shots, config.queries, config.noise, train_seed=train_seed, eval_seed=eval_seed)
+        """The domain that the configuration describes; ``eval_seed`` chooses the episodes of val and test."""
+        return cls(config, {"train": train_seed, "val": eval_seed, "test": eval_seed})
 
     def episode(self, split: str, index: int) -> Episode:
         """One wave: inputs and targets ``[N, 1]`` float64, N = shots in the support and queries in the query set.
@@ -64,12 +55,8 @@ class SinusoidDomain(Domain):
         if self.noise:
             y = y + rng.normal(scale=self.noise, size=y.shape)
         inputs, targets = torch.from_numpy(x), torch.from_numpy(y)
-        return Episode(
-            support=Batch(inputs[: self.shots], targets[: self.shots]),
-            query=Batch(inputs[self.shots :], targets[self.shots :]),
-            split=split,
-            index=index,
-        )
+        support, query = (Batch(inputs[part], targets[part]) for part in (slice(self.shots), slice(self.shots, None)))
+        return Episode(support=support, query=query, split=split, index=index)
 
     def prepare(self, episode: Episode, device: torch.device, dtype: torch.dtype) -> Episode:
         """The episode on ``device``, inputs and targets in ``dtype``."""

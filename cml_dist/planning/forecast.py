@@ -171,7 +171,7 @@ def _image_shape(config: RunConfig, image_size: int | None, channels: int | None
     """(channels, height, width), and how it is known."""
     name, root = config.domain.name, config.domain.root
     if name != "glyphs" and root is not None and os.path.isdir(root):
-        from cml_dist.domains.shard_reader import ShardSet
+        from cml_dist.domains.shards import ShardSet
 
         shards = ShardSet.open(root)
         shape, source = (shards.channels, *shards.image_size), f"of the set in {root}"

@@ -2,162 +2,95 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from cml_dist.config.schema import ImagesConfig
-from cml_dist.domains.images import ImageDomain
-from cml_dist.domains.shard_format import Progress
+from cml_dist.domains.base import episode_rng
+from cml_dist.domains.glyph_fonts import font_file
+from cml_dist.domains.pixels import to_image
+from cml_dist.domains.sampling import draw
 from cml_dist.domains.shards import ShardSet
-from cml_dist.errors import ConfigError
-from cml_dist.tools.contact_sheet import draw_contact_sheet
+from cml_dist.errors import DataError
+
+_INK, _SUPPORT, _QUERY = "#1d2733", "#1f5fae", "#d8912f"
+_GAP, _LINE, _TILE = 6, 26, 72  # pixels
 
 
-@dataclass(frozen=True)
-class SplitRow:
-    """One row of the table: a split."""
-
-    split: str
-    num_classes: int
-    num_images: int
-    min_per_class: int
-    median_per_class: float
-    max_per_class: int
-    num_shards: int
-    size_mib: float
+COLUMNS = ("split", "classes", "images", "min", "median", "max", "shards", "MiB")
+"""Of the table; min, median and max are images a class."""
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What a set holds.
-
-    Attributes:
-        name: of the set.
-        root: where it is.
-        image_size: height and width.
-        channels: 1 or 3.
-        source: where the images came from.
-        mean: per channel, of pixels in 0..1 of the training split.
-        std: likewise.
-        rows: one per split.
-        sheet: the contact sheet, if one was asked for.
-        sheet_note: why the sheet shows smaller episodes than asked for, or none; empty where all is as asked.
-    """
-
-    name: str
-    root: str
-    image_size: tuple[int, int]
-    channels: int
-    source: str
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    rows: tuple[SplitRow, ...]
-    sheet: Path | None
-    sheet_note: str
+def split_rows(shards: ShardSet) -> list[tuple]:
+    """The table of a set: a row of ``COLUMNS`` for each split."""
+    rows = []
+    for split in shards.splits:
+        sizes = np.array(shards.split_info(split).images)
+        files = [shard for shard in shards.info.shards if shard.split == split]
+        counts = int(sizes.min()), float(np.median(sizes)), int(sizes.max())
+        size_mib = sum(file.size for file in files) / 2**20
+        rows.append((split, len(sizes), int(sizes.sum()), *counts, len(files), round(size_mib, 1)))
+    return rows
 
 
-def inspect(
-    root: str | os.PathLike[str],
-    *,
-    sheet: str | os.PathLike[str] | None = None,
-    ways: int = 5,
-    shots: int = 1,
-    queries: int = 5,
-    episodes: int = 1,
-    seed: int = 0,
-    verify: bool = False,
-    cache: str | None = None,
-    progress: Progress | None = None,
-) -> Inspection:
-    """Describes a packed set, and draws a few episodes of each split.
+def draw_contact_sheet(
+    shards: ShardSet, path: Path, *, ways: int = 5, shots: int = 1, queries: int = 5, episodes: int = 1
+) -> str:
+    """Writes a PNG of a few episodes of each split: each row a class, support images left, query images right.
 
-    Args:
-        root: folder or URL of the set.
-        sheet: the PNG to write; None: no picture.
-        ways: classes of an episode on the sheet.
-        shots: support images a class on the sheet.
-        queries: query images a class on the sheet.
-        episodes: episodes of each split on the sheet.
-        seed: chooses the episodes.
-        verify: read all shards and compare their checksums.
-        cache: folder for remote sets; None: the user's cache folder.
-        progress: called while downloading and verifying.
+    They are the first episodes of seed 0, without augmentation. A set that is too small for the episodes asked for is
+    shown in smaller ones: to look at it is to find out.
 
     Returns:
-        The rows of the table, and where the picture is.
+        What the sheet shows.
 
     Raises:
-        ConfigError: if ways, shots or episodes are below 1.
-        DataError: if the set is missing or damaged, or the picture cannot be written.
+        DataError: if an image is damaged, or the file cannot be written.
     """
-    for name, value in (("ways", ways), ("shots", shots), ("episodes", episodes)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}", f"give 1 or more: --{name} 1")
-    shards = ShardSet.open(root, cache=cache, progress=progress)
-    if verify:
-        shards.verify(progress)
-    note = ""
-    if sheet is not None:
-        ways, shots, queries, note = _what_fits(shards, ways, shots, queries)
-        domain = _domain(shards, ways, shots, queries, seed)
-        shown = [(split, index) for split in shards.splits for index in range(episodes)]
-        draw_contact_sheet(domain, shown, Path(sheet))
-    return Inspection(
-        name=shards.name,
-        root=shards.root,
-        image_size=shards.image_size,
-        channels=shards.channels,
-        source=shards.info.source,
-        mean=shards.info.mean,
-        std=shards.info.std,
-        rows=tuple(_row(shards, split) for split in shards.splits),
-        sheet=Path(sheet) if sheet is not None else None,
-        sheet_note=note,
-    )
+    infos = [shards.split_info(split) for split in shards.splits]
+    ways = min(ways, *(len(info.classes) for info in infos))
+    images = min(shots + queries, *(min(info.images) for info in infos))
+    shots = min(shots, images)
+    title = f"{ways} ways, {shots} shots (blue) and {images - shots} queries (orange)"
+    lines: list[tuple[str, np.ndarray | None]] = [(f"{shards.name}: {title}", None)]
+    for split in shards.splits:
+        info = shards.split_info(split)
+        sizes = np.array(info.images)
+        starts = shards.first_image(split) + np.cumsum(sizes) - sizes
+        for index in range(episodes):
+            lines.append((f"{split}, episode {index}", None))
+            for number, chosen in zip(*draw(episode_rng(0, split, index), sizes, ways, images), strict=True):
+                pixels = np.stack([shards.decode(int(starts[number] + image)) for image in chosen])
+                lines.append((info.classes[number], pixels))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _draw(lines, shots, shards.image_size).save(path, format="PNG")
+    except OSError as error:
+        raise DataError(f"cannot write {path} ({error.strerror or error})", "choose another file") from error
+    return title
 
 
-def _row(shards: ShardSet, split: str) -> SplitRow:
-    sizes = np.array(shards.split_info(split).images)
-    return SplitRow(
-        split=split,
-        num_classes=len(sizes),
-        num_images=int(sizes.sum()),
-        min_per_class=int(sizes.min()),
-        median_per_class=float(np.median(sizes)),
-        max_per_class=int(sizes.max()),
-        num_shards=sum(shard.split == split for shard in shards.info.shards),
-        size_mib=shards.size_on_disk(split) / 2**20,
-    )
-
-
-def _what_fits(shards: ShardSet, ways: int, shots: int, queries: int) -> tuple[int, int, int, str]:
-    """A set that is too small for the episodes asked for is shown in smaller ones: to look at it is to find out."""
-    least_classes = min(len(shards.split_info(split).classes) for split in shards.splits)
-    least_images = min(min(shards.split_info(split).images) for split in shards.splits)
-    fitting = min(ways, least_classes), min(shots, least_images), 0
-    fitting = fitting[0], fitting[1], min(queries, least_images - fitting[1])
-    if fitting == (ways, shots, queries):
-        return *fitting, ""
-    note = (
-        f"the sheet shows {fitting[0]} ways, {fitting[1]} shots and {fitting[2]} queries: the smallest split has "
-        f"{least_classes} classes, the smallest class {least_images} images"
-    )
-    return *fitting, note
-
-
-def _domain(shards: ShardSet, ways: int, shots: int, queries: int, seed: int) -> ImageDomain:
-    """Streams: a few episodes need a few images only. The statistics play no part, for the sheet shows pixels."""
-    settings = ImagesConfig.model_construct(
-        name="images",
-        root=shards.root,
-        ways=ways,
-        shots=shots,
-        queries=queries,
-        mean=(0.0,) * shards.channels,
-        std=(1.0,) * shards.channels,
-        memory_gib=0.0,
-    )
-    return ImageDomain(shards, settings, train_seed=seed, eval_seed=seed, splits=shards.splits)
+def _draw(lines: list[tuple[str, np.ndarray | None]], shots: int, image_size: tuple[int, int]) -> Image.Image:
+    """Texts, each with images uint8 ``[N, C, H, W]`` or without, one below the other."""
+    font = ImageFont.truetype(str(font_file("DejaVuSans")), 14)
+    scale = _TILE / max(image_size)
+    # Small images are enlarged without smoothing: the sheet shows the very pixels that the network gets.
+    method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BICUBIC
+    height, width = (max(1, round(side * (max(1, round(scale)) if scale >= 1 else scale))) for side in image_size)
+    left = 2 * _GAP + max(int(font.getlength(text)) for text, images in lines if images is not None)
+    columns = max(len(images) for _, images in lines if images is not None)
+    heights = [_LINE if images is None else height + _GAP for _, images in lines]
+    widest = max(left + columns * (width + _GAP), *(int(font.getlength(text)) + 2 * _GAP for text, _ in lines))
+    sheet = Image.new("RGB", (widest, sum(heights) + _LINE), "white")
+    pen = ImageDraw.Draw(sheet)
+    top = _GAP
+    for (text, images), line_height in zip(lines, heights, strict=True):
+        pen.text((_GAP, top + line_height // 2), text, _INK, font, anchor="lm")
+        for column, pixels in enumerate(() if images is None else images):
+            x = left + column * (width + _GAP)
+            frame = (x - 2, top - 2, x + width + 1, top + height + 1)
+            pen.rectangle(frame, outline=_SUPPORT if column < shots else _QUERY, width=2)
+            sheet.paste(to_image(pixels).resize((width, height), method).convert("RGB"), (x, top))
+        top += line_height
+    return sheet

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cml_dist.domains.shards import ShardSetWriter
+from cml_dist.domains.pixels import as_png
+from cml_dist.domains.shard_writer import ShardSetWriter
 
 CLASSES = {"train": 6, "val": 4, "test": 4}
 
@@ -33,13 +34,13 @@ def png(array: np.ndarray) -> bytes:
 def write_set(dest: Path, *, images: int = 7, size: int = 8, channels: int = 3, shard_size_mib: float = 64) -> Path:
     """A set of ``CLASSES`` classes; image i of class c of split s has the pixels of ``seed_of(s, c, i)``."""
     with ShardSetWriter(
-        dest, name="small", image_size=size, channels=channels, source="made", shard_size_mib=shard_size_mib
+        dest, name="small", image_size=(size, size), channels=channels, source="made", shard_size_mib=shard_size_mib
     ) as writer:
         for split, count in CLASSES.items():
             for number in range(count):
                 for image in range(images):
-                    data = png(pixels(seed_of(split, number, image), size, channels))
-                    writer.add(split, f"{split}-{number}", f"{split}-{number}/{image}", data, "png")
+                    picture = as_png(pixels(seed_of(split, number, image), size, channels))
+                    writer.add(split, f"{split}-{number}", f"{split}-{number}/{image}", picture)
     return dest
 
 

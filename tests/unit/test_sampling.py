@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from cml_dist.domains.base import SPLITS, episode_rng
-from cml_dist.domains.sampling import draw, split_turns, turned_classes
+from cml_dist.domains.sampling import draw
 
 SIZES = np.array([6, 9, 20, 7, 6, 11])
 
 
 @pytest.mark.parametrize("index", range(20))
 def test_no_replacement_and_in_range(index):
-    classes, images = draw(episode_rng(3, "train", index), SIZES, ways=4, shots=2, queries=4)
+    classes, images = draw(episode_rng(3, "train", index), SIZES, ways=4, images=6)
     assert len(set(classes.tolist())) == 4
     assert classes.min() >= 0 and classes.max() < len(SIZES)
     for number, row in zip(classes, images, strict=True):
@@ -22,14 +22,14 @@ def test_no_replacement_and_in_range(index):
 
 
 def test_a_draw_of_everything_uses_everything():
-    classes, images = draw(episode_rng(0, "val", 0), np.array([5, 5, 5]), ways=3, shots=2, queries=3)
+    classes, images = draw(episode_rng(0, "val", 0), np.array([5, 5, 5]), ways=3, images=5)
     assert sorted(classes.tolist()) == [0, 1, 2]
     assert all(sorted(row) == [0, 1, 2, 3, 4] for row in images.tolist())
 
 
 def test_the_same_seed_split_and_index_give_the_same_draw_and_each_of_them_matters():
     def drawn(seed, split, index):
-        classes, images = draw(episode_rng(seed, split, index), np.full(50, 20), ways=5, shots=1, queries=5)
+        classes, images = draw(episode_rng(seed, split, index), np.full(50, 20), ways=5, images=6)
         return (*classes.tolist(), *images.reshape(-1).tolist())
 
     variants = [drawn(seed, split, index) for seed in (0, 1) for split in SPLITS for index in (0, 1)]
@@ -40,15 +40,6 @@ def test_the_same_seed_split_and_index_give_the_same_draw_and_each_of_them_matte
 def test_every_class_is_drawn_equally_often():
     counts = np.zeros(len(SIZES))
     for index in range(3000):
-        counts[draw(episode_rng(0, "train", index), SIZES, ways=3, shots=1, queries=1).classes] += 1
+        counts[draw(episode_rng(0, "train", index), SIZES, ways=3, images=2)[0]] += 1
     # Each class is expected in half of the episodes: 1500, with a standard deviation of 27.
     assert np.abs(counts - 1500).max() < 5 * 27.4
-
-
-def test_turned_classes_are_four_times_the_classes():
-    sizes = turned_classes(SIZES)
-    assert len(sizes) == 4 * len(SIZES)
-    classes, turns = split_turns(np.arange(len(sizes)), len(SIZES))
-    assert np.array_equal(sizes, SIZES[classes])
-    assert len({*zip(classes.tolist(), turns.tolist(), strict=True)}) == len(sizes)
-    assert set(turns.tolist()) == {0, 1, 2, 3}

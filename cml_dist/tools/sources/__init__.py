@@ -1,1 +1,1 @@
-"""Where images to pack come from: one file a layout, and the table of layouts (``layouts.py``)."""
+"""Where images to pack come from: files (``tree.py``), and the layouts in which sets are kept (``layouts.py``)."""

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-CIFAR_FS: Mapping[str, Sequence[str]] = {
+_CIFAR_FS = {
     "train": (
         "apple aquarium_fish bear bee bottle bowl boy bridge bus can castle caterpillar chair clock cloud "
         "cockroach couch cup dinosaur dolphin elephant forest girl hamster house kangaroo keyboard lawn_mower "
@@ -24,15 +22,7 @@ CIFAR_FS: Mapping[str, Sequence[str]] = {
         "table telephone wardrobe whale woman worm"
     ).split(),
 }
-
-FC100: Mapping[str, Sequence[str]] = {
-    "train": (
-        "apple aquarium_fish bed bicycle bottle bowl bridge bus can castle chair clock cloud couch crocodile "
-        "cup dinosaur flatfish forest house keyboard lamp lawn_mower lizard maple_tree motorcycle mountain "
-        "mushroom oak_tree orange orchid palm_tree pear pickup_truck pine_tree plain plate poppy ray road "
-        "rocket rose sea shark skyscraper snake streetcar sunflower sweet_pepper table tank telephone "
-        "television tractor train trout tulip turtle wardrobe willow_tree"
-    ).split(),
+_FC100 = {
     "val": (
         "bear camel cattle chimpanzee crab elephant hamster kangaroo leopard lion lobster mouse rabbit shrew "
         "snail spider squirrel tiger wolf worm"
@@ -42,8 +32,9 @@ FC100: Mapping[str, Sequence[str]] = {
         "possum raccoon seal skunk whale woman"
     ).split(),
 }
+_REST = {name for names in _CIFAR_FS.values() for name in names}.difference(*_FC100.values())
 
-CIFAR100_SPLITS = {"cifar_fs": CIFAR_FS, "fc100": FC100}
+CIFAR100_SPLITS = {"cifar_fs": _CIFAR_FS, "fc100": {"train": sorted(_REST), **_FC100}}
 
 _OMNIGLOT_VAL = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
 _OMNIGLOT_TEST = (

@@ -1,75 +1,271 @@
-"""The layouts that are known, and which of them a source has."""
+"""The layouts in which image sets are kept: which one a source has, and the images of each class and split."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import csv
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
+from cml_dist.domains.base import SPLITS
 from cml_dist.errors import DataError
-from cml_dist.tools.sources import cifar100, folders, omniglot, ravi
-from cml_dist.tools.sources.lists import Splits
-from cml_dist.tools.sources.tree import Item, SourceTree
+from cml_dist.tools.sources import cifar100
+from cml_dist.tools.sources.known_splits import CIFAR100_SPLITS, omniglot_split
+from cml_dist.tools.sources.tree import SourceTree, join, open_source
+
+SplitLists = Mapping[str, Sequence[str]]
+"""The class names of each split, in their order."""
+
+Splits = str | os.PathLike[str] | SplitLists | None
+"""What a user may say of the splits: a known name or a folder of lists, or the lists themselves."""
+
+_LISTS = tuple(f"{split}.txt" for split in SPLITS)
+_CSVS = tuple(f"{split}.csv" for split in SPLITS)
+_OMNIGLOT = ("images_background", "images_evaluation")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A way to keep an image set.
+class Item(NamedTuple):
+    """An image to pack: where it goes, and how to get its bytes."""
 
-    Attributes:
-        name: as in ``--layout``.
-        looks_for: what it is known by, for the error where nothing fits.
-        fits: whether a source has this layout (splits as given by the user).
-        items: the images, ordered by split and class.
-        image_size: pixels a side to which images are resized if nothing else is said; None: as they are.
-    """
-
-    name: str
-    looks_for: str
-    fits: Callable[[SourceTree, Splits], bool]
-    items: Callable[[SourceTree, Splits], list[Item]]
-    image_size: int | None = None
+    split: str
+    class_name: str
+    key: str
+    path: str
+    read: Callable[[], bytes]
 
 
-def recognise(tree: SourceTree, layout: str | None, splits: Splits) -> Layout:
-    """The layout that is asked for, or the one that the source has.
+class Sorted(NamedTuple):
+    """A source as its layout reads it: the files, the classes of each split, the paths of each class's images."""
+
+    tree: SourceTree
+    lists: SplitLists
+    classes: Mapping[str, Sequence[str]]
+
+
+def recognise(tree: SourceTree, splits: Splits) -> str:
+    """The name of the layout that the source has.
 
     Raises:
-        DataError: if none or several fit, or the name is unknown.
+        DataError: if none or several fit.
     """
-    if layout is not None:
-        if layout not in LAYOUTS:
-            raise DataError(f"layout {layout!r} is unknown", f"use one of {', '.join(LAYOUTS)}")
-        return LAYOUTS[layout]
-    fitting = [candidate for candidate in LAYOUTS.values() if candidate.fits(tree, splits)]
+    if cifar100.find_folder(tree) is not None:
+        return "cifar100"
+    if any(part in path.split("/")[:-1] for path in tree.paths for part in _OMNIGLOT):
+        return "omniglot"
+    lists = splits is not None or tree.folders_of(*_LISTS) or _split_folders(tree) is not None
+    tables = splits is None and tree.folders_of(*_CSVS)
+    fitting = [name for name, fits in (("folders", lists), ("ravi", tables)) if fits and tree.images]
     if len(fitting) > 1:
-        names = ", ".join(candidate.name for candidate in fitting)
-        raise DataError(f"{tree.where} fits several layouts: {names}", "say which with --layout NAME")
+        raise DataError(f"{tree.where} fits several layouts: {', '.join(fitting)}", "say which with --layout NAME")
     if not fitting:
-        looked = "; ".join(f"{candidate.name}: {candidate.looks_for}" for candidate in LAYOUTS.values())
         raise DataError(
-            f"{tree.where} has no layout that is known. Looked for: {looked}",
+            f"{tree.where} has no layout that is known. Looked for: folders: class folders of images with train.txt, "
+            "val.txt, test.txt that list them, or below train/, val/, test/; ravi: train.csv, val.csv, test.csv with "
+            "filename,label beside images/; cifar100: cifar-100-python with train, test, meta, or its tar.gz; "
+            f"omniglot: {' and '.join(_OMNIGLOT)}, as zips or folders",
             "arrange it like one of these, or give --layout and --splits",
         )
     return fitting[0]
 
 
-LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        Layout(
-            "folders",
-            "class folders of images with train.txt, val.txt, test.txt that list them, or below train/, val/, test/",
-            folders.fits,
-            folders.items,
-        ),
-        Layout("ravi", "train.csv, val.csv, test.csv with filename,label beside images/", ravi.fits, ravi.items),
-        Layout("cifar100", "cifar-100-python with train, test, meta, or its tar.gz", cifar100.fits, cifar100.items),
-        Layout(
-            "omniglot",
-            "images_background and images_evaluation, as zips or folders",
-            omniglot.fits,
-            omniglot.items,
-            image_size=28,
-        ),
-    )
-}
+def find_items(tree: SourceTree, layout: str, splits: Splits) -> list[Item]:
+    """The images to pack, ordered by split and class; ``layout`` is one of ``LAYOUTS``.
+
+    Raises:
+        DataError: if the source has another layout, or contradicts itself: a class without images or in two splits,
+            an image in two classes.
+    """
+    tree, lists, classes = LAYOUTS[layout](tree, splits)
+    split_of: dict[str, str] = {}
+    items: dict[str, Item] = {}  # by path
+    listed = [(place, name) for place in SPLITS for name in lists.get(place, ())]
+    for split, name in listed:
+        first = split_of.setdefault(name, split)
+        if first != split:
+            what = f"class {name!r} lies in the splits {first!r} and {split!r}"
+            raise DataError(what, "give each class to one split")
+        if not classes.get(name):
+            what = f"class {name!r} is listed in {split!r}, but is absent from {tree.where} or has no images"
+            raise DataError(what, "add its images, or take it off the list")
+        for path in classes[name]:
+            if path in items:
+                what = f"image {path} is used twice: for class {items[path].class_name!r} and for class {name!r}"
+                raise DataError(what, "list each class and each image once")
+            key = f"{name}/{PurePosixPath(path).stem}"
+            items[path] = Item(split, name, key, path, partial(tree.read, path))
+    if not items:
+        raise DataError(f"{tree.where} has no class to pack", "list one class a line in train.txt, val.txt, test.txt")
+    return list(items.values())
+
+
+# --------------------------------------------------------------------------- class folders
+
+
+def _read_lists(tree: SourceTree, splits: Splits) -> SplitLists | None:
+    """The class lists that were given, or those of the least deep folder of lists in the source; None without any."""
+    if isinstance(splits, Mapping):
+        for split in splits:
+            if split not in SPLITS:
+                raise DataError(f"splits has a split {split!r}", f"use {', '.join(SPLITS)}")
+        return splits
+    found = tree.folders_of(*_LISTS)
+    if splits is None:
+        chosen = _least_deep(found)
+        if not chosen:
+            return None
+    else:
+        wanted = os.fspath(splits).strip("/")
+        chosen = [folder for folder in found if f"/{folder}".endswith((f"/{wanted}", f"/{wanted}/splits"))]
+        if not chosen:
+            folder = Path(splits).expanduser()
+            if not any((folder / name).is_file() for name in _LISTS):
+                raise DataError(
+                    f"--splits {splits} is no folder of {', '.join(_LISTS)}, neither on disk nor in {tree.where}",
+                    f"check the name (lists in the source: {', '.join(found) or 'none'})",
+                )
+            tree, chosen = open_source(folder), [""]
+    if len(chosen) > 1:
+        where = ", ".join(folder or "." for folder in chosen)
+        raise DataError(f"{tree.where} has split lists in several folders: {where}", "say which with --splits FOLDER")
+    files = {split: join(chosen[0], f"{split}.txt") for split in SPLITS}
+    return {s: [line.strip("/") for line in tree.lines(path)] for s, path in files.items() if path in tree.paths}
+
+
+def _least_deep(folders: list[str]) -> list[str]:
+    depth = min((folder.count("/") for folder in folders), default=0)
+    return [folder for folder in folders if folder.count("/") == depth]
+
+
+def _folders(tree: SourceTree, splits: Splits) -> Sorted:
+    """Class folders of any depth, with lists of classes or with a folder for each split."""
+    by_folder: dict[str, list[str]] = {}
+    for path in tree.images:
+        by_folder.setdefault(path.rpartition("/")[0], []).append(path)
+    lists = _read_lists(tree, splits)
+    if lists is not None:
+        return Sorted(tree, lists, _listed_classes(lists, by_folder))
+    classes: dict[str, list[str]] = {}
+    parent = _split_folders(tree)
+    if parent is None:
+        raise DataError(
+            f"{tree.where} says nowhere which class belongs to which split",
+            "add train.txt, val.txt, test.txt (one class folder a line), or folders train/, val/, test/",
+        )
+    names: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for folder, paths in by_folder.items():
+        for split in SPLITS:
+            start = join(parent, split) + "/"
+            if folder.startswith(start):
+                names[split].append(folder.removeprefix(start))
+                classes[names[split][-1]] = paths
+    return Sorted(tree, names, classes)
+
+
+def _listed_classes(lists: SplitLists, by_folder: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Images of each listed class: those in the one folder whose path ends like its name, or else below that folder."""
+    ends: dict[str, set[str]] = {}
+    for folder in by_folder:
+        parts = folder.split("/")
+        for stop in range(1, len(parts) + 1):
+            for start in range(stop):
+                ends.setdefault("/".join(parts[start:stop]), set()).add("/".join(parts[:stop]))
+    classes = {}
+    for name in {name for names in lists.values() for name in names}:
+        folders = sorted(ends.get(name, ()))
+        if len(folders) > 1:
+            what = f"class {name!r} is found in several folders: {', '.join(folders)}"
+            raise DataError(what, "keep one of them, or list longer paths")
+        for folder in folders:
+            below = (paths for other, paths in by_folder.items() if other.startswith(f"{folder}/"))
+            classes[name] = by_folder.get(folder) or [path for paths in below for path in paths]
+    return classes
+
+
+def _split_folders(tree: SourceTree) -> str | None:
+    """The folder whose subfolders ``train``, ``val``, ``test`` hold class folders; None where there is none."""
+    found: dict[str, set[str]] = {}
+    for path in tree.images:
+        parts = path.split("/")
+        for place, part in enumerate(parts[:-2]):  # at least a class folder and a file must follow
+            if part in SPLITS:
+                found.setdefault("/".join(parts[:place]), set()).add(part)
+    whole = [parent for parent, splits in found.items() if "train" in splits and len(splits) > 1]
+    return min(whole, key=lambda parent: parent.count("/"), default=None)
+
+
+# --------------------------------------------------------------------------- sets as published
+
+
+def _ravi(tree: SourceTree, splits: Splits) -> Sorted:
+    """Ravi & Larochelle: ``images/`` beside ``train.csv``, ``val.csv``, ``test.csv``."""
+    if splits is not None:
+        raise DataError("layout ravi has its splits in its csv files", "leave --splits out, or use --layout folders")
+    folders = _least_deep(tree.folders_of(*_CSVS))
+    if len(folders) != 1:
+        found = ", ".join(folder or "." for folder in folders) or "none"
+        what = f"layout ravi needs one folder with train.csv, val.csv, test.csv in {tree.where} (found: {found})"
+        raise DataError(what, "check the source")
+    by_name: dict[str, list[str]] = {}
+    for path in tree.images:
+        by_name.setdefault(PurePosixPath(path).name, []).append(path)
+    lists: dict[str, list[str]] = {}
+    classes: dict[str, list[str]] = {}
+    for split in SPLITS:
+        file = join(folders[0], f"{split}.csv")
+        if file not in tree.paths:
+            continue
+        rows = [(row.get("filename"), row.get("label")) for row in csv.DictReader(tree.lines(file))]
+        if not rows or not all(name and label for name, label in rows):
+            raise DataError(f"{file} in {tree.where} has no full columns filename,label", "add them")
+        lists[split] = sorted({label for _, label in rows})
+        for name, label in rows:
+            found = by_name.get(PurePosixPath(name).name, [])
+            beside = [p for p in (join(folders[0], f"images/{name}"), join(folders[0], name)) if p in found]
+            if not beside and len(found) != 1:
+                how = "found several times in" if found else "absent from"
+                what = f"image {name!r} of {file} is {how} {tree.where}"
+                raise DataError(what, "put the images into images/ beside the csv files")
+            classes.setdefault(label, []).append((beside or found)[0])
+    return Sorted(tree, lists, classes)
+
+
+def _cifar100(tree: SourceTree, splits: Splits) -> Sorted:
+    """The original pickles, split as published or by lists of the user's own."""
+    if isinstance(splits, str) and splits in CIFAR100_SPLITS:
+        lists = CIFAR100_SPLITS[splits]
+    else:
+        lists = _read_lists(tree, splits) if splits is not None else None
+    if lists is None:
+        raise DataError(
+            f"{tree.where} is CIFAR-100, for which there are several splits",
+            f"say which: --splits {' or --splits '.join(CIFAR100_SPLITS)}, or a folder of lists",
+        )
+    images, classes = cifar100.read(tree)
+    return Sorted(images, lists, classes)
+
+
+def _omniglot(tree: SourceTree, splits: Splits) -> Sorted:
+    """Omniglot as published: classes are ``Alphabet/characterNN`` of both parts; without lists split as Vinyals did."""
+    classes: dict[str, list[str]] = {}
+    seen = set()
+    for path in tree.images:
+        parts = path.split("/")
+        for part in _OMNIGLOT:
+            if part in parts[:-3]:
+                seen.add(part)
+                classes.setdefault("/".join(parts[parts.index(part) + 1 : -1]), []).append(path)
+    absent = [part for part in _OMNIGLOT if part not in seen]
+    if absent:
+        raise DataError(
+            f"{tree.where} has no images below {' and '.join(absent)}",
+            f"give a folder with both {' and '.join(_OMNIGLOT)}, as zips or unpacked",
+        )
+    lists = _read_lists(tree, splits) if splits is not None else None
+    if lists is None:
+        lists = {split: [name for name in sorted(classes) if omniglot_split(name) == split] for split in SPLITS}
+    return Sorted(tree, lists, classes)
+
+
+LAYOUTS = {"folders": _folders, "ravi": _ravi, "cifar100": _cifar100, "omniglot": _omniglot}
