@@ -14,7 +14,7 @@ def data(args: argparse.Namespace, console: Console) -> None:
 
 
 def _pack(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.telemetry.preparing import preparing
+    from cml_dist.telemetry.console import preparing
     from cml_dist.tools.pack import pack
 
     with preparing(console) as progress:
@@ -39,7 +39,7 @@ def _pack(args: argparse.Namespace, console: Console) -> None:
 
 
 def _inspect(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.telemetry.preparing import preparing
+    from cml_dist.telemetry.console import preparing
     from cml_dist.tools.inspect import inspect
 
     with preparing(console) as progress:

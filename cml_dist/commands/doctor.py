@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def doctor(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.parallel.srun import join_srun
-    from cml_dist.telemetry.console import NullConsole, console_for
+    from cml_dist.telemetry.console import Console
 
     os.environ.update(join_srun())
-    console = NullConsole() if args.json else console_for(launched_or_alone().rank)
+    console = Console(quiet=args.json or launched_or_alone().rank > 0)
     from cml_dist.config.load import load_config
     from cml_dist.doctor.examine import Examination, bare_config, num_steps
 
@@ -41,7 +41,7 @@ def doctor(args: argparse.Namespace, console: Console) -> int:
         console.verdict(report.verdict(), report.ready, faults)
 
     with console.progress("looking", num_steps()) as view:
-        examination = Examination(config, args.config, run_dir, present, lambda done, at: view.update(done, at=at))
+        examination = Examination(config, args.config, run_dir, present, lambda done, at: view.update(done, at))
         code = examination.run()
     if examination.hung:  # a thread that hangs would keep the interpreter from going down
         sys.stdout.flush()

@@ -45,9 +45,8 @@ from cml_dist.run.session import session_record, session_rows, set_rows, set_war
 from cml_dist.run.status import RunStatus, State, now, this_start
 from cml_dist.run.stream import EpisodeStream, rank_share
 from cml_dist.run.unfinished import Unfinished, forget_unfinished
-from cml_dist.telemetry.console import BothConsole, Console, ResultRow
+from cml_dist.telemetry.console import Console, ResultRow, preparing
 from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
-from cml_dist.telemetry.preparing import preparing
 from cml_dist.telemetry.rank_log import RankLog
 from cml_dist.telemetry.trackers import Trackers, check_installed
 from cml_dist.types import Episode
@@ -111,7 +110,7 @@ class _Run:
         self.step = 0
         self.state: dict[str, Any] = {"best": None, "validated": 0, "skipped": 0, "skipped_in_a_row": 0}
         self.log = RankLog(world.rank)
-        self.console: Console = BothConsole(console, self.log.console)
+        self.console = console
         self.trackers = Trackers(config, 0, self.console, active=False)  # until the run has begun
 
     # ------------------------------------------------------------------ phases
