@@ -77,12 +77,12 @@ class ProgressView:
             self._task = live.add_task(description, total=total, note="")
         self._line, self._spoke, self._last_s = "", False, clock()
 
-    def update(self, done: int, note: str = "") -> None:
-        """``done`` of the total are done; ``note`` is shown beside it."""
-        note = printable(note)
+    def update(self, done: int, at: str = "") -> None:
+        """``done`` of the total are done; ``at`` is shown beside it: what is done now."""
+        at = printable(at)
         if self._live is not None:
-            self._live.update(self._task, completed=done, note=note)
-        self._line = f"{self._description} {done}{self._of}  {note}".rstrip()
+            self._live.update(self._task, completed=done, note=at)
+        self._line = f"{self._description} {done}{self._of}  {at}".rstrip()
         if self._clock() - self._last_s >= QUIET_S:
             self._flush()
 
