@@ -30,7 +30,7 @@ from pathlib import Path
 from fault_cases import KINDS
 from fault_lab import References, Result, may_mount, play
 
-from cml_dist.run.session import versions
+from cml_dist.run.record import versions
 
 
 def draw(num: int, seed: int, only: str | None) -> list[tuple[str, str, str]]:

@@ -485,9 +485,9 @@ def torn_records(lab: Lab, rng: random.Random) -> None:
         if path.exists():
             content = path.read_bytes()
             path.write_bytes(content + content[: rng.randint(1, 40)])
-    for name in ("status.json", "lease.json"):
+    for name in ("status.json", "lock"):
         (lab.folder / name).write_bytes(rng.choice((b"", b"\0" * 100, b'{"state": "run')))
-    lab.note("records torn, status and lease unreadable")
+    lab.note("records torn, status and lock unreadable")
     lab.resumes()
 
 

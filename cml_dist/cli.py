@@ -17,6 +17,7 @@ from cml_dist.launching.options import add_slurm_options
 from cml_dist.parallel.launched import launched_or_alone
 from cml_dist.parallel.leave import leave
 from cml_dist.parallel.watch import Joined, this_watch
+from cml_dist.run.hooks import OnStep, nothing
 from cml_dist.run.interrupts import STOPPED_BY_USER
 
 if TYPE_CHECKING:
@@ -161,9 +162,14 @@ def _interval(word: str) -> float:
     return seconds
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+def main(argv: Sequence[str] | None = None, on_step: OnStep = nothing) -> int:
+    """Run one command; returns the exit code.
+
+    Args:
+        on_step: a hook of ``train``, see :mod:`cml_dist.run.hooks`.
+    """
     args = _parsed(argv)
+    args.on_step = on_step
     rank = launched_or_alone().rank
     from cml_dist.telemetry.console import Console
 

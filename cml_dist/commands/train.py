@@ -29,13 +29,12 @@ def train(args: argparse.Namespace, console: Console) -> int:
         signal_when_parent_ends(signal.SIGTERM)
     try:
         arrive(config.parallel)  # before the imports below, which take their time
-        with interrupts.held():
-            from cml_dist.run.trainer import train
+        from cml_dist.run.trainer import train
 
-        code = _exit_code(train(config, console, interrupts).exit_code)
+        code = _exit_code(train(config, console, interrupts, args.on_step).exit_code)
     except (Stopped, Exception) as stopped:
         if not isinstance(stopped, Stopped) and not interrupts.cut_short:
-            interrupts.patient()  # a launcher that ends all after the first must not break off who says why
+            interrupts.defer_signals()  # a launcher that ends all after the first must not break off who says why
             raise
         this_watch().blame(stopped)  # a launcher stops all when one dies
         code = _exit_code(STOPPED_BY_SCHEDULER)
@@ -50,7 +49,7 @@ def train(args: argparse.Namespace, console: Console) -> int:
         console.warn("Interrupted; the last checkpoint is whole, and the same command resumes from it")
         code = _exit_code(STOPPED_BY_USER)
         this_watch().fail("it was interrupted", everywhere=True, stop_code=code)
-    interrupts.deafen()
+    interrupts.ignore_signals()
     return code
 
 

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from cml_dist.atomic import fsync
 from cml_dist.errors import DataError
 
 
@@ -83,15 +84,6 @@ def refuse_existing(dest: Path) -> None:
     """
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise DataError(f"{dest} exists already", "remove it, or choose another destination")
-
-
-def fsync(path: Path) -> None:
-    """Flushes a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _try_lock(folder: Path) -> tuple[int | None, str]:

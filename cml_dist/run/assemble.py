@@ -87,6 +87,7 @@ def assemble(
     domain = world.main_first(find_data)  # fills the cache of embedded or remote data
     world.together(load)  # every rank decodes at once
     net = world.main_first(make)  # fills the cache of pre-trained weights
+
     def make_method() -> Method:
         method = method_of(config, net)
         if type(method.rule) is not InnerRule:
@@ -110,6 +111,6 @@ def assemble(
         micro_batch=plan.micro_batch,
         autocast=autocast_type(config),
     )
-    # An episode of many inner steps and micro-batches may take longer than the watch's patience, a pass hardly can.
+    # An episode of many inner steps and micro-batches may take longer than parallel.timeout_s; a pass hardly can.
     model.problem.on_pass = world.watch.touch
     return Parts(domain, net, model, dtype, plan)

@@ -12,18 +12,19 @@ import hashlib
 import json
 import os
 import re
-import socket
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from cml_dist.domains.publish import fsync
+from cml_dist.atomic import LEFTOVERS, atomic_file
 from cml_dist.errors import CheckpointError
+from cml_dist.parallel.watch import this_watch
 from cml_dist.parallel.world import World
+from cml_dist.run.folder import wait_until_seen
 from cml_dist.run.safetensors_stream import StreamReader, StreamWriter, tensor_bytes
 from cml_dist.types import RULE, Layout, Params
 
@@ -31,7 +32,10 @@ FORMAT = 2
 """Format 1, still read, differs in its SHA-256 alone: there it ran over the tensors' bytes, and not their digests."""
 
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
-_TEMPORARY = ".{}.writing-{}"
+_NOT_NOW = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.EINTR)
+"""What says nothing of a file's contents: an older one must not be used for it."""
+
+T = TypeVar("T")
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -60,6 +64,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU. Raises DamagedCheckpoint where the disk no longer gives it."""
+        this_watch().touch()  # reading a large model from a slow disk is no hang
         with _damage_named(self.path):
             return self._file.read(name)
 
@@ -90,7 +95,7 @@ def save(
     tensors: Iterable[tuple[str, Tensor]],
     before: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write a checkpoint under a temporary name, sync it, and rename it: a reader sees all of it or nothing.
+    """Write a checkpoint, see :func:`atomic_file`.
 
     Args:
         world: its rank 0 writes.
@@ -105,79 +110,58 @@ def save(
     Cost: one tensor. Collective: all ranks, and all raise it if rank 0 cannot write. An error in ``tensors`` itself is
     raised where it happens and at once, since the other ranks then wait in a collective of theirs.
     """
-    tensors = iter(tensors)
+    tensors, target = iter(tensors), path_of(folder, step)
     fault: CheckpointError | None = None
     if world.is_main:
+        world.watch.beat(f"saving step {step}")
         try:
-            _write(folder, step, state, layout, _watched(world, step, tensors), before)
+            _write(target, {"format": FORMAT, "step": step, "state": state}, layout, tensors, before)
         except CheckpointError as error:
             fault = error
+        except OSError as error:
+            last = steps_in(folder)
+            kept = f"the checkpoint of step {last[-1]} stays good" if last else "there is no earlier checkpoint"
+            fault = CheckpointError(
+                f"cannot save {target}: {error.strerror or error} ({kept})",
+                "free space or mend the folder's permissions, then run the same command",
+            )
     else:
         world.watch.wait(f"saving step {step}")
-    # The other ranks, and rank 0 after a fault: each tensor is gathered by all, also where nobody writes it any more.
+    # On the other ranks, and on rank 0 after a fault: gathering a tensor is a collective, whether it is written or not.
     deque(tensors, maxlen=0)
 
-    def tell() -> None:
+    def report() -> None:
         if fault is not None:
             raise fault
 
-    world.together(tell)
-    return path_of(folder, step)
-
-
-def _watched(world: World, step: int, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """``tensors``, of each of which the watch hears: a large model on a slow disk takes its time, and does not hang."""
-    world.watch.beat(f"saving step {step}")
-    for item in tensors:
-        yield item
-        del item  # or it would live on while the next one is made
-        world.watch.beat(f"saving step {step}")
+    world.together(report)
+    return target
 
 
 def _write(
-    folder: Path,
-    step: int,
-    state: dict[str, Any],
+    target: Path,
+    meta: dict[str, Any],
     layout: Layout,
     tensors: Iterator[tuple[str, Tensor]],
     before: Callable[[], None],
 ) -> None:
     """Rank 0's part of :func:`save`. Leaves ``tensors`` where it stands if the file system refuses."""
-    target = path_of(folder, step)
-    # A name of its own: after a requeue the old job may still be writing the same step.
-    temporary = target.with_name(_TEMPORARY.format(target.name, f"{socket.gethostname()}-{os.getpid()}"))
-    meta = {"format": FORMAT, "step": step, "state": state}
     digests: dict[str, bytes] = {}
-    try:
-        with _refusal_named(target):
-            folder.mkdir(parents=True, exist_ok=True)
-            writer = StreamWriter(temporary, layout, _metadata(meta, "0" * 64))
-        with writer:
-            for name, tensor in tensors:
-                digests[name] = _sha256(tensor)
-                with _refusal_named(target):
-                    writer.put(name, tensor)
-                del tensor  # or it would live on while the next one is made
-            with _refusal_named(target):
-                writer.finish(_metadata(meta, _digest(meta, layout, digests.__getitem__)))
-        with _refusal_named(target):
-            fsync(temporary)
-            before()
-            os.replace(temporary, target)
-            fsync(folder)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    with atomic_file(target, before) as temporary, StreamWriter(temporary, layout, _metadata(meta, "0" * 64)) as writer:
+        for name, tensor in tensors:
+            digests[name] = _sha256(tensor)
+            writer.put(name, tensor)
+            del tensor  # or it would live on while the next one is made
+            this_watch().touch()
+        writer.finish(_metadata(meta, _digest(meta, layout, digests.__getitem__)))
 
 
-def load(path: str | Path, verified: str | None = None, progress: Callable[[], None] = lambda: None) -> Checkpoint:
+def load(path: str | Path, verified: str | None = None) -> Checkpoint:
     """Open and verify one checkpoint, tensor by tensor.
 
     Args:
-        verified: SHA-256 of the one that is meant, where another process has just read it on this machine: its tensors
-            are not read again.
-        progress: called with each tensor that is read.
+        verified: SHA-256 of the one that is meant, where another process has just read it: its tensors are not read
+            again.
 
     Raises:
         DamagedCheckpoint: missing, truncated or altered.
@@ -194,7 +178,7 @@ def load(path: str | Path, verified: str | None = None, progress: Callable[[], N
         )
 
     def content(name: str) -> bytes | memoryview:
-        progress()
+        this_watch().touch()
         return (tensor_bytes if version == 1 else _sha256)(file.read(name))
 
     with _damage_named(path):
@@ -207,13 +191,8 @@ def load(path: str | Path, verified: str | None = None, progress: Callable[[], N
     return Checkpoint(path, file, {**meta, "sha256": expected})
 
 
-def load_newest(
-    folder: Path, progress: Callable[[], None] = lambda: None
-) -> tuple[Checkpoint | None, list[CheckpointError]]:
+def load_newest(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
     """The newest checkpoint that is whole, and the faults of the newer ones that are not.
-
-    Args:
-        progress: see :func:`load`.
 
     Raises:
         CheckpointError: there are checkpoints, and none is whole.
@@ -221,7 +200,7 @@ def load_newest(
     faults: list[CheckpointError] = []
     for step in reversed(steps_in(folder)):
         try:
-            return load(path_of(folder, step), progress=progress), faults
+            return load(path_of(folder, step)), faults
         except DamagedCheckpoint as error:
             faults.append(error)
     if faults:
@@ -229,6 +208,27 @@ def load_newest(
             f"no checkpoint in {folder} is whole: {faults[0].what}", "restore one, or start in a new run.dir"
         )
     return None, faults
+
+
+def on_all_ranks(world: World, look: Callable[[], tuple[Checkpoint | None, T]]) -> tuple[Checkpoint | None, T]:
+    """What ``look`` finds and verifies on rank 0, opened by all ranks, and what else it returns.
+
+    Raises:
+        CheckpointError: ``look`` did. NetworkError: another machine does not see that file.
+
+    Cost: rank 0 reads the file through. Collective: all ranks.
+    """
+    mine, said = world.together(look if world.is_main else lambda: (None, None))
+    found, said = world.gather((mine and (str(mine.path), mine.sha256), said))[0]
+
+    def open_it() -> Checkpoint | None:
+        if world.is_main or found is None:
+            return mine
+        path, sha256 = found
+        wait_until_seen(path, Path(path).exists)
+        return load(path, sha256)
+
+    return world.together(open_it), said
 
 
 def set_aside(folder: Path, after: int) -> None:
@@ -244,56 +244,49 @@ def prune(folder: Path, keep_last: int, keep: frozenset[int]) -> None:
 
     Also what killed writers left half-written: only the one trainer of a run folder writes there, and it is here now.
     """
-    for leftover in folder.glob(".*.writing*"):
+    for leftover in folder.glob(LEFTOVERS):
         leftover.unlink(missing_ok=True)
     for step in steps_in(folder)[:-keep_last]:
         if step not in keep:
             path_of(folder, step).unlink(missing_ok=True)
 
 
-def check_fits(checkpoint: Checkpoint, expected: Layout) -> None:
-    """Refuse a checkpoint whose parameters are not those of the configured network, naming the first that differs.
+def check_same_run(checkpoint: Checkpoint, net: nn.Module, data: str | None = None) -> None:
+    """Refuse a checkpoint of another network, other frozen weights, or other data.
 
     Args:
-        expected: ``strategy.saved_layout()``, or that of a network (:func:`layout_of`); only parameters are compared.
-    """
-    for name in [*expected, *checkpoint.layout]:
-        if not name.startswith("param/"):
-            continue
-        have, want = (layout[name][1] if name in layout else None for layout in (checkpoint.layout, expected))
-        if have != want and name.startswith(f"param/{RULE}."):
-            raise CheckpointError(
-                f"{checkpoint.path} holds what another method learned: {name.removeprefix('param/')} has shape "
-                f"{'none' if have is None else have} in the file, {'none' if want is None else want} in the "
-                "configuration",
-                "set method.name, method.inner_steps and method.adapts as they were when it was trained",
-            )
-        if have != want:
-            raise CheckpointError(
-                f"{checkpoint.path} is of another network: {name.removeprefix('param/')} has shape "
-                f"{'none' if have is None else have} in the file, {'none' if want is None else want} in the "
-                "configuration",
-                "use the configuration that made it, or another run.dir",
-            )
-
-
-def check_constants(checkpoint: Checkpoint, net: nn.Module) -> None:
-    """Refuse other frozen weights or statistics than the run's: they are in no checkpoint, and come from elsewhere.
+        data: checksum of the data, which may lie elsewhere than before; None: they need not be the run's.
 
     Raises:
-        CheckpointError: they differ.
+        CheckpointError: naming the first difference.
     """
-    then = checkpoint.state.get("constants")  # checkpoints of earlier versions do not say
-    if then is not None and then != fingerprint(net.named_buffers()):
+    expected = {f"param/{name}": tuple(p.shape) for name, p in net.named_parameters()}
+    stored = {name: shape for name, (_, shape) in checkpoint.layout.items() if name.startswith("param/")}
+    for name in {**expected, **stored}:
+        have, want = stored.get(name, "none"), expected.get(name, "none")
+        if have != want:
+            whose, remedy = "is of another network", "use the configuration that made it, or another run.dir"
+            if name.startswith(f"param/{RULE}."):
+                whose = "holds what another method learned"
+                remedy = "set method.name, method.inner_steps and method.adapts as they were when it was trained"
+            raise CheckpointError(
+                f"{checkpoint.path} {whose}: {name.removeprefix('param/')} has shape {have} in the file, {want} in the "
+                "configuration",
+                remedy,
+            )
+    if data is not None and checkpoint.state["data"] != data:
+        raise CheckpointError(
+            f"the data is not that of the run of {checkpoint.path} (checksum {checkpoint.state['data'][:12]}, now "
+            f"{data[:12]})",
+            "point domain.root at the same packed set, or choose another run.dir",
+        )
+    # Frozen weights and statistics are in no checkpoint, and earlier versions did not say which they were.
+    constants = fingerprint(net.named_buffers())
+    if checkpoint.state.get("constants", constants) != constants:
         raise CheckpointError(
             f"the frozen weights or statistics are not those with which {checkpoint.path} was trained",
             "give model.pretrained the weight file that the run was started with, or choose another run.dir",
         )
-
-
-def layout_of(net: nn.Module) -> Layout:
-    """What a checkpoint of a network's parameters holds of them."""
-    return {f"param/{name}": (p.dtype, tuple(p.shape)) for name, p in net.named_parameters()}
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -329,34 +322,10 @@ def _damage_named(path: Path) -> Iterator[None]:
     """Turn what a damaged file does to its reader into DamagedCheckpoint."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _NOT_NOW:
-            raise _damaged(path, error) from error
-        raise CheckpointError(
-            f"checkpoint {path} cannot be read: {error.strerror}", "mend that, then run the same command"
-        ) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, error) from error
-
-
-_NOT_NOW = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.EINTR)
-"""What says nothing of a file's contents: an older one must not be used for it."""
-
-
-def _damaged(path: Path, error: Exception) -> DamagedCheckpoint:
-    fault = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
-    return DamagedCheckpoint(f"checkpoint {path} is {fault}", "delete it; an older one is used")
-
-
-@contextmanager
-def _refusal_named(target: Path) -> Iterator[None]:
-    """Turn what the file system says to a writer into CheckpointError."""
-    try:
-        yield
-    except OSError as error:
-        last = steps_in(target.parent)
-        kept = f"the checkpoint of step {last[-1]} stays good" if last else "there is no earlier checkpoint"
-        raise CheckpointError(
-            f"cannot save {target}: {error.strerror or error} ({kept})",
-            "free space or mend the folder's permissions, then run the same command",
-        ) from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in _NOT_NOW:
+            raise CheckpointError(
+                f"checkpoint {path} cannot be read: {error.strerror}", "mend that, then run the same command"
+            ) from error
+        fault = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
+        raise DamagedCheckpoint(f"checkpoint {path} is {fault}", "delete it; an older one is used") from error

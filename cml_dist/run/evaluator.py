@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cml_dist.domains.base import Domain, episode_rng
+from cml_dist.config.schema import RunConfig
+from cml_dist.domains.base import episode_rng
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
 from cml_dist.parallel.world import World
+from cml_dist.run.assemble import Parts
 from cml_dist.run.interrupts import Stopped
 from cml_dist.run.stream import EpisodeStream
-from cml_dist.run.unfinished import Unfinished
 from cml_dist.types import Batch, Episode, Learner, Params
 
 ORDERS_SEED = 2**32
@@ -76,24 +77,17 @@ def score_episode(
 
 
 def evaluate(
-    params: Params,
-    problem: Problem,
-    method: Method,
-    domain: Domain,
+    config: RunConfig,
+    parts: Parts,
     world: World,
+    params: Params,
+    learners: Sequence[Learner],
     *,
     split: str,
     num_episodes: int,
-    learners: Sequence[Learner],
-    inner_steps: int | None = None,
-    co_adapt: str = "eq9",
-    norm: str = "batch",
     permutations: int = 1,
-    dtype: torch.dtype = torch.float32,
-    workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
-    stop: Callable[[], bool] | None = None,
-    kept: Unfinished | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, EvalReport]:
     """Score each learner on episodes 0 .. num_episodes - 1 of a split, shared out over the ranks.
 
@@ -101,53 +95,41 @@ def evaluate(
     many threads (parallel.threads). Collective: all ranks.
 
     Args:
-        norm: see :meth:`Problem.answers`.
         permutations: label orders under which each episode is tested, a pure function of split and index; the first
             is the episode's own.
         stop: asked before each episode: whether to break off.
-        kept: where it goes on, if it was broken off before; it is kept anew at the end, or where it breaks off.
 
     Raises:
         Stopped: on all ranks, where one broke off.
     """
-    if inner_steps is not None:
-        method = replace(method, inner_steps=inner_steps)
-    # Two rows a learner (mean and spread over label orders), and one that tells which episodes are done.
-    rows = 2 if permutations > 1 else 1
-    table = torch.zeros(rows * len(learners) + 1, num_episodes, dtype=torch.float64)
-    if kept is not None:
-        if world.is_main:
-            kept.read_into(table)
-        table = world.sum(table.flatten()).reshape_as(table)
-    left = torch.nonzero(table[-1] == 0).flatten().tolist()
-    mine = left[world.rank :: world.size]
-    if not world.is_main:  # what is done counts once
-        table = torch.zeros_like(table)
-    broken_off = 0.0
-    stream = EpisodeStream(domain, split, mine, device=world.device, dtype=dtype, workers=workers)
+    problem = parts.model.to(world.device).problem
+    params = {n: p.to(world.device, parts.dtype) for n, p in params.items()}
+    method = replace(parts.model.method, inner_steps=parts.plan.test_inner_steps)
+    co_adapt, norm = config.eval.co_adapt, config.eval.norm
+    # Mean and spread over label orders of each learner, and a row that is not 0 where a rank broke off.
+    table = torch.zeros(2 * len(learners) + 1, num_episodes, dtype=torch.float64)
+    mine = range(world.rank, num_episodes, world.size)
+    stream = EpisodeStream(
+        parts.domain, split, mine, device=world.device, dtype=parts.dtype, workers=config.domain.workers
+    )
     world.watch.beat(f"{split}, episode 1 of {len(mine)}")
     for count, episode in enumerate(stream, start=1):
-        if stop is not None and stop():
-            broken_off = 1.0
+        if stop():
+            table[-1] = 1.0
             break
         orders = label_orders(episode, permutations)
         for number, learner in enumerate(learners):
             scores = [score_episode(params, one, problem, method, learner, co_adapt, norm).double() for one in orders]
-            table[rows * number, episode.index] = sum(scores) / len(scores)
-            if rows == 2:
-                table[rows * number + 1, episode.index] = torch.stack(scores).std(correction=1)
-        table[-1, episode.index] = 1.0
-        if progress is not None:
-            progress(num_episodes - len(left) + min(count * world.size, len(left)))
+            table[2 * number, episode.index] = sum(scores) / len(scores)
+            if permutations > 1:
+                table[2 * number + 1, episode.index] = torch.stack(scores).std(correction=1)
+        progress(min(count * world.size, num_episodes))
         world.watch.beat(f"{split}, episode {count + 1} of {len(mine)}")
-    *_, broken_off = summed = world.sum(torch.cat([table.flatten(), torch.tensor([broken_off], dtype=torch.float64)]))
-    table = summed[:-1].reshape_as(table)
-    if kept is not None:
-        world.together(lambda: kept.write(table) if world.is_main else None)
-    if broken_off > 0:
+    table = world.sum(table.flatten()).reshape_as(table)
+    if table[-1].any():
         raise Stopped
-    spread = [table[2 * number + 1] if rows == 2 else None for number in range(len(learners))]
-    return {learner: EvalReport(table[rows * n], spread[n]) for n, learner in enumerate(learners)}
+    spread = [table[2 * number + 1] if permutations > 1 else None for number in range(len(learners))]
+    return {learner: EvalReport(table[2 * number], spread[number]) for number, learner in enumerate(learners)}
 
 
 def label_orders(episode: Episode, count: int) -> list[Episode]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +11,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cml_dist import __version__
+from cml_dist.atomic import atomic_file, write_json, write_text
 from cml_dist.config.methods import method_title
 from cml_dist.config.schema import RunConfig
-from cml_dist.errors import CheckpointError, ModelError
+from cml_dist.errors import CheckpointError, CmlError, ModelError
 from cml_dist.meta.rule import part_of
 from cml_dist.methods.build import describe_rule
 from cml_dist.nets.guard import has_batch_norm
 from cml_dist.run.assemble import Parts
-from cml_dist.run.checkpoint import check_constants, check_fits, layout_of
-from cml_dist.run.folder import RunFolder, write_json
-from cml_dist.run.report import choose_checkpoint, overrides_of
+from cml_dist.run.checkpoint import check_same_run
+from cml_dist.run.folder import RunFolder
+from cml_dist.run.report import choose_checkpoint, overrides_of, warn_of_faults
 from cml_dist.run.safetensors_stream import StreamWriter
 from cml_dist.telemetry.console import Console
 from cml_dist.types import BODY, COLEARNER, HEAD
@@ -47,14 +45,12 @@ def export_run(
     ``timm.create_model(name, checkpoint_path=...)`` reads it.
 
     Raises:
-        CheckpointError: there is no such checkpoint, the folder cannot be written, or a later start of the run has
-            taken it over.
+        CheckpointError: there is no such checkpoint, or the folder cannot be written.
     """
     choice = choose_checkpoint(folder, which)
-    choice.say(console)
-    checkpoint = choice.checkpoint
-    check_fits(checkpoint, layout_of(parts.net))
-    check_constants(checkpoint, parts.net)
+    warn_of_faults(choice, console)
+    checkpoint, _ = choice
+    check_same_run(checkpoint, parts.net)
     target = Path(to) if to is not None else folder.export
     params = checkpoint.params([n for n, _ in parts.net.named_parameters() if part_of(n) != COLEARNER])
     # Constants too: with frozen statistics the network is not whole without them.
@@ -87,38 +83,28 @@ def export_run(
         "image_set": parts.domain.describe().get("name"),
         "eval": tested and {"meta": tested["meta"], "split": tested["split"], "score": tested["score"]},
     }
+    card = _card(config, description, params, has_batch_norm(parts.net) and config.model.norm == "batch")
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        _save_tensors(target / WEIGHTS, tensors, folder.check_ours)
+        _save_tensors(target / WEIGHTS, tensors)
         if for_timm is not None:
-            _save_tensors(target / TIMM_WEIGHTS, for_timm[0], folder.check_ours)
-        card = _card(config, description, params, has_batch_norm(parts.net) and config.model.norm == "batch")
-        folder.check_ours()
-        (target / CARD).write_text(card, encoding="utf-8")
-    except OSError as error:
-        reason = error.strerror or error
+            _save_tensors(target / TIMM_WEIGHTS, for_timm[0])
+        write_text(target / CARD, card)
+        write_json(target / DESCRIPTION, description)
+    except (OSError, CmlError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
             f"cannot export to {target}: {reason}", "free space or choose another folder with --to"
         ) from error
-    write_json(target / DESCRIPTION, description)
     return target
 
 
-def _save_tensors(path: Path, tensors: dict[str, Tensor], before: Callable[[], None]) -> None:
-    """Write a file under a temporary name, and rename it after ``before``, which may call it off."""
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        # Not by the library's save_file, which makes files that nobody but their owner may read, whatever the umask.
-        with StreamWriter(temporary, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, {}) as writer:
-            for name, tensor in tensors.items():
-                writer.put(name, tensor.cpu())
-            writer.finish({})
-        before()
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    # Not by the library's save_file, which makes files that nobody but their owner may read, whatever the umask.
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with atomic_file(path) as temporary, StreamWriter(temporary, layout, {}) as writer:
+        for name, tensor in tensors.items():
+            writer.put(name, tensor.cpu())
+        writer.finish({})
 
 
 def _as_timm_model(
@@ -146,62 +132,52 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
     Args:
         batch_statistics: whether the network has BatchNorms that use them.
     """
-    count = sum(p.numel() for p in params.values())
-    tested = description["eval"]
-    domain = config.domain
+    domain, regression = config.domain, config.domain.name == "sinusoid"
     name = description["image_set"] or domain.name
-    task = f"{domain.ways}-way {domain.shots}-shot" if domain.name != "sinusoid" else f"{domain.shots}-point regression"
-    use = ("support_images, support_labels", "query_images")
-    if domain.name == "sinusoid":
-        use = ("support_inputs, support_targets", "query_inputs")
-    lines = [
-        "---",
-        "library_name: cml_dist",
-        "tags: [meta-learning, few-shot, maml]",
-        "---",
-        f"# {config.model.backbone}, meta-trained with {description['method']} on {name}",
-        "",
-        f"A learner for {task} tasks: adapt it on a few labelled examples, then predict.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| meta-trained parameters of body and head (the co-learner is deleted) | {count:,} |",
-        f"| input | {' x '.join(map(str, description['input_shape']))}{_normalised(description['preprocessing'])} |",
-        f"| adaptation | {_adaptation(description)} |",
-        f"| {description['score']}{_figure(tested)} |",
-        f"| meta-training | {description['step']:,} meta-steps of {config.train.episodes_per_step} episodes, "
-        f"seed {config.run.seed} |",
-        "",
-        "```python",
-        "import cml_dist",
-        "",
-        'learner = cml_dist.load("path/of/this/folder")',
-        f"predicted = learner.adapt({use[0]}).predict({use[1]})",
-        "```",
-        "",
-    ]
+    task = f"{domain.shots}-point regression" if regression else f"{domain.ways}-way {domain.shots}-shot"
+    labelled, asked = "support_images, support_labels", "query_images"
+    if regression:
+        labelled, asked = "support_inputs, support_targets", "query_inputs"
+    timm = timm_norm = norm = ""
     if batch_statistics:
-        lines += [
-            "BatchNorm uses the statistics of the examples that the learner is adapted on: each image is answered by "
-            "itself. (In training, and by default in tests, it uses those of the query images, as the paper does.)",
-            "",
-        ]
+        norm = """
+BatchNorm uses the statistics of the examples that the learner is adapted on: each image is answered by itself. (In \
+training, and by default in tests, it uses those of the query images, as the paper does.)
+"""
+        timm_norm = "\nPlain timm uses running statistics, which meta-training does not keep: re-estimate them.\n"
     if description["timm"] is not None:
-        kwargs = "".join(f", {key}={value!r}" for key, value in description["timm"].items())
-        lines += [
-            f"`{TIMM_WEIGHTS}` holds the same model under timm's own names:",
-            "",
-            "```python",
-            f'timm.create_model("{config.model.backbone}"{kwargs}, checkpoint_path="{TIMM_WEIGHTS}")',
-            "```",
-            "",
-        ]
-        if batch_statistics:
-            lines += [
-                "Plain timm uses running statistics, which meta-training does not keep: adapt or re-estimate them.",
-                "",
-            ]
-    return "\n".join(lines)
+        settings = "".join(f", {key}={value!r}" for key, value in description["timm"].items())
+        timm = f"""
+`{TIMM_WEIGHTS}` holds the same model under timm's own names:
+
+```python
+timm.create_model("{config.model.backbone}"{settings}, checkpoint_path="{TIMM_WEIGHTS}")
+```
+{timm_norm}"""
+    return f"""---
+library_name: cml_dist
+tags: [meta-learning, few-shot, maml]
+---
+# {config.model.backbone}, meta-trained with {description["method"]} on {name}
+
+A learner for {task} tasks: adapt it on a few labelled examples, then predict.
+
+| | |
+|---|---|
+| meta-trained parameters of body and head (the co-learner is deleted) | {sum(p.numel() for p in params.values()):,} |
+| input | {" x ".join(map(str, description["input_shape"]))} |
+| adaptation | {_adaptation(description)} |
+| {description["score"]}{_figure(description["eval"])} |
+| meta-training | {description["step"]:,} meta-steps of {config.train.episodes_per_step} episodes, \
+seed {config.run.seed} |
+
+```python
+import cml_dist
+
+learner = cml_dist.load("path/of/this/folder")
+predicted = learner.adapt({labelled}).predict({asked})
+```
+{norm}{timm}"""
 
 
 def _adaptation(description: dict[str, Any]) -> str:
@@ -223,14 +199,6 @@ def _figure(tested: dict[str, Any] | None) -> str:
     meta = tested["meta"]
     mean, ci95 = ("not finite" if meta[key] is None else f"{meta[key]:.4f}" for key in ("mean", "ci95"))
     return f" ({meta['episodes']:,} episodes of the {tested['split']} split, 95 % interval) | {mean} +- {ci95}"
-
-
-def _normalised(preprocessing: dict[str, Any]) -> str:
-    """How pixels are normalised, in words."""
-    if not preprocessing:
-        return ""
-    mean, std = (", ".join(f"{x:.4f}" for x in preprocessing[key]) for key in ("mean", "std"))
-    return f", pixels / 255, minus mean {mean}, over std {std}"
 
 
 def read_description(folder: Path) -> dict[str, Any]:

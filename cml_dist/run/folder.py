@@ -1,24 +1,18 @@
-"""The run folder: what is where, whose it is, and whether a configuration may go on in it."""
+"""The run folder: what is where, and whether a configuration may go on in it."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
 import socket
-import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cml_dist.config.load import dump_config, flatten, merge, parse_config, read_yaml
+from cml_dist.config.load import flatten, merge, parse_config, read_yaml
 from cml_dist.config.schema import RunConfig
-from cml_dist.errors import CheckpointError, CmlError, NetworkError
-from cml_dist.run.lease import Lease
-from cml_dist.run.status import this_start
+from cml_dist.errors import CheckpointError, NetworkError
 
 NEUTRAL_KEYS = (
     "run.dir",
@@ -73,8 +67,6 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.export = self.path / "export"
-        self._lease: Lease | None = None
-        self._made: list[Path] = []  # folders that claim() made, innermost first
 
     @property
     def exists(self) -> bool:
@@ -127,64 +119,21 @@ class RunFolder:
             safe = f"{safe[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         return self.path / "evals" / f"{safe}.json", self.path / "evals" / f"{safe}.npz"
 
-    def claim(self) -> None:
-        """Create the folder if need be, and keep other trainers out while this process lives.
 
-        Raises:
-            CheckpointError: the folder cannot be written, holds something else, or another trainer is at work in it.
-        """
-        try:
-            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-            self.path.mkdir(parents=True, exist_ok=True)
-            # Hidden files, the lock and the lease are what a start leaves that was killed early.
-            ours = ("lock", "lease.json")
-            if not self.exists and any(p.name not in ours and p.name[0] != "." for p in self.path.iterdir()):
-                raise CheckpointError(f"run.dir {self.path} is not empty and holds no run", "choose another run.dir")
-            self._lease = Lease(self.path, this_start())
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write run.dir {self.path}: {error.strerror}", "choose a folder that can be written"
-            ) from error
+def wait_until_seen(what: str, there: Callable[[], bool]) -> None:
+    """Wait for what rank 0 has made in the run folder, which on all machines must be one.
 
-    def begin(self, config: RunConfig) -> None:
-        """Write the configuration: from now on a run lives here. Only once its parts are known to fit together."""
-        write_text(self.config_file, dump_config(config))
-
-    def wait_until_seen(self) -> None:
-        """Make sure that what :meth:`begin` wrote at rank 0 is seen here: on all machines the folder must be one.
-
-        Raises:
-            NetworkError: it is not, after the time for which a network file system may show an old view.
-        """
-        end_s = time.monotonic() + SEEN_WITHIN_S
-        while not self.exists:
-            if time.monotonic() > end_s:
-                raise NetworkError(
-                    f"{socket.gethostname()} does not see run.dir {self.path.resolve()}, which rank 0 has made",
-                    "put run.dir on a file system that all machines share, and name it by its full path",
-                )
-            time.sleep(0.1)
-
-    @property
-    def claimed(self) -> bool:
-        """Whether this process has claimed the folder."""
-        return self._lease is not None
-
-    def check_ours(self) -> None:
-        """Right before something is written: raises CheckpointError where a later start of the job has taken over."""
-        if self._lease is not None:
-            self._lease.check()
-
-    def release(self) -> None:
-        """Let other trainers in; of a run that never began nothing is left."""
-        if self._lease is None:
-            return
-        self._lease.release(began=self.exists)
-        self._lease = None
-        if not self.exists:
-            with suppress(OSError):  # where something else lies in the folder, it stays
-                for folder in self._made:
-                    folder.rmdir()
+    Raises:
+        NetworkError: it is not there after the time for which a network file system may show an old view.
+    """
+    end_s = time.monotonic() + SEEN_WITHIN_S
+    while not there():
+        if time.monotonic() > end_s:
+            raise NetworkError(
+                f"{socket.gethostname()} does not see {what}, which rank 0 has made",
+                "put run.dir on a file system that all machines share, and name it by its full path",
+            )
+        time.sleep(0.1)
 
 
 def same_everywhere(config: RunConfig) -> dict[str, Any]:
@@ -209,53 +158,6 @@ def changes(then: RunConfig, now: RunConfig, free: tuple[str, ...]) -> dict[str,
         for key in {**old, **new}
         if old.get(key) != new.get(key) and not key.startswith(free)
     }
-
-
-def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one record to a file of JSON lines, on a line of its own, also after one that a power cut tore.
-
-    Raises:
-        CmlError: the file system refused.
-    """
-    line = json.dumps(record, allow_nan=False).encode() + b"\n"
-    try:
-        with open(path, "a+b") as file:
-            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                line = b"\n" + line
-            file.write(line)
-    except OSError as error:
-        raise CmlError(
-            f"cannot write {path}: {error.strerror}", "free space or mend the folder's permissions"
-        ) from error
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON, see :func:`write_text`."""
-    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, see :func:`write_bytes`."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it.
-
-    Raises:
-        CmlError: the file system refused.
-    """
-    # The watch's thread writes too, while the main thread may be at it.
-    temporary = path.with_name(f".{path.name}.{threading.current_thread().name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CmlError(
-            f"cannot write {path}: {error.strerror}", "free space or mend the folder's permissions"
-        ) from error
 
 
 def run_config(run_dir: str | Path, overrides: Sequence[str]) -> RunConfig:

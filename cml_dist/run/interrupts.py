@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType, TracebackType
+from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 STOPPED_BY_USER = 130
@@ -26,55 +24,46 @@ class Stopped(BaseException):
 
 
 class Interrupts:
-    """While open, SIGINT and ``signals`` end the run at once; once it is :meth:`patient`, they only set ``stop``.
+    """While open, SIGINT and ``signals`` only set ``stop``; after :meth:`raise_signals` they end the run at once.
 
-    A second signal changes nothing, however many come: the run is on its way out. Only SIGINT without a launcher, from
-    someone at the keyboard, interrupts at once then. A checkpoint is a rename: it is whole or not there also then.
+    Further signals change nothing. Only a second Ctrl-C without a launcher interrupts at once; checkpoints are whole
+    also then.
 
     Args:
         signals: names, e.g. ``SIGUSR1``.
 
     Attributes:
         stop: name of the first signal that came; None.
+        cut_short: whether it came while signals end the run at once: whatever is raised then may come of it.
     """
 
     def __init__(self, signals: Sequence[str] = ("SIGUSR1", "SIGTERM")) -> None:
         self.stop: str | None = None
         self._signals = ("SIGINT", *signals)
-        self._came_s: float | None = None
-        self._patient = False
-        # Under a launcher one Ctrl-C comes twice, from the terminal and from the launcher: it is no sign of impatience.
+        self._deferred = True
+        # Under a launcher one Ctrl-C arrives twice, from the terminal and from the launcher.
         self._launched = "LOCAL_RANK" in os.environ
         self._previous: dict[int, Any] = {}
 
     @property
-    def seconds(self) -> float:
-        """Since the signal came (0 where it came to another rank alone)."""
-        return 0.0 if self._came_s is None else time.monotonic() - self._came_s
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Signals wait meanwhile: in the middle of an import Stopped may be swallowed, and leave half a module."""
-        self._patient = True
-        yield
-        self._patient = False
-        if self.stop is not None:
-            raise KeyboardInterrupt if self.stop == "SIGINT" else Stopped
-
-    @property
     def cut_short(self) -> bool:
-        """Whether a signal came while there was nothing to lose: whatever is raised then may come of it."""
-        return self.stop is not None and not self._patient
+        return self.stop is not None and not self._deferred
 
-    def deafen(self) -> None:
-        """On the way out of a stopped run: the interpreter drops its handlers, and a repeated signal would kill it."""
+    def raise_signals(self) -> None:
+        """From now on a signal raises Stopped or KeyboardInterrupt at once, also one that came before."""
+        self._deferred = False
+        if self.stop is not None:
+            self._raise(self.stop)
+
+    def defer_signals(self) -> None:
+        """From now on signals only set ``stop``, which the run reads between meta-steps and tested episodes."""
+        self._deferred = True
+
+    def ignore_signals(self) -> None:
+        """When a stopped run exits: the interpreter drops its handlers, and a repeated signal would kill it."""
         if self.stop is not None:
             for number in self._previous:
                 signal.signal(number, signal.SIG_IGN)
-
-    def patient(self) -> None:
-        """From now on there is something to lose: signals wait until the run asks."""
-        self._patient = True
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
@@ -83,17 +72,18 @@ class Interrupts:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.stop is not None:
-            if number == signal.SIGINT and not self._launched:
-                raise KeyboardInterrupt
-            return
-        self.stop, self._came_s = signal.Signals(number).name, time.monotonic()
-        if not self._patient:
-            raise KeyboardInterrupt if number == signal.SIGINT else Stopped
+        name = signal.Signals(number).name
+        if self.stop is None:
+            self.stop = name
+            if not self._deferred:
+                self._raise(name)
+        elif name == "SIGINT" and not self._launched:
+            raise KeyboardInterrupt
+
+    def _raise(self, name: str) -> None:
+        raise KeyboardInterrupt if name == "SIGINT" else Stopped

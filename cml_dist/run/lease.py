@@ -1,9 +1,8 @@
-"""One trainer writes a run folder: also after a requeue, while the old job still lives on a node that was cut off.
+"""One trainer writes a run folder: also after a requeue, while the old job still runs on a node that was cut off.
 
-Two means. ``lock`` is held (flock) while a process lives; a killed one lets go at once. ``lease.json`` names the
-writer, who looks at it before each write: a later start of the same job (:meth:`Start.succeeds`) takes it over, held or
-not, and a file system without locks has this alone. Until the old writer lets go the new one has no lock; ``lock``
-names the last one that had it.
+The file ``lock`` is locked (flock) while its writer lives, and names it with a generation number, which each writer
+raises. A requeued job replaces the lock of its earlier start, which finds another generation there before its next
+write. On a file system without locks the generation alone decides: the later writer has the folder.
 """
 
 from __future__ import annotations
@@ -12,31 +11,24 @@ import errno
 import fcntl
 import json
 import os
-import threading
 import time
-import uuid
 from contextlib import suppress
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from cml_dist.atomic import atomic_file
 from cml_dist.errors import CheckpointError
 from cml_dist.run.status import Start
 
-FRESH_S = 60.0
-"""Without locks: a lease that was renewed within this time has a living owner."""
-
-LATER_S = 3600.0
-"""An earlier start is kept out for so long after a later one renewed its lease: its meta-steps may take minutes."""
-
 AGAIN_S = 1.0
+"""A file server may be away for a moment."""
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system says that has none."""
 
 
 class Lease:
-    """The right to write in a folder.
+    """The right to write in a folder, until :meth:`release` or the end of the process.
 
     Args:
         folder: it exists.
@@ -48,138 +40,84 @@ class Lease:
     """
 
     def __init__(self, folder: Path, start: Start) -> None:
-        self._folder, self._start = folder, start
-        self._file, self._lock_file = folder / "lease.json", folder / "lock"
-        self._token = uuid.uuid4().hex
-        # Not emptied: the file of the holder must survive a refused second trainer.
-        self._lock: TextIO | None = os.fdopen(os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        self._path, self._files = folder / "lock", []
+        os.register_at_fork(after_in_child=self._close)  # a loader process that outlives us must not hold it
         try:
-            self._take()
+            holder = self._read()
+            same_job = start.job is not None and holder.get("job") == start.job
+            if same_job and holder["requeued"] > start.requeued:
+                raise self._taken_over(holder)
+            if not self._lock(self._path) and not (same_job and holder["requeued"] < start.requeued):
+                who = f" ({_name(holder)})" if holder else ""
+                raise CheckpointError(
+                    f"another process trains in run.dir {folder}{who}",
+                    "wait for it, stop it, or choose another run.dir",
+                )
+            self._mine = {
+                "generation": holder.get("generation", 0) + 1,
+                "host": start.host,
+                "pid": start.pid,
+                "job": start.job,
+                "requeued": start.requeued,
+            }
+            with atomic_file(self._path) as fresh:  # locked already when it appears
+                self._lock(fresh)
+                fresh.write_text(json.dumps(self._mine) + "\n")
         except BaseException:
-            self._lock.close()
+            self._close()
             raise
-        self._released = threading.Event()
-        # Of its own: between two writes of the trainer there may be a long step, or the loading of data.
-        self._renewing = threading.Thread(target=self._keep, name="lease", daemon=True)
-        self._renewing.start()
-
-    def _keep(self) -> None:
-        while not self._released.wait(FRESH_S / 6):
-            try:
-                self.renew()
-            except CheckpointError:  # the trainer finds out before it writes
-                return
-
-    def _take(self) -> None:
-        holder = self._read()
-        try:
-            quiet_s = time.time() - self._file.stat().st_mtime
-        except FileNotFoundError:  # none, or put away just now
-            holder, quiet_s = None, 0.0
-        held, locks = False, True
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = True
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            locks = False
-            held = holder is not None and quiet_s < FRESH_S
-        if locks and not held:
-            # Free, but not for us where its file is gone, or whose lease it is has not come to take it yet.
-            awaited = holder is not None and quiet_s < FRESH_S and self._last_locked() != holder["token"]
-            held = awaited or not self._lock_is_there()
-        if holder and quiet_s < LATER_S and _start_of(holder).succeeds(self._start):
-            # It may not have the lock yet, which its predecessor lets go only now, to be started again in place.
-            raise self._taken_over(holder)
-        if held and not (holder and self._start.succeeds(_start_of(holder))):
-            who = f" (pid {holder['pid']} on {holder['host']})" if holder else ""
-            raise CheckpointError(
-                f"another process trains in run.dir {self._folder}{who}",
-                "wait for it, stop it, or choose another run.dir",
-            )
-        fresh = self._file.with_name(f".lease.json.{self._token}")
-        try:
-            if locks and not held:
-                self._mark_locked()
-            fresh.write_text(json.dumps({"token": self._token, **asdict(self._start)}) + "\n")
-            os.replace(fresh, self._file)
-        except OSError:  # no space
-            fresh.unlink(missing_ok=True)
-            raise
-
-    def _last_locked(self) -> str:
-        """The token of the last lease whose owner held the lock."""
-        return os.pread(self._lock.fileno(), len(self._token), 0).decode(errors="replace")
-
-    def _mark_locked(self) -> None:
-        """Only who holds the lock writes into its file."""
-        os.pwrite(self._lock.fileno(), self._token.encode(), 0)
-
-    def _lock_is_there(self) -> bool:
-        """Whether the file that is locked is still the folder's: a run that never began removes it as it leaves."""
-        try:
-            return os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self._lock_file))
-        except FileNotFoundError:
-            return False
 
     def check(self) -> None:
-        """Make sure that the lease is still ours, right before something is written.
+        """Make sure that no other writer has the folder, right before something is written.
 
         Raises:
-            CheckpointError: a later start of this job has taken over; nothing more may be written.
+            CheckpointError: a later start has taken over; nothing more may be written.
         """
         holder = self._read()
-        if holder is None:  # a file server may have been away for a moment
+        if not holder:
             time.sleep(AGAIN_S)
             holder = self._read()
-        if holder is None or holder["token"] != self._token:
+        if holder != self._mine:
             raise self._taken_over(holder)
-
-    def _taken_over(self, holder: dict[str, Any] | None) -> CheckpointError:
-        who = f"pid {holder['pid']} on {holder['host']}" if holder else "an unknown process"
-        return CheckpointError(
-            f"a later start of this run has taken over {self._folder} ({who})",
-            "nothing is lost: that one goes on from the last checkpoint",
-        )
-
-    def renew(self) -> None:
-        """Show that the owner lives, and lock what was taken over once its old owner has gone; see :meth:`check`."""
-        self.check()
-        # Also released meanwhile, by the trainer's own thread.
-        with suppress(OSError, AttributeError, TypeError, ValueError):
-            os.utime(self._file)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self._last_locked() != self._token:
-                self._mark_locked()
 
     def release(self, *, began: bool) -> None:
         """Let others in; where the run never ``began``, leave no trace."""
-        if self._lock is None:
-            return
-        self._released.set()
-        self._renewing.join(AGAIN_S)  # no longer: its file server may hang
-        holder = self._read()
-        if holder is not None and holder["token"] == self._token:
+        if not began and self._read() == self._mine:
             with suppress(OSError):
-                self._file.unlink()
-                if not began:
-                    self._lock_file.unlink()
-        self._lock.close()
-        self._lock = None
+                self._path.unlink()
+        self._close()
 
-    def _read(self) -> dict[str, Any] | None:
+    def _taken_over(self, holder: dict[str, Any]) -> CheckpointError:
+        who = _name(holder) if holder else "an unknown process"
+        return CheckpointError(
+            f"a later start of this run has taken over {self._path.parent} ({who})",
+            "nothing is lost: that one goes on from the last checkpoint",
+        )
+
+    def _lock(self, path: Path) -> bool:
+        """Lock a file until :meth:`_close`; False where another process holds it."""
+        self._files.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
         try:
-            found = json.loads(self._file.read_text())
+            fcntl.flock(self._files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        return True
+
+    def _close(self) -> None:
+        while self._files:
+            os.close(self._files.pop())
+
+    def _read(self) -> dict[str, Any]:
+        """What the lock says of its writer; nothing where it is torn, or of an earlier version."""
+        try:
+            found = json.loads(self._path.read_text())
         except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) and {"token", "host", "pid"} <= found.keys() else None
+            return {}
+        return found if isinstance(found, dict) and {"generation", "host", "pid", "requeued"} <= found.keys() else {}
 
 
-_START = tuple(field.name for field in fields(Start))
-
-
-def _start_of(holder: dict[str, Any]) -> Start:
-    """Whose lease it is; earlier versions said less."""
-    return Start(**{name: holder[name] for name in _START if name in holder})
+def _name(holder: dict[str, Any]) -> str:
+    return f"pid {holder['pid']} on {holder['host']}"

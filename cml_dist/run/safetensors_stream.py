@@ -38,9 +38,6 @@ DTYPES = {
 }
 """In the library's order: tensors lie in descending order of type, so that each is aligned to its elements."""
 
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
-_RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
-
 
 class StreamWriter:
     """Writes a file into which tensors are put one by one, in any order, each at the place laid out for it.
@@ -54,7 +51,7 @@ class StreamWriter:
     """
 
     def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str]) -> None:
-        self._layout, self._waiting = layout, set(layout)
+        self._layout, self._missing = layout, set(layout)
         self._offsets = _offsets(layout)
         self._header_size = len(_header(layout, metadata))
         # Unbuffered: a full disk is an error of the write that met it, and never one of a later close.
@@ -68,15 +65,15 @@ class StreamWriter:
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, which is on the CPU. Raises OSError where the file system refuses."""
-        assert name in self._waiting, f"{name} was not laid out, or comes twice"
+        assert name in self._missing, f"{name} was not laid out, or comes twice"
         have, want = (tensor.dtype, tuple(tensor.shape)), self._layout[name]
         assert have == want, f"{name} is {have}, but was laid out as {want}"
         self._write(self._header_size + self._offsets[name][0], tensor_bytes(tensor))
-        self._waiting.remove(name)
+        self._missing.remove(name)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the header. Raises OSError where the file system refuses."""
-        assert not self._waiting, f"never put: {sorted(self._waiting)}"
+        assert not self._missing, f"never put: {sorted(self._missing)}"
         header = _header(self._layout, metadata)
         assert len(header) == self._header_size, "the metadata is not as long as was said"
         self._write(0, memoryview(header))
@@ -106,20 +103,15 @@ class StreamReader:
         self._file.seek(0)
         length = int.from_bytes(self._file.read(8), "little")
         self._data = 8 + length
-        if size < 8 or self._data > size:
+        if size < self._data:
             raise ValueError("the file ends within its header")
         entries = json.loads(self._file.read(length))
         try:
             self.metadata: dict[str, str] = entries.pop("__metadata__", {})
-            entries = dict(sorted(entries.items()))
-            self.layout: Layout = {n: (DTYPES[e["dtype"]], tuple(e["shape"])) for n, e in entries.items()}
+            self.layout: Layout = {n: (DTYPES[e["dtype"]], tuple(e["shape"])) for n, e in sorted(entries.items())}
             self._offsets = {n: tuple(e["data_offsets"]) for n, e in entries.items()}
-            whole = sum(map(_size, self.layout.values())) == size - self._data and all(
-                all(type(n) is int and n >= 0 for n in self.layout[name][1])
-                and 0 <= begin <= end <= size - self._data
-                and end - begin == _size(self.layout[name])
-                for name, (begin, end) in self._offsets.items()
-            )
+            end = max((end for _, end in self._offsets.values()), default=0)
+            whole = self._offsets == _offsets(self.layout) and end == size - self._data
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"no safetensors header ({error})") from error
         if not whole:
@@ -151,8 +143,9 @@ def _size(entry: tuple[torch.dtype, tuple[int, ...]]) -> int:
 
 def _offsets(layout: Layout) -> dict[str, tuple[int, int]]:
     """(begin, end) of each tensor in bytes after the header, in the order of the file."""
+    ranks = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
     offsets, end = {}, 0
-    for name in sorted(layout, key=lambda n: (-_RANKS[layout[n][0]], n)):
+    for name in sorted(layout, key=lambda n: (-ranks[layout[n][0]], n)):
         begin, end = end, end + _size(layout[name])
         offsets[name] = (begin, end)
     return offsets
@@ -160,10 +153,11 @@ def _offsets(layout: Layout) -> dict[str, tuple[int, int]]:
 
 def _header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
     """The length and the JSON, padded so that the tensors begin at a multiple of 8."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     for name, offsets in _offsets(layout).items():
         dtype, shape = layout[name]
-        entries[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": offsets}
+        entries[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": offsets}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

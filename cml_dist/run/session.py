@@ -1,100 +1,237 @@
-"""One start of a run, for the record and for people: versions, hardware, parameters, data."""
+"""One start of a run in its folder: who may write there, how it stands, its metrics, trackers and logs."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-import re
-from collections.abc import Sequence
-from dataclasses import asdict
+import json
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-import torch
-
 from cml_dist import __version__
-from cml_dist.config.plan import RunPlan
+from cml_dist.atomic import append_json_line, write_text
+from cml_dist.config.load import dump_config
+from cml_dist.config.methods import method_title
 from cml_dist.config.schema import RunConfig
-from cml_dist.meta.rule import part_of
+from cml_dist.errors import CheckpointError, CmlError
+from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
+from cml_dist.parallel.verdict import Verdict
 from cml_dist.parallel.world import World
+from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.assemble import Parts
-from cml_dist.run.status import now, this_start
+from cml_dist.run.folder import RunFolder, wait_until_seen
+from cml_dist.run.lease import Lease
+from cml_dist.run.record import session_record
+from cml_dist.run.status import RunStatus, State, now, this_start
+from cml_dist.telemetry.console import Console
+from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
+from cml_dist.telemetry.rank_log import RankLog
+from cml_dist.telemetry.trackers import Trackers, check_installed
 
-PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy", "safetensors", "pillow")
-
-
-def session_record(plan: RunPlan, parts: Parts, world: World, threads: int, step: int) -> dict[str, Any]:
-    """What a line of ``sessions.jsonl`` holds."""
-    counts: dict[str, int] = {}
-    for name, value in parts.net.named_parameters():
-        counts[part_of(name)] = counts.get(part_of(name), 0) + value.numel()
-    gpu = world.device.type == "cuda"
-    return {
-        "time": now(),
-        "step": step,
-        **asdict(this_start()),
-        "versions": versions(),
-        "hardware": torch.cuda.get_device_name(world.device) if gpu else f"CPU ({platform.machine()})",
-        "threads": threads,
-        "parameters": counts,
-        "plan": plan.as_dict(),
-        "data": parts.domain.describe(),
-    }
+STATUS_S = 10.0
+"""Seconds between two writes of ``status.json`` while the run trains, however long a meta-step takes."""
 
 
-def session_rows(record: dict[str, Any]) -> dict[str, str]:
-    """The record in words, for the header."""
-    rows = {
-        "parameters": ", ".join(f"{part} {count:,}" for part, count in record["parameters"].items()),
-        "hardware": f"{record['hardware']}, {record['threads']} CPU thread{'s' * (record['threads'] != 1)} a process",
-    }
-    for split, info in record["data"].get("splits", {}).items():
-        kept = "in memory of each process" if info["kept"] == "memory" else "streamed (each checked when drawn)"
-        rows[f"{split} split"] = (
-            f"{info['images']:,} images of {info['classes']:,} classes, {info['bytes'] / 2**20:.0f} MiB {kept}"
-        )
-    return rows
+class Session:
+    """This rank's part in the run folder; rank 0 alone writes there, but for the logs.
 
+    Attributes:
+        folder: the run's.
+        console: the screen of rank 0; what it says is in this rank's log too.
+        trackers: those of ``run.trackers``, once the run has begun.
+        step: meta-steps done.
+        doing: ``training``, ``validation`` and so on, for ``status.json``.
+    """
 
-def set_rows(config: RunConfig, parts: Parts) -> dict[str, str]:
-    """Which image set it is, and how its pixels meet pre-trained weights; empty for other domains."""
-    data = parts.domain.describe()
-    if "name" not in data:
-        return {}
-    channels, height, width = data["input_shape"]
-    rows = {"image set": f"{data['name']} in {data['root']}, {width}x{height} px, {'grey' if channels == 1 else 'RGB'}"}
-    published = getattr(getattr(parts.net.body, "model", None), "pretrained_cfg", None)
-    measured = config.domain.mean is None and config.domain.std is None
-    if config.model.pretrained and measured and published and len(published["mean"]) == channels:
-        own = " ".join(f"domain.{key}={_compact(published[key])}" for key in ("mean", "std"))
-        rows["normalisation"] = f"mean {_compact(data['mean'])}, std {_compact(data['std'])} of the set; weights: {own}"
-    return rows
+    def __init__(self, config: RunConfig, world: World, console: Console) -> None:
+        self.config, self.world = config, world
+        self.folder = RunFolder(config.run.dir)
+        self._log = RankLog(world.rank)
+        self.console = console
+        self.trackers = Trackers(config, 0, self.console, active=False)  # until the run has begun
+        self._metrics: MetricsWriter | None = None
+        self._lease: Lease | None = None
+        self._made: list[Path] = []  # folders that claim() made, innermost first
+        self.step, self.doing = 0, "starting"
+        self._started, self._starts = now(), 1
+        self._longest_s = {"step": 0.0, "save": 0.0}
+        self._writing, self._over = threading.Lock(), threading.Event()
 
+    def on_main(self, work: Callable[[], object]) -> None:
+        """Run ``work`` on rank 0; where it fails, it fails on all ranks. Collective: all ranks."""
+        self.world.together(work if self.world.is_main else lambda: None)
 
-def set_warning(config: RunConfig, parts: Parts) -> str | None:
-    """Where ``domain.name`` is a known set, and the one in ``domain.root`` calls itself something else."""
-    name, packed = config.domain.name, parts.domain.describe().get("name")
-    if packed is None or name in ("glyphs", "images") or _letters(name) in _letters(packed):
-        return None
-    return (
-        f"domain.name is {name}, but the set in {config.domain.root} is called {packed}; "
-        f"if it is meant, say domain.name=images, or pack it with --name {name}"
-    )
+    # ------------------------------------------------------------------ begin and end
 
+    def claim(self) -> None:
+        """Keep other trainers out of the folder while this process lives. Collective: all ranks.
 
-def _letters(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+        Raises:
+            CheckpointError: the folder cannot be written, holds something else or a run of another configuration, or
+                another trainer is at work in it.
+        """
+        self.on_main(self._claim)
+        self.world.watch.at_end = self._lost
+        if self.folder.exists:
+            self._open_log()
 
+    def begin(self, parts: Parts, threads: int, step: int, validated: int) -> dict[str, Any]:
+        """Record that a start goes on at ``step``: from now on a run lives here; returns what is recorded of it.
 
-def _compact(values: Sequence[float]) -> str:
-    return f"[{','.join(f'{x:.4g}' for x in values)}]"
+        What was written of later steps goes: metrics, validations after step ``validated``, damaged checkpoints.
 
+        Collective: all ranks.
+        """
+        record = session_record(parts, self.world, threads, step)
+        self.step, self.doing = step, "training"
+        self.on_main(lambda: self._begin(parts, record, validated))
+        here = f"run.dir {self.folder.path.resolve()}"
+        self.world.together(lambda: wait_until_seen(here, lambda: self.folder.exists))
+        return record
 
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    found = {"python": platform.python_version(), "cml_dist": __version__}
-    for package in PACKAGES:
+    def open(self) -> None:
+        """Open this rank's log and the trackers: a run that never began leaves neither."""
+        self._open_log()
+        self.world.watch.beat("starting the trackers")
+        self.trackers = Trackers(self.config, self.step, self.console, active=self.world.is_main)
+
+    def fail(self, error: BaseException, stopped_by: str | None) -> None:
+        """Record why the run ends early: the signal that stopped it, else the error."""
+        self.world.watch.blame(error)
+        self._log.failed(error)
+        with suppress(CmlError):  # the first error counts
+            self.write_status("stopped" if stopped_by else "failed", stopped_by or str(error) or repr(error))
+
+    def close(self) -> None:
+        """Close the files; the folder is free for another trainer, and of a run that never began nothing is left."""
+        with self._writing:
+            self._over.set()
+        if self._metrics is not None:
+            self._metrics.close()
+        self.trackers.close()
+        self._log.close()
+        if self._lease is not None:
+            self._lease.release(began=self.folder.exists)
+        if not self.folder.exists:
+            with suppress(OSError):  # where something else lies in the folder, it stays
+                for folder in self._made:
+                    folder.rmdir()
+
+    # ------------------------------------------------------------------ while it runs
+
+    def fence(self) -> None:
+        """Raise CheckpointError where a later start of this run has taken over the folder; called by rank 0 alone."""
+        if self._lease is not None:
+            self._lease.check()
+
+    def record_step(self, metrics: StepMetrics) -> None:
+        """Write a meta-step's line."""
+        self.step = metrics.step
+        self.took("step", metrics.seconds or 0.0)
+        if self._metrics is not None:
+            self._metrics.write(metrics)
+        self.trackers.step(metrics)
+
+    def record_validation(self, line: dict[str, Any], score_name: str) -> None:
+        """Write a validation's line."""
+        if self.world.is_main:
+            self.fence()
+            append_json_line(self.folder.validation_file, line)
+        self.trackers.validation(line, score_name)
+
+    def took(self, what: str, seconds: float) -> None:
+        """Note how long a meta-step (``step``) or a checkpoint (``save``) took: a safe exit may take as long."""
+        self._longest_s[what] = max(self._longest_s[what], seconds)
+
+    def write_status(self, state: State, reason: str) -> None:
+        """Write ``status.json``, where a run lives here, and no later start of it has taken over.
+
+        Nothing is written after the first state that is not ``running``.
+        """
+        if self._lease is None or not self.folder.exists:
+            return
+        with self._writing:
+            if self._over.is_set():
+                return
+            if state != "running":
+                self._over.set()
+            try:
+                self._lease.check()
+            except CheckpointError:
+                return
+            start, longest_s = this_start(), self._longest_s
+            status = RunStatus(
+                state=state,
+                reason=reason,
+                step=self.step,
+                steps=self.config.train.steps,
+                time=now(),
+                started=self._started,
+                world=self.world.size,
+                method=method_title(self.config),
+                host=start.host,
+                pid=start.pid,
+                job=start.job,
+                restart=start.restart,
+                starts=self._starts,
+                # A signal may come as a save begins, after which ranks next agree at the end of a meta-step.
+                exit_s=round(longest_s["step"] + 2 * longest_s["save"], 3) if all(longest_s.values()) else None,
+            )
+            write_text(self.folder.status_file, status.text())
+
+    # ------------------------------------------------------------------ inside
+
+    def _claim(self) -> None:
+        folder = self.folder
+        check_installed(self.config)
+        if folder.exists:
+            folder.check_resumable(self.config)
+            self.step = max(checkpoints.steps_in(folder.checkpoints), default=0)
         try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            self._made = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
+            folder.path.mkdir(parents=True, exist_ok=True)
+            # Hidden files and the lock are what a start leaves that was killed early.
+            if not folder.exists and any(p.name != "lock" and p.name[0] != "." for p in folder.path.iterdir()):
+                raise CheckpointError(f"run.dir {folder.path} is not empty and holds no run", "choose another run.dir")
+            self._lease = Lease(folder.path, this_start())
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write run.dir {folder.path}: {error.strerror}", "choose a folder that can be written"
+            ) from error
+        self.write_status("running", self.doing)
+        threading.Thread(target=self._keep_status_fresh, name="status", daemon=True).start()
+
+    def _begin(self, parts: Parts, record: dict[str, Any], validated: int) -> None:
+        folder = self.folder
+        self.fence()  # loading the data may have taken as long as a requeue
+        checkpoints.set_aside(folder.checkpoints, self.step)
+        self._metrics = MetricsWriter(folder.metrics_file)
+        self._metrics.truncate_after(self.step)
+        MetricsWriter(folder.validation_file).truncate_after(validated)
+        write_text(folder.config_file, dump_config(self.config))
+        if zero_stage(parts.plan.strategy) is not None:
+            write_text(folder.deepspeed_file, json.dumps(deepspeed_config(self.config, parts.plan), indent=2) + "\n")
+        append_json_line(folder.sessions_file, record)
+        self._starts = len(folder.sessions_file.read_bytes().splitlines())
+        self.write_status("running", self.doing)
+
+    def _open_log(self) -> None:
+        world, start = self.world, this_start()
+        job = f", job {start.job}" if start.job else ""
+        restart = f", restart {start.restart}" if start.restart else ""
+        self._log.open(
+            self.folder.logs,
+            f"-------- cml-dist {__version__}: rank {world.rank} of {world.size} (here {world.local_rank} of "
+            f"{world.local_size}), pid {start.pid} on {start.host}{job}{restart}",
+        )
+        world.watch.log = self._log.file
+
+    def _lost(self, verdict: Verdict) -> None:
+        """Called by the watch's thread, which is about to end this process: its reason is the one that stays."""
+        self.write_status("failed" if verdict.stop_code is None else "stopped", verdict.what)
+
+    def _keep_status_fresh(self) -> None:
+        while not self._over.wait(STATUS_S):
+            with suppress(CmlError):  # a full disk: the next checkpoint says so
+                self.write_status("running", self.doing)

@@ -77,52 +77,22 @@ class Start:
         host, pid: of the process.
         job: SLURM's number, None outside.
         requeued: how often SLURM has put the job back into the queue.
-        launcher: which launcher made the process, None without one.
-        in_place: how often that launcher has started its processes again, as it counts: those of several machines count
-            only the faults on their own.
-        began: when the process did, in the kernel's ticks; orders those of one launcher.
+        in_place: how often the launcher has started its processes again, as it counts.
     """
 
     host: str
     pid: int
     job: str | None = None
     requeued: int = 0
-    launcher: str | None = None
     in_place: int = 0
-    began: int = 0
 
     @property
     def restart(self) -> int:
         """How often the job was requeued or started again in place: for people, since it can fall after a requeue."""
         return self.requeued + self.in_place
 
-    def succeeds(self, other: Start) -> bool:
-        """Whether ``other`` is an earlier start of the same, that SLURM or the launcher has given up.
-
-        A requeue begins the launcher's count anew, and the counts of two launchers have nothing to do with each other.
-        """
-        if self.job != other.job:
-            return False
-        if self.requeued != other.requeued:
-            return self.requeued > other.requeued
-        later = (self.in_place, self.began) > (other.in_place, other.began)
-        return self.launcher is not None and self.launcher == other.launcher and later
-
 
 def this_start() -> Start:
     """The start that this process belongs to."""
-    environment, host = os.environ, socket.gethostname()
-    job, launcher = environment.get("SLURM_JOB_ID") or None, None
-    if "TORCHELASTIC_RUN_ID" in environment:
-        # That of rank 0, which stays where it is when launchers of several machines start again in place.
-        launcher = f"{host}:{os.getppid()}:{_began(os.getppid())}"
-    requeued, (in_place, _) = int(environment.get("SLURM_RESTART_COUNT") or 0), restarts()
-    return Start(host, os.getpid(), job, requeued, launcher, in_place, int(_began(os.getpid()) or 0))
-
-
-def _began(pid: int) -> str:
-    """When a process began, in the kernel's ticks: in containers a launcher has the same number each time."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+    job, requeued = os.environ.get("SLURM_JOB_ID") or None, int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return Start(socket.gethostname(), os.getpid(), job, requeued, restarts()[0])

@@ -51,7 +51,7 @@ class EpisodeStream:
                     batch_size=None,
                     sampler=indices,
                     num_workers=workers,
-                    worker_init_fn=_follow_the_trainer,
+                    worker_init_fn=_ignore_signals,
                     # Workers never touch the global generators, and must not take from the trainer's.
                     generator=torch.Generator(),
                 )
@@ -82,19 +82,17 @@ class _ByIndex(Dataset):
     def __getitem__(self, index: int) -> Episode | CmlError:
         try:
             return self.domain.episode(self.split, index)
-        except CmlError as error:  # as a value: the loader would bury its line in a worker's traceback
+        except CmlError as error:  # as a value: raised, it would be one line in a worker's long traceback
             return error
 
 
-def _follow_the_trainer(worker: int) -> None:
-    """The trainer decides when its workers end, and they end with it.
+def _ignore_signals(worker: int) -> None:
+    """A worker ends when the trainer does.
 
     Ctrl-C and a scheduler's SIGTERM reach every process: torch's own handler would end a worker at SIGTERM, and thereby
-    the step that is to be saved. Other stop signals come to the trainer's handler, which the worker has a copy of and
-    nobody asks.
+    the step that is to be saved. Other stop signals only set a flag in the worker's copy of the trainer's handler.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    # One that outlived a killed trainer would keep the run folder's lock, and the screen, for some seconds more.
-    signal_when_parent_ends(signal.SIGKILL)
+    signal_when_parent_ends(signal.SIGKILL)  # also where the trainer is killed
     torch.set_num_threads(1)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from cml_dist.atomic import atomic_file
 from cml_dist.errors import CheckpointError
 
 
@@ -98,13 +99,9 @@ class MetricsWriter:
         if not self.path.exists():
             return
         lines = self.path.read_bytes().splitlines(keepends=True)
-        fresh = self.path.with_name(self.path.name + ".new")
-        with self._writing():
-            with open(fresh, "wb") as file:
-                file.writelines(line for line in lines if (record := _parse(line)) and record["step"] <= step)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(fresh, self.path)
+        kept = [line for line in lines if (record := _parse(line)) and record["step"] <= step]
+        with self._writing(), atomic_file(self.path) as fresh:
+            fresh.write_bytes(b"".join(kept))
 
     def close(self) -> None:
         """Close the file; a later ``write`` opens it again."""

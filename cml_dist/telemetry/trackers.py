@@ -15,6 +15,7 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
+from cml_dist.atomic import write_text
 from cml_dist.config.load import flatten
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
@@ -141,8 +142,7 @@ def _wandb(config: RunConfig, step: int) -> GeneralTracker:
     folder = Path(config.run.dir)
     id_file = folder / "wandb" / "run-id"
     if not id_file.is_file():
-        id_file.parent.mkdir(exist_ok=True)
-        id_file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+        write_text(id_file, uuid.uuid4().hex[:12] + "\n")
     tracker = WandBTracker(
         config.run.tracker_project or os.environ.get("WANDB_PROJECT") or "cml-dist",
         id=id_file.read_text(encoding="utf-8").strip(),

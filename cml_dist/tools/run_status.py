@@ -172,7 +172,7 @@ def _tested(test: dict[str, Any]) -> str:
 
 def _state(status: RunStatus, folder: RunFolder) -> tuple[str, str]:
     """The state that is, of the state that was written last."""
-    quiet_s, lease_s = _quiet_s(folder), _mtime(folder.path / "lease.json")
+    quiet_s, lease_s = _quiet_s(folder), _mtime(folder.path / "lock")
     if status.state != "running":
         # A later start than that of the status may have the folder: it says nothing of itself until it is ready.
         starting = lease_s > _mtime(folder.status_file) and (time.time() - lease_s <= SILENT_S or _held(folder))
@@ -196,8 +196,8 @@ def _held(folder: RunFolder) -> bool:
 
 
 def _quiet_s(folder: RunFolder) -> float:
-    """Seconds since anything was written: status and lease every few seconds, metrics, logs and checkpoints between."""
-    moving = (folder.status_file, folder.path / "lease.json", folder.metrics_file, folder.validation_file)
+    """Seconds since anything was written: status every few seconds, metrics, logs and checkpoints between."""
+    moving = (folder.status_file, folder.metrics_file, folder.validation_file)
     return max(0.0, time.time() - max(map(_mtime, (*moving, folder.checkpoints, *folder.logs.glob("*.log")))))
 
 

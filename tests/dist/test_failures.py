@@ -129,7 +129,7 @@ def test_a_rank_that_hangs_after_everything_is_done_is_named(tmp_path, fault, ra
 def test_a_lone_process_whose_data_hangs_is_ended_with_its_stacks(tmp_path):
     folder = tmp_path / "run"
     # Longer than a busy machine takes for any part of the start.
-    out, seconds = ends(1, folder, "domain.workers=1", "parallel.timeout_s=15", fault="hangs", rank=0)
+    out, seconds = ends(1, folder, "domain.workers=1", "parallel.timeout_s=15", fault="data hangs", rank=0)
     here = "in step 5, episode 1 of 3"
     said_once(f"error: {NAME.format(0)} did not move for 1[5-9] s {here}; its log shows its threads; mend it, or", out)
     (log,) = logs(folder, 1)
@@ -165,7 +165,7 @@ def test_a_rank_that_keeps_pythons_lock_shows_where_and_is_ended(tmp_path):
     said_once(SILENT.format(1), out)
     # From a thread that needs no lock; so soon after the start it may not know of the log yet.
     shown = out.partition("error: ")[0] + logs(folder, 2)[1]
-    assert "Timeout" in shown and "in faulty_episode" in shown, shown
+    assert "Timeout" in shown and "in on_step" in shown, shown
     assert seconds < SOON_S
 
 

@@ -182,9 +182,9 @@ def test_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch, moment):
     if moment == "write":
         monkeypatch.setattr(checkpoints.StreamWriter, "put", full)
     elif moment == "sync":
-        monkeypatch.setattr(checkpoints.os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
     else:
-        monkeypatch.setattr(checkpoints.os, "replace", full)
+        monkeypatch.setattr(os, "replace", full)
     with pytest.raises(CheckpointError, match=r"No space left.*step 1 stays good"):
         save(tmp_path, 2)
     monkeypatch.undo()
@@ -220,7 +220,7 @@ def test_after_a_refused_write_all_tensors_are_still_asked_for(tmp_path):
     assert os.listdir(tmp_path) == ["step-00000001.safetensors"]
 
 
-@pytest.mark.parametrize("fault", [RuntimeError, OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt])
 def test_a_fault_in_the_gathering_is_raised_as_it_is(tmp_path, fault):
     save(tmp_path, 1)
 
@@ -339,25 +339,25 @@ def test_a_strategy_gives_what_it_lays_out_and_takes_it_back(tmp_path, optimizer
 
 
 def test_another_network_is_refused_by_name(tmp_path):
+    def net(width=4, **more):
+        made = torch.nn.ModuleDict({"body": torch.nn.ParameterDict({"w": torch.zeros(3, width)})})
+        made["head"] = torch.nn.ParameterDict({"b": torch.zeros(4), **more})
+        return made
+
     found = checkpoints.load(save(tmp_path, 1))
-    have = {name: entry for name, entry in found.layout.items() if name.startswith("param/")}
-    (body, body_entry), (head, head_entry) = sorted(have.items())
-    wider = {**have, body: (torch.float32, (3, 5))}
-    fewer, more = {body: body_entry}, {**have, "param/new": (torch.float32, ())}
-    for want, words in ((wider, r"body.w has shape \(3, 4\)"), (fewer, "head.b"), (more, r"new has shape none.*\(\)")):
+    checkpoints.check_same_run(found, net())
+    fewer, more = net(), net(new=torch.zeros(()))
+    del fewer["head"]
+    cases = ((net(5), r"body.w has shape \(3, 4\)"), (fewer, "head.b"), (more, r"head.new has shape none.*\(\)"))
+    for other, words in cases:
         with pytest.raises(CheckpointError, match=f"another network: {words}"):
-            checkpoints.check_fits(found, want)
-    checkpoints.check_fits(found, have)
-    checkpoints.check_fits(found, {**have, "moment/exp_avg_sq/body.w": body_entry})
-    net = torch.nn.ModuleDict({"body": torch.nn.ParameterDict({"w": torch.zeros(3, 4)})})
-    net["head"] = torch.nn.ParameterDict({"b": torch.zeros(4)})
-    checkpoints.check_fits(found, checkpoints.layout_of(net))
+            checkpoints.check_same_run(found, other)
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step in range(1, 7):
         save(tmp_path, step)
-    (tmp_path / ".step-00000007.safetensors.writing").write_bytes(b"killed")
+    (tmp_path / ".step-00000007.safetensors.writing-n01-7-7").write_bytes(b"killed")
     checkpoints.prune(tmp_path, 2, frozenset({3}))
     assert checkpoints.steps_in(tmp_path) == [3, 5, 6]
     assert len(os.listdir(tmp_path)) == 3

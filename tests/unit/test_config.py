@@ -125,7 +125,6 @@ def test_a_signal_that_does_not_ask_to_stop_is_refused_with_those_that_do(name):
 def test_all_that_ask_to_stop_can_be_caught():
     config = parse(f"run.stop_signals=[{','.join(STOP_SIGNALS)}]")
     with Interrupts(config.run.stop_signals) as interrupts:
-        interrupts.patient()
         for name in STOP_SIGNALS:
             interrupts.stop = None
             signal.raise_signal(signal.Signals[name])

@@ -1,4 +1,4 @@
-"""Signals: at once before there is something to lose, patient after, and never twice."""
+"""Signals: at once before there is something to lose, deferred after, and never twice."""
 
 from __future__ import annotations
 
@@ -21,60 +21,59 @@ def send(name: str) -> None:
 def test_a_signal_before_the_loop_ends_the_run_at_once():
     before = signal.getsignal(signal.SIGUSR1)
     with Interrupts() as interrupts:
+        interrupts.raise_signals()
         with pytest.raises(Stopped):
             send("SIGUSR1")
+        assert interrupts.cut_short
         assert interrupts.stop == "SIGUSR1"
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def test_ctrl_c_before_the_loop_is_an_interrupt():
-    with Interrupts(), pytest.raises(KeyboardInterrupt):
-        send("SIGINT")
+    with Interrupts() as interrupts:
+        interrupts.raise_signals()
+        with pytest.raises(KeyboardInterrupt):
+            send("SIGINT")
 
 
 def test_later_signals_only_say_so_and_the_first_counts():
     with Interrupts(("SIGUSR2", "SIGTERM")) as interrupts:
-        interrupts.patient()
-        assert interrupts.stop is None and interrupts.seconds == 0
+        interrupts.raise_signals()
+        interrupts.defer_signals()
+        assert interrupts.stop is None
         for name in ("SIGUSR2", "SIGTERM", "SIGUSR2"):
             send(name)
         assert interrupts.stop == "SIGUSR2"
-        assert interrupts.seconds > 0
 
 
 def test_a_second_ctrl_c_interrupts_unless_a_launcher_passes_it_on(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with Interrupts() as interrupts:
-        interrupts.patient()
         send("SIGINT")
         with pytest.raises(KeyboardInterrupt):
             send("SIGINT")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with Interrupts() as interrupts:
-        interrupts.patient()
         send("SIGINT")
         send("SIGINT")
         assert interrupts.stop == "SIGINT"
 
 
-def test_a_signal_in_the_middle_of_imports_waits_for_their_end():
-    with Interrupts() as interrupts, pytest.raises(Stopped):
-        with interrupts.held():
-            signal.raise_signal(signal.SIGUSR1)
-            reached = True
-        raise AssertionError("it went on")
-    assert reached and interrupts.cut_short
-
-
-def test_only_a_stopped_run_is_deaf_on_its_way_out():
+def test_a_signal_in_the_middle_of_imports_ends_the_run_after_them():
     with Interrupts() as interrupts:
-        interrupts.deafen()
+        send("SIGUSR1")
+        assert not interrupts.cut_short
+        with pytest.raises(Stopped):
+            interrupts.raise_signals()
+
+
+def test_only_a_stopped_run_ignores_signals_on_its_way_out():
+    with Interrupts() as interrupts:
+        interrupts.ignore_signals()
         assert callable(signal.getsignal(signal.SIGUSR1))
-        interrupts.patient()
-        signal.raise_signal(signal.SIGUSR1)
-        interrupts.deafen()
+        send("SIGUSR1")
+        interrupts.ignore_signals()
         assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
-    assert not interrupts.cut_short
 
 
 def test_who_lets_another_rank_say_the_error_is_ended_by_the_launcher_without_a_word(tmp_path):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from toy import NUM_CLASSES, accuracy, cross_entropy, make_episode, make_net
 
+from cml_dist.config.load import parse_config
 from cml_dist.domains.base import Domain
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.problem import Problem
@@ -18,6 +21,7 @@ from cml_dist.types import Batch, Episode
 
 ALONE = World(accelerator=None, rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 METHOD = Method.sgd(2, 0.3, 0.3)
+CONFIG = parse_config({"domain": {"name": "sinusoid"}})
 
 
 class Noise(Domain):
@@ -45,8 +49,13 @@ def parts(net):
 
 def report(net, permutations):
     params, problem = parts(net)
-    options = {"split": "test", "num_episodes": 6, "learners": ("meta",), "permutations": permutations}
-    return evaluate(params, problem, METHOD, Noise(), ALONE, dtype=torch.float64, **options)["meta"]
+    model = SimpleNamespace(problem=problem, method=METHOD)
+    model.to = lambda device: model
+    made = SimpleNamespace(
+        domain=Noise(), model=model, dtype=torch.float64, plan=SimpleNamespace(test_inner_steps=METHOD.inner_steps)
+    )
+    options = {"split": "test", "num_episodes": 6, "permutations": permutations}
+    return evaluate(CONFIG, made, ALONE, params, ("meta",), **options)["meta"]
 
 
 def test_scores_are_means_over_label_orders_and_the_spread_is_told():

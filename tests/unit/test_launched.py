@@ -12,7 +12,7 @@ from cml_dist.parallel import launched as module
 from cml_dist.parallel.interface import choose_interface
 from cml_dist.parallel.launched import Launched, check_launch, forget_others, idle_nodes, launched, launched_or_alone
 from cml_dist.run import folder as folders
-from cml_dist.run.folder import RunFolder, same_everywhere
+from cml_dist.run.folder import same_everywhere
 from cml_dist.telemetry.console import Console
 
 BY_HAND = {
@@ -164,13 +164,10 @@ def test_a_way_that_leads_nowhere_is_refused(host, words, monkeypatch):
 
 
 def test_a_folder_that_the_machines_do_not_share_is_refused(tmp_path, monkeypatch):
-    config = parse_config(SINUSOID, source="test")
-    seen, unseen = RunFolder(tmp_path / "shared"), RunFolder(tmp_path / "own")
-    seen.begin(config)
-    seen.wait_until_seen()
+    folders.wait_until_seen("run.dir", lambda: True)
     monkeypatch.setattr(folders, "SEEN_WITHIN_S", 0.3)
-    with pytest.raises(NetworkError, match=r"does not see run.dir \S+own, which rank 0 has made; put"):
-        unseen.wait_until_seen()
+    with pytest.raises(NetworkError, match=r"does not see run.dir runs/own, which rank 0 has made; put"):
+        folders.wait_until_seen("run.dir runs/own", lambda: False)
 
 
 def test_where_the_data_lies_may_differ_from_machine_to_machine_and_nothing_else():

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cml_dist.atomic import append_json_line
 from cml_dist.errors import CheckpointError
-from cml_dist.run.folder import append_json_line
 from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics, read_metrics
 
 KEYS = [

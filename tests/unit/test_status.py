@@ -80,21 +80,15 @@ def test_the_state_and_its_exit_code(tmp_path, capfd, made, state, code):
     assert made.get("reason", "").replace("\n", " ") in line
 
 
-def test_a_run_is_alive_while_its_lease_is_renewed(tmp_path, capfd):
-    folder = make_run(tmp_path / "run", age_s=600)
-    (folder / "lease.json").write_text("{}")
-    assert check(folder, capfd)[0] == 3
-
-
 @pytest.mark.parametrize("state", ["stopped", "failed"])
 def test_a_start_that_still_loads_is_not_taken_for_the_one_before(tmp_path, capfd, state):
     folder = make_run(tmp_path / "run", state, age_s=600)
-    lease = folder / "lease.json"
+    lease = folder / "lock"
     lease.write_text("{}")
     assert check(folder, capfd) == (3, f"{folder}: running, step 60/100 (starting)\n")
     os.utime(lease, (time.time() - 300,) * 2)  # killed since, or at it for long
     assert state in check(folder, capfd)[1]
-    with open(folder / "lock", "w") as lock:
+    with open(lease) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert check(folder, capfd)[0] == 3
     os.utime(lease, (time.time() - 700,) * 2)  # of that very start, which was ended before it could put it away

@@ -7,9 +7,11 @@ import importlib.metadata
 import json
 import os
 import shutil
-import sys
+import signal
 import threading
+import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,17 +21,24 @@ import cml_dist
 from cml_dist.cli import main
 from cml_dist.config.load import merge, parse_config
 from cml_dist.domains.sinusoid import SinusoidDomain
-from cml_dist.errors import CheckpointError, ConfigError, DeviceMemoryError, TrainingError, WorldError
+from cml_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceMemoryError,
+    NetworkError,
+    TrainingError,
+    WorldError,
+)
 from cml_dist.parallel import strategy as strategies
 from cml_dist.parallel.verdict import Verdict
-from cml_dist.parallel.watch import Watch
+from cml_dist.parallel.watch import Watch, this_watch
 from cml_dist.parallel.world import World
 from cml_dist.run import checkpoint as checkpoints
-from cml_dist.run import evaluator as evaluators
-from cml_dist.run import report, same_checkpoint
-from cml_dist.run import trainer as trainers
+from cml_dist.run import folder as folders
+from cml_dist.run import session as sessions
 from cml_dist.run.finished import evaluate_run, export_again
-from cml_dist.run.folder import RunFolder, run_config
+from cml_dist.run.folder import run_config
+from cml_dist.run.hooks import nothing
 from cml_dist.run.status import read_status
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import Console
@@ -62,8 +71,8 @@ def configure(folder, *overrides):
     return parse_config(merge(BASE, [f"run.dir={folder}", *overrides]))
 
 
-def go(folder, *overrides):
-    return train(configure(folder, *overrides), Console(quiet=True))
+def go(folder, *overrides, on_step=nothing):
+    return train(configure(folder, *overrides), Console(quiet=True), on_step=on_step)
 
 
 def losses(folder):
@@ -81,15 +90,27 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def stop_after(monkeypatch, step):
-    """As if Ctrl-C came while meta-step ``step`` ran."""
-    meta_step = trainers._Run._meta_step
+def at(step, what, act):
+    """A hook that does something where ``what`` happens after ``step`` meta-steps, the first time."""
+    left = [act]
 
-    def interrupted(self, episodes):
-        self.interrupts.stop = "SIGINT" if self.step + 1 == step else None
-        return meta_step(self, episodes)
+    def on_step(done, happened):
+        if (done, happened) == (step, what) and left:
+            left.pop()()
 
-    monkeypatch.setattr(trainers._Run, "_meta_step", interrupted)
+    return on_step
+
+
+def stop_after(step, name="SIGINT"):
+    """As if a signal came while meta-step ``step`` runs."""
+    return at(step - 1, "episode", lambda: signal.raise_signal(signal.Signals[name]))
+
+
+def failing(error):
+    def fail():
+        raise error
+
+    return fail
 
 
 class Listening(Console):
@@ -145,11 +166,9 @@ def test_a_finished_run_is_not_trained_again(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("step", [1, 4, 5, 7, 11])
-def test_resume_is_exact(undisturbed, tmp_path, monkeypatch, step):
+def test_resume_is_exact(undisturbed, tmp_path, step):
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_after(patch, step)
-        outcome = go(folder)
+    outcome = go(folder, on_step=stop_after(step))
     assert (outcome.step, outcome.finished) == (step, False)
     assert not (folder / "eval.json").exists()
     assert go(folder).finished
@@ -159,39 +178,20 @@ def test_resume_is_exact(undisturbed, tmp_path, monkeypatch, step):
     assert json.loads((folder / "eval.json").read_text()) == json.loads((undisturbed / "eval.json").read_text())
 
 
-def test_a_killed_run_loses_only_the_steps_since_its_checkpoint(undisturbed, tmp_path, monkeypatch):
+def test_a_killed_run_loses_only_the_steps_since_its_checkpoint(undisturbed, tmp_path):
     """Killed at step 7 without a word: metrics 5 to 7 are there, the checkpoint is of step 5."""
     folder = tmp_path / "run"
-    meta_step = trainers._Run._meta_step
-
-    def killed(self, episodes):
-        if self.step == 7:
-            raise KeyboardInterrupt
-        return meta_step(self, episodes)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainers._Run, "_meta_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            go(folder)
+    with pytest.raises(KeyboardInterrupt):
+        go(folder, on_step=at(7, "episode", failing(KeyboardInterrupt)))
     assert len(losses(folder)) == 7
     assert go(folder).finished
     assert losses(folder) == losses(undisturbed)
 
 
-def test_a_run_killed_in_a_validation_loses_nothing(undisturbed, tmp_path, monkeypatch):
+def test_a_run_killed_in_a_validation_loses_nothing(undisturbed, tmp_path):
     folder = tmp_path / "run"
-    evaluate, calls = trainers.evaluate, []
-
-    def killed(*args, **rest):
-        calls.append(1)
-        if len(calls) == 2:  # after step 10
-            raise KeyboardInterrupt
-        return evaluate(*args, **rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainers, "evaluate", killed)
-        with pytest.raises(KeyboardInterrupt):
-            go(folder)
+    with pytest.raises(KeyboardInterrupt):
+        go(folder, on_step=at(10, "testing", failing(KeyboardInterrupt)))
     assert checkpoints.load_newest(folder / "checkpoints")[0].step == 10
     assert go(folder).finished
     assert losses(folder) == losses(undisturbed)
@@ -200,127 +200,70 @@ def test_a_run_killed_in_a_validation_loses_nothing(undisturbed, tmp_path, monke
 
 
 @pytest.mark.parametrize("asked", [3, 12, 20])
-def test_a_stop_between_tested_episodes_loses_nothing(undisturbed, tmp_path, monkeypatch, asked):
-    """Asked in the first validation, in the last one, and in the final test: each goes on at the next episode."""
-    folder = tmp_path / "run"
-    wanted, calls, scored = trainers._Run._stop_wanted, [], []
-    score_episode = evaluators.score_episode
+def test_a_stop_between_tested_episodes_loses_nothing(undisturbed, tmp_path, asked):
+    """Asked in the first validation, in the last one, and in the final test: each is done again."""
+    folder, tested = tmp_path / "run", []
 
-    def counted(*args, **rest):
-        scored.append(1)
-        return score_episode(*args, **rest)
+    def on_step(step, what):
+        if what == "testing":
+            tested.append(step)
+            if len(tested) == asked:
+                signal.raise_signal(signal.SIGUSR1)
 
-    monkeypatch.setattr(evaluators, "score_episode", counted)
-
-    def stop_wanted(self):
-        if sys._getframe(1).f_code.co_name == "evaluate":
-            calls.append(1)
-            if len(calls) == asked:
-                self.interrupts.stop = "SIGUSR1"
-        return wanted(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainers._Run, "_stop_wanted", stop_wanted)
-        outcome = go(folder)
-    assert not outcome.finished and outcome.exit_code == 75 and len(calls) == asked
+    outcome = go(folder, on_step=on_step)
+    assert not outcome.finished and outcome.exit_code == 75 and len(tested) == asked
     status = read_status(folder / "status.json")
     assert (status.state, status.reason, status.step, status.steps) == ("stopped", "SIGUSR1", outcome.step, 12)
     assert go(folder).finished
     assert losses(folder) == losses(undisturbed)
     for name in ("validation.jsonl", "eval.json"):
         assert (folder / name).read_text() == (undisturbed / name).read_text()
-    tested = json.loads((folder / "eval.json").read_text())
-    reports = [*(tested[learner] for learner in ("meta", "co")), *tested["untrained"].values()]
-    validated = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
-    assert len(scored) == sum(one["episodes"] for one in reports + validated), "an episode was scored twice"
-    assert not list((folder / "evals").glob(".*"))
 
 
-def test_a_validation_whose_checkpoint_is_lost_begins_anew(undisturbed, tmp_path, monkeypatch):
-    folder = tmp_path / "run"
-    wanted, calls = trainers._Run._stop_wanted, []
-
-    def stop_wanted(self):
-        calls.append(1)
-        self.interrupts.stop = "SIGUSR1" if len(calls) == 7 else None  # in the second one, after step 10
-        return wanted(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainers._Run, "_stop_wanted", stop_wanted)
-        assert go(folder).step == 10
-    (kept,) = (folder / "evals").glob(".*")
-    table = np.load(kept)
-    assert table[-1].tolist() == [1, 1, 0, 0]
-    np.save(kept, table + 1000 * table[-1])  # as of other parameters: trained anew, they differ in rounding
-    checkpoints.path_of(folder / "checkpoints", 10).write_bytes(b"cut off")
-    assert go(folder).finished
-    assert (folder / "validation.jsonl").read_text() == (undisturbed / "validation.jsonl").read_text()
-
-
-def test_minutes_make_checkpoints_too_and_change_nothing(undisturbed, tmp_path, monkeypatch):
-    folder = tmp_path / "run"
-    saved = []
-    save = checkpoints.save
-
-    def counted(world, folder, step, *rest, **more):
-        saved.append(step)
-        return save(world, folder, step, *rest, **more)
-
-    monkeypatch.setattr(checkpoints, "save", counted)
-    go(folder, "checkpoint.every_minutes=1e-9")
+def test_minutes_make_checkpoints_too_and_change_nothing(undisturbed, tmp_path):
+    folder, saved = tmp_path / "run", []
+    go(folder, "checkpoint.every_minutes=1e-9", on_step=lambda step, what: saved.append(step) if what == "saved" else 0)
     assert set(saved) == set(range(1, 13))
     assert losses(folder) == losses(undisturbed)
 
 
-def test_the_status_tells_how_a_run_stands(undisturbed, tmp_path, monkeypatch):
+def test_the_status_tells_how_a_run_stands_also_in_a_long_step(undisturbed, tmp_path, monkeypatch):
     status = read_status(undisturbed / "status.json")
     assert (status.state, status.step, status.steps, status.world, status.starts) == ("finished", 12, 12, 1, 1)
     assert status.exit_s > 0
-    folder = tmp_path / "run"
-    seen = []
-    meta_step, evaluate = trainers._Run._meta_step, trainers.evaluate
+    folder, wanted = tmp_path / "run", [("training", 4), ("validation", 5), ("training", 6)]
 
-    def tested(*args, **rest):
-        reports = evaluate(*args, **rest)
-        seen.append(read_status(folder / "status.json"))
-        return reports
+    def on_step(step, what):
+        if what in ("episode", "testing") and wanted and step == wanted[0][1]:
+            told, ends_s = wanted.pop(0), time.monotonic() + 60
+            while (status := read_status(folder / "status.json")) is None or (status.reason, status.step) != told:
+                assert time.monotonic() < ends_s
+                time.sleep(0.01)
+            assert status.state == "running"
+            if step == 6:
+                raise TrainingError("the sky fell", "look up")
 
-    def watched(self, episodes):
-        if self.step in (4, 6):
-            seen.append(read_status(folder / "status.json"))
-        if self.step == 6:
-            raise TrainingError("the sky fell", "look up")
-        return meta_step(self, episodes)
-
-    monkeypatch.setattr(trainers, "STATUS_S", 0.0)
-    monkeypatch.setattr(trainers._Run, "_meta_step", watched)
-    monkeypatch.setattr(trainers, "evaluate", tested)
+    monkeypatch.setattr(sessions, "STATUS_S", 0.01)
     with pytest.raises(TrainingError):
-        go(folder)
-    told = [(one.state, one.reason, one.step) for one in seen]
-    assert told == [("running", "training", 4), ("running", "testing", 5), ("running", "training", 6)]
+        go(folder, on_step=on_step)
     status = read_status(folder / "status.json")
-    assert (status.state, status.reason, status.step) == ("failed", "the sky fell; look up", 6)
+    assert not wanted and (status.state, status.reason, status.step) == ("failed", "the sky fell; look up", 6)
 
 
-def test_the_last_word_is_that_of_the_watch(tmp_path, monkeypatch):
+def test_the_last_word_is_that_of_the_watch(tmp_path):
     """It ends the process from a thread of its own, while the main thread may be about to say that all is well."""
     folder = tmp_path / "run"
-    meta_step = trainers._Run._meta_step
 
-    def lost(self, episodes):
-        if self.step == 6:
-            thread = threading.Thread(target=self._lost, args=(Verdict((1,), "rank 1 was killed"),), name="watch")
-            thread.start()
-            thread.join()
-        return meta_step(self, episodes)
+    def lose():
+        verdict = Verdict((1,), "rank 1 was killed")
+        thread = threading.Thread(target=this_watch().at_end, args=(verdict,), name="watch")
+        thread.start()
+        thread.join()
 
-    monkeypatch.setattr(trainers, "STATUS_S", 0.0)
-    monkeypatch.setattr(trainers._Run, "_meta_step", lost)
-    go(folder)
+    go(folder, on_step=at(6, "episode", lose))
     status = read_status(folder / "status.json")
     assert (status.state, status.reason, status.step) == ("failed", "rank 1 was killed", 6)
-    assert not list(folder.glob(".*.writing"))
+    assert not list(folder.glob(".*writing*"))
 
 
 def test_the_watch_hears_of_every_pass_through_the_network(tmp_path, monkeypatch):
@@ -333,146 +276,81 @@ def test_the_watch_hears_of_every_pass_through_the_network(tmp_path, monkeypatch
     assert heard["val, episode 1 of 2"] == 4 * 3
 
 
-def test_a_trainer_that_was_cut_off_while_it_saved_deletes_nothing(tmp_path, monkeypatch):
-    """Its write hung until the job went on elsewhere: what lies there now is not its own."""
-    folder = tmp_path / "run"
-    save = checkpoints.save
+def goes_on_elsewhere(folder, monkeypatch):
+    """As if the job were requeued on another node, and ran to its end there, while this start is cut off."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
 
-    def hung(world, folder_, step, *rest, **more):
-        made = save(world, folder_, step, *rest, **more)
-        if step == 8:
-            with monkeypatch.context() as patch:
-                patch.setenv("SLURM_RESTART_COUNT", "1")
-                patch.setattr(checkpoints, "save", save)
-                assert go(folder).finished
-            left.append(sorted(path.name for path in folder_.iterdir()))
-            (folder_ / ".step-00000013.safetensors.writing-elsewhere").write_bytes(b"")
-        return made
-
-    left = []
-    monkeypatch.setattr(checkpoints, "save", hung)
-    with pytest.raises(CheckpointError, match="a later start of this run has taken over"):
-        go(folder, "checkpoint.every=4")
-    there = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert there == sorted([*left[0], ".step-00000013.safetensors.writing-elsewhere"])
-
-
-def test_a_trainer_whose_job_was_requeued_elsewhere_writes_nothing_more(tmp_path, monkeypatch):
-    """The node was cut off, the job goes on elsewhere: this one must notice before its next line."""
-    folder = tmp_path / "run"
-    meta_step = trainers._Run._meta_step
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-
-    def requeued(self, episodes):
-        if self.step == 6:
-            with monkeypatch.context() as patch:
-                patch.setenv("SLURM_RESTART_COUNT", "1")
-                patch.setattr(trainers._Run, "_meta_step", meta_step)
-                assert go(folder).finished
-        return meta_step(self, episodes)
-
-    monkeypatch.setattr(trainers._Run, "_meta_step", requeued)
-    with pytest.raises(CheckpointError, match="a later start of this run has taken over"):
-        go(folder)
-    assert [line["step"] for line in losses(folder)] == list(range(1, 13))
-    assert read_status(folder / "status.json").state == "finished"
-    assert read_status(folder / "status.json").restart == 1
-
-
-@pytest.mark.parametrize("at", ["assemble", "score_run", "export_run"])
-def test_a_trainer_that_was_cut_off_writes_no_test_no_export_and_no_start(tmp_path, monkeypatch, at):
-    """Wherever the job goes on elsewhere, to its end: nothing that this one leaves behind is new."""
-    folder = tmp_path / "run"
-    phase, left = getattr(trainers, at), {}
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-
-    def files():
-        theirs = ("lock", "lease.json", "logs")
-        found = [path for path in folder.rglob("*") if path.is_file() and not {path.name, path.parent.name} & {*theirs}]
-        return {path: (path.stat().st_ino, path.read_bytes()) for path in found}
-
-    def requeued(*args, **rest):
+    def elsewhere():
         with monkeypatch.context() as patch:
             patch.setenv("SLURM_RESTART_COUNT", "1")
-            patch.setattr(trainers, at, phase)
             assert go(folder).finished
-        left.update(files())
-        return phase(*args, **rest)
 
-    monkeypatch.setattr(trainers, at, requeued)
+    return elsewhere
+
+
+def test_a_trainer_that_was_cut_off_while_it_saved_deletes_nothing(tmp_path, monkeypatch):
+    """Its write hung until the job went on elsewhere: what lies there now is not its own."""
+    folder, left = tmp_path / "run", []
+    elsewhere = goes_on_elsewhere(folder, monkeypatch)
+
+    def hang():
+        elsewhere()
+        (folder / "checkpoints" / ".step-00000013.safetensors.writing-elsewhere").write_bytes(b"")
+        left.extend(sorted(path.name for path in (folder / "checkpoints").iterdir()))
+
     with pytest.raises(CheckpointError, match="a later start of this run has taken over"):
-        go(folder)
+        go(folder, on_step=at(8, "saved", hang))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == left
+
+
+@pytest.mark.parametrize(
+    ("step", "what"), [(0, "assembled"), (6, "episode"), (10, "testing"), (12, "validated"), (12, "tested")]
+)
+def test_a_trainer_whose_job_was_requeued_elsewhere_writes_nothing_more(tmp_path, monkeypatch, step, what):
+    """Wherever the job goes on elsewhere, to its end: nothing that this one leaves behind is new."""
+    folder, left = tmp_path / "run", {}
+    elsewhere = goes_on_elsewhere(folder, monkeypatch)
+
+    def files():
+        found = [path for path in folder.rglob("*") if path.is_file() and not {path.name, path.parent.name} & {"logs"}]
+        return {path: (path.stat().st_ino, path.read_bytes()) for path in found}
+
+    def requeued():
+        elsewhere()
+        left.update(files())
+
+    with pytest.raises(CheckpointError, match="a later start of this run has taken over"):
+        go(folder, on_step=at(step, what, requeued))
     assert {"eval.json", "own.json", "model.json", "sessions.jsonl"} <= {path.name for path in left}
     assert files() == left
+    assert [line["step"] for line in losses(folder)] == list(range(1, 13))
+    status = read_status(folder / "status.json")
+    assert (status.state, status.restart) == ("finished", 1)
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_rank_that_sees_an_old_view_of_the_checkpoints_looks_again(undisturbed, tmp_path, monkeypatch, shared):
-    """Started again in place right after rank 0, on another machine, saved step 7."""
-    folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 7)
-        go(folder)
-    looks, load_newest, gather = [], checkpoints.load_newest, World.gather
-    saved = load_newest(folder / "checkpoints")[0]
-    rank_0 = (str(saved.path), saved.sha256), []
-
-    def late(where, *rest):
-        looks.append(where)
-        return load_newest(where, *rest) if len(looks) > (1 if shared else 2) else (None, [])
-
-    def with_rank_0(self, value):
-        asked = sys._getframe(1).f_code.co_name == "same_checkpoint" and len(looks) <= 2
-        return [rank_0, value] if asked else gather(self, value)
-
-    monkeypatch.setattr(same_checkpoint, "SEEN_WITHIN_S", 0.01)
-    monkeypatch.setattr(checkpoints, "load_newest", late)
-    monkeypatch.setattr(World, "gather", with_rank_0)
+def test_another_machine_opens_the_checkpoint_that_rank_0_has_chosen_once_it_sees_it(
+    undisturbed, tmp_path, monkeypatch, shared
+):
+    """The view of another rank: rank 0's word comes by ``gather``, the file a moment later, or never."""
+    source = checkpoints.load_newest(undisturbed / "checkpoints")[0]
+    target, rank_0 = tmp_path / source.path.name, []
+    monkeypatch.setattr(World, "together", lambda self, work: work())
+    monkeypatch.setattr(World, "gather", lambda self, value: rank_0 or [value])
+    rank_0.append(((str(target), source.sha256), "said"))
+    monkeypatch.setattr(folders, "SEEN_WITHIN_S", 60.0 if shared else 0.3)
     if shared:
-        assert go(folder).finished
-        assert losses(folder) == losses(undisturbed)
+        threading.Timer(0.3, lambda: shutil.copy(source.path, target)).start()
+        found, said = checkpoints.on_all_ranks(replace(ALONE, rank=1, size=2), failing(AssertionError))
+        assert (found.path, found.step, said) == (target, 12, "said")
     else:
-        told = rf"see different checkpoints \(rank 0: {saved.path}, rank 1: none\); put run.dir on"
-        with pytest.raises(WorldError, match=told):
-            go(folder)
-        assert len(looks) == 2
+        with pytest.raises(NetworkError, match=rf"does not see {target}, which rank 0 has made; put run.dir on"):
+            checkpoints.on_all_ranks(replace(ALONE, rank=1, size=2), failing(AssertionError))
 
 
-@pytest.mark.parametrize("late", [1, 2])
-def test_a_test_waits_for_the_checkpoint_that_an_old_view_hides(undisturbed, tmp_path, monkeypatch, late):
-    """Another machine sees none at all: not at the first look, or not at the second one either."""
+def test_a_truncated_checkpoint_is_passed_over_and_said(undisturbed, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(undisturbed, folder)
-    looks, gather, choose = [], World.gather, report.choose_checkpoint
-    chosen = choose(RunFolder(folder))
-    rank_0 = (str(chosen.checkpoint.path), chosen.checkpoint.sha256), (chosen.how, chosen.passed_over)
-
-    def hidden(where, *rest):
-        looks.append(where)
-        if len(looks) <= late:
-            raise CheckpointError("it has no checkpoint yet", "train it first")
-        return choose(where, *rest)
-
-    def with_rank_0(self, value):
-        return [rank_0, value] if sys._getframe(1).f_code.co_name == "same_checkpoint" else gather(self, value)
-
-    monkeypatch.setattr(same_checkpoint, "SEEN_WITHIN_S", 0.01)
-    monkeypatch.setattr(report, "choose_checkpoint", hidden)
-    monkeypatch.setattr(World, "gather", with_rank_0)
-    if late == 1:
-        assert evaluate_run(run_config(str(folder), []), "best", Console(quiet=True))["step"] == chosen.checkpoint.step
-    else:
-        with pytest.raises(CheckpointError, match="it has no checkpoint yet; train it first"):
-            evaluate_run(run_config(str(folder), []), "best", Console(quiet=True))
-    assert len(looks) == 2
-
-
-def test_a_truncated_checkpoint_is_passed_over_and_said(undisturbed, tmp_path, monkeypatch):
-    folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 7)
-        go(folder)
+    go(folder, on_step=stop_after(7))
     newest = checkpoints.path_of(folder / "checkpoints", 7)
     newest.write_bytes(newest.read_bytes()[:100])
     console = Listening()
@@ -481,19 +359,15 @@ def test_a_truncated_checkpoint_is_passed_over_and_said(undisturbed, tmp_path, m
     assert losses(folder) == losses(undisturbed)
 
 
-def test_a_damaged_checkpoint_never_pushes_out_a_good_one(tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_never_pushes_out_a_good_one(tmp_path):
     """With one kept: a damaged step 8 is no longer the newest once step 5 is resumed."""
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 8)
-        go(folder, "checkpoint.keep_last=1", "eval.every=0")
+    go(folder, "checkpoint.keep_last=1", "eval.every=0", on_step=stop_after(8))
     good = checkpoints.load(checkpoints.path_of(folder / "checkpoints", 8))
     tensors = ((name, good.read(name)) for name in good.layout)
     checkpoints.save(ALONE, folder / "checkpoints", 5, good.state, good.layout, tensors)
     checkpoints.path_of(folder / "checkpoints", 8).write_bytes(b"cut off")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        go(folder, "checkpoint.keep_last=1", "eval.every=0")
+    go(folder, "checkpoint.keep_last=1", "eval.every=0", on_step=stop_after(6))
     assert checkpoints.steps_in(folder / "checkpoints") == [6]
     assert (folder / "checkpoints" / "step-00000008.safetensors.damaged").exists()
     assert checkpoints.load_newest(folder / "checkpoints")[0].step == 6
@@ -538,13 +412,10 @@ def test_a_checkout_that_is_not_installed_trains(tmp_path, monkeypatch):
         ("something new", "the GPU's memory ran out (cpu)"),
     ],
 )
-def test_memory_that_runs_out_is_one_line_with_the_remedy(tmp_path, monkeypatch, said, told):
-    def full(self, episodes):
-        raise torch.OutOfMemoryError(said)
-
-    monkeypatch.setattr(trainers._Run, "_meta_step", full)
+def test_memory_that_runs_out_is_one_line_with_the_remedy(tmp_path, said, told):
+    full = at(0, "episode", failing(torch.OutOfMemoryError(said)))
     with pytest.raises(DeviceMemoryError, match="set memory.budget_gib below what is free") as raised:
-        go(tmp_path / "run")
+        go(tmp_path / "run", on_step=full)
     assert raised.value.what == told
     assert read_status(tmp_path / "run" / "status.json").reason.startswith(told)
 
@@ -650,7 +521,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(undisturbed, tmp_path, monke
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.os, "replace", full)
+        patch.setattr(os, "replace", full)
         with pytest.raises(CheckpointError, match=r"No space left.*step 5 stays good"):
             go(folder)
     assert go(folder).finished
@@ -756,11 +627,9 @@ def test_what_is_damaged_is_passed_over_and_said_by_eval_and_export(undisturbed,
     assert all(newest.name in w and "damaged" in w and f"step {kept[-2]} is used" in w for w in console.warnings)
 
 
-def test_without_a_validated_step_the_newest_is_called_last(tmp_path, monkeypatch):
+def test_without_a_validated_step_the_newest_is_called_last(tmp_path):
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        go(folder)
+    go(folder, on_step=stop_after(3))
     assert evaluate_run(run_config(str(folder), []), "best", Console(quiet=True))["chosen"] == "last"
     assert json.loads((folder / "eval.json").read_text())["chosen"] == "last"
 
