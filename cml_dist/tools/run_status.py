@@ -22,7 +22,7 @@ RECENT = 50
 """Rates and means are over so many of the last meta-steps."""
 
 SILENT_S = 120.0
-"""A run in which nothing was written for this long is taken for dead, unless its meta-steps are longer."""
+"""A run that has not written its status for this long is taken for dead; it does so every ten seconds."""
 
 GONE_S = 15.0
 """The same where its process is known to be gone."""
@@ -45,9 +45,10 @@ def state_of(run_dir: str | Path) -> dict[str, Any]:
     if status is None:
         why = "no run has begun here: it has no status.json" if folder.path.is_dir() else "there is no such folder"
         return {"run_dir": str(run_dir), "state": "unknown", "reason": why}
-    state, reason = _state(status, folder)
+    quiet_s = max(0.0, time.time() - _mtime(folder.status_file))
+    state, reason = _state(status, quiet_s, folder)
     reason = " ".join(reason.split())  # a library's error may have many lines
-    return {"run_dir": str(run_dir), **asdict(status), "state": state, "reason": reason, "quiet_s": _quiet_s(folder)}
+    return {"run_dir": str(run_dir), **asdict(status), "state": state, "reason": reason, "quiet_s": quiet_s}
 
 
 class RunView:
@@ -170,16 +171,12 @@ def _tested(test: dict[str, Any]) -> str:
     return f"{test.get('split')} split, step {test.get('step')}: {', '.join(found)}"
 
 
-def _state(status: RunStatus, folder: RunFolder) -> tuple[str, str]:
+def _state(status: RunStatus, quiet_s: float, folder: RunFolder) -> tuple[str, str]:
     """The state that is, of the state that was written last."""
-    quiet_s, lease_s = _quiet_s(folder), _mtime(folder.path / "lock")
     if status.state != "running":
-        # A later start than that of the status may have the folder: it says nothing of itself until it is ready.
-        starting = lease_s > _mtime(folder.status_file) and (time.time() - lease_s <= SILENT_S or _held(folder))
-        return ("running", "starting") if starting else (status.state, status.reason)
+        return status.state, status.reason
     gone = status.host == socket.gethostname() and not Path(f"/proc/{status.pid}").exists()
-    patience_s = GONE_S if gone else max(SILENT_S, 3 * (status.exit_s or 0.0))
-    if quiet_s <= patience_s or _held(folder):
+    if quiet_s <= (GONE_S if gone else SILENT_S) or _held(folder):
         return "running", status.reason
     who = f"process {status.pid} on {status.host} is gone" if gone else f"was {status.reason or 'running'}"
     return "dead", f"nothing written for {text.duration(quiet_s)}, {who}"
@@ -193,12 +190,6 @@ def _held(folder: RunFolder) -> bool:
     except OSError:
         return False
     return any("FLOCK" in line and f":{inode} " in line for line in locks)
-
-
-def _quiet_s(folder: RunFolder) -> float:
-    """Seconds since anything was written: status every few seconds, metrics, logs and checkpoints between."""
-    moving = (folder.status_file, folder.metrics_file, folder.validation_file)
-    return max(0.0, time.time() - max(map(_mtime, (*moving, folder.checkpoints, *folder.logs.glob("*.log")))))
 
 
 def _mtime(path: Path) -> float:

@@ -67,7 +67,6 @@ def check(folder: Path, capfd) -> tuple[int, str]:
         ({}, "running", 3),
         ({"age_s": 60}, "running", 3),  # on another machine, where nobody can look for its process
         ({"age_s": 600}, "dead", 1),
-        ({"age_s": 600, "exit_s": 300.0}, "running", 3),  # its meta-steps take minutes
         ({"age_s": 60, "host": socket.gethostname(), "pid": DEAD_PID}, "dead", 1),
         ({"age_s": 60, "host": socket.gethostname(), "pid": os.getpid()}, "running", 3),
     ],
@@ -78,21 +77,6 @@ def test_the_state_and_its_exit_code(tmp_path, capfd, made, state, code):
     assert found == code
     assert line.startswith(f"{folder}: {state}, step 60/100")
     assert made.get("reason", "").replace("\n", " ") in line
-
-
-@pytest.mark.parametrize("state", ["stopped", "failed"])
-def test_a_start_that_still_loads_is_not_taken_for_the_one_before(tmp_path, capfd, state):
-    folder = make_run(tmp_path / "run", state, age_s=600)
-    lease = folder / "lock"
-    lease.write_text("{}")
-    assert check(folder, capfd) == (3, f"{folder}: running, step 60/100 (starting)\n")
-    os.utime(lease, (time.time() - 300,) * 2)  # killed since, or at it for long
-    assert state in check(folder, capfd)[1]
-    with open(lease) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert check(folder, capfd)[0] == 3
-    os.utime(lease, (time.time() - 700,) * 2)  # of that very start, which was ended before it could put it away
-    assert state in check(folder, capfd)[1]
 
 
 def test_a_run_is_alive_while_a_process_here_holds_its_lock(tmp_path, capfd):
