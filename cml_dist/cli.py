@@ -168,9 +168,9 @@ def main(argv: Sequence[str] | None = None, on_step: OnStep = nothing) -> int:
     set_torch_defaults()
     args.on_step = on_step
     rank = launched_or_alone().rank
-    from cml_dist.telemetry.console import Console, console_for
+    from cml_dist.telemetry.console import Console
 
-    console = console_for(rank)
+    console = Console(quiet=rank > 0)
     try:
         return leave(_command(args.command)(args, console) or 0)
     except CmlError as error:

@@ -14,7 +14,7 @@ def data(args: argparse.Namespace, console: Console) -> None:
 
 
 def _pack(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.telemetry.preparing import preparing
+    from cml_dist.telemetry.console import preparing
     from cml_dist.tools.pack import pack
 
     options = ("layout", "splits", "image_size", "channels", "name")
@@ -37,7 +37,7 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
 
     from cml_dist.domains.shards import ShardSet
     from cml_dist.errors import ConfigError
-    from cml_dist.telemetry.preparing import preparing
+    from cml_dist.telemetry.console import preparing
     from cml_dist.tools.inspect import COLUMNS, draw_contact_sheet, split_rows
 
     for name in ("ways", "shots", "episodes"):

@@ -22,11 +22,10 @@ PATIENCE = "parallel.timeout_s=120"
 
 def doctor(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.parallel.env import join_srun
-    from cml_dist.telemetry.console import console_for
+    from cml_dist.telemetry.console import Console
 
     os.environ.update(join_srun())
-    # JSON has the screen to itself.
-    console = console_for(1 if args.json else launched_or_alone().rank)
+    console = Console(quiet=args.json or launched_or_alone().rank > 0)
     from cml_dist.config.load import load_config
     from cml_dist.tools.doctor.examine import examine
     from cml_dist.tools.doctor.findings import Case
@@ -50,5 +49,5 @@ def doctor(args: argparse.Namespace, console: Console) -> int:
 
     with ExitStack() as running:
         view = running.enter_context(console.progress("checks", None))
-        ready = examine(case, present, lambda name: view.update(next(count), at=name))
+        ready = examine(case, present, lambda name: view.update(next(count), name))
     return 0 if ready else 1

@@ -6,7 +6,9 @@ import argparse
 import json
 import os
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cml_dist.errors import CmlError, ConfigError
@@ -17,42 +19,52 @@ if TYPE_CHECKING:
 
 
 def status(args: argparse.Namespace, console: Console) -> int:
-    from cml_dist.telemetry.console import redrawn
-    from cml_dist.tools import run_status
+    from cml_dist.tools.run_status import RunView
 
     if args.check:
         if args.watch is not None:
             raise ConfigError("--check answers once", "leave --watch out, or --check")
-        views = [run_status.state_of(run_dir) for run_dir in args.run_dir]
-        for view in views:
-            print(run_status.check_line(view))
-        return run_status.worst_exit_code(views)
+        return _check(args.run_dir)
     if len(args.run_dir) == 1 and not os.path.isdir(args.run_dir[0]):
         raise CmlError(f"there is no folder {args.run_dir[0]}", "name the run.dir of a training run")
-
-    def draw(console: Console) -> None:
-        if args.json:
-            found = [view.as_dict() for view in views]
-            print(json.dumps(found[0] if len(found) == 1 else found, indent=2), flush=True)
-        elif len(views) == 1:
-            console.header(views[0].run_dir, run_status.rows_of(views[0]))
-        else:
-            parent, names = run_status.names_of(views)
-            rows = [run_status.columns_of(view, name) for view, name in zip(views, names, strict=True)]
-            console.table(parent, run_status.COLUMNS, rows)
-            for view, name in zip(views, names, strict=True):
-                if view.state != "running" and view.reason:
-                    console.note(f"{name}: {view.state}, {view.reason}")
-
-    views: list[RunView] = []
-    with (
-        suppress(KeyboardInterrupt),
-        redrawn(console) if args.watch and not args.json else nullcontext(lambda draw: draw(console)) as show,
-    ):
+    with suppress(KeyboardInterrupt):
         while True:
-            views[:] = [run_status.look(run_dir) for run_dir in args.run_dir]
-            show(draw)
-            if args.watch is None or all(view.state == "finished" for view in views):
+            views = [RunView(run_dir) for run_dir in args.run_dir]
+            if args.json:
+                data = [view.data for view in views]
+                print(json.dumps(data[0] if len(data) == 1 else data, indent=2), flush=True)
+            else:
+                if args.watch is not None:
+                    console.clear()
+                _show(views, console)
+            if args.watch is None or all(view.data["state"] == "finished" for view in views):
                 break
             time.sleep(args.watch)
     return 0
+
+
+def _check(run_dirs: Sequence[str]) -> int:
+    """A line a run, e.g. ``runs/a: stopped, step 120/500 (SIGUSR1)``, and the exit code of the worst."""
+    from cml_dist.tools.run_status import EXIT_CODES, state_of
+
+    found = [state_of(run_dir) for run_dir in run_dirs]
+    for run in found:
+        step = f", step {run['step']}/{run['steps']}" if "step" in run else ""
+        print(f"{run['run_dir']}: {run['state']}{step}" + (f" ({run['reason']})" if run["reason"] else ""))
+    return EXIT_CODES[max((run["state"] for run in found), key=list(EXIT_CODES).index)]
+
+
+def _show(views: Sequence[RunView], console: Console) -> None:
+    from cml_dist.tools.run_status import COLUMNS
+
+    paths = [Path(view.data["run_dir"]) for view in views]
+    if len(views) == 1:
+        console.header(str(paths[0]), views[0].rows())
+        return
+    in_one = len({path.parent for path in paths}) == 1 and paths[0].parent != Path()
+    names = [path.name if in_one else str(path) for path in paths]
+    rows = [view.columns(name) for view, name in zip(views, names, strict=True)]
+    console.table(str(paths[0].parent) if in_one else "Runs", COLUMNS, rows)
+    for view, name in zip(views, names, strict=True):
+        if view.data["state"] != "running" and view.data["reason"]:
+            console.note(f"{name}: {view.data['state']}, {view.data['reason']}")

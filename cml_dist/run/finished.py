@@ -12,8 +12,7 @@ from cml_dist.run.assemble import assemble
 from cml_dist.run.export import export_run
 from cml_dist.run.folder import RunFolder
 from cml_dist.run.report import score_run
-from cml_dist.telemetry.console import Console
-from cml_dist.telemetry.preparing import preparing
+from cml_dist.telemetry.console import Console, preparing
 
 
 def evaluate_run(config: RunConfig, which: str, console: Console) -> dict:

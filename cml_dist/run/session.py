@@ -24,7 +24,7 @@ from cml_dist.run.folder import RunFolder, wait_until_seen
 from cml_dist.run.lease import Lease
 from cml_dist.run.record import session_record
 from cml_dist.run.status import RunStatus, State, now, this_start
-from cml_dist.telemetry.console import BothConsole, Console
+from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
 from cml_dist.telemetry.rank_log import RankLog
 from cml_dist.telemetry.trackers import Trackers, check_installed
@@ -38,7 +38,7 @@ class Session:
 
     Attributes:
         folder: the run's.
-        console: the screen, and this rank's log.
+        console: the screen of rank 0; what it says is in this rank's log too.
         trackers: those of ``run.trackers``, once the run has begun.
         step: meta-steps done.
         doing: ``training``, ``validation`` and so on, for ``status.json``.
@@ -48,7 +48,7 @@ class Session:
         self.config, self.world = config, world
         self.folder = RunFolder(config.run.dir)
         self._log = RankLog(world.rank)
-        self.console: Console = BothConsole(console, self._log.console)
+        self.console = console
         self.trackers = Trackers(config, 0, self.console, active=False)  # until the run has begun
         self._metrics: MetricsWriter | None = None
         self._lease: Lease | None = None

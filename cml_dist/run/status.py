@@ -17,14 +17,14 @@ State = Literal["running", "stopped", "finished", "failed"]
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What rank 0 last said of a run.
+    """What rank 0 wrote last.
 
     Attributes:
         state: ``running``; ``stopped``: asked to, everything is saved and the same command goes on; ``finished``;
-            ``failed``. A process that was killed says nothing: its ``running`` grows old.
-        reason: of ``stopped`` and ``failed``; else what it is at.
+            ``failed``. Of a killed process ``running`` stays.
+        reason: of ``stopped`` and ``failed``; else what it is doing.
         step, steps: meta-steps done, and of the whole run.
-        time, started: of this word and of this start (ISO 8601, with the zone).
+        time, started: of writing and of this start (ISO 8601, with the zone).
         host, pid: of rank 0.
         world: processes.
         method: what runs, as tables name it.

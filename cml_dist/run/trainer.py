@@ -39,9 +39,8 @@ from cml_dist.run.record import announce, versions
 from cml_dist.run.report import score_run
 from cml_dist.run.session import Session
 from cml_dist.run.stream import EpisodeStream, rank_share
-from cml_dist.telemetry.console import Console, ResultRow
+from cml_dist.telemetry.console import Console, ResultRow, preparing
 from cml_dist.telemetry.metrics import StepMetrics
-from cml_dist.telemetry.preparing import preparing
 from cml_dist.types import Episode
 
 TERMS = ("loss", "outer_loss", "score", "colearner_loss", "colearner_score", "gradient_cosine")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -79,88 +81,59 @@ class MetricsWriter:
 
     def write(self, metrics: StepMetrics) -> None:
         """Add one line."""
-        line = json.dumps(metrics.record(), allow_nan=False) + "\n"
-        try:
+        with self._writing():
             if self._file is None:
                 self._file = open(self.path, "a", encoding="utf-8", buffering=1)
-            self._file.write(line)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            self._file.write(json.dumps(metrics.record(), allow_nan=False) + "\n")
 
-    def truncate_after(self, step: int) -> int:
+    def truncate_after(self, step: int) -> None:
         """Drop the lines after ``step``, and what a kill left unreadable, so that a resumed run goes on seamlessly.
 
-        The file is replaced in one move: a kill in between leaves the old one whole.
+        The file is replaced in one move, also where all is kept: a kill in between leaves the old one whole, and a
+        trainer that was cut off, with the old file open, does not go on in ours.
 
         Args:
             step: the last meta-step that is kept.
-
-        Returns:
-            The number of lines dropped.
         """
         self.close()
         if not self.path.exists():
-            return 0
+            return
         lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
-        # Replaced also where all is kept: a trainer that was cut off, with the old file open, must not go on in ours.
-        try:
-            with atomic_file(self.path) as fresh:
-                fresh.write_bytes(b"".join(kept))
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
-        return len(lines) - len(kept)
+        kept = [line for line in lines if (record := _parse(line)) and record["step"] <= step]
+        with self._writing(), atomic_file(self.path) as fresh:
+            fresh.write_bytes(b"".join(kept))
 
     def close(self) -> None:
         """Close the file; a later ``write`` opens it again."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            try:
+        file, self._file = self._file, None
+        if file is not None:
+            with self._writing():
                 file.close()
-            except OSError as error:
-                raise _cannot_write(self.path, error) from error
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``, without a last line that is still being written.
-
-    Raises:
-        CheckpointError: there is no such file, or a line before the last is damaged (its number is named).
-    """
-    path = Path(path)
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}", "name the folder of a run that has trained"
-        ) from error
-    records = [_parse(line) for line in lines]
-    if records and records[-1] is None:
-        records.pop()
-    for number, record in enumerate(records, start=1):
-        if record is None:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
             raise CheckpointError(
-                f"{path}, line {number}, is no metrics record", "remove the line, or resume the run, which drops it"
-            )
-    return records  # type: ignore[return-value]
+                f"{self.path} cannot be written: {error.strerror}",
+                "free some space or choose another run.dir, then resume",
+            ) from error
 
 
-def read_tail(path: str | os.PathLike[str], limit: int = 1 << 16) -> list[dict[str, Any]]:
-    """The records that lie whole in the last ``limit`` bytes of a file of JSON lines with a ``step``, oldest first.
+def read_metrics(path: str | os.PathLike[str], last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl`` or another file of JSON lines with a ``step``, oldest first.
 
-    For readers beside a running trainer: what is torn or damaged is passed over; no file is no record.
+    May be called beside a running trainer: what is torn or damaged is passed over; no file is no record.
+
+    Args:
+        last_bytes: read only what lies whole in so many bytes at the end (a line has about 350); None: everything.
     """
     try:
         with open(path, "rb") as file:
-            start = max(0, file.seek(0, os.SEEK_END) - limit)
+            start = 0 if last_bytes is None else max(0, file.seek(0, os.SEEK_END) - last_bytes)
             file.seek(start)
-            lines = file.read(limit).splitlines(keepends=True)
+            lines = file.read().splitlines(keepends=True)
     except OSError:
         return []
     return [record for line in lines[start > 0 :] if (record := _parse(line)) is not None]
@@ -174,9 +147,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     whole = line.endswith(b"\n") and isinstance(record, dict) and isinstance(record.get("step"), int)
     return record if whole else None
-
-
-def _cannot_write(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"{path} cannot be written: {error.strerror}", "free some space or choose another run.dir, then resume"
-    )

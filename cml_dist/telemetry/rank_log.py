@@ -1,132 +1,99 @@
-"""The log of one rank in the run folder: notes, warnings, errors with their traceback, and how far it was when."""
+"""The log of one rank in the run folder, by ``logging``: what it said, Python's warnings, libraries' messages."""
 
 from __future__ import annotations
 
-import io
-import time
-import traceback
-import warnings
+import logging
+import sys
 from contextlib import suppress
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TextIO
 
-from cml_dist.telemetry.console import Console
+from cml_dist.telemetry.console import LOG
+
+FORMAT = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%S")
 
 
 class RankLog:
-    """``logs/rank-00003.log``, continued by each start of the run; every line begins with its time.
+    """``logs/rank-00003.log``, continued by each start of the run.
 
-    What is said before :meth:`open` is kept in memory until then: a run that never begins leaves no file. A log that
-    cannot be written costs one warning on standard error, and not the run.
+    What comes before :meth:`open` is kept in memory until then: a run that never begins leaves no file. A log that
+    cannot be written costs one warning on standard error, and not the run. Python's warnings and the messages of
+    libraries are shown on the screen by rank 0 alone.
 
     Args:
         rank: this process.
-
-    Attributes:
-        console: writes here.
     """
 
     def __init__(self, rank: int) -> None:
-        self.rank = rank
-        self._lines = _Lines(f"the log of rank {rank}")
-        self.console = Console(self._lines, interactive=False)
-        self._shown = warnings.showwarning
-        warnings.showwarning = self._warning  # type: ignore[assignment]
+        self._rank = rank
+        self._root = logging.getLogger()
+        self._early = MemoryHandler(capacity=1000, flushLevel=sys.maxsize)
+        self._handlers: list[logging.Handler] = [self._early]
+        self._file: _File | None = None
+        if rank == 0:
+            self._handlers.append(_Screen(logging.WARNING))
+        for handler in self._handlers:
+            self._root.addHandler(handler)
+        logging.captureWarnings(True)
 
     @property
     def file(self) -> TextIO | None:
-        """The open file, for what is written past this module: stack dumps."""
-        return self._lines.file
+        """The open file, for what is written past ``logging``: stack dumps."""
+        return None if self._file is None else self._file.stream
 
     def open(self, folder: Path, header: str) -> None:
         """From now on write to the file in ``folder``: the header of this start, then what has come up so far."""
-        if self._lines.file is None:
-            self._lines.open(folder / f"rank-{self.rank:05d}.log", header)
+        if self._early not in self._root.handlers:
+            return
+        self._root.removeHandler(self._early)
+        path = folder / f"rank-{self._rank:05d}.log"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = _File(path, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            _warn_not_written(path, error)
+            return
+        self._file.setFormatter(FORMAT)
+        self._root.addHandler(self._file)
+        self._handlers.append(self._file)
+        self._file.handle(logging.makeLogRecord({"levelname": "INFO", "msg": header}))
+        self._early.setTarget(self._file)
+        self._early.flush()
 
     def failed(self, error: BaseException) -> None:
         """Keep how this start ended, with its traceback."""
-        self.console.error(f"{type(error).__name__}: {error}")
-        for line in "".join(traceback.format_exception(error)).splitlines():
-            self.console.note(line)
+        LOG.error("%s: %s", type(error).__name__, error, exc_info=error)
 
     def close(self) -> None:
-        """Close the file; what was never opened is forgotten."""
-        if warnings.showwarning == self._warning:
-            warnings.showwarning = self._shown
-        self._lines.end()
-
-    def _warning(
-        self,
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        """Python's warnings: of rank 0, and of all until the log is open, on screen as well."""
-        if file is None:
-            self.console.warn(f"{filename}:{lineno}: {category.__name__}: {message}")
-        if file is not None or self.rank == 0 or self._lines.file is None:
-            self._shown(message, category, filename, lineno, file, line)
+        """Close the file; what was never written is forgotten."""
+        logging.captureWarnings(False)
+        for handler in self._handlers:
+            self._root.removeHandler(handler)
+            handler.close()
 
 
-class _Lines(io.TextIOBase):
-    """Text to whole lines with their time: in memory, then in a file. Nothing is synced: that would cost too much."""
+class _Screen(logging.Handler):
+    """Standard error as it is now (a live display takes its place), for all but what a console has shown."""
 
-    encoding = "utf-8"
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._rest = ""
-        self._early: list[str] | None = []  # None: lines go to the file, or nowhere
-        self.file: TextIO | None = None
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, text: str) -> int:
-        *lines, self._rest = (self._rest + text).split("\n")
-        for line in lines:
-            if line.strip():
-                self._put(f"{_now()}  {line.rstrip()}\n")
-        return len(text)
-
-    def open(self, path: Path, header: str) -> None:
-        early, self._early = self._early or [], None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            self._give_up(error)
-        for line in (f"{_now()}  {header}\n", *early):
-            self._put(line)
-
-    def end(self) -> None:
-        self._early = None
-        file, self.file = self.file, None
-        if file is not None:
-            try:
-                file.close()
-            except OSError as error:
-                self._give_up(error)
-
-    def _put(self, line: str) -> None:
-        if self._early is not None:
-            self._early.append(line)
-        elif self.file is not None:
-            try:
-                self.file.write(line)
-            except OSError as error:
-                self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        file, self.file = self.file, None
-        if file is not None:
-            with suppress(OSError):  # what it still holds cannot be written either
-                file.close()
-        Console().warn(f"{self._what} cannot be written: {error.strerror}; the run goes on without it")
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name != LOG.name:
+            print(self.format(record).rstrip(), file=sys.stderr)
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S")
+class _File(logging.FileHandler):
+    """A file that may fail, e.g. on a full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        _warn_not_written(Path(self.baseFilename), sys.exc_info()[1])
+        logging.getLogger().removeHandler(self)
+        self.close()
+
+    def close(self) -> None:
+        with suppress(OSError):  # what it still holds cannot be written either
+            super().close()
+
+
+def _warn_not_written(path: Path, error: BaseException | None) -> None:
+    reason = getattr(error, "strerror", None) or error
+    print(f"warning: {path} cannot be written: {reason}; the run goes on without this log", file=sys.stderr)

@@ -22,15 +22,13 @@ def duration(seconds: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number with so many significant digits (one less below 1), e.g. ``1.234``, ``0.0123`` or ``2.5e-07``."""
-    if value is None or not math.isfinite(value):
-        return MISSING
-    if value == 0:
-        return f"{value:.{digits - 1}f}"
-    exponent = math.floor(math.log10(abs(value)))
-    if -3 <= exponent < digits:
-        return f"{value:.{digits - 1 - exponent - (exponent < 0)}f}"
-    return f"{value:.{digits}g}"
+    """A number with so many significant digits, e.g. ``1.234``, ``0.5000`` or ``2.500e-07``."""
+    return MISSING if value is None or not math.isfinite(value) else f"{value:#.{digits}g}".rstrip(".")
+
+
+def score_label(name: str) -> str:
+    """How a score is called in tables."""
+    return "MSE" if name == "mse" else name
 
 
 def score(name: str, value: float | None, decimals: int = 1) -> str:
@@ -42,5 +40,11 @@ def score(name: str, value: float | None, decimals: int = 1) -> str:
 
 def interval(name: str, half_width: float | None, decimals: int = 1) -> str:
     """The half width of an interval of a score, e.g. ``± 0.62 %``."""
-    text = score(name, half_width, decimals)
-    return text if text == MISSING else f"± {text}"
+    shown = score(name, half_width, decimals)
+    return shown if shown == MISSING else f"± {shown}"
+
+
+def measured(name: str, mean: float | None, ci95: float | None, decimals: int = 1) -> str:
+    """A score with its interval, if there is one, e.g. ``51.2 % ± 0.6 %``."""
+    shown = score(name, mean, decimals)
+    return shown if ci95 is None else f"{shown} {interval(name, ci95, decimals)}"

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import threading
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from cml_dist.atomic import write_text
 from cml_dist.config.load import flatten
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
-from cml_dist.run.folder import RunFolder
 from cml_dist.telemetry.console import Console
-from cml_dist.telemetry.metrics import StepMetrics, read_tail
+from cml_dist.telemetry.metrics import StepMetrics, read_metrics
 
 START_S = 30.0
 """Seconds that W&B's server may take to answer when a run starts: its own 90 would be waited for at each restart."""
@@ -29,8 +28,8 @@ START_S = 30.0
 CLOSE_S = 10.0
 """Seconds that a tracker may take to end: a run that is stopped has not many."""
 
-RESHOWN = 200
-"""Meta-steps that W&B may hold in memory, and more: offline, it writes blocks of 32 KiB, about 70 meta-steps."""
+RESHOWN_BYTES = 1 << 16
+"""Of ``metrics.jsonl``: more than W&B may hold in memory (offline, it writes blocks of 32 KiB)."""
 
 
 def check_installed(config: RunConfig) -> None:
@@ -52,7 +51,7 @@ class Trackers:
 
     A resumed run goes on in the same TensorBoard folder and W&B run. TensorBoard forgets what it was shown of the steps
     after the checkpoint; W&B, which cannot, is shown them again, with the same values. And as W&B loses what it held in
-    memory when the trainer is killed, it is shown the last lines of the run's files again, up to ``RESHOWN``.
+    memory when the trainer is killed, it is shown the last lines of the run's files again, up to ``RESHOWN_BYTES``.
 
     Args:
         config: ``run.trackers`` says which; all of it is shown as hyper-parameters.
@@ -68,8 +67,6 @@ class Trackers:
         for name in config.run.trackers if active else ():
             self._try(name, lambda name=name: self._open.update({name: makers[name](config, step)}))
         if "wandb" in self._open:
-            self._show_again(RunFolder(config.run.dir))
-        if "wandb" in self._open:
             run = self._open["wandb"].tracker
             where = f"offline; later: cd {config.run.dir}; wandb sync" if run.offline else run.url
             console.note(f"W&B: {where}")
@@ -77,22 +74,20 @@ class Trackers:
     def step(self, metrics: StepMetrics) -> None:
         """Show a meta-step: losses, scores, rate and the rest of its line in ``metrics.jsonl``."""
         if self._open:
-            self._show(*_step(metrics.record()))
+            self._show(metrics.step, _step(metrics.record()))
 
     def validation(self, line: Mapping[str, Any], score_name: str) -> None:
         """Show a validation: a line of ``validation.jsonl``."""
-        self._show(*_validation(line, score_name))
+        self._show(line["step"], _scored("validation", score_name, line))
 
     def test(self, summary: Mapping[str, Any], step: int) -> None:
         """Show the final test: what ``eval.json`` holds."""
-        score_name = summary["score"]
-        values = {}
+        values: dict[str, float] = {}
         for origin, learners in (("", summary), ("untrained_", summary["untrained"])):
             for learner, who in (("meta", ""), ("co", "colearner_")):
                 if learner in learners:
-                    name = f"{origin}{who}{score_name}"
-                    values |= {name: learners[learner]["mean"], f"{name}_ci95": learners[learner]["ci95"]}
-        self._show(step, _named("test", values))
+                    values |= _scored("test", f"{origin}{who}{summary['score']}", learners[learner])
+        self._show(step, values)
 
     def close(self) -> None:
         """Hand over what is still under way, in ``CLOSE_S`` at most: W&B may wait for the network, others for us."""
@@ -104,24 +99,10 @@ class Trackers:
                 self._console.warn(f"{name} has not taken everything in {CLOSE_S:g} s; it is kept in the run folder")
         self._open.clear()
 
-    def _show_again(self, folder: RunFolder) -> None:
-        """What W&B may have lost of an earlier start."""
-        lines = read_tail(folder.metrics_file)[-RESHOWN:]
-        if not lines:
-            return
-        score_name = "mse" if "mse" in lines[-1] else "accuracy"
-        shown = [_step(line) for line in lines]
-        since = lines[0]["step"]
-        shown += [_validation(v, score_name) for v in read_tail(folder.validation_file) if v["step"] >= since]
-        for step, values in sorted(shown, key=lambda one: one[0]):
-            self._show(step, values, only=("wandb",))
-
-    def _show(self, step: int, values: Mapping[str, float], only: Collection[str] = ("tensorboard", "wandb")) -> None:
+    def _show(self, step: int, values: dict[str, float]) -> None:
         for name, tracker in list(self._open.items()):
-            if name not in only:
-                continue
-            if name == "wandb":  # its own count of steps can neither repeat nor go back
-                self._try(name, lambda tracker=tracker: tracker.log({**values, "step": step}))
+            if name == "wandb":
+                self._try(name, lambda tracker=tracker: _log_to_wandb(tracker, step, values))
             else:
                 self._try(name, lambda tracker=tracker: tracker.log(values, step=step))
 
@@ -133,16 +114,13 @@ class Trackers:
             self._console.warn(f"{name} failed, and the run goes on without it: {' '.join(str(error).split())}")
 
 
-def _step(record: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
-    return record["step"], _named("train", {key: value for key, value in record.items() if key != "step"})
+def _step(record: Mapping[str, Any]) -> dict[str, float]:
+    return {f"train/{key}": float(value) for key, value in record.items() if key != "step" and value is not None}
 
 
-def _validation(line: Mapping[str, Any], score_name: str) -> tuple[int, dict[str, float]]:
-    return line["step"], _named("validation", {score_name: line["mean"], f"{score_name}_ci95": line["ci95"]})
-
-
-def _named(group: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """What was measured, under the group's name."""
+def _scored(group: str, name: str, line: Mapping[str, Any]) -> dict[str, float]:
+    """A mean and its interval under the group's name."""
+    values = {name: line["mean"], f"{name}_ci95": line["ci95"]}
     return {f"{group}/{key}": float(value) for key, value in values.items() if value is not None}
 
 
@@ -178,7 +156,19 @@ def _wandb(config: RunConfig, step: int) -> GeneralTracker:
     tracker.tracker.define_metric("step")
     tracker.tracker.define_metric("*", step_metric="step")
     tracker.store_init_configuration(_hyperparameters(config))
+    lines = read_metrics(folder / "metrics.jsonl", RESHOWN_BYTES)
+    shown = [(line["step"], _step(line)) for line in lines]
+    for line in read_metrics(folder / "validation.jsonl"):
+        if lines and line["step"] >= lines[0]["step"]:
+            shown.append((line["step"], _scored("validation", "mse" if "mse" in lines[0] else "accuracy", line)))
+    for at, values in sorted(shown, key=lambda one: one[0]):
+        _log_to_wandb(tracker, at, values)
     return tracker
+
+
+def _log_to_wandb(tracker: GeneralTracker, step: int, values: dict[str, float]) -> None:
+    """With the step as one more value: W&B's own count of steps can neither repeat nor go back."""
+    tracker.log({**values, "step": step})
 
 
 def _hyperparameters(config: RunConfig) -> dict[str, Any]:

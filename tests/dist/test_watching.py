@@ -52,7 +52,7 @@ def test_what_befell_the_world_is_in_every_log(failed_and_resumed):
 def test_an_error_is_in_its_ranks_log_with_its_traceback_and_on_screen(failed_and_resumed):
     folder, failed, *_ = failed_and_resumed
     log = logs_of(folder)[1]
-    assert "error: DataError: image x.png in shard train-000003.tar cannot be decoded; pack the set again" in log
+    assert "ERROR   DataError: image x.png in shard train-000003.tar cannot be decoded; pack the set again" in log
     assert "in faulty_episode" in log
     assert "error: rank 1: image x.png" in failed
 

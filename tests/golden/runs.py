@@ -32,7 +32,7 @@ import cml_dist
 from cml_dist.cli import main as command
 from cml_dist.config.load import parse_config
 from cml_dist.run.trainer import train
-from cml_dist.telemetry.console import NullConsole
+from cml_dist.telemetry.console import Console
 
 DTYPES = ("float64", "float32")
 SETS = {"grey": (28, 1), "colour": (32, 3)}
@@ -158,7 +158,7 @@ def settings(name: str, dtype: str, work: Path, strategy: str = "single") -> dic
 def run(name: str, dtype: str, work: Path) -> dict[str, Any]:
     """Train in this process; what it ended with."""
     config = settings(name, dtype, work)
-    assert train(parse_config(config), NullConsole()).finished
+    assert train(parse_config(config), Console(quiet=True)).finished
     return outcome(Path(config["run"]["dir"]))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import math
 import re
@@ -10,7 +9,7 @@ import re
 import pytest
 
 from cml_dist.telemetry import text
-from cml_dist.telemetry.console import BothConsole, Console, NullConsole, ResultRow, console_for
+from cml_dist.telemetry.console import Console, ResultRow
 from cml_dist.telemetry.metrics import StepMetrics
 from cml_dist.telemetry.summary import TrainingSummary
 
@@ -62,12 +61,12 @@ def test_durations(seconds, shown):
     ("value", "shown"),
     [
         (1.2341, "1.234"),
-        (-0.5, "-0.500"),
-        (0.01234, "0.0123"),
+        (-0.5, "-0.5000"),
+        (0.01234, "0.01234"),
         (123.456, "123.5"),
         (1234.56, "1235"),
         (12345.6, "1.235e+04"),
-        (2.5e-7, "2.5e-07"),
+        (2.5e-7, "2.500e-07"),
         (0, "0.000"),
         (math.nan, "-"),
     ],
@@ -78,7 +77,7 @@ def test_numbers(value, shown):
 
 def test_scores_are_per_cent_only_where_they_are_accuracies():
     assert text.score("accuracy", 0.5123, 2) == "51.23 %"
-    assert text.score("mse", 0.5123) == "0.512"
+    assert text.score("mse", 0.5123) == "0.5123"
     assert text.interval("accuracy", 0.0062, 2) == "± 0.62 %"
     assert text.interval("accuracy", None) == text.interval("accuracy", math.nan) == "-"
 
@@ -92,14 +91,16 @@ def test_training_writes_one_line_every_so_many_steps(log, clock):
         for step in range(1, 101):
             clock.now += 0.1
             view.step(at(step))
-        assert written() == "step 100/1500  loss 1.234  accuracy 51.2 %  co 50.1 %  12.3 ep/s  left 2:20\n"
+        assert written() == (
+            "step 100/1500  loss 1.234  accuracy 51.2 %  co-learner 50.1 %  12.3 episodes/s  left 2:20\n"
+        )
 
 
 def test_a_line_is_the_mean_over_its_window_without_skipped_steps(clock):
     summary = TrainingSummary(10, window=2, clock=clock)
     for step, loss in enumerate([9.0, 1.0, 3.0], start=1):
-        summary.add(at(step, loss=loss))
-    summary.add(at(4, loss=math.nan, skipped=True))
+        summary.add(at(step, loss=loss).record())
+    summary.add(at(4, loss=math.nan, skipped=True).record())
     assert summary.mean("loss") == 2.0
     assert "loss 2.000" in summary.line() and "skipped 1" in summary.line()
 
@@ -108,7 +109,7 @@ def test_time_left_counts_from_where_this_session_began(clock):
     summary = TrainingSummary(200, start_step=100, clock=clock)
     assert summary.left_s is None
     clock.now += 50
-    summary.add(at(150))
+    summary.add(at(150).record())
     assert summary.left_s == 50
 
 
@@ -124,21 +125,21 @@ def test_slow_training_speaks_before_log_every_steps_are_done(log, clock):
 def test_regression_and_a_method_without_colearner(log):
     console, written = log
     with console.training(1, score_name="mse") as view:
-        view.step(at(1, score=2.5, colearner_loss=None, colearner_score=None))
-    assert "mse 2.500" in written() and "co " not in written() and "%" not in written()
+        view.step(at(1, score=2.5, score_name="mse", colearner_loss=None, colearner_score=None))
+    assert "MSE 2.500" in written() and "co-learner" not in written() and "%" not in written()
 
 
 def test_short_progress_is_silent_and_long_progress_ends_with_its_last_line(log, clock):
     console, written = log
     with console.progress("validation", 200) as view:
-        view.update(100, accuracy=0.4)
-        view.update(200, accuracy=0.5)
+        view.update(100)
+        view.update(200)
     assert written() == ""
     with console.progress("rendering glyphs", 300) as view:
         for done in (100, 200, 300):
             clock.now += 6
-            view.update(done, accuracy=0.512)
-    assert written() == "rendering glyphs 200/300  accuracy 51.2 %\nrendering glyphs 300/300  accuracy 51.2 %\n"
+            view.update(done, "of 64 fonts")
+    assert written() == "rendering glyphs 200/300  of 64 fonts\nrendering glyphs 300/300  of 64 fonts\n"
 
 
 def test_validation_names_the_best(log):
@@ -158,7 +159,7 @@ def test_results_show_every_row_with_interval_and_episodes(log):
     assert ["CML", "61.23", "%", "±", "0.62", "%", "1,000"] in lines
     assert ["chance", "20.00", "%", "-", "-"] in lines
     console.results([ResultRow("CML", 0.61234, 0.0062, 1000)], score_name="mse")
-    assert "MSE" in written() and "0.612" in written()
+    assert "MSE" in written() and "0.6123" in written()
 
 
 def test_a_log_has_no_escape_codes_no_folding_and_no_live_display(log):
@@ -213,7 +214,8 @@ def test_nothing_is_read_as_markup_and_control_codes_do_not_pass():
         console.results([ResultRow(name, 0.5)], title=name)
         console.validation(1, [ResultRow(name, 0.5)])
         with console.progress(name, 3) as view:
-            view.update(3, file=name)
+            view.update(3, name)
+            console._live.refresh()
         assert file.getvalue().count(shown) >= 11
         assert "\x1b[2J" not in file.getvalue()
 
@@ -232,15 +234,15 @@ def test_the_live_display_stays_inside_the_terminal(width, monkeypatch):
     with console.training(1000, best=(10, 0.4)) as view:
         view.step(at(1))
         with console.progress("validation", 200) as bar:
-            bar.update(100, accuracy=0.5)
+            bar.update(100, "of a split")
             console._live.refresh()
     lines = _visible(file.getvalue())
     assert max(map(len, lines)) <= width
     if width >= 80:
-        assert any("meta-learner" in line and "51.2 %" in line and "12.3 episodes/s" in line for line in lines)
-        assert any("co-learner" in line and "50.1 %" in line and "gradient norm 0.87" in line for line in lines)
-        assert any("best 40.0 % at step 10" in line for line in lines)
-        assert any("validation" in line and "100/200" in line and "accuracy 50.0 %" in line for line in lines)
+        assert any("meta-learner" in line and "51.2 %" in line for line in lines)
+        assert any("co-learner" in line and "50.1 %" in line for line in lines)
+        assert any("12.3 episodes/s   best 40.0 % at step 10   gradient norm 0.87" in line for line in lines)
+        assert any("validation" in line and "100/200" in line and "of a split" in line for line in lines)
 
 
 def _visible(output: str) -> list[str]:
@@ -274,23 +276,29 @@ def test_errors_go_to_standard_error_in_one_line(capsys):
     assert err.startswith("error: domain.ways is 50") and err.endswith("; lower domain.ways\n")
 
 
-def test_other_ranks_say_nothing(capsys):
-    assert isinstance(console_for(1), NullConsole) and not isinstance(console_for(0), NullConsole)
-    console = console_for(1)
+def say_everything(console):
     console.header("a", {"b": 1})
     for say in (console.note, console.warn, console.error):
         say("x")
     console.table("t", ["a"], [[1]])
     console.results([ResultRow("CML", 0.5)])
     console.validation(1, [ResultRow("CML", 0.5)])
-    with console.training(3) as view, console.progress("p", 3) as bar:
-        bar.update(1, accuracy=0.5)
+    with console.training(3, log_every=1) as view, console.progress("p", 3) as bar:
+        bar.update(1, "looking")
         view.step(at(1))
+
+
+def test_other_ranks_say_nothing_on_the_screen(capsys):
+    say_everything(Console(quiet=True))
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_silent_console_and_the_double_one_have_the_same_calls():
-    def calls(kind):
-        return {n: inspect.signature(f) for n, f in vars(kind).items() if inspect.isfunction(f) and n[0] != "_"}
-
-    assert calls(NullConsole) == calls(BothConsole) == calls(Console)
+@pytest.mark.parametrize("how", [{"quiet": True}, {"interactive": True}, {}])
+def test_the_log_has_plain_lines_of_everything_that_is_said(caplog, how):
+    say_everything(Console(io.StringIO(), **how))
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert said[:5] == [("INFO", "a"), ("INFO", "  b: 1"), ("INFO", "x"), ("WARNING", "x"), ("ERROR", "x")]
+    lines = [line for _, line in said]
+    assert "step 1  validation  CML 50.0 %" in lines and any(line.startswith("step 1/3  loss 1.234") for line in lines)
+    assert any(line.split() == ["CML", "50.00", "%", "-", "-"] for line in lines)
+    assert not any("\x1b" in line for line in lines)

@@ -20,7 +20,7 @@ from cml_dist.errors import CheckpointError, DataError
 from cml_dist.run.finished import export_again
 from cml_dist.run.folder import run_config
 from cml_dist.run.trainer import train
-from cml_dist.telemetry.console import NullConsole
+from cml_dist.telemetry.console import Console
 
 WAYS, SHOTS, QUERIES = 3, 1, 2
 SETTINGS = {
@@ -51,7 +51,7 @@ def run(request, image_set, tmp_path_factory):
     settings = {**SETTINGS, "domain": domain, "model": MODELS[request.param]}
     config = parse_config(merge(settings, [f"run.dir={folder}", *more]))
     threads = torch.get_num_threads()
-    train(config, NullConsole())
+    train(config, Console(quiet=True))
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
     return folder, config
@@ -118,10 +118,10 @@ def test_plain_timm_reads_the_export(run):
 
 def test_export_elsewhere_and_of_another_step(run, tmp_path):
     folder, config = run
-    export_again(run_config(str(folder), []), "last", str(tmp_path / "out"), NullConsole())
+    export_again(run_config(str(folder), []), "last", str(tmp_path / "out"), Console(quiet=True))
     assert cml_dist.load(tmp_path / "out").ways == (None if config.model.head == "ridge" else WAYS)
     with pytest.raises(CheckpointError, match="keeps no checkpoint '77'"):
-        export_again(run_config(str(folder), []), "77", None, NullConsole())
+        export_again(run_config(str(folder), []), "77", None, Console(quiet=True))
 
 
 def test_images_of_every_kind_are_read_alike(run, tmp_path):

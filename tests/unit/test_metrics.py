@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def at(step: int, loss: float = 1.5) -> StepMetrics:
 
 
 def written(path: Path, steps: range) -> Path:
-    with MetricsWriter(path) as writer:
+    with closing(MetricsWriter(path)) as writer:
         for step in steps:
             writer.write(at(step))
     return path
@@ -51,7 +52,7 @@ def test_regression_reports_mse_instead_of_accuracy():
 def test_nan_and_inf_become_null_and_floats_survive_to_the_bit(tmp_path):
     path = tmp_path / "metrics.jsonl"
     loss = 0.1 + 0.2
-    with MetricsWriter(path) as writer:
+    with closing(MetricsWriter(path)) as writer:
         writer.write(StepMetrics(1, loss, math.nan, math.inf, grad_norm=-math.inf, skipped=True))
     record = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert record["loss"] == loss
@@ -74,7 +75,7 @@ def test_truncating_keeps_the_lines_up_to_the_step_and_drops_a_torn_one(tmp_path
     whole = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(whole) + whole[0][:20])
     writer = MetricsWriter(path)
-    assert writer.truncate_after(3) == 3
+    writer.truncate_after(3)
     assert path.read_bytes() == b"".join(whole[:3])
     writer.write(at(4))
     writer.close()
@@ -86,7 +87,7 @@ def test_a_complete_record_without_line_end_is_torn_too(tmp_path):
     # Appending to it would give one line with two records.
     path = written(tmp_path / "metrics.jsonl", range(1, 3))
     path.write_bytes(path.read_bytes()[:-1])
-    assert MetricsWriter(path).truncate_after(9) == 1
+    MetricsWriter(path).truncate_after(9)
     assert [r["step"] for r in read_metrics(path)] == [1]
 
 
@@ -94,10 +95,10 @@ def test_a_writer_that_was_cut_off_does_not_go_on_in_the_new_ones_file(tmp_path)
     path = written(tmp_path / "metrics.jsonl", range(1, 4))
     before = path.read_bytes()
     with open(path, "ab") as cut_off:
-        assert MetricsWriter(path).truncate_after(3) == 0
+        MetricsWriter(path).truncate_after(3)
         cut_off.write(b"a line of another time\n")
     assert path.read_bytes() == before
-    assert MetricsWriter(tmp_path / "none.jsonl").truncate_after(3) == 0
+    MetricsWriter(tmp_path / "none.jsonl").truncate_after(3)
 
 
 def test_a_kill_while_truncating_loses_nothing(tmp_path, monkeypatch):
@@ -113,19 +114,16 @@ def test_a_kill_while_truncating_loses_nothing(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
-def test_reading_says_which_line_is_damaged(tmp_path):
+def test_reading_passes_over_what_is_torn_or_missing(tmp_path):
     path = written(tmp_path / "metrics.jsonl", range(1, 4))
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0] + b'{"step": \n' + lines[2])
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 2, is no metrics record"):
-        read_metrics(path)
-    path.write_bytes(lines[0] + lines[1][:9])
+    assert [r["step"] for r in read_metrics(path, last_bytes=len(lines[1] + lines[2]) + 5)] == [2, 3]
+    path.write_bytes(lines[0] + b'{"step": \n' + lines[2][:9])
     assert [r["step"] for r in read_metrics(path)] == [1]
+    assert read_metrics(tmp_path / "nowhere.jsonl") == []
 
 
-def test_a_missing_or_unwritable_file_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere.jsonl cannot be read"):
-        read_metrics(tmp_path / "nowhere.jsonl")
+def test_an_unwritable_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="no-folder.*cannot be written: No such file or directory"):
         MetricsWriter(tmp_path / "no-folder" / "metrics.jsonl").write(at(1))
 

@@ -2,73 +2,85 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 
 import pytest
 
+from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.rank_log import RankLog
 
 
 @pytest.fixture
-def log():
-    log = RankLog(3)
-    yield log
-    log.close()
+def make_log():
+    """RankLog, and each that was made is closed."""
+    made = []
+    yield lambda rank=3: made.append(RankLog(rank)) or made[-1]
+    for log in made:
+        log.close()
 
 
 def lines(folder):
     return (folder / "rank-00003.log").read_text().splitlines()
 
 
-def test_a_run_that_never_begins_leaves_nothing(tmp_path, log):
-    log.console.note("early")
+def test_a_run_that_never_begins_leaves_nothing(tmp_path, make_log):
+    log = make_log()
+    Console(quiet=True).note("early")
     log.close()
     assert not any(tmp_path.iterdir())
 
 
-def test_every_line_has_its_time_and_a_later_start_goes_on(tmp_path, log):
-    log.console.note("early")
+def test_every_line_has_its_time_and_a_later_start_goes_on(tmp_path, make_log):
+    log, console = make_log(), Console(quiet=True)
+    console.note("early")
     log.open(tmp_path / "logs", "first start")
-    log.console.table("Table", ("a",), [(1,), (2,)])
+    console.warn("late")
     log.close()
-    again = RankLog(3)
+    console.note("nobody hears it")
+    again = make_log()
     again.open(tmp_path / "logs", "second start")
-    again.failed(ValueError("two\nlines"))
+    again.failed(ValueError("bad value"))
     again.close()
-    found = lines(tmp_path / "logs")
-    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d  \S", line) or "   " in line for line in found)
-    words = [line[21:] for line in found]
-    assert words[:3] == ["first start", "early", "Table"]
-    assert "second start" in words and "error: ValueError: two" in words and words[-2:] == ["ValueError: two", "lines"]
+    *found, last = lines(tmp_path / "logs")
+    assert last == "ValueError: bad value"  # the traceback
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d [A-Z]+ +\S", line) for line in found)
+    assert [line.split(maxsplit=1)[1] for line in found] == [
+        "INFO    first start", "INFO    early", "WARNING late", "INFO    second start", "ERROR   ValueError: bad value",
+    ]  # fmt: skip
 
 
-def test_what_cannot_be_written_costs_one_warning(tmp_path, log, capfd):
-    (tmp_path / "rank-00003.log").symlink_to("/dev/full")
-    log.open(tmp_path, "start")
-    log.console.note("more")
+@pytest.mark.parametrize("broken", ["a full disk", "no folder"])
+def test_what_cannot_be_written_costs_one_warning(tmp_path, make_log, capfd, broken):
+    if broken == "no folder":
+        (tmp_path / "logs").touch()
+    else:
+        (tmp_path / "logs").mkdir()
+        (tmp_path / "logs" / "rank-00003.log").symlink_to("/dev/full")
+    log = make_log()
+    for _ in range(2):
+        log.open(tmp_path / "logs", "start")
+        Console(quiet=True).note("more")
     log.close()
     out, err = capfd.readouterr()
-    assert out == ""
-    assert err == "warning: the log of rank 3 cannot be written: No space left on device; the run goes on without it\n"
+    assert out == "" and err.count("\n") == 1
+    assert re.match(r"warning: .*/rank-00003.log cannot be written: [\w ]+; the run goes on without this log\n", err)
 
 
-def test_a_folder_that_cannot_be_made_costs_one_warning(tmp_path, log, capfd):
-    (tmp_path / "logs").touch()
-    log.open(tmp_path / "logs", "start")
-    log.console.note("more")
-    assert capfd.readouterr().err.count("warning: the log of rank 3 cannot be written") == 1
-
-
-def test_warnings_of_python_are_in_the_log_alone_once_it_is_open(tmp_path):
-    with warnings.catch_warnings(record=True) as shown:
+@pytest.mark.parametrize("rank", [0, 3])
+def test_warnings_of_python_and_libraries_are_in_the_log_and_on_the_screen_of_rank_0(tmp_path, make_log, capfd, rank):
+    log = make_log(rank)
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
-        log = RankLog(3)
         warnings.warn("before", stacklevel=1)
         log.open(tmp_path, "start")
-        warnings.warn("while it is open", stacklevel=1)
-        log.close()
         warnings.warn("after", stacklevel=1)
-    assert [str(w.message) for w in shown] == ["before", "after"]
-    found = [line.split("UserWarning: ")[1] for line in lines(tmp_path) if "UserWarning" in line]
-    assert found == ["before", "while it is open"]
+    logging.getLogger("library").warning("of a library")
+    Console(quiet=True).warn("said by the console itself")
+    log.close()
+    (file,) = tmp_path.iterdir()
+    screen = capfd.readouterr().err
+    for word in ("UserWarning: before", "UserWarning: after", "of a library"):
+        assert file.read_text().count(word) == 1 and screen.count(word) == (rank == 0)
+    assert "by the console itself" in file.read_text() and "by the console itself" not in screen

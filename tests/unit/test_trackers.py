@@ -12,7 +12,7 @@ from cml_dist.errors import ConfigError
 from cml_dist.run.folder import differences
 from cml_dist.run.trainer import train
 from cml_dist.telemetry import trackers
-from cml_dist.telemetry.console import NullConsole
+from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.metrics import read_metrics
 
 SETTINGS = (
@@ -21,9 +21,9 @@ SETTINGS = (
 )  # fmt: skip
 
 
-class Listening(NullConsole):
+class Listening(Console):
     def __init__(self):
-        super().__init__()
+        super().__init__(quiet=True)
         self.warnings = []
 
     def warn(self, message):
@@ -60,7 +60,7 @@ def test_none_is_there_unless_asked_for(tmp_path):
 def test_a_missing_package_is_refused_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"wandb, which is not installed; pip install 'cml-dist\[trackers\]'"):
-        train(configure(tmp_path / "run", "run.trackers=wandb"), NullConsole())
+        train(configure(tmp_path / "run", "run.trackers=wandb"), Console(quiet=True))
     assert not (tmp_path / "run").exists()
 
 

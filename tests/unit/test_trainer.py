@@ -41,7 +41,7 @@ from cml_dist.run.folder import run_config
 from cml_dist.run.hooks import nothing
 from cml_dist.run.status import read_status
 from cml_dist.run.trainer import train
-from cml_dist.telemetry.console import NullConsole
+from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.metrics import read_metrics
 
 BASE = {
@@ -72,7 +72,7 @@ def configure(folder, *overrides):
 
 
 def go(folder, *overrides, on_step=nothing):
-    return train(configure(folder, *overrides), NullConsole(), on_step=on_step)
+    return train(configure(folder, *overrides), Console(quiet=True), on_step=on_step)
 
 
 def losses(folder):
@@ -113,11 +113,11 @@ def failing(error):
     return fail
 
 
-class Listening(NullConsole):
+class Listening(Console):
     """Keeps the warnings."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(quiet=True)
         self.warnings = []
 
     def warn(self, message):
@@ -384,7 +384,7 @@ def test_a_double_precision_run_can_be_used(tmp_path):
 def test_export_refuses_another_network(undisturbed, tmp_path):
     with pytest.raises(CheckpointError, match="another network"):
         config = run_config(str(undisturbed), ["model.hidden=[8, 9]"])
-        export_again(config, "best", str(tmp_path / "out"), NullConsole())
+        export_again(config, "best", str(tmp_path / "out"), Console(quiet=True))
 
 
 def test_a_checkout_that_is_not_installed_trains(tmp_path, monkeypatch):
@@ -572,7 +572,7 @@ def test_testing_again_gives_the_same_figures(undisturbed, tmp_path):
     folder = tmp_path / "moved"
     shutil.copytree(undisturbed, folder)
     before = json.loads((folder / "eval.json").read_text())
-    evaluate_run(run_config(str(folder), []), "best", NullConsole())
+    evaluate_run(run_config(str(folder), []), "best", Console(quiet=True))
     assert json.loads((folder / "eval.json").read_text()) == before
     assert json.loads((folder / "evals" / "own.json").read_text()) == before
 
@@ -582,7 +582,7 @@ def test_a_test_with_other_settings_leaves_the_runs_own_figures(undisturbed, tmp
     shutil.copytree(undisturbed, folder)
     before = (folder / "eval.json").read_bytes(), (folder / "eval_scores.npz").read_bytes()
     own = folder / "evals" / "own.json", folder / "evals" / "own.npz"
-    evaluate_run(run_config(str(folder), ["eval.episodes=9", "eval.co_adapt=released"]), "last", NullConsole())
+    evaluate_run(run_config(str(folder), ["eval.episodes=9", "eval.co_adapt=released"]), "last", Console(quiet=True))
     name = "checkpoint=last,eval.episodes=9,eval.co_adapt=released"
     report = json.loads((folder / "evals" / f"{name}.json").read_text())
     assert (report["meta"]["episodes"], report["step"], report["chosen"]) == (9, 12, "last")
@@ -593,7 +593,7 @@ def test_a_test_with_other_settings_leaves_the_runs_own_figures(undisturbed, tmp
 
 
 def exported(folder, *overrides, which="best"):
-    export_again(run_config(str(folder), overrides), which, str(folder / "out"), NullConsole())
+    export_again(run_config(str(folder), overrides), which, str(folder / "out"), Console(quiet=True))
     return json.loads((folder / "out" / "model.json").read_text())["eval"], (folder / "out" / "README.md").read_text()
 
 
@@ -601,7 +601,7 @@ def test_a_card_claims_a_figure_only_for_the_task_that_was_tested(undisturbed, t
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
     own = json.loads((folder / "eval.json").read_text())
-    evaluate_run(run_config(str(folder), ["domain.shots=3"]), "best", NullConsole())
+    evaluate_run(run_config(str(folder), ["domain.shots=3"]), "best", Console(quiet=True))
     figures, card = exported(folder)
     assert figures["meta"] == own["meta"]
     assert f"(6 episodes of the test split, 95 % interval) | {own['meta']['mean']:.4f} +-" in card
@@ -630,7 +630,7 @@ def test_what_is_damaged_is_passed_over_and_said_by_eval_and_export(undisturbed,
 def test_without_a_validated_step_the_newest_is_called_last(tmp_path):
     folder = tmp_path / "run"
     go(folder, on_step=stop_after(3))
-    assert evaluate_run(run_config(str(folder), []), "best", NullConsole())["chosen"] == "last"
+    assert evaluate_run(run_config(str(folder), []), "best", Console(quiet=True))["chosen"] == "last"
     assert json.loads((folder / "eval.json").read_text())["chosen"] == "last"
 
 

@@ -1,0 +1,125 @@
+"""Running counts and the running training: bars on a terminal; elsewhere, and in the log, a line now and then."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from rich.console import Console as RichConsole
+from rich.console import RenderableType
+from rich.constrain import Constrain
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+from cml_dist.telemetry.metrics import StepMetrics
+from cml_dist.telemetry.summary import TrainingSummary
+from cml_dist.telemetry.text import duration, printable
+
+QUIET_S = 10.0
+"""Seconds between two lines of a running count, which says nothing at all if it ends before."""
+
+SILENT_S = 60.0
+"""Seconds after which training says something even if ``log_every`` steps are not done."""
+
+MAX_WIDTH = 100
+"""Columns that live displays use at most."""
+
+
+Say = Callable[[Text, bool], None]
+"""``say(line, on_screen)``: see :meth:`cml_dist.telemetry.console.Console.say`."""
+
+
+class LiveDisplay(Progress):
+    """Bars, and under them the state of the training."""
+
+    def __init__(self, console: RichConsole, transient: bool) -> None:
+        self.summary: TrainingSummary | None = None
+        super().__init__(
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=8)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            _Times(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+            console=console,
+            expand=True,
+            refresh_per_second=4,
+            speed_estimate_period=math.inf,  # a meta-step may take minutes
+            transient=transient,
+        )
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield Constrain(self.make_tasks_table(self.tasks), MAX_WIDTH)
+        if self.summary is not None:
+            yield Constrain(self.summary, MAX_WIDTH)
+
+
+class _Times(ProgressColumn):
+    """``1:12  left 1:44``."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{duration(task.elapsed)}  left {duration(task.time_remaining)}", style="cyan")
+
+
+class ProgressView:
+    """A running count.
+
+    Args:
+        live: where its bar is; None without a terminal.
+    """
+
+    def __init__(
+        self, say: Say, clock: Callable[[], float], live: LiveDisplay | None, description: str, total: int | None
+    ) -> None:
+        self._say, self._clock, self._live = say, clock, live
+        self._description, self._of = description, "" if total is None else f"/{total}"
+        if live is not None:
+            self._task = live.add_task(description, total=total, note="")
+        self._line, self._spoke, self._last_s = "", False, clock()
+
+    def update(self, done: int, at: str = "") -> None:
+        """``done`` of the total are done; ``at`` is shown beside it: what is done now."""
+        at = printable(at)
+        if self._live is not None:
+            self._live.update(self._task, completed=done, note=at)
+        self._line = f"{self._description} {done}{self._of}  {at}".rstrip()
+        if self._clock() - self._last_s >= QUIET_S:
+            self._flush()
+
+    def close(self) -> None:
+        """The bar goes; of lines the last one is said, if there were any."""
+        if self._live is not None:
+            self._live.remove_task(self._task)
+            self._live.refresh()
+        if self._spoke and self._line:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._say(Text(self._line), self._live is None)
+        self._line, self._spoke, self._last_s = "", True, self._clock()
+
+
+class TrainingView:
+    """A running training.
+
+    Args:
+        live: where its bar and its figures are; None without a terminal.
+    """
+
+    def __init__(self, say: Say, live: LiveDisplay | None, summary: TrainingSummary) -> None:
+        self._say, self._live, self._summary = say, live, summary
+        self._last_s = summary.clock()
+        if live is not None:
+            live.summary = summary
+            self._task = live.add_task("meta-training", total=summary.total_steps, completed=summary.step, note="")
+
+    def step(self, metrics: StepMetrics) -> None:
+        """The next meta-step is done."""
+        summary = self._summary
+        summary.add(metrics.record())
+        if self._live is not None:
+            self._live.update(self._task, completed=metrics.step)
+        due = metrics.step % summary.window == 0 or metrics.step == summary.total_steps
+        if due or summary.clock() - self._last_s >= SILENT_S:
+            self._last_s = summary.clock()
+            self._say(Text(summary.line()), self._live is None)
