@@ -272,7 +272,7 @@ def test_a_backbone_that_cannot_be_differentiated_twice(monkeypatch):
 def test_data_that_is_not_there(tmp_path):
     checks = [Check("data", "data", run.check_data, "machine")]
     (found,) = look(checks, case("x", f"domain.root={tmp_path / 'none'}", config="mini_imagenet"))
-    assert found.verdict == "fault" and "there is no packed image set at" in found.value
+    assert found.verdict == "fault" and "packed image set at" in found.value
 
 
 # --------------------------------------------------------------------------- all of them

@@ -12,7 +12,7 @@ import cml_dist
 
 PACKAGE = Path(cml_dist.__file__).parent
 ROOMS = (
-    "types", "errors", "atomic", "registry", "config", "telemetry", "meta", "nets", "methods", "domains", "parallel",
+    "types", "errors", "atomic", "registry", "config", "telemetry", "meta", "methods", "nets", "domains", "parallel",
     "planning", "run", "launching", "tools", "commands", "cli",
 )  # fmt: skip
 MODULES = {

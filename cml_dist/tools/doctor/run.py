@@ -29,7 +29,7 @@ NO_LOCKS = (
 
 def check_second_derivative(case: Case) -> Iterator[Finding]:
     """On the device of the run: second derivatives of the network against differences of its gradient, in float64."""
-    from cml_dist.methods.build import make_network
+    from cml_dist.nets.build import make_network
     from cml_dist.nets.guard import check_twice_differentiable
     from cml_dist.planning.forecast import known_inputs
 
