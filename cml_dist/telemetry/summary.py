@@ -113,4 +113,5 @@ class TrainingSummary:
         facts = [figure for figure in self.figures() if figure.startswith("skipped") or figure.endswith("/s")]
         if self.best is not None:
             facts.append(f"best {text.score(name, self.best[1])} at step {self.best[0]}")
-        return Group(grid, Padding(Text("   ".join([*facts, *self.details()]), style="dim"), (0, 0, 0, 2)))
+        below = Text("\n".join("   ".join(shown) for shown in (facts, self.details()) if shown), style="dim")
+        return Group(grid, Padding(below, (0, 0, 0, 2)))
