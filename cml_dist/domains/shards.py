@@ -63,7 +63,7 @@ class ShardSet:
         if not folder.is_dir() or not file.exists():
             kind = f"{DATASET_FILE} is missing" if folder.is_dir() else "no such folder"
             raise DataError(
-                f"there is no whole packed image set at {root} ({kind})",
+                f"there is no packed image set at {root} ({kind})",
                 "check the path (domain.root), or make it: cml-dist data pack SOURCE DEST",
             )
         try:

@@ -252,8 +252,8 @@ def _truncate(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda root: shutil.rmtree(root), "no whole packed image set at .*copy .no such folder.*data pack"),
-        (lambda root: (root / "dataset.json").unlink(), "no whole packed image set at .*copy .dataset.json is missing"),
+        (lambda root: shutil.rmtree(root), "no packed image set at .*copy .no such folder.*data pack"),
+        (lambda root: (root / "dataset.json").unlink(), "no packed image set at .*copy .dataset.json is missing"),
         (lambda root: (root / "dataset.json").write_text("{"), "dataset.json is damaged"),
         (lambda root: (root / "dataset.json").write_text("[1]"), "dataset.json is damaged"),
         (lambda root: (root / "index.npz").unlink(), "index.npz is missing; copy the set again whole"),
