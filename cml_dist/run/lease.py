@@ -48,9 +48,8 @@ class Lease:
             if same_job and holder["requeued"] > start.requeued:
                 raise self._taken_over(holder)
             if not self._lock(self._path) and not (same_job and holder["requeued"] < start.requeued):
-                who = f" ({_name(holder)})" if holder else ""
                 raise CheckpointError(
-                    f"another process trains in run.dir {folder}{who}",
+                    f"another process trains in run.dir {folder}{_name(holder)}",
                     "wait for it, stop it, or choose another run.dir",
                 )
             self._mine = {
@@ -88,9 +87,8 @@ class Lease:
         self._close()
 
     def _taken_over(self, holder: dict[str, Any]) -> CheckpointError:
-        who = _name(holder) if holder else "an unknown process"
         return CheckpointError(
-            f"a later start of this run has taken over {self._path.parent} ({who})",
+            f"a later start of this run has taken over {self._path.parent}{_name(holder)}",
             "nothing is lost: that one goes on from the last checkpoint",
         )
 
@@ -120,4 +118,4 @@ class Lease:
 
 
 def _name(holder: dict[str, Any]) -> str:
-    return f"pid {holder['pid']} on {holder['host']}"
+    return f" (pid {holder['pid']} on {holder['host']})" if holder else ""

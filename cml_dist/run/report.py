@@ -103,7 +103,6 @@ def score_run(
     checkpoint, (how, _) = choice
     world.together(lambda: checkpoints.check_same_run(checkpoint, parts.net))
     learners = ("meta",) if dagger_refusal(config) else ("meta", "co")
-
     parts.model.to(world.device)  # not while it trains: it would part gradients from the buckets that DDP reduces
 
     def test(params: Params, what: str) -> dict[str, EvalReport]:

@@ -212,11 +212,7 @@ class Trainer:
     # ------------------------------------------------------------------ one meta-step
 
     def meta_step(self, stream: EpisodeStream) -> tuple[StepMetrics, bool, bool]:
-        """Episodes -> meta-gradient -> outer step -> metrics.
-
-        Returns:
-            (metrics, whether any rank was asked to stop, whether ``checkpoint.every`` or ``every_minutes`` is due).
-        """
+        """Episodes -> meta-gradient -> outer step -> (metrics, whether to stop, whether a checkpoint is due)."""
         config, world = self.config, self.world
         started_s = time.perf_counter()
         num_episodes = config.train.episodes_per_step
@@ -304,15 +300,10 @@ class Trainer:
         return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
 
     def validate_if_due(self) -> None:
-        """Validate the present step, and keep what came of it; on resume, also what was cut off."""
-        if self.validation_due:
-            self.session.doing = "validation"
-            self.validate()
-            self.save()
-            self.session.doing = "training"
-
-    def validate(self) -> None:
-        """Score the learner that chooses the best step on the val split, and remember the best so far."""
+        """Score the learner that chooses the best step on the val split, and save; on resume, also one cut off."""
+        if not self.validation_due:
+            return
+        self.session.doing = "validation"
         config, domain, console = self.config, self.parts.domain, self.session.console
         learner = config.eval.learner
         with console.progress("validation", config.eval.val_episodes) as view:
@@ -330,6 +321,8 @@ class Trainer:
         row = ResultRow(learner_title(config, learner), report.mean, report.ci95, len(report.scores))
         console.validation(self.step, [row], score_name=domain.score_name, best=self.best)
         self.on_step(self.step, "validated")
+        self.save()
+        self.session.doing = "training"
 
     def save(self) -> None:
         """One checkpoint by rank 0, and the removal of those no longer kept; fails on all ranks if it fails."""
