@@ -23,7 +23,7 @@ from cml_dist.telemetry.metrics import read_metrics
 
 SETTINGS = (
     "domain.shots=5", "domain.queries=5", "model.hidden=[64,64]", "method.inner_steps=3", "train.episodes_per_step=3",
-    "eval.every=0", "eval.final=false", "checkpoint.every=1000000", "run.dtype=float64", "parallel.threads=1",
+    "eval.every=0", "eval.final=false", "checkpoint.every=1000000", "run.precision=fp64", "parallel.threads=1",
 )  # fmt: skip
 TIMES = ("seconds", "episodes_per_s", "peak_memory_gib")
 

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def config(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.config.load import annotated, find_recipe, layered, parse_config, read_yaml, valid_keys
+    from cml_dist.config.load import annotated, find_recipe, layered, old_names, parse_config, read_yaml, valid_keys
     from cml_dist.config.plan import make_plan, plan_rows
     from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
-    from cml_dist.parallel.env import launched
+    from cml_dist.parallel.env import TORCH_DEFAULTS, launched
 
     if args.keys:
         if console.interactive:
@@ -28,7 +28,10 @@ def config(args: argparse.Namespace, console: Console) -> None:
         return
     if args.config is None:
         raise CmlError("no configuration was named", "cml-dist config CONFIG, or cml-dist config --keys")
-    layers = layered(read_yaml(find_recipe(args.config)), args.overrides)
+    recipe = read_yaml(find_recipe(args.config))
+    for line in old_names(recipe, args.overrides):
+        console.warn(line)
+    layers = layered(recipe, args.overrides)
     config = parse_config(layers.data, source=args.config)
     processes = config.parallel.processes or launched().size  # asked for, else launched, else one
     plan = make_plan(config, processes, os.environ)
@@ -40,6 +43,7 @@ def config(args: argparse.Namespace, console: Console) -> None:
     rows = plan_rows(config, plan)
     if config.engine.name == "auto" and plan.engine == "graph" and plan.inner_steps > 1:
         rows["engine"] += ", or adjoint where memory asks for it (found out at the start)"
+    rows["environment"] = ", ".join(f"{name}={os.environ.get(name)}" for name in TORCH_DEFAULTS)
     console.header("cml-dist config", rows)
     if layers.gave_way:
         lost = ", ".join(f"{key}={value}" for key, value in layers.gave_way.items())

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cml_dist.telemetry.console import Console
     from cml_dist.tools.doctor.findings import Report
 
-PATIENCE = "parallel.timeout_s=120"
+PATIENCE = "parallel.hang_timeout_s=120"
 """A hang is to be seen within minutes here; the command line may say otherwise."""
 
 
@@ -34,7 +34,7 @@ def doctor(args: argparse.Namespace, console: Console) -> int:
     if args.config is not None and "=" in args.config and not os.path.exists(args.config):
         overrides.insert(1, args.config)  # the first override, where no configuration is named
         args.config = None
-    config = load_config(args.config or "glyphs", overrides)
+    config = load_config(args.config or "glyphs", overrides, console.warn)
     case = Case(config, args.config, Path(args.run_dir or config.run.dir), launched())
     count = itertools.count()
 

@@ -19,7 +19,7 @@ SHORT = {"parameters": "params", "gradients": "grads", "adapted": "copies", "act
 def plan(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.config.load import load_config
 
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides, console.warn)
     from cml_dist.planning.forecast import forecast
     from cml_dist.planning.strategies import Strategy
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def train(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.config.load import load_config
 
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides, console.warn)
     # Open to the end of the process: a signal that comes while it leaves must not turn a saved run into a killed one.
     interrupts = Interrupts(config.run.stop_signals)
     interrupts.__enter__()

@@ -40,10 +40,6 @@ def contradictions(config: Any) -> Iterator[str]:
             yield f"engine.micro_batch is set, {whole}"
         if engine.trajectory == "sqrt":
             yield f"engine.trajectory is sqrt, {whole}"
-    if config.run.compute == "bfloat16" and config.run.dtype != "float32":
-        yield (
-            f"run.compute is bfloat16, but run.dtype is {config.run.dtype}: set run.dtype=float32, or run.compute=dtype"
-        )
 
 
 def _of_method(config: Any) -> Iterator[str]:

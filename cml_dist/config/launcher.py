@@ -136,7 +136,7 @@ def _check_accelerate(source: str, config: RunConfig, environment: Mapping[str, 
     ours = {  # variable -> (its name in the file, what the run does, where the run says so)
         "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", str(config.optim.clip_norm or 0.0), "optim.clip_norm"),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "1", "train.episodes_per_step"),
-        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "no", "run.compute"),
+        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "no", "run.precision"),
         "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": ("deepspeed_moe_layer_cls_names", "none", "model.backbone"),
     }
     for variable, (name, here, setting) in ours.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -21,14 +21,36 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _RECIPES = (_PACKAGE / "recipes", _PACKAGE.parent / "configs" / "recipes")
 """Installed (setup.py puts the recipes there), or in a checkout, also an editable one."""
 
+RENAMED = {
+    "engine.copies": "engine.trajectory_device",
+    "parallel.silence_s": "parallel.heartbeat_timeout_s",
+    "parallel.timeout_s": "parallel.hang_timeout_s",
+    "run.dtype": "run.precision",
+    "run.compute": "run.precision",
+}
+"""Settings by their names in 0.1, which are read until 0.3."""
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+_VALUES = {
+    "run.dtype": {"float32": "fp32", "float64": "fp64"},
+    "run.compute": {"dtype": "fp32", "float32": "fp32", "bfloat16": "bf16"},
+}
+
+
+def load_config(
+    path: str, overrides: Sequence[str] = (), warn: Callable[[str], object] = lambda line: None
+) -> RunConfig:
     """Read a recipe by path or short name and apply ``key=value`` overrides.
+
+    Args:
+        warn: told, a line each, of settings that have another name by now.
 
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest valid one), or a value out of range.
     """
-    return parse_config(layered(read_yaml(find_recipe(path)), overrides).data, source=str(path))
+    recipe = read_yaml(find_recipe(path))
+    for line in old_names(recipe, overrides):
+        warn(line)
+    return parse_config(layered(recipe, overrides).data, source=str(path))
 
 
 # --------------------------------------------------------------------------- files
@@ -104,7 +126,8 @@ def layered(recipe: Mapping[str, Any], overrides: Sequence[str]) -> Layers:
     another name that method's own defaults count; within the family what the name decides does.
     """
     data = merge(recipe, overrides)
-    given, chosen = flatten(recipe), {override.partition("=")[0] for override in overrides}
+    given = flatten(_with_new_names(recipe))
+    chosen = {RENAMED.get(key, key) for key in (override.partition("=")[0] for override in overrides)}
     section = data.get("method")
     gave_way: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -134,9 +157,10 @@ def layered(recipe: Mapping[str, Any], overrides: Sequence[str]) -> Layers:
 
 def merge(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """``data`` with ``section.key=value`` assignments applied; values are read as YAML."""
-    merged = copy.deepcopy(dict(data))
+    merged = _with_new_names(data)
     for override in overrides:
         key, equals, text = override.partition("=")
+        key, text = RENAMED.get(key, key), str(_VALUES.get(key, {}).get(text, text))
         *sections, last = key.split(".")
         if not equals or not all((*sections, last)):
             raise ConfigError(
@@ -158,6 +182,25 @@ def merge(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     return merged
 
 
+def old_names(recipe: Mapping[str, Any], overrides: Iterable[str]) -> list[str]:
+    """A line for each setting that is given by the name that it had in 0.1."""
+    given = {*flatten(recipe), *(override.partition("=")[0] for override in overrides)}
+    return [f"{key} is now {new}; the old name is read until 0.3" for key, new in RENAMED.items() if key in given]
+
+
+def _with_new_names(data: Mapping[str, Any]) -> dict[str, Any]:
+    data = copy.deepcopy(dict(data))
+    for key, new in RENAMED.items():
+        section, _, name = key.partition(".")
+        settings = data.get(section)
+        if isinstance(settings, dict) and name in settings:
+            value, new_name = settings.pop(name), new.partition(".")[2]
+            value = _VALUES.get(key, {}).get(value, value)
+            if new_name not in settings or value != "fp32":  # two old settings became one
+                settings[new_name] = value
+    return data
+
+
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as ``section.key`` -> value."""
     flat: dict[str, Any] = {}
@@ -175,7 +218,7 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def parse_config(data: Mapping[str, Any], source: str = "configuration") -> RunConfig:
     """The checked configuration in plain ``data``; every fault in one ConfigError."""
     try:
-        return RunConfig.model_validate(data)
+        return RunConfig.model_validate(_with_new_names(data))
     except ValidationError as error:
         faults = [_fault(e) for e in error.errors()]
         raise ConfigError(

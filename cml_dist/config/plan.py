@@ -21,7 +21,7 @@ class RunPlan:
         episodes_by_rank: episodes of a meta-step that each rank runs.
         engine: how the meta-gradient is computed.
         micro_batch: most examples that pass through the network at once; None: all of a set.
-        copies: where ``adjoint`` keeps the adapted parameters of each step: ``device`` or ``cpu``.
+        trajectory_device: where ``adjoint`` keeps the adapted parameters of each step: ``device`` or ``cpu``.
         trajectory: which of them it keeps: ``all``, or about every ``sqrt``-th.
         memory: what was found out about memory, and what was chosen for it, in words; empty without a budget.
         strategy: ``single``, ``ddp``, or ``zero0`` to ``zero3``.
@@ -41,7 +41,7 @@ class RunPlan:
     inner_steps: int
     test_inner_steps: int
     micro_batch: int | None = None
-    copies: str = "device"
+    trajectory_device: str = "device"
     trajectory: str = "all"
     offload: str = "none"
     memory: str = ""
@@ -68,10 +68,11 @@ def make_plan(config: RunConfig, processes: int, environment: Mapping[str, str])
     """
     strategy, offload = resolve_strategy(config, processes, environment)
     asked, second_order = config.engine, config.method.order == 2
+    on_cpu = asked.trajectory_device == "cpu"
     engine, micro_batch = asked.name, asked.micro_batch if isinstance(asked.micro_batch, int) else None
     if engine == "auto":
         # The memory budget decides; until it has, the fastest that could be (see planning/choose.py).
-        lean = micro_batch is not None or asked.trajectory == "sqrt" or asked.copies == "cpu"
+        lean = micro_batch is not None or asked.trajectory == "sqrt" or on_cpu
         engine = "adjoint" if lean else "graph"
     steps, every = config.train.steps, config.eval.every
     batch = config.train.episodes_per_step
@@ -88,7 +89,7 @@ def make_plan(config: RunConfig, processes: int, environment: Mapping[str, str])
         test_inner_steps=config.method.inner_steps if test_steps is None else test_steps,
         offload=offload,
         micro_batch=micro_batch,
-        copies="cpu" if asked.copies == "cpu" and engine == "adjoint" and second_order else "device",
+        trajectory_device="cpu" if on_cpu and engine == "adjoint" and second_order else "device",
         trajectory="sqrt" if asked.trajectory == "sqrt" and engine == "adjoint" else "all",
     )
 
@@ -126,8 +127,8 @@ def resolve_strategy(config: RunConfig, processes: int, environment: Mapping[str
         )
     if strategy.startswith("zero") and config.run.dtype != "float32":
         raise ConfigError(
-            f"run.dtype is {config.run.dtype}, but DeepSpeed reduces and updates in float32 ({strategy})",
-            "set run.dtype=float32, or parallel.strategy=ddp",
+            f"run.precision is fp64, but DeepSpeed reduces and updates in float32 ({strategy})",
+            "set run.precision=fp32, or parallel.strategy=ddp",
         )
     return strategy, offload
 
@@ -162,9 +163,9 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
         "engine": _listed(
             plan.engine,
             f"micro-batches of {_count(plan.micro_batch, 'example')}" if plan.micro_batch else "",
-            "copies on the CPU" if plan.copies == "cpu" else "",
+            "copies on the CPU" if plan.trajectory_device == "cpu" else "",
             "every sqrt(K)-th point kept" if plan.trajectory == "sqrt" else "",
-            "bfloat16 inside the network" if config.run.compute == "bfloat16" else "",
+            "bfloat16 inside the network" if config.run.precision == "bf16" else "",
         ),
         **({"memory": plan.memory} if plan.memory else {}),
         "world": f"{plan.processes} process{'es' * (plan.processes != 1)} ({strategy}), "

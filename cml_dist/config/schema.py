@@ -157,7 +157,7 @@ class EngineConfig(Section):
     name: Literal["auto", "graph", "adjoint"] = Field("auto", description="graph: unrolled loop; adjoint: memory flat in inner steps; auto: graph where it fits into the memory budget (on the CPU, which has none by default: where it is the faster one), else adjoint")
     micro_batch: int | str | None = Field("auto", description="most examples of an episode that pass through the network at once (adjoint; needs a network whose norms couple no examples); null: all; auto: all that the memory budget holds")
     trajectory: Literal["auto", "all", "sqrt"] = Field("auto", description="adjoint: which points of the inner loop are kept: all, or about every sqrt(K)-th, the others computed anew (2 sqrt(K) copies of what adapts for one more forward sweep); auto: all, and sqrt where the memory budget asks for it")
-    copies: Literal["auto", "device", "cpu"] = Field("auto", description="adjoint: where the adapted parameters of each inner step are kept; auto: device, and cpu where the memory budget asks for it")
+    trajectory_device: Literal["auto", "device", "cpu"] = Field("auto", description="adjoint: where the adapted parameters of each inner step are kept; auto: device, and cpu where the memory budget asks for it")
 
     @field_validator("micro_batch", mode="before")
     @classmethod
@@ -237,8 +237,8 @@ class ParallelConfig(Section):
     deepspeed: Place | None = Field(None, description="a DeepSpeed file (JSON) of your own, whose tuning is taken over; null: the launcher's, or none")
     processes: int | None = Field(None, ge=1, description="processes that must be there; null: as many as the launcher started")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads a process; null: the machine's cores shared out")
-    timeout_s: float = Field(600.0, gt=0, description="seconds after which a rank that does not move, while others wait for it or as the only one, is a failure that ends all (three times the longest move so far, if that is more); each episode, pass through the network and saved tensor is a move")
-    silence_s: float = Field(30.0, ge=3, description="seconds without a word after which a rank or its machine is taken for lost")
+    hang_timeout_s: float = Field(600.0, gt=0, description="seconds after which a rank that does not move, while others wait for it or as the only one, is a failure that ends all (three times the longest move so far, if that is more); each episode, pass through the network and saved tensor is a move")
+    heartbeat_timeout_s: float = Field(30.0, ge=3, description="seconds without a word after which a rank or its machine is taken for lost")
     join_timeout_s: float = Field(180.0, gt=0, description="seconds in which all processes must have started and imported their libraries, counted by each from when it is ready")
 
 
@@ -250,24 +250,23 @@ and some no process can catch (SIGKILL).
 """
 
 
-def _arithmetic(value: object) -> object:
-    """Other common names of the two."""
-    return {"bf16": "bfloat16", "float32": "dtype", "fp32": "dtype"}.get(value, value) if isinstance(value, str) else value
-
-
 class RunSection(Section):
     """Where the run lives, and what makes it repeatable."""
 
     dir: Place = Field("runs/default", min_length=1, description="the run's folder; an existing run in it is resumed")
     seed: int = Field(0, ge=0, lt=2**32, description="initial parameters and training episodes")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
-    dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and arithmetic")
-    compute: Annotated[Literal["dtype", "bfloat16"], BeforeValidator(_arithmetic)] = Field("dtype", description="arithmetic inside the network: run.dtype, or bfloat16 by autocast; parameters, adapted ones too, losses and moments stay float32 (float16 would overflow in second-order gradients)")
+    precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="fp32; bf16: inside the network by autocast, while parameters, adapted ones too, losses and moments stay float32 (float16 would overflow in second-order gradients); fp64: parameters and arithmetic, for checks")
     deterministic: bool = Field(True, description="only deterministic kernels; on CUDA a few have no such form, which is warned of")
     log_every: int = Field(50, ge=1, description="meta-steps between lines where the output is no terminal (metrics.jsonl has every step)")
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_as_list)] = Field((), description="also shown in: tensorboard (in the run's folder), wandb (WANDB_MODE=offline: contacts nobody); metrics, validations, test and configuration, by rank 0; needs pip install 'cml-dist[trackers]'")
     tracker_project: str | None = Field(None, min_length=1, description="W&B's project; null: WANDB_PROJECT, else cml-dist (the run is named after its folder)")
     stop_signals: tuple[Literal[STOP_SIGNALS], ...] = Field(("SIGUSR1", "SIGTERM"), description="signals besides Ctrl-C that end the running meta-step, save and leave with exit code 75; a second one changes nothing")
+
+    @property
+    def dtype(self) -> Literal["float32", "float64"]:
+        """Of parameters."""
+        return "float64" if self.precision == "fp64" else "float32"
 
 
 class RunConfig(Section):

@@ -116,8 +116,8 @@ def _refuse(name: str, value: Any, ours: Any, request: DeepSpeedRequest) -> None
         "scheduler": "optim.schedule",
         "zero_optimization.stage": "parallel.strategy",
         "train_batch_size": "train.episodes_per_step",
-        "fp16.enabled": "run.dtype",
-        "bf16.enabled": "run.dtype",
+        "fp16.enabled": "run.precision",
+        "bf16.enabled": "run.precision",
     }
     shown = "{...}" if isinstance(value, Mapping) else repr(value)
     if name == "zero_force_ds_cpu_optimizer":

@@ -110,7 +110,7 @@ def hanging(members: Collection[Member]) -> Failure | None:
         others = ", and the others wait" if len(members) > 1 else ""
         moved = f"did not move for {first.idle_s:.0f} s in {first.where}{others}"
         what = f"{_who(culprits)} {moved}; the log of each rank shows its threads"
-        return Failure(_ranks(culprits), what, f"mend it, or raise parallel.timeout_s; then {AGAIN}", stacks=True)
+        return Failure(_ranks(culprits), what, f"mend it, or raise parallel.hang_timeout_s; then {AGAIN}", stacks=True)
     if busy or not all(member.overdue for member in members):
         return None  # someone is at work, and will come
     places: dict[str, list[Member]] = {}

@@ -35,7 +35,7 @@ class Heartbeat:
         """The main thread is at work in ``where`` (for people: ``step 12, episode 3``).
 
         Args:
-            may_take_s: so much longer than ``parallel.timeout_s``, e.g. what is downloaded.
+            may_take_s: so much longer than ``parallel.hang_timeout_s``, e.g. what is downloaded.
         """
         self._at = (where, False, self._at[2] + 1, may_take_s)
 

@@ -50,8 +50,8 @@ class RankHeartbeat(Heartbeat):
         me: this rank.
         everyone: all ranks, in order; ``me`` is one of them.
         store: a client of its own to the store that rank 0 serves; None: this process is alone.
-        silence_s: seconds without news after which a rank is lost.
-        timeout_s: seconds after which a main thread that does not move is a failure.
+        heartbeat_timeout_s: seconds without news after which a rank is lost.
+        hang_timeout_s: seconds after which a main thread that does not move is a failure.
         tick_s: seconds between two beats.
         end: ends this process: ``end(failure, heartbeat, speaks)``.
     """
@@ -62,15 +62,16 @@ class RankHeartbeat(Heartbeat):
         everyone: Sequence[Member],
         store: Store | None,
         *,
-        silence_s: float,
-        timeout_s: float,
+        heartbeat_timeout_s: float,
+        hang_timeout_s: float,
         tick_s: float = 1.0,
         end: Callable[[Failure, RankHeartbeat, bool], None] = end_process,
     ) -> None:
         super().__init__()
         self.me, self.everyone, self._store = me, list(everyone), store
         self.met, self.machine = store is not None, me.machine
-        self.silence_s, self.timeout_s, self.tick_s, self._end_process = silence_s, timeout_s, tick_s, end
+        self.heartbeat_timeout_s, self.hang_timeout_s = heartbeat_timeout_s, hang_timeout_s
+        self.tick_s, self._end_process = tick_s, end
         neighbours = [m for m in self.everyone if m is not me and m.machine == me.machine]
         self._neighbours = neighbours
         judged = self.everyone if me.rank == 0 else [self.everyone[0], *neighbours]
@@ -144,7 +145,8 @@ class RankHeartbeat(Heartbeat):
                 self._end(failure)
                 return
             # Should this thread not run again for lack of Python's lock, another one of faulthandler shows who has it.
-            dump_stacks_unless_called_again(self.log, 0.8 * self.silence_s if self.met else 2 * self.timeout_s)
+            held_s = 0.8 * self.heartbeat_timeout_s if self.met else 2 * self.hang_timeout_s
+            dump_stacks_unless_called_again(self.log, held_s)
         dump_stacks_unless_called_again(self.log, 0)
 
     def _count(self, ran_s: float) -> None:
@@ -157,7 +159,7 @@ class RankHeartbeat(Heartbeat):
         else:
             me.idle_s += ran_s
         me.where, me.waiting = where, waiting
-        me.limit_s = max(self.timeout_s, LIMIT_GROWTH * self._longest_s) + may_take_s
+        me.limit_s = max(self.hang_timeout_s, LIMIT_GROWTH * self._longest_s) + may_take_s
         for member in self._heard:
             member.silent_s += ran_s
 
@@ -168,7 +170,7 @@ class RankHeartbeat(Heartbeat):
         if self._dead:
             return failures.lost(self._dead)
         broken = self.me.broken or any(member.broken for member in self._heard)
-        limit_s = min(SUSPECT_S, self.silence_s) if broken else self.silence_s
+        limit_s = min(SUSPECT_S, self.heartbeat_timeout_s) if broken else self.heartbeat_timeout_s
         silent = [member for member in self._judged if not member.left and member.silent_s > limit_s]
         if silent:
             return failures.silent(silent)
@@ -278,9 +280,9 @@ def _is_alive(member: Member) -> bool:
 
 
 @contextmanager
-def heartbeat_alone(me: Member, timeout_s: float) -> Iterator[None]:
+def heartbeat_alone(me: Member, hang_timeout_s: float) -> Iterator[None]:
     """Meanwhile a process that is its whole world ends itself where it hangs; afterwards it may take any time."""
-    heartbeat = RankHeartbeat(me, [me], None, silence_s=timeout_s, timeout_s=timeout_s)
+    heartbeat = RankHeartbeat(me, [me], None, heartbeat_timeout_s=hang_timeout_s, hang_timeout_s=hang_timeout_s)
     heartbeat.start()
     set_heartbeat(heartbeat)
     try:

@@ -64,7 +64,11 @@ def meet(config: ParallelConfig) -> tuple[RankHeartbeat, Store]:
     me = this_member(here.rank)
     everyone = join(store, me, here.size, config.join_timeout_s)
     heartbeat = RankHeartbeat(
-        everyone[here.rank], everyone, connect(), silence_s=config.silence_s, timeout_s=config.timeout_s
+        everyone[here.rank],
+        everyone,
+        connect(),
+        heartbeat_timeout_s=config.heartbeat_timeout_s,
+        hang_timeout_s=config.hang_timeout_s,
     )
     heartbeat.start()
     store.set_timeout(GROUP_TIMEOUT)

@@ -218,7 +218,7 @@ def joined_world(config: RunConfig) -> Iterator[World]:
 
     Collective: all ranks.
     """
-    with heartbeat_alone(this_member(0), config.parallel.timeout_s) if launched().size == 1 else nullcontext():
+    with heartbeat_alone(this_member(0), config.parallel.hang_timeout_s) if launched().size == 1 else nullcontext():
         world = join_world(config)
         yield world
         world.close()

@@ -36,12 +36,12 @@ class Means:
 
     engine: str
     micro_batch: int | None
-    copies: str
+    trajectory_device: str
     trajectory: str = "all"
 
     def __str__(self) -> str:
         pieces = "whole" if self.micro_batch is None else f"in micro-batches of {self.micro_batch}"
-        kept = ", copies on the CPU" if self.copies == "cpu" else ""
+        kept = ", copies on the CPU" if self.trajectory_device == "cpu" else ""
         return f"{self.engine} {pieces}{kept}" + (", every sqrt(K)-th point kept" if self.trajectory == "sqrt" else "")
 
     def of(self, plan: RunPlan) -> RunPlan:
@@ -128,16 +128,16 @@ class MemoryPlanner:
     def candidates(self) -> list[Means]:
         """Every means that the configuration leaves open, from the fastest to the leanest."""
         engine, plan = self.config.engine, self.plan
-        found = [Means(plan.engine, plan.micro_batch, plan.copies, plan.trajectory)]
+        found = [Means(plan.engine, plan.micro_batch, plan.trajectory_device, plan.trajectory)]
         if plan.engine == "graph" and engine.name != "auto":
             return found
         lean = "adjoint" if plan.engine == "graph" else plan.engine
-        copies = "cpu" if engine.copies == "cpu" and lean == "adjoint" else "device"
+        copies = "cpu" if engine.trajectory_device == "cpu" and lean == "adjoint" else "device"
         sizes = self._micro_batches() if engine.micro_batch == "auto" and not self.coupled else [plan.micro_batch]
         kept = "sqrt" if engine.trajectory == "sqrt" and lean == "adjoint" else "all"
         found += [Means(lean, size, copies, kept) for size in [plan.micro_batch, *sizes]]
         if lean == "adjoint" and plan.inner_steps > 1:
-            if self.on_gpu and engine.copies == "auto":
+            if self.on_gpu and engine.trajectory_device == "auto":
                 found += [Means(lean, size, "cpu", kept) for size in sizes]
             elif copies == "device" and engine.trajectory == "auto" and plan.inner_steps > 3:
                 found += [Means(lean, size, copies, "sqrt") for size in [plan.micro_batch, *sizes]]
@@ -178,7 +178,7 @@ class MemoryPlanner:
             episodes=max(self.plan.episodes_by_rank),
             micro_batch=means.micro_batch,
             autocast=autocast_type(self.config),
-            offload_path=means.copies == "cpu" and self.on_gpu,
+            offload_path=means.trajectory_device == "cpu" and self.on_gpu,
             scratch=not self.on_gpu,
         )
 
@@ -243,7 +243,7 @@ def memory_budget(config: RunConfig, device: torch.device) -> int | None:
 
 def autocast_type(config: RunConfig) -> torch.dtype | None:
     """The type of the arithmetic inside the network, None for that of the parameters."""
-    return torch.bfloat16 if config.run.compute == "bfloat16" else None
+    return torch.bfloat16 if config.run.precision == "bf16" else None
 
 
 def model_size(config: RunConfig, net: CmlNet) -> ModelSize:

@@ -107,10 +107,10 @@ def assemble(
         domain.loss,
         domain.score,
         method,
-        Engine(plan.engine, plan.trajectory, torch.device("cpu") if plan.copies == "cpu" else None),
+        Engine(plan.engine, plan.trajectory, torch.device("cpu") if plan.trajectory_device == "cpu" else None),
         micro_batch=plan.micro_batch,
         autocast=autocast_type(config),
     )
-    # An episode of many inner steps and micro-batches may take longer than parallel.timeout_s; a pass hardly can.
+    # An episode of many inner steps and micro-batches may take longer than parallel.hang_timeout_s; a pass hardly can.
     model.problem.on_pass = world.watch.touch
     return Parts(domain, net, model, dtype, plan)

@@ -34,7 +34,7 @@ SETTINGS = (
     "train.episodes_per_step=3", "eval.every=0", "eval.val_episodes=4", "eval.final=false", "optim.name=sgd",
     "checkpoint.every=2", "parallel.threads=1",
 )  # fmt: skip
-STRATEGIES = {"ddp": ("run.dtype=float64",), "zero2": ("parallel.strategy=zero2",)}
+STRATEGIES = {"ddp": ("run.precision=fp64",), "zero2": ("parallel.strategy=zero2",)}
 FILES = {"ddp": "cpu", "zero2": "zero2"}
 TIMES = ("seconds", "episodes_per_s", "peak_memory_gib")
 PORT = "29500"
@@ -188,7 +188,7 @@ def test_a_killed_rank_is_restarted_in_place_on_both_machines(machines, on_one_m
 
 
 def test_a_machine_that_is_cut_off_ends_the_run_on_both_sides(machines, tmp_path):
-    command = train(tmp_path / "run", "ddp", "parallel.silence_s=5", "train.steps=100000")
+    command = train(tmp_path / "run", "ddp", "parallel.heartbeat_timeout_s=5", "train.steps=100000")
     processes = [machine.start(*accelerate(machines, r, "ddp"), *command) for r, machine in enumerate(machines)]
     await_steps(tmp_path / "run", 3)
     ranks = [Path(f"/proc/{machine.rank_pid()}") for machine in machines]

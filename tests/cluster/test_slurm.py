@@ -20,7 +20,7 @@ from slurm_lab import ROOT, Cluster, Job
 from cml_dist.run.folder import RunFolder
 
 TWO_NODES = ("--nodes=2", "--processes-per-node=1")
-ENDLESS = ("train.steps=100000", "train.episodes_per_step=40", "run.dtype=float64", "checkpoint.every=7")
+ENDLESS = ("train.steps=100000", "train.episodes_per_step=40", "run.precision=fp64", "checkpoint.every=7")
 ZERO2_STEPS = 40
 TASKS = [f"{backbone}-seed{seed}" for backbone in ("test_resnet", "conv4") for seed in (0, 1)]
 """Of the array, in its order."""
@@ -47,7 +47,7 @@ def jobs(cluster: Cluster, tmp_path_factory) -> dict[str, Job]:
 
     gpus = ("--nodes=2", "--gpus-per-node=4", "--processes-per-node=1", "--cpus-per-task=1", "run.device=cpu")
     on_two, half_an_hour = ("--sbatch=--nodelist=n01,n02",), ("--time=30", "--signal-lead-s=60")
-    zero2 = ("--strategy=zero2", *ENDLESS, "run.dtype=float32", *half_an_hour)
+    zero2 = ("--strategy=zero2", *ENDLESS, "run.precision=fp32", *half_an_hour)
     jobs = {
         # The limit of two minutes warns a minute or so after the start, so that it has to train by then.
         "limit": launch("limit", *TWO_NODES, *on_two, *ENDLESS, "--time=2", "--signal-lead-s=30"),

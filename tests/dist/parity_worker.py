@@ -139,7 +139,7 @@ def config_of(strategy: str, dtype: str, optimizer: str, device: str = "auto") -
             "domain": {"name": "sinusoid"},
             "optim": ADAM if optimizer == "adamw" else {"name": optimizer, "lr": LR},
             "parallel": {"strategy": name, "offload": offload or "none"},
-            "run": {"dtype": dtype, "device": device},
+            "run": {"precision": {"float64": "fp64", "float32": "fp32"}[dtype], "device": device},
         }
     )
 

@@ -40,7 +40,7 @@ def gathered(world: World) -> Iterator[tuple[str, Tensor]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    this = join_world(parse_config({"domain": {"name": "sinusoid"}, "parallel": {"timeout_s": 10}}))
+    this = join_world(parse_config({"domain": {"name": "sinusoid"}, "parallel": {"hang_timeout_s": 10}}))
     checkpoints.save(this, folder, 1, {}, LAYOUT, gathered(this))
     if fault == "disk" and this.is_main:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))  # of 8 MB: the kernel refuses the rest

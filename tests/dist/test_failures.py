@@ -99,14 +99,14 @@ def test_a_rank_killed_in_its_imports_is_missed_without_any_launcher(tmp_path, k
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_process_is_missed_and_does_not_stay(tmp_path, rank):
-    out, seconds = ends(2, tmp_path / "run", "parallel.silence_s=4", fault="stopped", rank=rank)
+    out, seconds = ends(2, tmp_path / "run", "parallel.heartbeat_timeout_s=4", fault="stopped", rank=rank)
     said_once(SILENT.format(rank), out)
     assert seconds < SOON_S
 
 
 def test_a_rank_that_hangs_is_named_and_every_rank_shows_its_stacks(tmp_path):
     folder = tmp_path / "run"
-    out, seconds = ends(2, folder, "parallel.timeout_s=5", fault="hangs", rank=1)
+    out, seconds = ends(2, folder, "parallel.hang_timeout_s=5", fault="hangs", rank=1)
     said_once(HANGS.format(1), out)
     waiting, hanging = logs(folder, 2)
     assert re.search(f"^{NAME.format(1)}, at work in step 5, episode 1 of 1 for \\d+ s; its threads:$", hanging, re.M)
@@ -121,7 +121,7 @@ def test_a_rank_that_hangs_is_named_and_every_rank_shows_its_stacks(tmp_path):
     [("hangs at the end", 0, "closing files and trackers"), ("hangs as it leaves", 1, "leaving the process group")],
 )
 def test_a_rank_that_hangs_after_everything_is_done_is_named(tmp_path, fault, rank, where):
-    folder, short = tmp_path / "run", ("train.steps=2", "parallel.timeout_s=5", "eval.final=false")
+    folder, short = tmp_path / "run", ("train.steps=2", "parallel.hang_timeout_s=5", "eval.final=false")
     out, seconds = ends(2, folder, *short, fault=fault, rank=rank)
     said_once(f"error: {NAME.format(rank)} did not move for \\d+ s in {where}, and the others wait", out)
     assert checkpoints.steps_in(folder / "checkpoints")[-1] == 2
@@ -131,7 +131,7 @@ def test_a_rank_that_hangs_after_everything_is_done_is_named(tmp_path, fault, ra
 def test_a_lone_process_whose_data_hangs_is_ended_with_its_stacks(tmp_path):
     folder = tmp_path / "run"
     # Longer than a busy machine takes for any part of the start.
-    out, seconds = ends(1, folder, "domain.workers=1", "parallel.timeout_s=15", fault="data hangs", rank=0)
+    out, seconds = ends(1, folder, "domain.workers=1", "parallel.hang_timeout_s=15", fault="data hangs", rank=0)
     here = "in step 5, episode 1 of 3"
     said_once(f"error: {NAME.format(0)} did not move for \\d+ s {here}; the log of each rank shows its threads; mend it, or", out)
     (log,) = logs(folder, 1)
@@ -145,7 +145,7 @@ def test_a_lone_process_whose_data_hangs_is_ended_with_its_stacks(tmp_path):
 def test_a_lone_process_that_hangs_is_started_again_by_its_launcher(tmp_path):
     folder = tmp_path / "run"
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--max_restarts=1")
-    arguments = command(folder, "parallel.timeout_s=15", "checkpoint.every=3")
+    arguments = command(folder, "parallel.hang_timeout_s=15", "checkpoint.every=3")
     code, out = run(1, *torchrun, FAULTY, *arguments, FAULT="hangs", FAULTY_RANK="0")
     assert code == 0, out
     assert "then the launcher starts all again from the last checkpoint (restart 1 of 1)" in out, out
@@ -155,7 +155,7 @@ def test_a_lone_process_that_hangs_is_started_again_by_its_launcher(tmp_path):
 
 def test_an_episode_may_take_longer_than_a_rank_may_stand_still(tmp_path):
     folder = tmp_path / "run"
-    overrides = ("method.inner_steps=6", "engine.name=adjoint", "parallel.timeout_s=5", "eval.final=false")
+    overrides = ("method.inner_steps=6", "engine.name=adjoint", "parallel.hang_timeout_s=5", "eval.final=false")
     code, out = run(2, FAULTY, *command(folder, *overrides), FAULT="slow")
     assert code == 0, out
     assert read_metrics(folder / "metrics.jsonl")[4]["seconds"] > 10, "it was slow"
@@ -163,7 +163,7 @@ def test_an_episode_may_take_longer_than_a_rank_may_stand_still(tmp_path):
 
 def test_a_rank_that_keeps_pythons_lock_shows_where_and_is_ended(tmp_path):
     folder = tmp_path / "run"
-    out, seconds = ends(2, folder, "parallel.silence_s=4", fault="keeps the lock", rank=1)
+    out, seconds = ends(2, folder, "parallel.heartbeat_timeout_s=4", fault="keeps the lock", rank=1)
     said_once(SILENT.format(1), out)
     # From a thread that needs no lock; so soon after the start it may not know of the log yet.
     shown = out.partition("error: ")[0] + logs(folder, 2)[1]
@@ -182,7 +182,7 @@ def started(folder: Path, *overrides: str, episodes: int = 3000) -> tuple[subpro
 
 def test_a_suspended_job_goes_on(tmp_path):
     folder = tmp_path / "run"
-    process, ranks = started(folder, "parallel.silence_s=3", "parallel.timeout_s=5", "eval.final=false")
+    process, ranks = started(folder, "parallel.heartbeat_timeout_s=3", "parallel.hang_timeout_s=5", "eval.final=false")
     for rank in ranks:
         rank.suspend()
     time.sleep(12)

@@ -19,7 +19,7 @@ SETTINGS = (
     "train.episodes_per_step=3", "eval.every=0", "eval.val_episodes=4", "eval.final=false", "optim.name=sgd",
     "parallel.threads=1",
 )  # fmt: skip
-STRATEGIES = {"ddp": ("run.dtype=float64",), "zero2": ("parallel.strategy=zero2",)}
+STRATEGIES = {"ddp": ("run.precision=fp64",), "zero2": ("parallel.strategy=zero2",)}
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 TIMES = ("seconds", "episodes_per_s", "peak_memory_gib")
 PROBE = """

@@ -75,7 +75,7 @@ def largest_difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor
 def test_one_two_four_and_one_process_again_are_one_run(tmp_path):
     """float64, Adam, validation at each leg's end, the test of the best step at the end."""
     moved, undisturbed = tmp_path / "moved", tmp_path / "undisturbed"
-    exact = ("run.dtype=float64", "eval.every=4")
+    exact = ("run.precision=fp64", "eval.every=4")
     go(undisturbed, 1, 16, *exact)
     for steps, processes in ((4, 1), (8, 2), (12, 4), (16, 1)):
         go(moved, processes, steps, *exact, f"eval.final={str(steps == 16).lower()}", f"parallel.processes={processes}")

@@ -47,7 +47,7 @@ def test_the_forecast_of_convolutions_lacks_less_than_a_gibibyte(backbone):
 def peak(config, plan, device) -> int:
     """Bytes of a rank at most, parameters among them, for one meta-step by a plan's means."""
     net, task, method = made(config)
-    path = torch.device("cpu") if plan.copies == "cpu" else None
+    path = torch.device("cpu") if plan.trajectory_device == "cpu" else None
     engine = Engine(plan.engine, plan.trajectory, path)
     model = MetaModel(net, task.loss, task.score, method, engine, micro_batch=plan.micro_batch).to(device)
     gc.collect()
@@ -77,7 +77,7 @@ def test_copies_on_the_cpu_take_their_memory_off_the_gpu(gpu, monkeypatch):
     planner = MemoryPlanner(config, make_plan(config, 1, {}), net, method, task, on_gpu=True)
     found = {}
     for copies in ("device", "cpu"):
-        plan = replace(make_plan(config, 1, {}), copies=copies)
+        plan = replace(make_plan(config, 1, {}), trajectory_device=copies)
         said = planner.bytes_needed(Strategy("single"), Means("adjoint", 1, copies), 1)
         found[copies] = peak(config, plan, gpu), said
     print(found)

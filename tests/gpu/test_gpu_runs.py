@@ -57,7 +57,7 @@ def test_what_is_said(undisturbed):
 
 def test_float64_is_the_curve_of_the_cpu(tmp_path):
     for device in ("cpu", "cuda"):
-        words = command(tmp_path / device, "run.dtype=float64", f"run.device={device}", "model.filters=8")
+        words = command(tmp_path / device, "run.precision=fp64", f"run.device={device}", "model.filters=8")
         code, out = run(1, *words, **HERE)
         assert code == 0, out
     assert_close(curve(tmp_path / "cuda"), curve(tmp_path / "cpu"), 1e-8)

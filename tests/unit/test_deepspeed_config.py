@@ -68,7 +68,7 @@ def test_offload():
         ({"strategy": "zero2", "offload": "all"}, "which zero2 does not have; set parallel.strategy=zero3"),
         ({"strategy": "zero1", "offload": "optimizer"}, "which zero1 does not have"),
         ({"strategy": "ddp", "offload": "optimizer"}, "which ddp does not have"),
-        ({"strategy": "zero3", "run": {"dtype": "float64"}}, "run.dtype is float64.*set run.dtype=float32"),
+        ({"strategy": "zero3", "run": {"precision": "fp64"}}, "run.precision is fp64.*set run.precision=fp32"),
         ({"strategy": "ddp"}, "the strategy is ddp, which does without DeepSpeed"),
     ],
 )

@@ -40,7 +40,7 @@ class Ranks:
     def __init__(self, size, absent=(), mute=(), join_s=20.0, **limits):
         worlds.append(self)
         self.server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.limits = {"silence_s": 20.0, "timeout_s": 60.0, "tick_s": 0.05, **limits}
+        self.limits = {"heartbeat_timeout_s": 20.0, "hang_timeout_s": 60.0, "tick_s": 0.05, **limits}
         self.beats: dict[int, RankHeartbeat] = {}
         self.errors: dict[int, WorldError] = {}
         self.ends: dict[int, tuple[Failure, bool]] = {}
@@ -109,7 +109,7 @@ def test_who_does_not_come_is_named_on_all_that_came():
 
 
 def test_a_silent_rank_is_missed_and_its_process_may_be_ended():
-    ranks = Ranks(3, mute=(2,), silence_s=1.0)
+    ranks = Ranks(3, mute=(2,), heartbeat_timeout_s=1.0)
     found, speakers = ranks.ended_on(0, 1)
     assert re.match(rf"no word from {re.escape(NAME[2])} for \d s, last seen in its start", found.what)
     assert speakers == [0]
@@ -118,13 +118,13 @@ def test_a_silent_rank_is_missed_and_its_process_may_be_ended():
 
 
 def test_rank_0_that_falls_silent_is_missed_by_the_others():
-    ranks = Ranks(3, mute=(0,), silence_s=1.0)
+    ranks = Ranks(3, mute=(0,), heartbeat_timeout_s=1.0)
     found, speakers = ranks.ended_on(1, 2)
     assert found.what.startswith(f"no word from {NAME[0]} for ") and speakers
 
 
 def test_a_broken_collective_shortens_the_wait_for_a_silent_rank():
-    ranks = Ranks(2, mute=(1,), silence_s=600.0)
+    ranks = Ranks(2, mute=(1,), heartbeat_timeout_s=600.0)
     started_s = time.monotonic()
     ranks.beats[0].blame(RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"))
     assert ranks.ended_on(0)[0].what.startswith(f"no word from {NAME[1]}") and time.monotonic() - started_s < 60
@@ -151,7 +151,7 @@ def test_two_failures_at_once_are_told_as_one():
 
 def test_a_rank_that_hangs_is_named_on_all_rank_0_too():
     for culprit in (2, 0):
-        ranks = Ranks(3, timeout_s=0.5)
+        ranks = Ranks(3, hang_timeout_s=0.5)
         for rank, one in ranks.beats.items():
             one.wait("the reduction of step 3") if rank != culprit else one.beat("step 3, episode 1 of 1")
         found, speakers = ranks.ended_on(0, 1, 2)
@@ -161,7 +161,7 @@ def test_a_rank_that_hangs_is_named_on_all_rank_0_too():
 
 
 def test_what_may_take_longer_is_no_hang_before_that():
-    ranks = Ranks(2, timeout_s=0.5)
+    ranks = Ranks(2, hang_timeout_s=0.5)
     ranks.beats[0].wait("the reduction of step 3")
     ranks.beats[1].beat("building the network", may_take_s=2.0)
     time.sleep(1.2)
@@ -172,7 +172,7 @@ def test_what_may_take_longer_is_no_hang_before_that():
 
 def test_the_limit_grows_with_the_longest_pass():
     """A compiled step takes long once; what then takes a little longer than that is no hang."""
-    ranks = Ranks(2, timeout_s=1.0)
+    ranks = Ranks(2, hang_timeout_s=1.0)
     ranks.beats[1].beat("step 1, episode 1 of 1")
     time.sleep(0.9)  # nobody waits for it yet
     ranks.beats[1].touch()
@@ -185,7 +185,13 @@ def test_the_limit_grows_with_the_longest_pass():
 def test_a_process_that_is_alone_ends_itself_where_it_hangs():
     ends = []
     alone = RankHeartbeat(
-        me := this_member(0), [me], None, silence_s=1.0, timeout_s=0.5, tick_s=0.05, end=lambda *why: ends.append(why)
+        me := this_member(0),
+        [me],
+        None,
+        heartbeat_timeout_s=1.0,
+        hang_timeout_s=0.5,
+        tick_s=0.05,
+        end=lambda *why: ends.append(why),
     )
     alone.start()
     until_s = time.monotonic() + 1.5

@@ -76,7 +76,7 @@ def test_candidates_go_from_whole_to_one_example_and_then_off_the_gpu():
     assert [m.engine for m in found[:2]] == ["graph", "adjoint"]
     assert [m.micro_batch for m in found] == [None, None, 8, 4, 2, 1]
     on_gpu = planner_of(settings(steps=3), on_gpu=True).candidates()
-    assert [m.copies for m in on_gpu] == ["device"] * 5 + ["cpu"] * 4
+    assert [m.trajectory_device for m in on_gpu] == ["device"] * 5 + ["cpu"] * 4
 
 
 def test_each_candidate_needs_less_than_the_one_before():
@@ -146,12 +146,12 @@ def test_the_run_stays_inside_its_budget(part, planner):
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_any_means_gives_the_same_gradient(steps):
-    config = settings(steps=steps, engine="auto", run={"dtype": "float64"})
+    config = settings(steps=steps, engine="auto", run={"precision": "fp64"})
     net, task, method = made(config, torch.float64)
     task = replace(task, score=lambda o, t: (o.argmax(1) == t).double().mean())
     found = {}
     for means in planner_of(config, on_gpu=True).candidates():
-        engine = Engine(means.engine, means.trajectory, CPU if means.copies == "cpu" else None)
+        engine = Engine(means.engine, means.trajectory, CPU if means.trajectory_device == "cpu" else None)
         model = MetaModel(net, task.loss, task.score, method, engine, micro_batch=means.micro_batch)
         model([task.episode], 1.0)[0].backward()
         found[means] = torch.cat([p.grad.flatten() for p in model.values])

@@ -152,9 +152,9 @@ def test_recommends_the_fewest_bytes_sent_among_what_fits(plan):
 
 def test_in_double_precision_deepspeed_is_not_recommended(plan):
     words = ["cifar_fs", "--gpus", "8", "--gpu-memory-gib", "80", "model.filters=512", "engine.name=graph"]
-    totals = {row["strategy"]: row["total"] for row in forecast(plan, *words, "run.dtype=float64")["rows"][:4]}
+    totals = {row["strategy"]: row["total"] for row in forecast(plan, *words, "run.precision=fp64")["rows"][:4]}
     between = (totals["zero2"] + totals["ddp"]) / 2 / 2**30
-    assert forecast(plan, *words, "run.dtype=float64", f"memory.budget_gib={between:.6f}")["recommended"] is None
+    assert forecast(plan, *words, "run.precision=fp64", f"memory.budget_gib={between:.6f}")["recommended"] is None
 
 
 @pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s.name != "single"], ids=str)

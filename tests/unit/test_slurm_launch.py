@@ -323,7 +323,7 @@ def test_a_run_folder_that_the_container_does_not_see_is_refused(tmp_path, monke
         ({"gpus_per_node": 0}, (), "neither GPUs nor processes were asked for"),
         ({"max_restarts": 0}, (), "--max-restarts is 0; give 1 or more"),
         ({"strategy": "zero4"}, (), "--strategy is zero4; use one of cpu, ddp, zero1"),
-        ({"strategy": "zero2"}, ("run.dtype=float64",), "DeepSpeed reduces and updates in float32"),
+        ({"strategy": "zero2"}, ("run.precision=fp64",), "DeepSpeed reduces and updates in float32"),
         ({"strategy": "zero2"}, ("parallel.strategy=ddp",), "sets up DeepSpeed's zero2"),
         ({}, ("train.step=5",), "did you mean train.steps?"),
         ({}, ("parallel.processes=4",), "parallel.processes is 4, but 2 x 8 processes were asked for"),

@@ -376,7 +376,7 @@ def test_a_damaged_checkpoint_never_pushes_out_a_good_one(tmp_path):
 def test_a_double_precision_run_can_be_used(tmp_path):
     import cml_dist
 
-    go(tmp_path / "run", "run.dtype=float64", "train.steps=1")
+    go(tmp_path / "run", "run.precision=fp64", "train.steps=1")
     x = np.linspace(-1, 1, 5)
     assert cml_dist.load(tmp_path / "run").adapt(x[:, None], x).predict(x[:, None]).shape == (5, 1)
 
@@ -558,7 +558,7 @@ def test_gamma_zero_is_maml_to_the_bit(tmp_path, clip_norm):
 
 def test_engines_train_alike(undisturbed, tmp_path):
     for engine in ("graph", "adjoint"):
-        go(tmp_path / engine, f"engine.name={engine}", "run.dtype=float64", "eval.final=false", "optim.name=sgd")
+        go(tmp_path / engine, f"engine.name={engine}", "run.precision=fp64", "eval.final=false", "optim.name=sgd")
     a, b = (final_params(tmp_path / engine) for engine in ("graph", "adjoint"))
     assert max((a[n] - b[n]).abs().max().item() for n in a) < 1e-12
 

@@ -23,7 +23,7 @@ VERSIONS, MACHINE, WORLD, MODEL, STORAGE = GROUPS = ("versions", "machine", "wor
 """Headings, in the order in which they are shown."""
 
 MAY_TAKE_S = 600.0
-"""How long a check may take beyond ``parallel.timeout_s``, before it counts as a hang."""
+"""How long a check may take beyond ``parallel.hang_timeout_s``, before it counts as a hang."""
 
 REDUCED_BYTES = 2**24
 SLOW_MB_PER_S = 50.0
