@@ -74,7 +74,7 @@ setup(
     ],
     python_requires=">=3.10",
     # The recipes live in configs/recipes and are installed as data of cml_dist.recipes (see config/load.py), what
-    # launchers read lies in launch, and is installed as data of cml_dist.launch (see launching/slurm.py).
+    # launchers read lies in launch, and is installed as data of cml_dist.launch (see tools/slurm.py).
     packages=[*find_packages(include=["cml_dist", "cml_dist.*"]), "cml_dist.recipes", "cml_dist.launch"],
     package_dir={"cml_dist.recipes": "configs/recipes", "cml_dist.launch": "launch"},
     package_data={

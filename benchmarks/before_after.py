@@ -38,10 +38,10 @@ def measure(backbone: str, pixels: int, steps: int, engine: str, micro_batch: in
     import torch
 
     from cml_dist.config.schema import ModelConfig
+    from cml_dist.distributed.allocator import keep_freed_memory
+    from cml_dist.memory.live_bytes import LiveBytes
     from cml_dist.meta.model import MetaModel
     from cml_dist.nets.build import build_net
-    from cml_dist.parallel.allocator import keep_freed_memory
-    from cml_dist.planning.live_bytes import LiveBytes
     from cml_dist.types import Batch, Episode
 
     try:

@@ -24,8 +24,8 @@ def measure(order: int, images: int, checkpointing: bool) -> dict[str, float]:
     from torch.nn.utils.stateless import _reparametrize_module
 
     from cml_dist.config.schema import ModelConfig
+    from cml_dist.distributed.allocator import give_back_freed_memory
     from cml_dist.nets.build import build_net
-    from cml_dist.parallel.allocator import give_back_freed_memory
 
     torch.set_num_threads(2)
     give_back_freed_memory()

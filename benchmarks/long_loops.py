@@ -15,12 +15,12 @@ import time
 import torch
 
 from cml_dist.config.schema import ModelConfig
+from cml_dist.distributed.allocator import keep_freed_memory
+from cml_dist.memory.live_bytes import LiveBytes
 from cml_dist.meta.gradient import Engine, points_held
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.rule import Method
 from cml_dist.nets.build import build_net
-from cml_dist.parallel.allocator import keep_freed_memory
-from cml_dist.planning.live_bytes import LiveBytes
 from cml_dist.types import Batch, Episode
 
 

@@ -87,10 +87,10 @@ def measure(
     from plan import gpu_arithmetic
 
     from cml_dist.config.schema import ModelConfig
+    from cml_dist.distributed.allocator import give_back_freed_memory, keep_freed_memory
     from cml_dist.meta.model import MetaModel
     from cml_dist.meta.rule import Method
     from cml_dist.nets.build import build_net
-    from cml_dist.parallel.allocator import give_back_freed_memory, keep_freed_memory
     from cml_dist.types import Batch, Episode
 
     if device == "cuda":

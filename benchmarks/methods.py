@@ -97,11 +97,11 @@ def cost(repeats: int) -> None:
     import torch
 
     from cml_dist.config.load import find_recipe, layered, parse_config, read_yaml
-    from cml_dist.domains.images import ImageDomain
+    from cml_dist.data.images import ImageDomain
+    from cml_dist.distributed.allocator import keep_freed_memory
+    from cml_dist.memory.live_bytes import LiveBytes
     from cml_dist.meta.model import MetaModel
     from cml_dist.nets.build import make_network, method_of
-    from cml_dist.parallel.allocator import keep_freed_memory
-    from cml_dist.planning.live_bytes import LiveBytes
     from cml_dist.types import Batch, Episode
 
     torch.set_num_threads(1)

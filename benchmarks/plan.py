@@ -95,10 +95,10 @@ def meta_model(backbone: str, px: int, inner_steps: int, engine: str, micro_batc
 def predict(
     backbone: str, px: int, inner_steps: int, engine: str, micro_batch: int | None, *, scratch: bool = True
 ) -> dict[str, float]:
-    """What :mod:`cml_dist.planning` says; ``scratch``: of the CPU's kernels too."""
+    """What :mod:`cml_dist.memory` says; ``scratch``: of the CPU's kernels too."""
     import torch
 
-    from cml_dist.planning.footprint import meta_step_footprint
+    from cml_dist.memory.footprint import meta_step_footprint
 
     with torch.device("meta"):
         net = build(backbone, px)
@@ -114,7 +114,7 @@ def measure(
 ) -> dict[str, float]:
     import torch
 
-    from cml_dist.parallel.allocator import give_back_freed_memory, keep_freed_memory
+    from cml_dist.distributed.allocator import give_back_freed_memory, keep_freed_memory
 
     {"given back": give_back_freed_memory, "kept": keep_freed_memory, "default": lambda: None}[allocator]()
     torch.set_num_threads(1)
@@ -173,7 +173,7 @@ def gpu_arithmetic():
     import torch
 
     from cml_dist.config.load import parse_config
-    from cml_dist.parallel.world import World, set_arithmetic
+    from cml_dist.distributed.world import World, set_arithmetic
 
     device = torch.device("cuda", 0)
     world = World(accelerator=None, rank=0, size=1, local_rank=0, local_size=1, device=device)

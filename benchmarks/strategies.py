@@ -40,14 +40,14 @@ def worker(strategy_name: str, offload: str, out: str) -> None:
 
     from cml_dist.config.load import parse_config
     from cml_dist.config.plan import make_plan
+    from cml_dist.distributed.exit import leave
+    from cml_dist.distributed.world import join_world, set_arithmetic
+    from cml_dist.distributed.zero import build_strategy
+    from cml_dist.memory.choose import Means, MemoryPlanner, Task
+    from cml_dist.memory.strategies import Strategy
     from cml_dist.meta.model import MetaModel
     from cml_dist.meta.rule import Method
     from cml_dist.nets.build import build_net
-    from cml_dist.parallel.exit import leave
-    from cml_dist.parallel.world import join_world, set_arithmetic
-    from cml_dist.parallel.zero import build_strategy
-    from cml_dist.planning.choose import Means, MemoryPlanner, Task
-    from cml_dist.planning.strategies import Strategy
     from cml_dist.run.stream import rank_share
     from cml_dist.types import Batch, Episode
 

@@ -15,13 +15,13 @@ import time
 import torch
 
 from cml_dist.config.schema import ModelConfig
+from cml_dist.distributed.allocator import keep_freed_memory
 from cml_dist.meta.gradient import meta_gradient
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
 from cml_dist.nets.build import build_net
-from cml_dist.parallel.allocator import keep_freed_memory
 from cml_dist.types import Batch, Episode
 
 WAYS, SHOTS, QUERIES, STEPS, MICRO_BATCH = 5, 5, 15, 5, 5

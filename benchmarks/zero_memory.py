@@ -26,8 +26,8 @@ def count(rank: int, stage: int, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
     import deepspeed
 
+    from cml_dist.memory.live_bytes import LiveBytes
     from cml_dist.meta.model import _Deliver
-    from cml_dist.planning.live_bytes import LiveBytes
 
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # a C++ kernel that would be compiled first
     deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -68,8 +68,8 @@ def count(rank: int, stage: int, port: int) -> None:
 
 
 def predict(stage: int) -> dict[str, float]:
-    from cml_dist.planning import strategies
-    from cml_dist.planning.footprint import Footprint
+    from cml_dist.memory import strategies
+    from cml_dist.memory.footprint import Footprint
 
     strategies.REDUCE_BUCKET_ELEMENTS = BUCKET_ELEMENTS
     size = strategies.ModelSize(unit(), unit() // COUNT, constants=0, moments_per_parameter=2)

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cml_dist import __version__
+from cml_dist.distributed.env import launched_by_torchrun, launched_or_alone, set_torch_defaults
+from cml_dist.distributed.exit import leave
+from cml_dist.distributed.heartbeat import this_heartbeat
 from cml_dist.errors import CmlError
-from cml_dist.launching.request import add_slurm_options
-from cml_dist.parallel.env import launched_by_torchrun, launched_or_alone, set_torch_defaults
-from cml_dist.parallel.exit import leave
-from cml_dist.parallel.heartbeat import this_heartbeat
 from cml_dist.run.hooks import OnStep, nothing
 from cml_dist.run.interrupts import STOPPED_BY_USER
+from cml_dist.tools.slurm_request import add_slurm_options
 
 if TYPE_CHECKING:
     from cml_dist.telemetry.console import Console

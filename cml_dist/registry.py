@@ -132,12 +132,12 @@ class DomainEntry(Entry):
     usual_inputs: tuple[int, int, int] | None = None
 
 
-_IMAGES = "cml_dist.domains.build:build_images"
+_IMAGES = "cml_dist.data.build:build_images"
 
 DOMAINS: dict[str, DomainEntry] = {
     "glyphs": DomainEntry(
         "characters of many scripts, nothing to download",
-        "cml_dist.domains.build:build_glyphs",
+        "cml_dist.data.build:build_glyphs",
         settings="GlyphsConfig",
         usual_inputs=(1, 28, 28),
     ),
@@ -147,6 +147,6 @@ DOMAINS: dict[str, DomainEntry] = {
     "fc100": DomainEntry("", _IMAGES, usual_inputs=(3, 32, 32)),
     "mini_imagenet": DomainEntry("", _IMAGES, usual_inputs=(3, 84, 84)),
     "sinusoid": DomainEntry(
-        "regression on sine curves", "cml_dist.domains.build:build_sinusoid", settings="SinusoidConfig"
+        "regression on sine curves", "cml_dist.data.build:build_sinusoid", settings="SinusoidConfig"
     ),
 }

@@ -35,7 +35,7 @@ def _pack(args: argparse.Namespace, console: Console) -> None:
 def _inspect(args: argparse.Namespace, console: Console) -> None:
     from pathlib import Path
 
-    from cml_dist.domains.shards import ShardSet
+    from cml_dist.data.shards import ShardSet
     from cml_dist.errors import ConfigError
     from cml_dist.telemetry.console import preparing
     from cml_dist.tools.inspect import COLUMNS, draw_contact_sheet, split_rows
@@ -46,7 +46,7 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     with preparing(console) as progress:
         root = args.dir
         if root == "glyphs":
-            from cml_dist.domains.glyphs import ensure_glyphs
+            from cml_dist.data.glyphs import ensure_glyphs
 
             root = str(ensure_glyphs(progress=progress))
         shards = ShardSet.open(root, progress=progress)

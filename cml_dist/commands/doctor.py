@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cml_dist.parallel.env import launched, launched_or_alone
+from cml_dist.distributed.env import launched, launched_or_alone
 
 if TYPE_CHECKING:
     from cml_dist.telemetry.console import Console
@@ -21,7 +21,7 @@ PATIENCE = "parallel.hang_timeout_s=120"
 
 
 def doctor(args: argparse.Namespace, console: Console) -> int:
-    from cml_dist.parallel.env import join_srun
+    from cml_dist.distributed.env import join_srun
     from cml_dist.telemetry.console import Console
 
     os.environ.update(join_srun())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from cml_dist.parallel.env import check_launch
+from cml_dist.distributed.env import check_launch
 
 if TYPE_CHECKING:
     from cml_dist.config.schema import RunConfig

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 def launch(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.launching.request import request_of
-    from cml_dist.launching.slurm import follow, prepare, submit
+    from cml_dist.tools.slurm import follow, prepare, submit
+    from cml_dist.tools.slurm_request import request_of
 
     batch = prepare(request_of(vars(args)))
     if batch.warning:

@@ -20,8 +20,8 @@ def plan(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.config.load import load_config
 
     config = load_config(args.config, args.overrides, console.warn)
-    from cml_dist.planning.forecast import forecast
-    from cml_dist.planning.strategies import Strategy
+    from cml_dist.memory.forecast import forecast
+    from cml_dist.memory.strategies import Strategy
 
     found = forecast(
         config,

@@ -6,9 +6,9 @@ import argparse
 import signal
 from typing import TYPE_CHECKING
 
-from cml_dist.parallel.env import check_launch, launched_by_torchrun, restarts
-from cml_dist.parallel.exit import signal_when_parent_ends
-from cml_dist.parallel.heartbeat import this_heartbeat
+from cml_dist.distributed.env import check_launch, launched_by_torchrun, restarts
+from cml_dist.distributed.exit import signal_when_parent_ends
+from cml_dist.distributed.heartbeat import this_heartbeat
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 
 if TYPE_CHECKING:

@@ -71,7 +71,7 @@ def make_plan(config: RunConfig, processes: int, environment: Mapping[str, str])
     on_cpu = asked.trajectory_device == "cpu"
     engine, micro_batch = asked.name, asked.micro_batch if isinstance(asked.micro_batch, int) else None
     if engine == "auto":
-        # The memory budget decides; until it has, the fastest that could be (see planning/choose.py).
+        # The memory budget decides; until it has, the fastest that could be (see memory/choose.py).
         lean = micro_batch is not None or asked.trajectory == "sqrt" or on_cpu
         engine = "adjoint" if lean else "graph"
     steps, every = config.train.steps, config.eval.every

@@ -9,8 +9,10 @@ import torch
 
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import RunConfig
-from cml_dist.domains.base import Domain
-from cml_dist.domains.build import build_domain
+from cml_dist.data.base import Domain
+from cml_dist.data.build import build_domain
+from cml_dist.distributed.world import World
+from cml_dist.memory.choose import autocast_type, fit_memory, task_of
 from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.problem import Problem
@@ -19,8 +21,6 @@ from cml_dist.methods.check import check_rule, made_up_episode
 from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.guard import check_twice_differentiable
 from cml_dist.nets.network import CmlNet
-from cml_dist.parallel.world import World
-from cml_dist.planning.choose import autocast_type, fit_memory, task_of
 
 DOWNLOAD_S = 3600.0
 """Published weights come over any link; the library that fetches them gives up by itself where nothing comes."""
@@ -63,7 +63,7 @@ def assemble(
     dtype = getattr(torch, config.run.dtype)
 
     def tell(done: int, total: int, what: str) -> None:
-        world.watch.beat(f"{what} ({done} of {total})")
+        world.heartbeat.beat(f"{what} ({done} of {total})")
         if progress is not None and world.local_rank == 0:
             progress(done, total, what)
 
@@ -72,21 +72,21 @@ def assemble(
         return build_domain(config.domain, **seeds, processes=world.local_size, progress=tell)
 
     def load() -> None:
-        world.watch.beat("loading the data")
+        world.heartbeat.beat("loading the data")
         for split in splits:
             domain.load(split, tell)
 
     def make() -> CmlNet:
-        world.watch.beat("building the network", DOWNLOAD_S if config.model.pretrained is True else 0.0)
+        world.heartbeat.beat("building the network", DOWNLOAD_S if config.model.pretrained is True else 0.0)
         net = make_network(config, domain.input_shape, domain.output_dim)
         if world.local_rank == 0 and config.method.order == 2:
             check_twice_differentiable(net, domain.input_shape, domain.output_dim, config.model.backbone)
         return net.to(dtype)
 
-    world.watch.beat("looking for the data")
-    domain = world.main_first(find_data)  # fills the cache of embedded or remote data
-    world.together(load)  # every rank decodes at once
-    net = world.main_first(make)  # fills the cache of pre-trained weights
+    world.heartbeat.beat("looking for the data")
+    domain = world.local_main_process_first(find_data)  # fills the cache of embedded or remote data
+    world.run_on_all_ranks(load)  # every rank decodes at once
+    net = world.local_main_process_first(make)  # fills the cache of pre-trained weights
 
     def make_method() -> Method:
         method = method_of(config, net)
@@ -98,10 +98,10 @@ def assemble(
             check_rule(problem, method, params, made_up_episode(domain.input_shape, ways, domain.output_dim, like))
         return method
 
-    method = world.together(make_method)
+    method = world.run_on_all_ranks(make_method)
     task = task_of(config.domain, domain.input_shape, domain.output_dim, dtype, domain.loss, domain.score)
-    world.watch.beat("measuring memory")
-    plan = world.together(lambda: fit_memory(config, plan, net, method, task, world.device, training=training))
+    world.heartbeat.beat("measuring memory")
+    plan = world.run_on_all_ranks(lambda: fit_memory(config, plan, net, method, task, world.device, training=training))
     model = MetaModel(
         net,
         domain.loss,
@@ -112,5 +112,5 @@ def assemble(
         autocast=autocast_type(config),
     )
     # An episode of many inner steps and micro-batches may take longer than parallel.hang_timeout_s; a pass hardly can.
-    model.problem.on_pass = world.watch.touch
+    model.problem.on_pass = world.heartbeat.touch
     return Parts(domain, net, model, dtype, plan)

@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from cml_dist.atomic import LEFTOVERS, atomic_file
+from cml_dist.distributed.heartbeat import this_heartbeat
+from cml_dist.distributed.world import World
 from cml_dist.errors import CheckpointError
-from cml_dist.parallel.heartbeat import this_heartbeat
-from cml_dist.parallel.world import World
 from cml_dist.run.folder import wait_until_seen
 from cml_dist.run.safetensors_stream import StreamReader, StreamWriter, tensor_bytes
 from cml_dist.types import RULE, Layout, Params
@@ -113,7 +113,7 @@ def save(
     tensors, target = iter(tensors), path_of(folder, step)
     fault: CheckpointError | None = None
     if world.is_main:
-        world.watch.beat(f"saving step {step}")
+        world.heartbeat.beat(f"saving step {step}")
         try:
             _write(target, {"format": FORMAT, "step": step, "state": state}, layout, tensors, before)
         except CheckpointError as error:
@@ -126,7 +126,7 @@ def save(
                 "free space or mend the folder's permissions, then run the same command",
             )
     else:
-        world.watch.wait(f"saving step {step}")
+        world.heartbeat.wait(f"saving step {step}")
     # On the other ranks, and on rank 0 after a fault: gathering a tensor is a collective, whether it is written or not.
     deque(tensors, maxlen=0)
 
@@ -134,7 +134,7 @@ def save(
         if fault is not None:
             raise fault
 
-    world.together(report)
+    world.run_on_all_ranks(report)
     return target
 
 
@@ -218,7 +218,7 @@ def on_all_ranks(world: World, look: Callable[[], tuple[Checkpoint | None, T]]) 
 
     Cost: rank 0 reads the file through. Collective: all ranks.
     """
-    mine, said = world.together(look if world.is_main else lambda: (None, None))
+    mine, said = world.run_on_all_ranks(look if world.is_main else lambda: (None, None))
     found, said = world.gather((mine and (str(mine.path), mine.sha256), said))[0]
 
     def open_it() -> Checkpoint | None:
@@ -228,7 +228,7 @@ def on_all_ranks(world: World, look: Callable[[], tuple[Checkpoint | None, T]]) 
         wait_until_seen(path, Path(path).exists)
         return load(path, sha256)
 
-    return world.together(open_it), said
+    return world.run_on_all_ranks(open_it), said
 
 
 def set_aside(folder: Path, after: int) -> None:

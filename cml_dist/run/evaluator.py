@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from cml_dist.config.schema import RunConfig
-from cml_dist.domains.base import episode_rng
+from cml_dist.data.base import episode_rng
+from cml_dist.distributed.world import World
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
-from cml_dist.parallel.world import World
 from cml_dist.run.assemble import Parts
 from cml_dist.run.interrupts import Stopped
 from cml_dist.run.stream import EpisodeStream
@@ -112,7 +112,7 @@ def evaluate(
     stream = EpisodeStream(
         parts.domain, split, mine, device=world.device, dtype=parts.dtype, workers=config.domain.workers
     )
-    world.watch.beat(f"{split}, episode 1 of {len(mine)}")
+    world.heartbeat.beat(f"{split}, episode 1 of {len(mine)}")
     for count, episode in enumerate(stream, start=1):
         if stop():
             table[-1] = 1.0
@@ -124,7 +124,7 @@ def evaluate(
             if permutations > 1:
                 table[2 * number + 1, episode.index] = torch.stack(scores).std(correction=1)
         progress(min(count * world.size, num_episodes))
-        world.watch.beat(f"{split}, episode {count + 1} of {len(mine)}")
+        world.heartbeat.beat(f"{split}, episode {count + 1} of {len(mine)}")
     table = world.sum(table.flatten()).reshape_as(table)
     if table[-1].any():
         raise Stopped

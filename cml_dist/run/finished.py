@@ -6,8 +6,8 @@ import os
 
 from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
-from cml_dist.parallel.gpu_memory import memory_explained
-from cml_dist.parallel.world import joined_world, set_arithmetic
+from cml_dist.distributed.gpu_memory import memory_explained
+from cml_dist.distributed.world import joined_world, set_arithmetic
 from cml_dist.run.assemble import assemble
 from cml_dist.run.export import export_run
 from cml_dist.run.folder import RunFolder
@@ -31,9 +31,9 @@ def export_again(config: RunConfig, which: str, to: str | None, console: Console
             parts = assemble(config, make_plan(config, world.size, os.environ), world, progress, training=False)
 
         def write() -> None:
-            world.watch.beat("the export")
+            world.heartbeat.beat("the export")
             if world.is_main:
                 made = export_run(config, parts, RunFolder(config.run.dir), console, which, to)
                 console.note(f"Exported model: {made}")
 
-        world.together(write)
+        world.run_on_all_ranks(write)

@@ -14,9 +14,9 @@ from cml_dist import __version__
 from cml_dist.config.methods import noise_warning
 from cml_dist.config.plan import plan_rows
 from cml_dist.config.schema import RunConfig
+from cml_dist.distributed.env import idle_nodes
+from cml_dist.distributed.world import World
 from cml_dist.meta.rule import part_of
-from cml_dist.parallel.env import idle_nodes
-from cml_dist.parallel.world import World
 from cml_dist.run.assemble import Parts
 from cml_dist.run.status import now, this_start
 from cml_dist.telemetry.console import Console

@@ -12,8 +12,8 @@ from cml_dist.atomic import write_bytes, write_json
 from cml_dist.config.methods import dagger_refusal, has_trained_colearner, learner_title, method_title
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import RunConfig
+from cml_dist.distributed.world import World
 from cml_dist.errors import CheckpointError
-from cml_dist.parallel.world import World
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.assemble import Parts
 from cml_dist.run.checkpoint import Checkpoint, DamagedCheckpoint
@@ -97,11 +97,11 @@ def score_run(
 
     Collective: all ranks.
     """
-    world.watch.beat("looking for a checkpoint")
+    world.heartbeat.beat("looking for a checkpoint")
     choice = checkpoints.on_all_ranks(world, lambda: choose_checkpoint(folder, which))
     warn_of_faults(choice, console)
     checkpoint, (how, _) = choice
-    world.together(lambda: checkpoints.check_same_run(checkpoint, parts.net))
+    world.run_on_all_ranks(lambda: checkpoints.check_same_run(checkpoint, parts.net))
     learners = ("meta",) if dagger_refusal(config) else ("meta", "co")
     parts.model.to(world.device)  # not while it trains: it would part gradients from the buckets that DDP reduces
 
@@ -113,7 +113,7 @@ def score_run(
                 permutations=config.eval.permutations, progress=view.update, stop=stop,
             )  # fmt: skip
 
-    reports, floor = test(world.together(checkpoint.params), "Testing"), {}
+    reports, floor = test(world.run_on_all_ranks(checkpoint.params), "Testing"), {}
     if config.eval.untrained:
         floor = test({n: p.detach() for n, p in parts.net.named_parameters()}, "Testing untrained")
     summary: dict[str, Any] = {learner: report.summary() for learner, report in reports.items()}
@@ -124,7 +124,7 @@ def score_run(
         "split": config.eval.split,
         "step": checkpoint.step,
         "chosen": how,
-        "overrides": world.together(lambda: overrides_of(config, parts, folder, checkpoint)),
+        "overrides": world.run_on_all_ranks(lambda: overrides_of(config, parts, folder, checkpoint)),
         "method": method_title(config),
         "inner_steps": plan.test_inner_steps,
         "norm": config.eval.norm,
@@ -145,7 +145,7 @@ def score_run(
         for path in (summary_file, folder.eval_file):
             write_json(path, summary)
 
-    world.together(write if world.is_main else lambda: None)
+    world.run_on_all_ranks(write if world.is_main else lambda: None)
     if world.is_main:
         title = f"{config.eval.split} split, step {checkpoint.step} ({how})"
         _show(config, parts, reports, floor, console, title)

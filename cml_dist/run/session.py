@@ -14,10 +14,10 @@ from cml_dist.atomic import append_json_line, write_text
 from cml_dist.config.load import dump_config
 from cml_dist.config.methods import method_title
 from cml_dist.config.schema import RunConfig
+from cml_dist.distributed.deepspeed_config import deepspeed_config, zero_stage
+from cml_dist.distributed.failure import Failure
+from cml_dist.distributed.world import World
 from cml_dist.errors import CheckpointError, CmlError
-from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
-from cml_dist.parallel.failure import Failure
-from cml_dist.parallel.world import World
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.assemble import Parts
 from cml_dist.run.folder import RunFolder, wait_until_seen
@@ -60,7 +60,7 @@ class Session:
 
     def on_main(self, work: Callable[[], object]) -> None:
         """Run ``work`` on rank 0; where it fails, it fails on all ranks. Collective: all ranks."""
-        self.world.together(work if self.world.is_main else lambda: None)
+        self.world.run_on_all_ranks(work if self.world.is_main else lambda: None)
 
     # ------------------------------------------------------------------ begin and end
 
@@ -72,7 +72,7 @@ class Session:
                 another trainer is at work in it.
         """
         self.on_main(self._claim)
-        self.world.watch.at_end = self._lost
+        self.world.heartbeat.at_end = self._lost
         if self.folder.exists:
             self._open_log()
 
@@ -87,18 +87,18 @@ class Session:
         self.step, self.doing = step, "training"
         self.on_main(lambda: self._begin(parts, record, validated))
         here = f"run.dir {self.folder.path.resolve()}"
-        self.world.together(lambda: wait_until_seen(here, lambda: self.folder.exists))
+        self.world.run_on_all_ranks(lambda: wait_until_seen(here, lambda: self.folder.exists))
         return record
 
     def open(self) -> None:
         """Open this rank's log and the trackers: a run that never began leaves neither."""
         self._open_log()
-        self.world.watch.beat("starting the trackers")
+        self.world.heartbeat.beat("starting the trackers")
         self.trackers = Trackers(self.config, self.step, self.console, active=self.world.is_main)
 
     def fail(self, error: BaseException, stopped_by: str | None) -> None:
         """Record why the run ends early: the signal that stopped it, else the error."""
-        self.world.watch.blame(error)
+        self.world.heartbeat.blame(error)
         self._log.failed(error)
         with suppress(CmlError):  # the first error counts
             self.write_status("stopped" if stopped_by else "failed", stopped_by or str(error) or repr(error))
@@ -225,7 +225,7 @@ class Session:
             f"-------- cml-dist {__version__}: rank {world.rank} of {world.size} (here {world.local_rank} of "
             f"{world.local_size}), pid {start.pid} on {start.host}{job}{restart}",
         )
-        world.watch.log = self._log.file
+        world.heartbeat.log = self._log.file
 
     def _lost(self, failure: Failure) -> None:
         """Called by the heartbeat, which is about to end this process: its reason is the one that stays."""

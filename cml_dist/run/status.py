@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from cml_dist.parallel.env import restarts
+from cml_dist.distributed.env import restarts
 
 State = Literal["running", "stopped", "finished", "failed"]
 

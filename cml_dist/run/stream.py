@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cml_dist.config.plan import share
-from cml_dist.domains.base import Domain
+from cml_dist.data.base import Domain
+from cml_dist.distributed.exit import signal_when_parent_ends
 from cml_dist.errors import CmlError, DataError
-from cml_dist.parallel.exit import signal_when_parent_ends
 from cml_dist.types import Episode
 
 

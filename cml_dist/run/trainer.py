@@ -22,12 +22,12 @@ import torch
 from cml_dist.config.methods import learner_title
 from cml_dist.config.plan import make_plan, share
 from cml_dist.config.schema import RunConfig
+from cml_dist.distributed.env import restarts
+from cml_dist.distributed.gpu_memory import memory_explained
+from cml_dist.distributed.optim import learning_rate
+from cml_dist.distributed.world import World, joined_world, set_arithmetic
+from cml_dist.distributed.zero import build_strategy
 from cml_dist.errors import TrainingError
-from cml_dist.parallel.env import restarts
-from cml_dist.parallel.gpu_memory import memory_explained
-from cml_dist.parallel.optim import learning_rate
-from cml_dist.parallel.world import World, joined_world, set_arithmetic
-from cml_dist.parallel.zero import build_strategy
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.assemble import assemble
 from cml_dist.run.evaluator import evaluate
@@ -83,7 +83,7 @@ def train(
                 session.fail(error, (interrupts.stop or "SIGINT") if asked else None)
                 raise
             finally:
-                world.watch.beat("closing files and trackers")
+                world.heartbeat.beat("closing files and trackers")
                 trainer.on_step(trainer.step, "closing")
                 session.close()
 
@@ -118,7 +118,7 @@ class Trainer:
     def build(self) -> None:
         """Take the folder, and make the data, the network and the strategy."""
         world, config, session = self.world, self.config, self.session
-        world.check_alike({**same_everywhere(config), **versions()})
+        world.assert_same_across_ranks({**same_everywhere(config), **versions()})
         session.claim()
         restart, most = restarts()
         if restart:
@@ -132,22 +132,22 @@ class Trainer:
         self.state["data"] = self.parts.domain.fingerprint()
         # Frozen weights and statistics are in no checkpoint: they must be the same at each start.
         self.state["constants"] = checkpoints.fingerprint(self.parts.net.named_buffers())
-        world.check_alike({f"the checksum of {what}": self.state[what] for what in ("data", "constants")})
-        world.watch.beat("sharing out the parameters")
-        with world.watch.waiting():
+        world.assert_same_across_ranks({f"the checksum of {what}": self.state[what] for what in ("data", "constants")})
+        world.heartbeat.beat("sharing out the parameters")
+        with world.heartbeat.waiting():
             self.strategy = build_strategy(config, self.parts.plan, world, self.parts.model)
 
     def resume(self) -> None:
         """Load the newest whole checkpoint, if there is one; record and show what this start will do."""
         world, config, session = self.world, self.config, self.session
-        world.watch.beat("looking for a checkpoint")
+        world.heartbeat.beat("looking for a checkpoint")
         folder = session.folder.checkpoints
         found, faults = checkpoints.on_all_ranks(world, lambda: checkpoints.load_newest(folder))
         for fault in faults:
             session.console.warn(f"{fault.what}: the one before it is used")
         if found is not None:
-            world.together(lambda: checkpoints.check_same_run(found, self.parts.net, self.state["data"]))
-            world.watch.beat(f"reading step {found.step}")
+            world.run_on_all_ranks(lambda: checkpoints.check_same_run(found, self.parts.net, self.state["data"]))
+            world.heartbeat.beat(f"reading step {found.step}")
             self.strategy.load(found.read, found.layout)
             self.step, self.state = found.step, {**self.state, **found.state}
             session.console.note(f"Resuming at step {self.step} of {config.train.steps} from {found.path}")
@@ -189,7 +189,7 @@ class Trainer:
         )
         session.trackers.test(tested, self.step)
         self.on_step(self.step, "tested")
-        self.world.watch.beat("the export")
+        self.world.heartbeat.beat("the export")
 
         def export() -> None:
             session.fence()
@@ -219,11 +219,11 @@ class Trainer:
         # The cosine costs the co-learner's meta-gradient besides: at the steps that are logged.
         is_logged = (self.step + 1) % config.run.log_every == 0
         diagnose = frozenset(range(self.step * num_episodes, (self.step + 1) * num_episodes) if is_logged else ())
-        world.watch.wait(f"the start of step {self.step + 1}")  # where ZeRO-3 gathers the parameters
+        world.heartbeat.wait(f"the start of step {self.step + 1}")  # where ZeRO-3 gathers the parameters
         sums = self.strategy.gradient(self.episodes(stream), num_episodes, diagnose, self.step)
         lr = learning_rate(config.optim, self.step, config.train.steps)
         norm, taken = self.strategy.apply(lr, config.optim.clip_norm)
-        world.watch.beat(f"the end of step {self.step + 1}")
+        world.heartbeat.beat(f"the end of step {self.step + 1}")
         terms, stop, save = self.reduce(sums)
         self.step += 1
         self.state["skipped"] += not taken
@@ -266,13 +266,13 @@ class Trainer:
 
     def episodes(self, stream: EpisodeStream) -> Iterator[Episode]:
         """This rank's episodes of the next meta-step; after the last one the reduction brings the ranks together."""
-        watch, step = self.world.watch, self.step + 1
+        heartbeat, step = self.world.heartbeat, self.step + 1
         count = len(share(self.config.train.episodes_per_step, self.world.rank, self.world.size))
         for number in range(1, count + 1):
-            watch.beat(f"step {step}, episode {number} of {count}")
+            heartbeat.beat(f"step {step}, episode {number} of {count}")
             self.on_step(self.step, "episode")
             yield next(stream)
-        watch.wait(f"the reduction of step {step}")
+        heartbeat.wait(f"the reduction of step {step}")
 
     def episodes_left(self) -> Iterator[int]:
         """Indices of this rank's training episodes, to the end of the run."""

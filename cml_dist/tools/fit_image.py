@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageOps
 
-from cml_dist.domains.pixels import MODES, Picture, as_png, open_image, to_array
+from cml_dist.data.pixels import MODES, Picture, as_png, open_image, to_array
 from cml_dist.errors import DataError
 
 _KEPT_FORMATS = {"PNG": "png", "JPEG": "jpg"}

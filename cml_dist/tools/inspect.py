@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cml_dist.domains.base import episode_rng
-from cml_dist.domains.glyph_fonts import font_file
-from cml_dist.domains.pixels import to_image
-from cml_dist.domains.sampling import draw
-from cml_dist.domains.shards import ShardSet
+from cml_dist.data.base import episode_rng
+from cml_dist.data.glyph_fonts import font_file
+from cml_dist.data.pixels import to_image
+from cml_dist.data.sampling import draw
+from cml_dist.data.shards import ShardSet
 from cml_dist.errors import DataError
 
 _INK, _SUPPORT, _QUERY = "#1d2733", "#1f5fae", "#d8912f"

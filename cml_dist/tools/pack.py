@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from cml_dist.domains.base import Progress
-from cml_dist.domains.pixels import MODES, Picture, in_threads
-from cml_dist.domains.publish import refuse_existing
-from cml_dist.domains.shard_cache import is_remote
-from cml_dist.domains.shard_writer import ShardSetWriter
-from cml_dist.domains.shards import ShardSet
+from cml_dist.data.base import Progress
+from cml_dist.data.pixels import MODES, Picture, in_threads
+from cml_dist.data.publish import refuse_existing
+from cml_dist.data.shard_cache import is_remote
+from cml_dist.data.shard_writer import ShardSetWriter
+from cml_dist.data.shards import ShardSet
 from cml_dist.errors import DataError
 from cml_dist.tools.fit_image import fit_image, size_and_channels
 from cml_dist.tools.sources.known_splits import CIFAR100_SPLITS

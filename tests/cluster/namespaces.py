@@ -17,7 +17,7 @@ from pathlib import Path
 from launching import spawn
 
 APART = ("unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
-"""A host name, and processes that no other machine sees: the watch may kill a silent rank on its own machine."""
+"""A host name, and processes that no other machine sees: the heartbeat may kill a silent rank on its own machine."""
 WIRE = Path(__file__).with_name("lossy_wire.py")
 _number = itertools.count()
 

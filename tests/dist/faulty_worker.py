@@ -13,7 +13,7 @@ import warnings
 import torch
 
 from cml_dist.cli import main
-from cml_dist.domains.sinusoid import SinusoidDomain
+from cml_dist.data.sinusoid import SinusoidDomain
 from cml_dist.errors import DataError
 from cml_dist.nets.mlp import MLP
 from cml_dist.run.safetensors_stream import StreamReader

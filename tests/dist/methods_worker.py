@@ -29,10 +29,10 @@ from cml_dist.methods.meta_sgd import MetaSgd
 from cml_dist.nets.heads import build_head
 from cml_dist.nets.network import CmlNet
 from cml_dist.nets.partition import freeze
-from cml_dist.parallel.exit import leave
-from cml_dist.parallel.strategy import DataParallel
-from cml_dist.parallel.world import World
-from cml_dist.parallel.zero import build_strategy
+from cml_dist.distributed.exit import leave
+from cml_dist.distributed.strategy import DataParallel
+from cml_dist.distributed.world import World
+from cml_dist.distributed.zero import build_strategy
 from cml_dist.run.stream import EpisodeStream, rank_share
 from cml_dist.types import BODY, COLEARNER, HEAD, Episode, Params
 
@@ -172,7 +172,7 @@ def _check_the_same_everywhere(world: World, params: Params) -> None:
             assert torch.equal(value, first[name]), f"{name} is another at rank {world.rank}"
 
     first: dict[str, Tensor] = world.gather(params)[0]
-    world.together(check)
+    world.run_on_all_ranks(check)
 
 
 def main(out: Path) -> None:

@@ -25,14 +25,14 @@ from torch.profiler import ProfilerActivity, profile
 from cml_dist.config.load import parse_config
 from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import ModelConfig, RunConfig
-from cml_dist.domains.base import Domain, episode_rng
+from cml_dist.data.base import Domain, episode_rng
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.rule import Method
 from cml_dist.nets.build import build_net
-from cml_dist.parallel.exit import leave
-from cml_dist.parallel.strategy import DataParallel
-from cml_dist.parallel.world import World, join_world, set_arithmetic
-from cml_dist.parallel.zero import Zero, build_strategy
+from cml_dist.distributed.exit import leave
+from cml_dist.distributed.strategy import DataParallel
+from cml_dist.distributed.world import World, join_world, set_arithmetic
+from cml_dist.distributed.zero import Zero, build_strategy
 from cml_dist.run.stream import EpisodeStream, rank_share
 from cml_dist.types import Batch, Episode
 
@@ -296,7 +296,7 @@ def main(out: Path, device: str | None = None) -> None:
                 state = save(world, replace(RESUMED, strategy=strategy))
                 if world.is_main:
                     torch.save(state, state_file)
-                world.together(lambda: None)
+                world.run_on_all_ranks(lambda: None)
         if strategy in RESUMED_BY[size]:
             state = torch.load(state_file)
             results["state"] = state

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from cml_dist.config.load import parse_config
 from cml_dist.errors import CheckpointError
-from cml_dist.parallel.exit import leave
-from cml_dist.parallel.world import World, join_world
+from cml_dist.distributed.exit import leave
+from cml_dist.distributed.world import World, join_world
 from cml_dist.run import checkpoint as checkpoints
 
 NUM, SIZE = 20, 100_000
@@ -48,7 +48,7 @@ if __name__ == "__main__":
         checkpoints.save(this, folder, 2, {}, LAYOUT, gathered(this))
     except CheckpointError as error:
         print(f"rank {this.rank} of {this.size} heard: {error}", flush=True)
-    this.together(lambda: None)  # all are still in step
+    this.run_on_all_ranks(lambda: None)  # all are still in step
     found, _ = checkpoints.load_newest(folder)
     for number, name in enumerate(LAYOUT):
         assert torch.equal(found.read(name), whole(number)), name

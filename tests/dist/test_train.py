@@ -145,7 +145,7 @@ def test_a_stopped_run_is_not_restarted_by_a_launcher_that_may(tmp_path):
 
 
 def test_a_signal_that_reached_one_rank_before_training_began_stops_all_for_good(tmp_path):
-    """The others find out from the watch alone, and their end must not look like a fault to the launcher."""
+    """The others find out from the heartbeat alone, and their end must not look like a fault to the launcher."""
     code, out = run(2, "--max_restarts=3", FAULTY, *command(tmp_path / "run"), FAULT="asked to stop")
     assert code == 0 and "in place" not in out, out
     assert "left: it was stopped by SIGUSR1 before training began" in out, out

@@ -12,10 +12,10 @@ import torch
 from test_memory_budget import made, settings
 
 from cml_dist.config.plan import make_plan
+from cml_dist.memory.choose import USABLE, Means, MemoryPlanner, fit_memory, memory_budget
+from cml_dist.memory.strategies import Strategy
 from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
-from cml_dist.planning.choose import USABLE, Means, MemoryPlanner, fit_memory, memory_budget
-from cml_dist.planning.strategies import Strategy
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU here", allow_module_level=True)

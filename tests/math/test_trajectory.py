@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from toy import accuracy, cross_entropy, make_episode, make_net, make_problem, relative_error
 
+from cml_dist.memory.live_bytes import LiveBytes
 from cml_dist.meta.gradient import Engine, meta_gradient
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import InnerRule, Method, Term
 from cml_dist.methods.inner_optim import Adam
 from cml_dist.nets.network import CmlNet
-from cml_dist.planning.live_bytes import LiveBytes
 from cml_dist.types import Batch, Episode, Features
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cml_dist.domains.pixels import as_png
-from cml_dist.domains.shard_writer import ShardSetWriter
+from cml_dist.data.pixels import as_png
+from cml_dist.data.shard_writer import ShardSetWriter
 
 CLASSES = {"train": 6, "val": 4, "test": 4}
 

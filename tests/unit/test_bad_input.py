@@ -10,7 +10,7 @@ import yaml
 from image_sets import write_set
 
 from cml_dist.cli import main
-from cml_dist.domains.shards import ShardSet
+from cml_dist.data.shards import ShardSet
 
 SETTINGS = {
     "model": {"backbone": "conv4", "filters": 4},

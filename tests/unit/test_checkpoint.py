@@ -16,9 +16,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from cml_dist.distributed.strategy import DataParallel
+from cml_dist.distributed.world import World
 from cml_dist.errors import CheckpointError
-from cml_dist.parallel.strategy import DataParallel
-from cml_dist.parallel.world import World
 from cml_dist.run import checkpoint as checkpoints
 
 ALONE = World(accelerator=None, rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -262,7 +262,7 @@ def test_saving_and_verifying_hold_one_tensor_of_many(tmp_path):
     code = """
 import resource, sys, torch
 from pathlib import Path
-from cml_dist.parallel.world import World
+from cml_dist.distributed.world import World
 from cml_dist.run import checkpoint as checkpoints
 torch.set_num_threads(1)
 world = World(accelerator=None, rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))

@@ -165,6 +165,7 @@ def test_settings_by_their_old_names_are_read_with_a_line_that_names_the_new_one
     path.write_text("domain: {name: sinusoid}\nmodel: {backbone: mlp}\nrun: {dtype: float64, compute: dtype}\n")
     made = load_config(str(path), ["parallel.timeout_s=5", "engine.copies=cpu"], told.append)
     assert (made.run.precision, made.parallel.hang_timeout_s, made.engine.trajectory_device) == ("fp64", 5.0, "cpu")
-    assert len(told) == 4 and "parallel.timeout_s is now parallel.hang_timeout_s; the old name is read until 0.3" in told
+    assert len(told) == 4
+    assert "parallel.timeout_s is now parallel.hang_timeout_s; the old name is read until 0.3" in told
     path.write_text("domain: {name: sinusoid}\nmodel: {backbone: mlp}\nrun: {dtype: float32, compute: bfloat16}\n")
     assert load_config(str(path)).run.precision == "bf16"

@@ -10,8 +10,8 @@ import pytest
 from cml_dist.cli import main
 from cml_dist.config.load import parse_config
 from cml_dist.config.plan import make_plan, plan_rows
+from cml_dist.distributed.deepspeed_config import deepspeed_config
 from cml_dist.errors import ConfigError
-from cml_dist.parallel.deepspeed_config import deepspeed_config
 
 LAUNCHED = "ACCELERATE_USE_DEEPSPEED"
 DEEPSPEED = "ACCELERATE_DEEPSPEED_"

@@ -18,8 +18,8 @@ import torch
 
 from cml_dist.cli import main
 from cml_dist.config.load import dump_config, load_config
+from cml_dist.distributed.env import Launched, first_host, join_srun, launched, tasks_of_node
 from cml_dist.errors import WorldError
-from cml_dist.parallel.env import Launched, first_host, join_srun, launched, tasks_of_node
 from cml_dist.telemetry.console import Console
 from cml_dist.tools.doctor import examine, installed, machine, run
 from cml_dist.tools.doctor.examine import Check, look

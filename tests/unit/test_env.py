@@ -7,10 +7,10 @@ import pytest
 from cml_dist.cli import build_parser, main
 from cml_dist.commands.config import config
 from cml_dist.config.load import parse_config
+from cml_dist.distributed import env as module
+from cml_dist.distributed.env import Launched, check_launch, forget_others, idle_nodes, launched, launched_or_alone
+from cml_dist.distributed.network_interface import choose_interface
 from cml_dist.errors import NetworkError, WorldError
-from cml_dist.parallel import env as module
-from cml_dist.parallel.env import Launched, check_launch, forget_others, idle_nodes, launched, launched_or_alone
-from cml_dist.parallel.interface import choose_interface
 from cml_dist.run import folder as folders
 from cml_dist.run.folder import same_everywhere
 from cml_dist.telemetry.console import Console

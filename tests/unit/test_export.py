@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import cml_dist
 from cml_dist.config.load import merge, parse_config
-from cml_dist.domains.build import build_domain
+from cml_dist.data.build import build_domain
 from cml_dist.errors import CheckpointError, DataError
 from cml_dist.run.finished import export_again
 from cml_dist.run.folder import run_config

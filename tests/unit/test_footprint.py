@@ -11,6 +11,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cml_dist.memory import footprint as module
+from cml_dist.memory.footprint import meta_step_footprint
+from cml_dist.memory.live_bytes import LiveBytes
 from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.rule import InnerRule, Method
@@ -18,9 +21,6 @@ from cml_dist.methods.inner_optim import Adam
 from cml_dist.methods.meta_sgd import MetaSgd
 from cml_dist.nets.mlp import MLP
 from cml_dist.nets.network import CmlNet
-from cml_dist.planning import footprint as module
-from cml_dist.planning.footprint import meta_step_footprint
-from cml_dist.planning.live_bytes import LiveBytes
 from cml_dist.types import Batch, Episode
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,10 +19,10 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from cml_dist.config.schema import GlyphsConfig, ImagesConfig
-from cml_dist.domains import glyph_fonts, glyphs
-from cml_dist.domains.build import DOMAINS, build_domain
-from cml_dist.domains.glyph_fonts import SCRIPTS, TEX_FACES, Character, font_file
-from cml_dist.domains.shards import ShardSet
+from cml_dist.data import glyph_fonts, glyphs
+from cml_dist.data.build import DOMAINS, build_domain
+from cml_dist.data.glyph_fonts import SCRIPTS, TEX_FACES, Character, font_file
+from cml_dist.data.shards import ShardSet
 from cml_dist.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -205,9 +205,9 @@ def test_another_process_renders_the_same_bytes(whole):
     """Classes chosen and every eighth of them rendered anew, with other hash seeds and threads."""
     script = """
         import hashlib, sys
-        from cml_dist.domains.glyph_fonts import choose_characters
-        from cml_dist.domains.glyph_images import Canvas, examples
-        from cml_dist.domains.pixels import as_png
+        from cml_dist.data.glyph_fonts import choose_characters
+        from cml_dist.data.glyph_images import Canvas, examples
+        from cml_dist.data.pixels import as_png
         characters, canvas = choose_characters(), Canvas(28)
         print(len(characters))
         for c in characters[::8]:
@@ -342,8 +342,8 @@ def test_processes_that_build_at_once_share_one_rendering(tmp_path):
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import test_glyphs
-        from cml_dist.domains import glyphs
-        from cml_dist.domains.shards import ShardSet
+        from cml_dist.data import glyphs
+        from cml_dist.data.shards import ShardSet
 
         rendered = []
         def choose(progress=None):

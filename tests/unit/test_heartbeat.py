@@ -10,12 +10,12 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
+from cml_dist.distributed import failure as failures
+from cml_dist.distributed.failure import Failure, Member
+from cml_dist.distributed.heartbeat import Heartbeat, this_heartbeat
+from cml_dist.distributed.rank_heartbeat import RankHeartbeat, heartbeat_alone
+from cml_dist.distributed.rendezvous import join, this_member
 from cml_dist.errors import WorldError
-from cml_dist.parallel import failure as failures
-from cml_dist.parallel.failure import Failure, Member
-from cml_dist.parallel.heartbeat import Heartbeat, this_heartbeat
-from cml_dist.parallel.rank_heartbeat import RankHeartbeat, heartbeat_alone
-from cml_dist.parallel.rendezvous import join, this_member
 
 NAME = {rank: this_member(rank).name for rank in range(4)}
 

@@ -12,12 +12,12 @@ from image_sets import CLASSES, pixels, real_data, seed_of, write_set
 from torch.utils.data import DataLoader, Dataset
 
 from cml_dist.config.schema import AugmentConfig, ImagesConfig
-from cml_dist.domains.free_memory import available_bytes
-from cml_dist.domains.images import ImageDomain
-from cml_dist.domains.pixels import as_png
-from cml_dist.domains.sampling import pad_and_crop
-from cml_dist.domains.shard_writer import ShardSetWriter
-from cml_dist.domains.shards import ShardSet
+from cml_dist.data.free_memory import available_bytes
+from cml_dist.data.images import ImageDomain
+from cml_dist.data.pixels import as_png
+from cml_dist.data.sampling import pad_and_crop
+from cml_dist.data.shard_writer import ShardSetWriter
+from cml_dist.data.shards import ShardSet
 from cml_dist.errors import ConfigError, DataError
 from cml_dist.tools.pack import pack
 from cml_dist.tools.sources.known_splits import CIFAR100_SPLITS
@@ -170,7 +170,7 @@ def test_a_split_above_the_limit_is_streamed_and_said_so(root):
 
 def test_half_of_the_free_memory_is_shared_by_the_processes_and_the_splits(root, monkeypatch):
     """val and test take 28 x 192 bytes each, train 42 x 192: with room for 70 images, train and val are kept."""
-    monkeypatch.setattr("cml_dist.domains.images.available_bytes", lambda: 2 * 3 * 70 * 192)
+    monkeypatch.setattr("cml_dist.data.images.available_bytes", lambda: 2 * 3 * 70 * 192)
     config = ImagesConfig(name="images", root=str(root), ways=WAYS, shots=SHOTS, queries=QUERIES)
     built = ImageDomain.build(config, train_seed=5, eval_seed=9, processes=3)
     kept = {split: entry["kept"] for split, entry in built.describe()["splits"].items()}

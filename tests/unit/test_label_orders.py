@@ -9,13 +9,13 @@ import torch
 from toy import NUM_CLASSES, accuracy, cross_entropy, make_episode, make_net
 
 from cml_dist.config.load import parse_config
-from cml_dist.domains.base import Domain
+from cml_dist.data.base import Domain
+from cml_dist.distributed.world import World
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
 from cml_dist.nets.heads import SharedHead
 from cml_dist.nets.network import CmlNet
-from cml_dist.parallel.world import World
 from cml_dist.run.evaluator import evaluate, label_orders, score_episode
 from cml_dist.types import Batch, Episode
 

@@ -11,13 +11,13 @@ import torch
 from cml_dist.config.load import parse_config
 from cml_dist.config.plan import make_plan
 from cml_dist.errors import ConfigError
+from cml_dist.memory.choose import Means, MemoryPlanner, Task, fit_memory, model_size
+from cml_dist.memory.live_bytes import LiveBytes
+from cml_dist.memory.strategies import Strategy
 from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.rule import Method
 from cml_dist.nets.build import build_net
-from cml_dist.planning.choose import Means, MemoryPlanner, Task, fit_memory, model_size
-from cml_dist.planning.live_bytes import LiveBytes
-from cml_dist.planning.strategies import Strategy
 from cml_dist.types import Batch, Episode
 
 SHAPE, WAYS, SHOTS, QUERIES = (6,), 4, 2, 4

@@ -9,9 +9,9 @@ import torch
 from toy import accuracy, cross_entropy, make_net
 
 from cml_dist.config.schema import OptimConfig
+from cml_dist.distributed.optim import build_optimizer, learning_rate
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.rule import Method
-from cml_dist.parallel.optim import build_optimizer, learning_rate
 
 
 def make_model() -> MetaModel:

@@ -17,7 +17,7 @@ import pytest
 from image_sets import CLASSES, pixels, png, real_data, seed_of, tree_files, write_folder, write_zip
 from PIL import Image
 
-from cml_dist.domains.shards import ShardSet
+from cml_dist.data.shards import ShardSet
 from cml_dist.errors import DataError
 from cml_dist.tools.fit_image import fit_image
 from cml_dist.tools.inspect import draw_contact_sheet, split_rows

@@ -108,7 +108,7 @@ def test_a_wheel_carries_the_recipes_the_launch_files_and_every_module(tmp_path)
 
 
     # What launches is looked for where the installation is, and nothing of it is missing.
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from cml_dist.launching.slurm import *; print(launch_folder())"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from cml_dist.tools.slurm import *; print(launch_folder())"
     found = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "site"], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )

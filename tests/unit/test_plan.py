@@ -15,10 +15,10 @@ from image_sets import write_set
 from cml_dist.cli import main
 from cml_dist.config.load import load_config
 from cml_dist.config.plan import make_plan
-from cml_dist.parallel.deepspeed_config import deepspeed_config
-from cml_dist.planning import strategies
-from cml_dist.planning.footprint import Footprint
-from cml_dist.planning.strategies import REDUCE_BUCKET_ELEMENTS, STRATEGIES, ModelSize, Strategy, rank_budget
+from cml_dist.distributed.deepspeed_config import deepspeed_config
+from cml_dist.memory import strategies
+from cml_dist.memory.footprint import Footprint
+from cml_dist.memory.strategies import REDUCE_BUCKET_ELEMENTS, STRATEGIES, ModelSize, Strategy, rank_budget
 
 ROOT = Path(__file__).resolve().parents[2]
 P, WORLD, BUCKET = 8_000, 4, 1_200
@@ -163,7 +163,7 @@ def test_every_command_starts_what_it_says(strategy, monkeypatch):
     import yaml
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-    from cml_dist.planning.forecast import LAUNCH_FILES, _command
+    from cml_dist.memory.forecast import LAUNCH_FILES, _command
 
     if strategy not in LAUNCH_FILES:
         pytest.skip("never recommended")

@@ -8,7 +8,7 @@ import pytest
 from image_sets import write_set
 
 from cml_dist.config.load import parse_config
-from cml_dist.domains.build import build_domain
+from cml_dist.data.build import build_domain
 from cml_dist.run.record import set_rows, set_warning
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cml_dist.domains.base import SPLITS, episode_rng
-from cml_dist.domains.sampling import draw
+from cml_dist.data.base import SPLITS, episode_rng
+from cml_dist.data.sampling import draw
 
 SIZES = np.array([6, 9, 20, 7, 6, 11])
 

@@ -23,10 +23,10 @@ import webdataset
 from image_sets import CLASSES, pixels, png, seed_of, write_set
 from PIL import Image
 
-from cml_dist.domains import publish
-from cml_dist.domains.pixels import Picture, as_png
-from cml_dist.domains.shard_writer import ShardSetWriter
-from cml_dist.domains.shards import ShardSet
+from cml_dist.data import publish
+from cml_dist.data.pixels import Picture, as_png
+from cml_dist.data.shard_writer import ShardSetWriter
+from cml_dist.data.shards import ShardSet
 from cml_dist.errors import DataError
 
 SMALL_SHARD = 20 / 1024  # MiB: several shards a split
@@ -160,7 +160,7 @@ def test_reads_from_threads_forks_and_pickles_are_right(small):
 
 
 def test_with_very_many_shards_files_are_not_kept_open(small, monkeypatch):
-    monkeypatch.setattr("cml_dist.domains.shards.MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("cml_dist.data.shards.MAX_OPEN_SHARDS", 2)
     shards = ShardSet.open(small)
     before = len(os.listdir("/proc/self/fd"))
     assert np.array_equal(shards.decode(0), pixels(seed_of("train", 0, 0)))
@@ -211,8 +211,8 @@ def test_a_killed_writer_leaves_nothing_under_the_name_and_one_of_the_next_day_c
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from image_sets import pixels
-from cml_dist.domains.pixels import as_png
-from cml_dist.domains.shard_writer import ShardSetWriter
+from cml_dist.data.pixels import as_png
+from cml_dist.data.shard_writer import ShardSetWriter
 writer = ShardSetWriter({str(tmp_path / "s")!r}, name="n", image_size=(8, 8), channels=1).__enter__()
 writer.add("train", "a", "k", as_png(pixels(0, 8, 1)))
 os.kill(os.getpid(), signal.SIGKILL)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from cml_dist.config.schema import SinusoidConfig
-from cml_dist.domains.base import episode_rng
-from cml_dist.domains.build import build_domain
-from cml_dist.domains.sinusoid import SinusoidDomain
+from cml_dist.data.base import episode_rng
+from cml_dist.data.build import build_domain
+from cml_dist.data.sinusoid import SinusoidDomain
 from cml_dist.errors import ConfigError
 
 

@@ -14,9 +14,9 @@ import pytest
 
 from cml_dist.cli import main
 from cml_dist.errors import CheckpointError, CmlError, ConfigError, WorldError
-from cml_dist.launching import slurm
-from cml_dist.launching.request import SlurmRequest
-from cml_dist.launching.slurm import END, prepare, submit
+from cml_dist.tools import slurm
+from cml_dist.tools.slurm import END, prepare, submit
+from cml_dist.tools.slurm_request import SlurmRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "launch").glob("**/*.s[hb]*"))
@@ -343,11 +343,11 @@ def test_what_cannot_be_is_said_before_the_job_waits_for_hours(tmp_path, monkeyp
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path, monkeypatch):
-    from cml_dist.config.load import load_config
-    from cml_dist.run.folder import RunFolder
+    from cml_dist.config.load import dump_config, load_config
 
     monkeypatch.chdir(tmp_path)
-    RunFolder("a").begin(load_config("sinusoid"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.yaml").write_text(dump_config(load_config("sinusoid")))
     prepare(request("run.dir=a", gpus_per_node=1))
     with pytest.raises(CheckpointError, match="optim.lr was 0.001, is 0.5"):
         prepare(request("run.dir=a", "optim.lr=0.5", gpus_per_node=1))

@@ -20,7 +20,11 @@ import torch
 import cml_dist
 from cml_dist.cli import main
 from cml_dist.config.load import merge, parse_config
-from cml_dist.domains.sinusoid import SinusoidDomain
+from cml_dist.data.sinusoid import SinusoidDomain
+from cml_dist.distributed import strategy as strategies
+from cml_dist.distributed.failure import Failure
+from cml_dist.distributed.heartbeat import Heartbeat, this_heartbeat
+from cml_dist.distributed.world import World
 from cml_dist.errors import (
     CheckpointError,
     ConfigError,
@@ -29,10 +33,6 @@ from cml_dist.errors import (
     TrainingError,
     WorldError,
 )
-from cml_dist.parallel import strategy as strategies
-from cml_dist.parallel.failure import Failure
-from cml_dist.parallel.heartbeat import Heartbeat, this_heartbeat
-from cml_dist.parallel.world import World
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run import folder as folders
 from cml_dist.run import session as sessions
@@ -255,8 +255,8 @@ def test_the_last_word_is_that_of_the_watch(tmp_path):
     folder = tmp_path / "run"
 
     def lose():
-        verdict = Failure((1,), "rank 1 was killed")
-        thread = threading.Thread(target=this_heartbeat().at_end, args=(verdict,), name="watch")
+        failure = Failure((1,), "rank 1 was killed")
+        thread = threading.Thread(target=this_heartbeat().at_end, args=(failure,), name="heartbeat")
         thread.start()
         thread.join()
 

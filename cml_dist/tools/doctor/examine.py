@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from cml_dist.distributed.heartbeat import this_heartbeat
 from cml_dist.errors import CmlError
-from cml_dist.parallel.heartbeat import this_heartbeat
 from cml_dist.tools.doctor import installed, machine, run
 from cml_dist.tools.doctor.findings import Case, Finding, Report, by_host, merge
 
 if TYPE_CHECKING:
-    from cml_dist.parallel.world import World
+    from cml_dist.distributed.world import World
 
 VERSIONS, MACHINE, WORLD, MODEL, STORAGE = GROUPS = ("versions", "machine", "world", "model and data", "storage")
 """Headings, in the order in which they are shown."""
@@ -83,7 +83,7 @@ def examine(case: Case, present: Callable[[Report], None], progress: Callable[[s
     own = look(BEFORE_JOINING, case, progress)
     try:
         progress("the world")
-        from cml_dist.parallel.world import joined_world
+        from cml_dist.distributed.world import joined_world
 
         with joined_world(case.config) as case.world:
             own += [replace(finding, group=WORLD) for finding in check_world(case.world)]
@@ -110,14 +110,14 @@ def look(checks: Iterable[Check], case: Case, progress: Callable[[str], None] = 
             continue
         progress(check.name)
         if case.world is not None:
-            case.world.watch.beat(check.name, MAY_TAKE_S)
+            case.world.heartbeat.beat(check.name, MAY_TAKE_S)
         try:
             for finding in check.run(case):
                 found.append(replace(finding, group=check.group))
         except Exception as error:
             found.append(replace(failed(check.name, error), group=check.group))
     if case.world is not None:
-        case.world.watch.beat("the end of the checks")
+        case.world.heartbeat.beat("the end of the checks")
     return found
 
 
@@ -143,7 +143,7 @@ def check_world(world: World) -> Iterator[Finding]:
     backend = "gloo" if world.device.type == "cpu" else "NCCL " + ".".join(map(str, torch.cuda.nccl.version()))
     value = f"all {world.size} processes joined by {backend} {by_host(hosts)}"
     yield Finding("world", "ok", value, alike=installed.ALIKE)
-    world.watch.beat("the all-reduce")
+    world.heartbeat.beat("the all-reduce")
     runs = [_all_reduce(world) for _ in range(4)][1:]  # the first one connects
     seconds, right = statistics.median(seconds for seconds, _ in runs), all(right for _, right in runs)
     speed = REDUCED_BYTES / seconds / 1e6
@@ -163,7 +163,7 @@ def _all_reduce(world: World) -> tuple[float, bool]:
     import torch
 
     data = torch.full((REDUCED_BYTES // 4,), world.rank + 1.0, device=world.device)
-    with world.watch.waiting():
+    with world.heartbeat.waiting():
         torch.distributed.barrier()
         started_s = time.perf_counter()
         torch.distributed.all_reduce(data)

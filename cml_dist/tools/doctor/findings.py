@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cml_dist.config.schema import RunConfig
-from cml_dist.parallel.env import Launched
+from cml_dist.distributed.env import Launched
 
 if TYPE_CHECKING:
-    from cml_dist.parallel.world import World
+    from cml_dist.distributed.world import World
 
 Verdict = Literal["ok", "note", "warning", "fault"]
 VERDICTS: tuple[Verdict, ...] = ("ok", "note", "warning", "fault")

@@ -10,8 +10,8 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from cml_dist.domains.free_memory import available_bytes, limit_bytes
-from cml_dist.parallel.env import idle_nodes
+from cml_dist.data.free_memory import available_bytes, limit_bytes
+from cml_dist.distributed.env import idle_nodes
 from cml_dist.telemetry import text
 from cml_dist.tools.doctor.findings import GIB, Case, Finding, counted
 

@@ -29,9 +29,9 @@ NO_LOCKS = (
 
 def check_second_derivative(case: Case) -> Iterator[Finding]:
     """On the device of the run: second derivatives of the network against differences of its gradient, in float64."""
+    from cml_dist.memory.forecast import known_inputs
     from cml_dist.nets.build import make_network
     from cml_dist.nets.guard import check_twice_differentiable
-    from cml_dist.planning.forecast import known_inputs
 
     inputs, backbone = known_inputs(case.config), case.config.model.backbone
     net = make_network(case.config, inputs.shape, inputs.output_dim)
@@ -46,9 +46,9 @@ def check_second_derivative(case: Case) -> Iterator[Finding]:
 
 def check_data(case: Case) -> Iterator[Finding]:
     """The data of the configuration: there, whole, large enough; one episode of each split is made."""
-    from cml_dist.domains.base import SPLITS
-    from cml_dist.domains.build import build_domain
-    from cml_dist.domains.shard_cache import description, is_remote
+    from cml_dist.data.base import SPLITS
+    from cml_dist.data.build import build_domain
+    from cml_dist.data.shard_cache import description, is_remote
 
     if case.configuration is None:
         return
@@ -102,7 +102,7 @@ def existing(run_dir: Path) -> Path:
 
 def _space(case: Case, base: Path) -> Finding:
     """Space that is free, against the checkpoints that are kept at a time."""
-    from cml_dist.planning.forecast import known_inputs, network_structure
+    from cml_dist.memory.forecast import known_inputs, network_structure
 
     usage, size = shutil.disk_usage(base), 0.0
     if not usage.total:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cml_dist.domains.pixels import as_png
+from cml_dist.data.pixels import as_png
 from cml_dist.errors import DataError
 from cml_dist.tools.sources.tree import SourceTree, join
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from cml_dist.domains.base import SPLITS
+from cml_dist.data.base import SPLITS
 from cml_dist.errors import DataError
 from cml_dist.tools.sources import cifar100
 from cml_dist.tools.sources.known_splits import CIFAR100_SPLITS, omniglot_split

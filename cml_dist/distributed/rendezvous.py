@@ -21,12 +21,12 @@ from typing import TypeVar
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from cml_dist.config.schema import ParallelConfig
+from cml_dist.distributed import failure as failures
+from cml_dist.distributed.env import Launched, host_name, launched, launcher_serves_store
+from cml_dist.distributed.failure import Failure, Member
+from cml_dist.distributed.network_interface import own_address
+from cml_dist.distributed.rank_heartbeat import RankHeartbeat
 from cml_dist.errors import NetworkError, WorldError
-from cml_dist.parallel import failure as failures
-from cml_dist.parallel.env import Launched, host_name, launched, launcher_serves_store
-from cml_dist.parallel.failure import Failure, Member
-from cml_dist.parallel.interface import own_address
-from cml_dist.parallel.rank_heartbeat import RankHeartbeat
 
 T = TypeVar("T")
 

@@ -13,9 +13,9 @@ from contextlib import suppress
 from types import FrameType
 from typing import TextIO
 
-from cml_dist.parallel.env import launched_or_alone, restarts
-from cml_dist.parallel.failure import AGAIN, Failure
-from cml_dist.parallel.heartbeat import Heartbeat, this_heartbeat
+from cml_dist.distributed.env import launched_or_alone, restarts
+from cml_dist.distributed.failure import AGAIN, Failure
+from cml_dist.distributed.heartbeat import Heartbeat, this_heartbeat
 
 PR_SET_PDEATHSIG = 1
 """See prctl(2)."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cml_dist.memory.live_bytes import ELSEWHERE, LiveBytes, bytes_of
 from cml_dist.meta.gradient import Engine, points_held
 from cml_dist.meta.inner import InnerLoop
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
-from cml_dist.planning.live_bytes import ELSEWHERE, LiveBytes, bytes_of
 from cml_dist.types import Batch, Episode
 
 STEPS = 2

@@ -13,10 +13,10 @@ import torch
 from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
+from cml_dist.memory.choose import USABLE, Means, MemoryPlanner, Task, task_of
+from cml_dist.memory.strategies import STRATEGIES, RankBudget, Strategy
 from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.network import CmlNet
-from cml_dist.planning.choose import USABLE, Means, MemoryPlanner, Task, task_of
-from cml_dist.planning.strategies import STRATEGIES, RankBudget, Strategy
 from cml_dist.registry import DOMAINS
 
 LAUNCH_FILES = {
@@ -157,11 +157,11 @@ def known_inputs(config: RunConfig, image_size: int | None = None, channels: int
     """
     domain, dtype = config.domain, getattr(torch, config.run.dtype)
     if not hasattr(domain, "ways"):
-        from cml_dist.domains.sinusoid import SinusoidDomain as Domain
+        from cml_dist.data.sinusoid import SinusoidDomain as Domain
 
         shape, source, outputs = Domain.input_shape, "the domain's", Domain.output_dim
     else:
-        from cml_dist.domains.images import ImageDomain as Domain
+        from cml_dist.data.images import ImageDomain as Domain
 
         (shape, source), outputs = _image_shape(config, image_size, channels), domain.ways
     return replace(task_of(domain, shape, outputs, dtype, Domain.loss, Domain.score), source=source)
@@ -171,7 +171,7 @@ def _image_shape(config: RunConfig, image_size: int | None, channels: int | None
     """(channels, height, width), and how it is known."""
     name, root = config.domain.name, config.domain.root
     if name != "glyphs" and root is not None and os.path.isdir(root):
-        from cml_dist.domains.shards import ShardSet
+        from cml_dist.data.shards import ShardSet
 
         shards = ShardSet.open(root)
         shape, source = (shards.channels, *shards.image_size), f"of the set in {root}"

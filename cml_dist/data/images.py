@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from cml_dist.config.schema import ImageSettings
-from cml_dist.domains import sampling
-from cml_dist.domains.base import SPLITS, Domain, Progress, episode_rng
-from cml_dist.domains.free_memory import available_bytes
-from cml_dist.domains.pixels import in_threads
-from cml_dist.domains.shards import ShardSet
+from cml_dist.data import sampling
+from cml_dist.data.base import SPLITS, Domain, Progress, episode_rng
+from cml_dist.data.free_memory import available_bytes
+from cml_dist.data.pixels import in_threads
+from cml_dist.data.shards import ShardSet
 from cml_dist.errors import ConfigError, DataError
 from cml_dist.types import Batch, Episode
 

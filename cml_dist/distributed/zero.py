@@ -16,10 +16,10 @@ from torch import Tensor
 
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import RunConfig
+from cml_dist.distributed.optim import build_optimizer
+from cml_dist.distributed.strategy import DataParallel
+from cml_dist.distributed.world import World
 from cml_dist.meta.model import MetaModel
-from cml_dist.parallel.optim import build_optimizer
-from cml_dist.parallel.strategy import DataParallel
-from cml_dist.parallel.world import World
 from cml_dist.types import Episode, Layout, Params
 
 

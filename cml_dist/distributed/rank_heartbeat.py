@@ -1,8 +1,8 @@
 """The heartbeat: each rank says once a second where it is; who is killed, hangs or fails is named, and all end.
 
 The main thread only assigns where it is. One daemon thread exchanges words over a client of torch's ``TCPStore`` of its
-own; another judges (:mod:`cml_dist.parallel.failure`), so that a network that swallows words cannot hold it up. Rank 0
-judges all ranks, the others rank 0; the processes of one machine also look whether the others there still exist.
+own; another judges (:mod:`cml_dist.distributed.failure`), so that a network that swallows words cannot hold it up. Rank
+0 judges all ranks, the others rank 0; the processes of one machine also look whether the others there still exist.
 Silence and standstill count only time in which the process that judges ran itself: a suspended job goes on.
 """
 
@@ -18,11 +18,11 @@ from contextlib import contextmanager
 import psutil
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
+from cml_dist.distributed import failure as failures
+from cml_dist.distributed.exit import dump_stacks_unless_called_again, end_process
+from cml_dist.distributed.failure import Failure, Member
+from cml_dist.distributed.heartbeat import Heartbeat, set_heartbeat
 from cml_dist.errors import CmlError
-from cml_dist.parallel import failure as failures
-from cml_dist.parallel.exit import dump_stacks_unless_called_again, end_process
-from cml_dist.parallel.failure import Failure, Member
-from cml_dist.parallel.heartbeat import Heartbeat, set_heartbeat
 
 SUSPECT_S = 4.0
 """Silence after which a rank is lost, once a collective has broken or a launcher ends its ranks: one is gone."""

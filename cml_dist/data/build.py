@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cml_dist.domains.base import Domain
+from cml_dist.data.base import Domain
 from cml_dist.errors import ConfigError
 from cml_dist.registry import DOMAINS
 
 if TYPE_CHECKING:
-    from cml_dist.domains.shard_format import Progress
+    from cml_dist.data.shard_format import Progress
 
 
 def build_domain(
@@ -39,8 +39,8 @@ def build_domain(
 
 
 def build_glyphs(config: Any, train_seed: int, eval_seed: int, processes: int, progress: Progress | None) -> Domain:
-    from cml_dist.domains.glyphs import ensure_glyphs
-    from cml_dist.domains.images import ImageDomain
+    from cml_dist.data.glyphs import ensure_glyphs
+    from cml_dist.data.images import ImageDomain
 
     root = str(ensure_glyphs(config.root, progress))
     seeds = {"train_seed": train_seed, "eval_seed": eval_seed}
@@ -48,13 +48,13 @@ def build_glyphs(config: Any, train_seed: int, eval_seed: int, processes: int, p
 
 
 def build_images(config: Any, train_seed: int, eval_seed: int, processes: int, progress: Progress | None) -> Domain:
-    from cml_dist.domains.images import ImageDomain
+    from cml_dist.data.images import ImageDomain
 
     seeds = {"train_seed": train_seed, "eval_seed": eval_seed}
     return ImageDomain.build(config, **seeds, root=config.root, processes=processes, progress=progress)
 
 
 def build_sinusoid(config: Any, train_seed: int, eval_seed: int, processes: int, progress: Progress | None) -> Domain:
-    from cml_dist.domains.sinusoid import SinusoidDomain
+    from cml_dist.data.sinusoid import SinusoidDomain
 
     return SinusoidDomain.build(config, train_seed=train_seed, eval_seed=eval_seed)

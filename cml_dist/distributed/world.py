@@ -26,15 +26,15 @@ from accelerate.utils import (
 
 from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
+from cml_dist.distributed.allocator import give_back_freed_memory, keep_freed_memory
+from cml_dist.distributed.deepspeed_config import deepspeed_config, zero_stage
+from cml_dist.distributed.env import Launched, check_launch, forget_others, launched
+from cml_dist.distributed.exit import name_failure_before_sigterm
+from cml_dist.distributed.heartbeat import Heartbeat, set_heartbeat, this_heartbeat
+from cml_dist.distributed.network_interface import choose_interface
+from cml_dist.distributed.rank_heartbeat import heartbeat_alone
+from cml_dist.distributed.rendezvous import GROUP_TIMEOUT, meet, this_member
 from cml_dist.errors import CmlError, WorldError
-from cml_dist.parallel.allocator import give_back_freed_memory, keep_freed_memory
-from cml_dist.parallel.deepspeed_config import deepspeed_config, zero_stage
-from cml_dist.parallel.env import Launched, check_launch, forget_others, launched
-from cml_dist.parallel.exit import name_failure_before_sigterm
-from cml_dist.parallel.heartbeat import Heartbeat, set_heartbeat, this_heartbeat
-from cml_dist.parallel.interface import choose_interface
-from cml_dist.parallel.rank_heartbeat import heartbeat_alone
-from cml_dist.parallel.rendezvous import GROUP_TIMEOUT, meet, this_member
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class World:
         rank, size: this process, and how many there are.
         local_rank, local_size: the same on this machine.
         device: where this process computes.
-        watch: the heartbeat; knows where this rank and the others are.
+        heartbeat: knows where this rank and the others are.
     """
 
     accelerator: Accelerator
@@ -57,7 +57,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
-    watch: Heartbeat = field(default_factory=Heartbeat)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def is_main(self) -> bool:
@@ -68,7 +68,7 @@ class World:
         if self.size == 1:
             return values.cpu()
         values = values.to(self.device, copy=True)
-        with self.watch.waiting():
+        with self.heartbeat.waiting():
             torch.distributed.all_reduce(values)
             return values.cpu()
 
@@ -77,7 +77,7 @@ class World:
         if self.size == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
-        with self.watch.waiting():
+        with self.heartbeat.waiting():
             torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
             return tensor.item()
 
@@ -85,10 +85,10 @@ class World:
         """A small value of each rank, in order, on all ranks. Collective: all ranks."""
         if self.size == 1:
             return [value]
-        with self.watch.waiting():
+        with self.heartbeat.waiting():
             return gather_object([value])
 
-    def together(self, work: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, work: Callable[[], T]) -> T:
         """Run ``work`` on each rank, and fail on all ranks with the first rank's error if it fails on any.
 
         ``work`` must hold no collective. Collective: all ranks.
@@ -111,7 +111,7 @@ class World:
             raise error
         return result  # type: ignore[return-value]
 
-    def check_alike(self, facts: dict[str, Any]) -> None:
+    def assert_same_across_ranks(self, facts: dict[str, Any]) -> None:
         """Refuse to go on where the processes were not started alike: each machine has a command line of its own.
 
         Args:
@@ -134,24 +134,24 @@ class World:
                         "start all with the same command, in the same environment",
                     )
 
-    def main_first(self, work: Callable[[], T]) -> T:
+    def local_main_process_first(self, work: Callable[[], T]) -> T:
         """Run ``work`` on each machine's first rank, then on its others (e.g. to fill a shared cache once)."""
         if self.local_rank == 0:
-            result = self.together(work)
-            return self.together(lambda: result)
-        self.together(lambda: None)
-        return self.together(work)
+            result = self.run_on_all_ranks(work)
+            return self.run_on_all_ranks(lambda: result)
+        self.run_on_all_ranks(lambda: None)
+        return self.run_on_all_ranks(work)
 
     def close(self) -> None:
         """Leave the process group once all are here; the heartbeat goes on to the end. Collective: all ranks."""
-        self.watch.beat("the end")
+        self.heartbeat.beat("the end")
         self.max(0.0)  # who does not come is named
-        self.watch.beat("leaving the process group")
+        self.heartbeat.beat("leaving the process group")
         self.accelerator.end_training()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        self.watch.outlast()
-        self.watch.close()
+        self.heartbeat.outlast()
+        self.heartbeat.close()
 
 
 def join_world(config: RunConfig) -> World:
@@ -206,7 +206,7 @@ def join_world(config: RunConfig) -> World:
         local_rank=here.local_rank,
         local_size=here.local_size,
         device=accelerator.device,
-        watch=this_heartbeat(),
+        heartbeat=this_heartbeat(),
     )
 
 

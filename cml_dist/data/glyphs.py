@@ -13,13 +13,13 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-from cml_dist.domains.base import Progress
-from cml_dist.domains.glyph_fonts import FACES, choose_characters, font_file
-from cml_dist.domains.glyph_images import IMAGE_SIZE, Canvas, examples
-from cml_dist.domains.pixels import as_png
-from cml_dist.domains.publish import locked, user_cache
-from cml_dist.domains.shard_writer import ShardSetWriter
-from cml_dist.domains.shards import ShardSet
+from cml_dist.data.base import Progress
+from cml_dist.data.glyph_fonts import FACES, choose_characters, font_file
+from cml_dist.data.glyph_images import IMAGE_SIZE, Canvas, examples
+from cml_dist.data.pixels import as_png
+from cml_dist.data.publish import locked, user_cache
+from cml_dist.data.shard_writer import ShardSetWriter
+from cml_dist.data.shards import ShardSet
 from cml_dist.errors import DataError
 
 RECIPE = 1

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from cml_dist.domains.base import Progress
-from cml_dist.domains.publish import fsync, locked, remove_abandoned, user_cache
-from cml_dist.domains.shard_format import DATASET_FILE, DatasetInfo, FileInfo, parse_dataset, sha256_of
+from cml_dist.data.base import Progress
+from cml_dist.data.publish import fsync, locked, remove_abandoned, user_cache
+from cml_dist.data.shard_format import DATASET_FILE, DatasetInfo, FileInfo, parse_dataset, sha256_of
 from cml_dist.errors import DataError
 
 

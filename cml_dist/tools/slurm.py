@@ -17,8 +17,8 @@ from cml_dist.config.load import find_recipe, load_config
 from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CmlError, ConfigError, WorldError
-from cml_dist.launching.request import SlurmRequest
 from cml_dist.run.folder import RunFolder
+from cml_dist.tools.slurm_request import SlurmRequest
 
 END = "# ---- end of settings ----\n"
 """What stands before it in a script of ``launch/slurm`` is written anew, the rest is taken as it is."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cml_dist.config.schema import SinusoidConfig
-from cml_dist.domains.base import SPLITS, Domain, episode_rng
+from cml_dist.data.base import SPLITS, Domain, episode_rng
 from cml_dist.errors import ConfigError
 from cml_dist.types import Batch, Episode
 

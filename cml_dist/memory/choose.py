@@ -13,11 +13,11 @@ from torch import Tensor
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import DomainConfig, RunConfig
 from cml_dist.errors import ConfigError
+from cml_dist.memory.footprint import Footprint, meta_step_footprint
+from cml_dist.memory.strategies import ModelSize, RankBudget, Strategy, rank_budget
 from cml_dist.meta.rule import Method
 from cml_dist.nets.guard import couples_examples
 from cml_dist.nets.network import CmlNet
-from cml_dist.planning.footprint import Footprint, meta_step_footprint
-from cml_dist.planning.strategies import ModelSize, RankBudget, Strategy, rank_budget
 from cml_dist.types import Batch, Episode
 
 USABLE = 0.9

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cml_dist.parallel.deepspeed_config import BUCKET_ELEMENTS
-from cml_dist.planning.footprint import Footprint
+from cml_dist.distributed.deepspeed_config import BUCKET_ELEMENTS
+from cml_dist.memory.footprint import Footprint
 
 REDUCE_BUCKET_ELEMENTS = BUCKET_ELEMENTS
 """Elements of a bucket, as the generated DeepSpeed dictionary sets it."""

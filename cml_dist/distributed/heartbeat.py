@@ -1,6 +1,7 @@
 """Where the main thread of this process is, and the heartbeat that tells the other ranks. No torch here.
 
-The main thread only assigns where it is; :mod:`cml_dist.parallel.rank_heartbeat` has the threads that tell and judge.
+The main thread only assigns where it is; :mod:`cml_dist.distributed.rank_heartbeat` has the threads that tell and
+judge.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from cml_dist.parallel.failure import Failure
+from cml_dist.distributed.failure import Failure
 
 
 class Heartbeat:
@@ -19,7 +20,7 @@ class Heartbeat:
         log: a file for this rank's own copy of what befell the world, and for stacks; None: stacks go to stderr.
         at_end: hears of the failure before this process ends; in a thread, for a few seconds at most.
         met: whether all ranks have met.
-        machine: see :class:`cml_dist.parallel.failure.Member`.
+        machine: see :class:`cml_dist.distributed.failure.Member`.
         described: this rank, and where its main thread is.
     """
 

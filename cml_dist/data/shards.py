@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from cml_dist.domains import shard_cache
-from cml_dist.domains.base import SPLITS, Progress
-from cml_dist.domains.pixels import open_image, to_array
-from cml_dist.domains.shard_format import (
+from cml_dist.data import shard_cache
+from cml_dist.data.base import SPLITS, Progress
+from cml_dist.data.pixels import open_image, to_array
+from cml_dist.data.shard_format import (
     DATASET_FILE,
     REPAIR,
     DatasetInfo,

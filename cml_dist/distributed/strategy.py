@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from cml_dist.distributed.norm import global_norm
+from cml_dist.distributed.world import World
 from cml_dist.meta.model import MetaModel
-from cml_dist.parallel.norm import global_norm
-from cml_dist.parallel.world import World
 from cml_dist.types import Episode, Layout, Params
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from cml_dist.domains.base import SPLITS
-from cml_dist.domains.pixels import Picture
-from cml_dist.domains.publish import new_folder
-from cml_dist.domains.shard_format import DATASET_FILE, INDEX_FILE, DatasetInfo, FileInfo, SplitInfo
+from cml_dist.data.base import SPLITS
+from cml_dist.data.pixels import Picture
+from cml_dist.data.publish import new_folder
+from cml_dist.data.shard_format import DATASET_FILE, INDEX_FILE, DatasetInfo, FileInfo, SplitInfo
 from cml_dist.errors import DataError
 
 

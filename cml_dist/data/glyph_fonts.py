@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cml_dist.domains.base import Progress
-from cml_dist.domains.glyph_images import Canvas, upright
+from cml_dist.data.base import Progress
+from cml_dist.data.glyph_images import Canvas, upright
 from cml_dist.errors import DataError
 
 if TYPE_CHECKING:
