@@ -305,7 +305,7 @@ def test_a_backbone_that_cannot_be_differentiated_twice(monkeypatch):
 
     monkeypatch.setattr(Conv4, "forward", broken)
     (found,) = run_check(check, looked)
-    assert found.verdict == "fault" and "once_differentiable" in found.value, found
+    assert found.verdict == "fault" and "second derivative of conv4 is wrong" in found.value, found
     assert "choose another model.backbone, or set method.order=1" in found.remedy
     (first_order,) = run_check(check, case("x", "method.order=1", config="glyphs"))
     assert first_order.verdict == "ok" and "not needed" in first_order.value
