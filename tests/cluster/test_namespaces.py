@@ -24,7 +24,7 @@ from cml_dist.telemetry.metrics import read_metrics
 if (reason := namespaces.why_not()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 WIRES = namespaces.wires()
 BAD = {"delay_ms": 20, "loss_percent": 1}
 LIMIT_S = 300.0

@@ -34,7 +34,7 @@ MORE = 5
 LONGEST_S = 900
 """On a busy machine: with two cores and a load of 20 all of it took 450 s."""
 
-pytestmark = pytest.mark.timeout(LONGEST_S + 300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(LONGEST_S + 300)]
 
 
 @pytest.fixture(scope="session")

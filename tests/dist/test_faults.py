@@ -12,11 +12,11 @@ from fault_lab import References, Setup, differences, may_mount, play
 pytestmark = pytest.mark.timeout(900)  # two starts each, and whichever test comes first makes the undisturbed runs
 CASES = (
     ("kill-rank", "ddp"),
-    ("signal-storm", "ddp"),
-    ("kill-in-validation", "ddp"),
     ("kill-writer-in-save", "single"),
-    ("flipped-bit", "single"),
-    ("disk-full", "single"),
+    pytest.param("signal-storm", "ddp", marks=pytest.mark.slow),
+    pytest.param("kill-in-validation", "ddp", marks=pytest.mark.slow),
+    pytest.param("flipped-bit", "single", marks=pytest.mark.slow),
+    pytest.param("disk-full", "single", marks=pytest.mark.slow),
 )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from container import GIB_NEEDED, ROOT, Builder, Image, build, debian, first_process, missing, scratch
 
-pytestmark = pytest.mark.timeout(1500)  # the image is made in the first test
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # the image is made in the first test
 ANOTHER_USER = "12345"
 DEMO = "train.episodes_per_step=2 train.steps=30 eval.every=1000 checkpoint.every=1000 eval.episodes=4"
 SINUSOID = ["sinusoid", "model.hidden=[8]", "domain.shots=2", "domain.queries=2", "parallel.threads=1"]
