@@ -85,6 +85,11 @@ setup(
     include_package_data=False,
     zip_safe=False,
     install_requires=REQUIREMENTS,
-    extras_require={"deepspeed": DEEPSPEED_REQUIREMENTS, "trackers": TRACKER_REQUIREMENTS, "test": TEST_REQUIREMENTS},
+    extras_require={
+        "deepspeed": DEEPSPEED_REQUIREMENTS,
+        "trackers": TRACKER_REQUIREMENTS,
+        "http": ["aiohttp"],  # image sets at a URL
+        "test": TEST_REQUIREMENTS,
+    },
     entry_points={"console_scripts": ["cml-dist = cml_dist.cli:main"]},
 )
