@@ -36,7 +36,7 @@ def config(args: argparse.Namespace, console: Console) -> None:
     processes = config.parallel.processes or launched().size  # asked for, else launched, else one
     plan = make_plan(config, processes, os.environ)
     if zero_stage(plan.strategy) is not None or args.deepspeed:
-        dictionary = deepspeed_config(config, plan)  # also a check of the user's own file
+        dictionary = deepspeed_config(config, plan, os.environ)  # also a check of the user's own file
     if args.deepspeed:
         print(json.dumps(dictionary, indent=2))
         return

@@ -1,9 +1,8 @@
-"""What the launcher set up, read once from its environment variables. No torch."""
+"""What a user's files and the launcher's environment ask of DeepSpeed. No torch."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,13 +33,12 @@ class DeepSpeedRequest:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def deepspeed_request(config: RunConfig, environment: Mapping[str, str] | None = None) -> DeepSpeedRequest | None:
+def deepspeed_request(config: RunConfig, environment: Mapping[str, str]) -> DeepSpeedRequest | None:
     """What ``parallel.deepspeed`` or the launcher asks of DeepSpeed; None where neither speaks of it.
 
     Raises:
         ConfigError: a file that cannot be read, two different ones, or an offload that does not exist here.
     """
-    environment = os.environ if environment is None else environment
     launched = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     given = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") if launched else "none"
     own = config.parallel.deepspeed

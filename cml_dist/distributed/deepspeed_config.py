@@ -33,11 +33,14 @@ BUCKET_ELEMENTS = 50_000_000
 its own default takes 2 GB. A larger parameter is reduced by itself."""
 
 
-def deepspeed_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, plan: RunPlan, environment: Mapping[str, str]) -> dict[str, Any]:
     """The dictionary that DeepSpeed gets for a run with a strategy of ``zero0`` to ``zero3``.
 
     One forward, one backward and one reduction a meta-step, whatever the number of episodes: a batch of one a process,
     and no accumulation. The optimizer, its schedule and its precision are the run's own; DeepSpeed only partitions.
+
+    Args:
+        environment: the launcher's, which may name a DeepSpeed file.
 
     Raises:
         ConfigError: the plan's strategy is none of DeepSpeed's, or the user's file contradicts the run.
@@ -78,7 +81,7 @@ def deepspeed_config(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
         "bf16": {"enabled": False},
         "zero_optimization": zero,
     }
-    request = deepspeed_request(config)
+    request = deepspeed_request(config, environment)
     if request is not None and request.settings:
         _merge(made, request.settings, request)
     return made

@@ -179,7 +179,7 @@ def join_world(config: RunConfig) -> World:
     by_deepspeed = zero_stage(plan.strategy) is not None
     _join_group(config, here, use_cpu, by_deepspeed)
     with _environment_for_deepspeed(use_cpu) if by_deepspeed else nullcontext():
-        plugin = _deepspeed_plugin(deepspeed_config(config, plan)) if by_deepspeed else None
+        plugin = _deepspeed_plugin(deepspeed_config(config, plan, os.environ)) if by_deepspeed else None
         accelerator = _accelerator(config, use_cpu, plugin)
     plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in ((DistributedType.DEEPSPEED,) if by_deepspeed else plain):

@@ -18,6 +18,7 @@ from cml_dist.errors import CheckpointError, CmlError, ModelError
 from cml_dist.meta.rule import part_of
 from cml_dist.methods.build import describe_rule
 from cml_dist.nets.guard import has_batch_norm
+from cml_dist.registry import BACKBONES
 from cml_dist.run.assemble import Parts
 from cml_dist.run.checkpoint import check_same_run
 from cml_dist.run.folder import RunFolder
@@ -115,7 +116,7 @@ def _as_timm_model(
     A few of timm's models have a classifier that a linear head does not fit: they have no such form either.
     """
     # A head that each episode starts is no classifier by itself.
-    if config.model.backbone in ("conv4", "mlp") or config.model.head != "linear":
+    if config.model.backbone in BACKBONES or config.model.head != "linear":
         return None
     from cml_dist.nets.timm_backbone import timm_export
 
@@ -132,7 +133,7 @@ def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tens
     Args:
         batch_statistics: whether the network has BatchNorms that use them.
     """
-    domain, regression = config.domain, config.domain.name == "sinusoid"
+    domain, regression = config.domain, not hasattr(config.domain, "ways")
     name = description["image_set"] or domain.name
     task = f"{domain.shots}-point regression" if regression else f"{domain.ways}-way {domain.shots}-shot"
     labelled, asked = "support_images, support_labels", "query_images"

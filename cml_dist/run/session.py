@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -211,7 +212,8 @@ class Session:
         MetricsWriter(folder.validation_file).truncate_after(validated)
         write_text(folder.config_file, dump_config(self.config))
         if zero_stage(parts.plan.strategy) is not None:
-            write_text(folder.deepspeed_file, json.dumps(deepspeed_config(self.config, parts.plan), indent=2) + "\n")
+            dictionary = deepspeed_config(self.config, parts.plan, os.environ)
+            write_text(folder.deepspeed_file, json.dumps(dictionary, indent=2) + "\n")
         append_json_line(folder.sessions_file, record)
         self._starts = len(folder.sessions_file.read_bytes().splitlines())
         self.write_status("running", self.doing)

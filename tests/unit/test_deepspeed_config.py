@@ -24,7 +24,7 @@ def config(optim=None, run=None, **parallel):
 
 def dictionary(processes=2, **settings):
     made = config(**settings)
-    return deepspeed_config(made, make_plan(made, processes, os.environ))
+    return deepspeed_config(made, make_plan(made, processes, os.environ), os.environ)
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def test_deepspeed_is_configured_as_the_arithmetic_says():
     config = load_config("omniglot", [])
     for stage in (1, 2, 3):
         plan = replace(make_plan(config, 1, {}), strategy=f"zero{stage}", processes=2)
-        zero = deepspeed_config(config, plan)["zero_optimization"]
+        zero = deepspeed_config(config, plan, {})["zero_optimization"]
         made = DeepSpeedZeroConfig(**zero)
         assert made.reduce_bucket_size == REDUCE_BUCKET_ELEMENTS and not made.overlap_comm
         assert made.contiguous_gradients and made.reduce_scatter
