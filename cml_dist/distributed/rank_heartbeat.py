@@ -72,11 +72,10 @@ class RankHeartbeat(Heartbeat):
         self.met, self.machine = store is not None, me.machine
         self.heartbeat_timeout_s, self.hang_timeout_s = heartbeat_timeout_s, hang_timeout_s
         self.tick_s, self._end_process = tick_s, end
-        neighbours = [m for m in self.everyone if m is not me and m.machine == me.machine]
-        self._neighbours = neighbours
-        judged = self.everyone if me.rank == 0 else [self.everyone[0], *neighbours]
-        self._heard = [m for m in judged if m is not me]  # whose words this rank reads
-        self._judged = self._heard if me.rank == 0 else self.everyone[:1]  # whose silence it judges
+        others = [member for member in self.everyone if member is not me]
+        self._neighbours = [member for member in others if member.machine == me.machine]
+        self._judged = others if me.rank == 0 else self.everyone[:1]  # whose silence this rank judges
+        self._heard = [m for m in others if m in self._judged or m in self._neighbours]  # whose words it reads
         self._counts: dict[int, int] = {}
         self._beats, self._longest_s, self._moves_seen = 0, 0.0, -1
         self._found: Failure | None = None  # by this rank, to be told
