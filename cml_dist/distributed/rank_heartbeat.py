@@ -259,7 +259,8 @@ class RankHeartbeat(Heartbeat):
         store.set(f"read/{self.me.rank}", "yes")
         self._failure = failure
         if self.me.rank == 0:
-            self._await_readers(store, [m for m in self._heard if m.rank not in failure.ranks and not m.left])
+            lost = failure.ranks if failure.gone else ()  # who hangs can still read
+            self._await_readers(store, [m for m in self._heard if m.rank not in lost and not m.left])
         self._told.set()
 
     def _await_readers(self, store: Store, readers: list[Member]) -> None:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import signal
 import socket
 import subprocess
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from launching import finish, free_port, run, slow_imports, start
-from test_train import command, lines
+from test_train import command, lines, until
 
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.status import read_status
@@ -171,40 +173,44 @@ def test_a_rank_that_keeps_pythons_lock_shows_where_and_is_ended(tmp_path):
     assert seconds < SOON_S
 
 
-def started(folder: Path, *overrides: str, episodes: int = 3000) -> tuple[subprocess.Popen, list[psutil.Process]]:
-    """(a launch of two ranks that trains for a while, its ranks), once it has trained some steps."""
-    process = start(2, "-m", "cml_dist", *command(folder, f"train.steps={episodes}", "eval.every=0", *overrides))
-    while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder / "metrics.jsonl")) < 5:
-        assert process.poll() is None, finish(process)
-        time.sleep(0.1)
-    return process, psutil.Process(process.pid).children()
+def trained(folder: Path) -> int:
+    """Meta-steps that a run has done."""
+    path = folder / "metrics.jsonl"
+    return len(read_metrics(path)) if path.exists() else 0
+
+
+@contextmanager
+def running(folder: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]:
+    """(a launch of two ranks that trains, its ranks); at the end it goes on, and stops in order when it is asked to."""
+    arguments = command(folder, "train.steps=1000000", "eval.every=0", "run.log_every=1000", *overrides)
+    process = start(2, "-m", "cml_dist", *arguments)
+    until(lambda: trained(folder) > 5 or process.poll() is not None)
+    yield process, psutil.Process(process.pid).children()
+    before = trained(folder)
+    until(lambda: trained(folder) > before + 20 or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process)
+    assert "Stopped by SIGTERM after step" in out and "error: " not in out, out
 
 
 def test_a_suspended_job_goes_on(tmp_path):
-    folder = tmp_path / "run"
-    process, ranks = started(folder, "parallel.heartbeat_timeout_s=3", "parallel.hang_timeout_s=5", "eval.final=false")
-    for rank in ranks:
-        rank.suspend()
-    time.sleep(12)
-    for rank in ranks:
-        rank.resume()
-    out = finish(process)
-    assert process.returncode == 0, out
-    assert len(read_metrics(folder / "metrics.jsonl")) == 3000
+    with running(tmp_path / "run", "parallel.heartbeat_timeout_s=10", "parallel.hang_timeout_s=12") as (_, ranks):
+        for rank in ranks:
+            rank.suspend()
+        time.sleep(25)
+        for rank in ranks:
+            rank.resume()
 
 
 def test_rubbish_on_every_port_of_a_run_does_not_end_it(tmp_path):
-    folder = tmp_path / "run"
-    process, ranks = started(folder, "eval.final=false")
-    ports = {c.laddr.port for p in [psutil.Process(process.pid), *ranks] for c in p.net_connections() if c.status == "LISTEN"}
-    assert ports
     noise = (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\n", b"\xff" * 100_000, b"\0" * 64, b"", b"[1]\n")
-    for port, words in itertools.product(ports, noise):
-        with socket.create_connection(("localhost", port), timeout=5) as stranger, suppress(OSError):
-            stranger.sendall(words)
-    out = finish(process)
-    assert process.returncode == 0, out
-    assert len(read_metrics(folder / "metrics.jsonl")) == 3000
+    with running(tmp_path / "run") as (launch, ranks):
+        found = [one for process in (psutil.Process(launch.pid), *ranks) for one in process.net_connections()]
+        ports = {one.laddr.port for one in found if one.status == psutil.CONN_LISTEN}
+        assert ports
+        for port, words in itertools.product(ports, noise):
+            with socket.create_connection(("localhost", port), timeout=5) as stranger, suppress(OSError):
+                stranger.sendall(words)
 
 
 def test_the_first_rank_of_a_machine_verifies_for_all_and_all_fall_back_alike(tmp_path):
