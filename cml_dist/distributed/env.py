@@ -29,7 +29,7 @@ TORCH_DEFAULTS = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # each store connection that breaks would be a page of C++ frames
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # a collective that fails ends its process
     "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "86400",  # it counts the time of a suspended job; our heartbeat does not
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # the flight recorder: the last collectives of each rank
+    "TORCH_FR_BUFFER_SIZE": "2000",  # the flight recorder: the last collectives of each rank
 }
 """What torch's C++ parts read from the environment; a user's own values stay."""
 

@@ -54,6 +54,9 @@ class RankHeartbeat(Heartbeat):
         hang_timeout_s: seconds after which a main thread that does not move is a failure.
         tick_s: seconds between two beats.
         end: ends this process: ``end(failure, heartbeat, speaks)``.
+
+    Attributes:
+        served: at rank 0 the store itself, which lives as long as this and not only as long as the process group.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class RankHeartbeat(Heartbeat):
     ) -> None:
         super().__init__()
         self.me, self.everyone, self._store = me, list(everyone), store
+        self.served: Store | None = None
         self.met, self.machine = store is not None, me.machine
         self.heartbeat_timeout_s, self.hang_timeout_s = heartbeat_timeout_s, hang_timeout_s
         self.tick_s, self._end_process = tick_s, end
@@ -179,7 +183,9 @@ class RankHeartbeat(Heartbeat):
         failure = self._publish(found)
         speaks = self._speaks(failure)
         if failure.everywhere:
-            time.sleep(GRACE_S)  # the main thread ends the process before that
+            until_s = time.monotonic() + GRACE_S  # the main thread ends the process before that, or waits for this one
+            while time.monotonic() < until_s and not self.me.broken:
+                time.sleep(0.1)
             speaks = self.me.rank == 0
         dump_stacks_unless_called_again(self.log, 0)
         self._end_process(failure, self, speaks)

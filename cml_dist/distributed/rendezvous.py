@@ -70,6 +70,7 @@ def meet(config: ParallelConfig) -> tuple[RankHeartbeat, Store]:
         heartbeat_timeout_s=config.heartbeat_timeout_s,
         hang_timeout_s=config.hang_timeout_s,
     )
+    heartbeat.served = store
     heartbeat.start()
     store.set_timeout(GROUP_TIMEOUT)
     return heartbeat, PrefixStore("group", store)

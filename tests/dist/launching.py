@@ -33,7 +33,8 @@ def spawn(command: Sequence[str], **environment: str) -> subprocess.Popen:
     """
     env = {key: value for key, value in os.environ.items() if key not in FROM_A_LAUNCHER}
     # Two cores carry all ranks: more threads than cores only fight each other.
-    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    env |= {"TORCH_CPP_LOG_LEVEL": "ERROR", **environment}  # as the command line sets it, for workers that import torch first
     return subprocess.Popen(
         command,
         env=env,

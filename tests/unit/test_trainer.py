@@ -335,7 +335,7 @@ def test_another_machine_opens_the_checkpoint_that_rank_0_has_chosen_once_it_see
     """The view of another rank: rank 0's word comes by ``gather``, the file a moment later, or never."""
     source = checkpoints.load_newest(undisturbed / "checkpoints")[0]
     target, rank_0 = tmp_path / source.path.name, []
-    monkeypatch.setattr(World, "together", lambda self, work: work())
+    monkeypatch.setattr(World, "run_on_all_ranks", lambda self, work: work())
     monkeypatch.setattr(World, "gather", lambda self, value: rank_0 or [value])
     rank_0.append(((str(target), source.sha256), "said"))
     monkeypatch.setattr(folders, "SEEN_WITHIN_S", 60.0 if shared else 0.3)
