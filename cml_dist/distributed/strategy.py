@@ -43,7 +43,7 @@ class DataParallel:
         diagnose: frozenset[int] = frozenset(),
         meta_step: int = 0,
     ) -> dict[str, Tensor]:
-        """Put the mean meta-gradient of all ranks' episodes into ``.grad``; return this rank's sums of terms.
+        """Put the mean meta-gradient of all ranks' episodes where :meth:`apply` finds it; return this rank's sums.
 
         Args:
             episodes: this rank's share (may be empty).
@@ -53,10 +53,13 @@ class DataParallel:
 
         Collective: all ranks.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear()
         loss, sums = self._wrapped(episodes, self.world.size / num_global, diagnose, meta_step)
         self._backward(loss)
         return sums
+
+    def _clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, loss: Tensor) -> None:
         self.world.accelerator.backward(loss)

@@ -8,7 +8,7 @@ one map, :meth:`Zero._pieces`, which alone knows how DeepSpeed lays them out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from cml_dist.distributed.optim import build_optimizer
 from cml_dist.distributed.strategy import DataParallel
 from cml_dist.distributed.world import World
 from cml_dist.meta.model import MetaModel
-from cml_dist.types import Episode, Layout, Params
+from cml_dist.types import Layout, Params
 
 
 class Piece(NamedTuple):
@@ -42,16 +42,16 @@ class ZeroReplicated(DataParallel):
     """ZeRO-0: DeepSpeed's engine with nothing shared out; it averages the gradients as DDP does."""
 
     def _wrap(self) -> None:
-        self._wrapped = _prepare(self.world, self.model, self.optimizer)
+        self._wrapped, _ = self.world.accelerator.prepare(self.model, self.optimizer)
 
     def _backward(self, loss: Tensor) -> None:
-        self._wrapped.backward(loss)  # reduces; apply() steps, and not the engine
+        self._wrapped.backward(loss)  # reduces, and takes no step
 
 
-class Zero:
+class Zero(ZeroReplicated):
     """ZeRO-1, 2 and 3, with offload: each rank keeps and updates a part of all parameters.
 
-    The interface of :class:`DataParallel`; what differs is said here.
+    The meta-gradient is taken as by :class:`DataParallel`; where it, parameters and moments lie is said here.
 
     Args:
         world: the processes, joined for DeepSpeed.
@@ -59,28 +59,17 @@ class Zero:
         optimizer: on ``model.values``; DeepSpeed puts its partitions in their place.
     """
 
-    def __init__(self, world: World, model: MetaModel, optimizer: torch.optim.Optimizer) -> None:
-        self.world = world
-        self.model = model.to(world.device)
-        self._shapes = {n: tuple(p.shape) for n, p in zip(model.names, model.values, strict=True)}
-        self._engine = _prepare(world, self.model, optimizer)
-        self._zero = self._engine.optimizer
-        self._stage = self._engine.zero_optimization_stage()
+    def _wrap(self) -> None:
+        self._shapes = {n: tuple(p.shape) for n, p in self._named()}
+        super()._wrap()
+        self._zero = self._wrapped.optimizer
+        self._stage = self._wrapped.zero_optimization_stage()
         self._torch: torch.optim.Optimizer = self._zero.optimizer
-        if type(self._torch) is not type(optimizer):
-            raise AssertionError(f"DeepSpeed runs {type(self._torch)} instead of {type(optimizer)}")
+        if type(self._torch) is not type(self.optimizer):
+            raise AssertionError(f"DeepSpeed runs {type(self._torch)} instead of {type(self.optimizer)}")
 
-    def gradient(
-        self,
-        episodes: Iterable[Episode],
-        num_global: int,
-        diagnose: frozenset[int] = frozenset(),
-        meta_step: int = 0,
-    ) -> dict[str, Tensor]:
-        """Put this rank's part of the mean meta-gradient into DeepSpeed's partitions; see :class:`DataParallel`."""
-        loss, sums = self._engine(episodes, self.world.size / num_global, diagnose, meta_step)
-        self._engine.backward(loss)
-        return sums
+    def _clear(self) -> None:
+        """Nothing: DeepSpeed clears its partitions after each step."""
 
     def apply(self, lr: float, clip_norm: float | None) -> tuple[float, bool]:
         """One outer step; skipped, on all ranks alike, where the gradient is not finite.
@@ -94,9 +83,9 @@ class Zero:
         self._zero.clip_grad = clip_norm or 0.0
         for group in self._torch.param_groups:
             group["lr"] = lr
-        self._engine.step()
-        taken = self._engine.was_step_applied()
-        norm = float(self._engine.get_global_grad_norm())
+        self._wrapped.step()
+        taken = self._wrapped.was_step_applied()
+        norm = float(self._wrapped.get_global_grad_norm())
         if taken != math.isfinite(norm):
             raise AssertionError(f"DeepSpeed's norm is {norm}, but the step was {'taken' if taken else 'skipped'}")
         return norm, taken
@@ -248,13 +237,7 @@ class Zero:
             place(piece.flat)[piece.at : piece.at + piece.count].copy_(part)
 
 
-def _prepare(world: World, model: MetaModel, optimizer: torch.optim.Optimizer):
-    """DeepSpeed's engine round the model, made by Accelerate with the world's dictionary."""
-    engine, _ = world.accelerator.prepare(model, optimizer)
-    return engine
-
-
-def build_strategy(config: RunConfig, plan: RunPlan, world: World, model: MetaModel) -> DataParallel | Zero:
+def build_strategy(config: RunConfig, plan: RunPlan, world: World, model: MetaModel) -> DataParallel:
     """Who carries the meta-gradient, as the plan says, with the configured optimizer. Collective: all ranks."""
     optimizer = build_optimizer(config.optim, model)
     if plan.strategy in ("single", "ddp"):
