@@ -13,23 +13,26 @@ if TYPE_CHECKING:
 
 
 def evaluate(args: argparse.Namespace, console: Console) -> None:
-    config = _config_of(args)
+    config = _config_of(args, console)
     from cml_dist.run.finished import evaluate_run
 
     evaluate_run(config, args.checkpoint, console)
 
 
 def export(args: argparse.Namespace, console: Console) -> None:
-    config = _config_of(args)
+    config = _config_of(args, console)
     from cml_dist.run.finished import export_again
 
     export_again(config, args.checkpoint, args.to, console)
 
 
-def _config_of(args: argparse.Namespace) -> RunConfig:
+def _config_of(args: argparse.Namespace, console: Console) -> RunConfig:
     """The run's configuration, in a world that can be."""
+    from cml_dist.config.load import old_names
     from cml_dist.run.folder import run_config
 
+    for line in old_names({}, args.overrides):
+        console.warn(line)
     config = run_config(args.run_dir, args.overrides)
     check_launch(config.parallel.processes)
     return config

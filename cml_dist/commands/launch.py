@@ -13,7 +13,7 @@ def launch(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.tools.slurm import follow, prepare, submit
     from cml_dist.tools.slurm_request import request_of
 
-    batch = prepare(request_of(vars(args)))
+    batch = prepare(request_of(vars(args)), console.warn)
     if batch.warning:
         console.warn(batch.warning)
     if args.dry_run:

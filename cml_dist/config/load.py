@@ -47,10 +47,15 @@ def load_config(
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest valid one), or a value out of range.
     """
+    return parse_config(load_layers(path, overrides, warn).data, source=str(path))
+
+
+def load_layers(path: str, overrides: Sequence[str], warn: Callable[[str], object]) -> Layers:
+    """As :func:`load_config`, before it is checked."""
     recipe = read_yaml(find_recipe(path))
     for line in old_names(recipe, overrides):
         warn(line)
-    return parse_config(layered(recipe, overrides).data, source=str(path))
+    return layered(recipe, overrides)
 
 
 # --------------------------------------------------------------------------- files

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -60,8 +60,8 @@ def launch_folder() -> Path:
 # --------------------------------------------------------------------------- preparing
 
 
-def prepare(request: SlurmRequest) -> Batch:
-    """Check the request and every run of it, and write the batch script.
+def prepare(request: SlurmRequest, warn: Callable[[str], object] = lambda line: None) -> Batch:
+    """Check the request and every run of it, and write the batch script; ``warn`` as of :func:`load_config`.
 
     Raises:
         ConfigError: something asked for cannot be, or the configuration is refused.
@@ -71,7 +71,7 @@ def prepare(request: SlurmRequest) -> Batch:
     here, launch = Path.cwd(), launch_folder()
     recipe, is_file = find_recipe(request.config), Path(request.config).is_file()
     overrides = [*(["run.device=cpu"] if not request.gpus_per_node else []), *request.overrides]
-    config = load_config(request.config, overrides)
+    config = load_config(request.config, overrides, warn)
     root = (here / Path(config.run.dir).expanduser()).resolve()
     seeds, backbones = request.seeds or (config.run.seed,), request.backbones or (config.model.backbone,)
     runs = {root: []}
