@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cml_dist.data.base import Domain
+from cml_dist.data.base import Domain, Progress
 from cml_dist.errors import ConfigError
 from cml_dist.registry import DOMAINS
-
-if TYPE_CHECKING:
-    from cml_dist.data.shard_format import Progress
 
 
 def build_domain(

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from cml_dist.data.base import SPLITS, Progress  # noqa: F401  (Progress for build.py)
+from cml_dist.data.base import SPLITS
 from cml_dist.errors import DataError
 
 DATASET_FILE = "dataset.json"

@@ -24,7 +24,6 @@ PORTS = (20000, 32000)
 NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Beside WORLD_SIZE."""
 
-
 TORCH_DEFAULTS = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # each store connection that breaks would be a page of C++ frames
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # a collective that fails ends its process
@@ -144,6 +143,7 @@ def forget_others() -> None:
         for name in ("WORLD_SIZE", *NEEDED, *STARTED_BY):
             os.environ.pop(name, None)
 
+
 def set_torch_defaults() -> None:
     """Set :data:`TORCH_DEFAULTS`; before torch is imported."""
     for name, value in TORCH_DEFAULTS.items():
@@ -153,17 +153,6 @@ def set_torch_defaults() -> None:
 def host_name() -> str:
     """This machine, as its users know it."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def launcher_name(environment: Mapping[str, str] | None = None) -> str:
-    """Who started this process, for people."""
-    environment = os.environ if environment is None else environment
-    if "TORCHELASTIC_RUN_ID" in environment:
-        by = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in environment else "torchrun"
-        return f"{by}, inside srun" if "SLURM_STEP_ID" in environment else by
-    if "SLURM_STEP_ID" in environment:
-        return "srun"
-    return "another launcher" if launched(environment).size > 1 else "none"
 
 
 def launched_by_torchrun() -> bool:

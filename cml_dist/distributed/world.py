@@ -111,6 +111,10 @@ class World:
             raise error
         return result  # type: ignore[return-value]
 
+    def run_on_main(self, work: Callable[[], object]) -> None:
+        """Run ``work`` on rank 0; where it fails, it fails on all ranks. Collective: all ranks."""
+        self.run_on_all_ranks(work if self.is_main else lambda: None)
+
     def assert_same_across_ranks(self, facts: dict[str, Any]) -> None:
         """Refuse to go on where the processes were not started alike: each machine has a command line of its own.
 

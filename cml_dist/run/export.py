@@ -75,7 +75,7 @@ def export_run(
         "output_dim": parts.domain.output_dim,
         "score": parts.domain.score_name,
         "preprocessing": parts.domain.preprocessing(),
-        "inner_steps": config.method.inner_steps if config.eval.inner_steps is None else config.eval.inner_steps,
+        "inner_steps": parts.plan.test_inner_steps,
         "method": method_title(config),
         "rule": describe_rule(rule, adapts),
         "model": config.model.model_dump(mode="json"),

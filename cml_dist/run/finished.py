@@ -21,7 +21,7 @@ def evaluate_run(config: RunConfig, which: str, console: Console) -> dict:
         set_arithmetic(config, world)
         with preparing(console) as progress:
             parts = assemble(config, make_plan(config, world.size, os.environ), world, progress, training=False)
-        return score_run(config, parts.plan, parts, RunFolder(config.run.dir), world, console, which)
+        return score_run(config, parts, RunFolder(config.run.dir), world, console, which)
 
 
 def export_again(config: RunConfig, which: str, to: str | None, console: Console) -> None:
@@ -31,9 +31,8 @@ def export_again(config: RunConfig, which: str, to: str | None, console: Console
             parts = assemble(config, make_plan(config, world.size, os.environ), world, progress, training=False)
 
         def write() -> None:
-            world.heartbeat.beat("the export")
-            if world.is_main:
-                made = export_run(config, parts, RunFolder(config.run.dir), console, which, to)
-                console.note(f"Exported model: {made}")
+            made = export_run(config, parts, RunFolder(config.run.dir), console, which, to)
+            console.note(f"Exported model: {made}")
 
-        world.run_on_all_ranks(write)
+        world.heartbeat.beat("the export")
+        world.run_on_main(write)

@@ -10,7 +10,6 @@ import numpy as np
 
 from cml_dist.atomic import write_bytes, write_json
 from cml_dist.config.methods import dagger_refusal, has_trained_colearner, learner_title, method_title
-from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import RunConfig
 from cml_dist.distributed.world import World
 from cml_dist.errors import CheckpointError
@@ -74,7 +73,6 @@ def overrides_of(config: RunConfig, parts: Parts, folder: RunFolder, checkpoint:
 
 def score_run(
     config: RunConfig,
-    plan: RunPlan,
     parts: Parts,
     folder: RunFolder,
     world: World,
@@ -126,7 +124,7 @@ def score_run(
         "chosen": how,
         "overrides": world.run_on_all_ranks(lambda: overrides_of(config, parts, folder, checkpoint)),
         "method": method_title(config),
-        "inner_steps": plan.test_inner_steps,
+        "inner_steps": parts.plan.test_inner_steps,
         "norm": config.eval.norm,
         "permutations": config.eval.permutations,
         "co_adapt": config.eval.co_adapt,
@@ -145,7 +143,7 @@ def score_run(
         for path in (summary_file, folder.eval_file):
             write_json(path, summary)
 
-    world.run_on_all_ranks(write if world.is_main else lambda: None)
+    world.run_on_main(write)
     if world.is_main:
         title = f"{config.eval.split} split, step {checkpoint.step} ({how})"
         _show(config, parts, reports, floor, console, title)

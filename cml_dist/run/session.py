@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,10 +58,6 @@ class Session:
         self._longest_s = {"step": 0.0, "save": 0.0}
         self._writing, self._over = threading.Lock(), threading.Event()
 
-    def on_main(self, work: Callable[[], object]) -> None:
-        """Run ``work`` on rank 0; where it fails, it fails on all ranks. Collective: all ranks."""
-        self.world.run_on_all_ranks(work if self.world.is_main else lambda: None)
-
     # ------------------------------------------------------------------ begin and end
 
     def claim(self) -> None:
@@ -72,7 +67,7 @@ class Session:
             CheckpointError: the folder cannot be written, holds something else or a run of another configuration, or
                 another trainer is at work in it.
         """
-        self.on_main(self._claim)
+        self.world.run_on_main(self._claim)
         self.world.heartbeat.at_end = self._lost
         if self.folder.exists:
             self._open_log()
@@ -86,7 +81,7 @@ class Session:
         """
         record = session_record(parts, self.world, threads, step)
         self.step, self.doing = step, "training"
-        self.on_main(lambda: self._begin(parts, record, validated))
+        self.world.run_on_main(lambda: self._begin(parts, record, validated))
         here = f"run.dir {self.folder.path.resolve()}"
         self.world.run_on_all_ranks(lambda: wait_until_seen(here, lambda: self.folder.exists))
         return record

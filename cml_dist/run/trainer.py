@@ -184,9 +184,7 @@ class Trainer:
         config, parts, session = self.config, self.parts, self.session
         folder, console = session.folder, session.console
         session.doing = "final test"
-        tested = score_run(
-            config, parts.plan, parts, folder, self.world, console, stop=self.stop_wanted, fence=session.fence
-        )
+        tested = score_run(config, parts, folder, self.world, console, stop=self.stop_wanted, fence=session.fence)
         session.trackers.test(tested, self.step)
         self.on_step(self.step, "tested")
         self.world.heartbeat.beat("the export")
@@ -196,7 +194,7 @@ class Trainer:
             console.note(f"Exported model: {export_run(config, parts, folder, console, str(tested['step']))}")
             console.note(f"Run folder: {folder.path}")
 
-        session.on_main(export)
+        self.world.run_on_main(export)
 
     def stopped(self) -> Outcome:
         """All ranks were asked to stop, and everything is saved."""
@@ -332,8 +330,8 @@ class Trainer:
         checkpoints.save(self.world, folder, self.step, self.state, layout, tensors, before=session.fence)
         self.on_step(self.step, "saved")
         keep = frozenset() if self.best is None else frozenset({self.best[0]})
-        session.on_main(session.fence)  # again: the write may have hung for as long as a requeue takes
-        session.on_main(lambda: checkpoints.prune(folder, self.config.checkpoint.keep_last, keep))
+        self.world.run_on_main(session.fence)  # again: the write may have hung for as long as a requeue takes
+        self.world.run_on_main(lambda: checkpoints.prune(folder, self.config.checkpoint.keep_last, keep))
         self.saved_s = time.monotonic()
         session.took("save", self.saved_s - started_s)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -135,7 +135,7 @@ class Report:
             "run_dir": str(self.case.run_dir),
             "seconds": self.seconds,
             "counts": {verdict: len(self.of(verdict)) for verdict in VERDICTS},
-            "findings": [{key: asdict(row)[key] for key in keys} for row in self.rows],
+            "findings": [{key: getattr(row, key) for key in keys} for row in self.rows],
         }
 
 
