@@ -354,6 +354,14 @@ def test_another_network_is_refused_by_name(tmp_path):
             checkpoints.check_same_run(found, other)
 
 
+def test_what_another_method_learned_is_refused_by_name(tmp_path):
+    learned = {name: torch.ones(1, 2) for name in ("param/weight", "param/rule.lr.weight")}
+    found = checkpoints.load(save(tmp_path, 1, learned))
+    net = torch.nn.Linear(2, 1, bias=False)
+    with pytest.raises(CheckpointError, match="holds what another method learned: rule.lr.weight has shape .* none in"):
+        checkpoints.check_same_run(found, net)
+
+
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step in range(1, 7):
         save(tmp_path, step)
