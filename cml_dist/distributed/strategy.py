@@ -15,8 +15,8 @@ from cml_dist.meta.model import MetaModel
 from cml_dist.types import Episode, Layout, Params
 
 
-class DataParallel:
-    """Every rank holds all parameters; DDP averages the meta-gradient (on one process there is nothing to average).
+class Carrier:
+    """What all strategies share: how the mean meta-gradient of all ranks is asked for. A subclass says where it lies.
 
     Args:
         world: the processes.
@@ -30,12 +30,6 @@ class DataParallel:
         self.optimizer = optimizer
         self._wrap()
 
-    def _wrap(self) -> None:
-        with warnings.catch_warnings():
-            # Newer torch has another name for it, older has only this one; Accelerate knows only this one too.
-            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-            self._wrapped = self.world.accelerator.prepare_model(self.model)
-
     def gradient(
         self,
         episodes: Iterable[Episode],
@@ -43,7 +37,7 @@ class DataParallel:
         diagnose: frozenset[int] = frozenset(),
         meta_step: int = 0,
     ) -> dict[str, Tensor]:
-        """Put the mean meta-gradient of all ranks' episodes where :meth:`apply` finds it; return this rank's sums.
+        """Put the mean meta-gradient of all ranks' episodes where ``apply`` finds it; return this rank's sums of terms.
 
         Args:
             episodes: this rank's share (may be empty).
@@ -57,6 +51,30 @@ class DataParallel:
         loss, sums = self._wrapped(episodes, self.world.size / num_global, diagnose, meta_step)
         self._backward(loss)
         return sums
+
+    def _wrap(self) -> None:
+        """Make ``_wrapped``, which computes as the model does."""
+        raise NotImplementedError
+
+    def _clear(self) -> None:
+        """Free the gradient of the step before."""
+
+    def _backward(self, loss: Tensor) -> None:
+        """Differentiate, and reduce over the ranks."""
+        raise NotImplementedError
+
+
+class DataParallel(Carrier):
+    """Every rank holds all parameters; DDP averages the meta-gradient (on one process there is nothing to average).
+
+    Arguments as of :class:`Carrier`.
+    """
+
+    def _wrap(self) -> None:
+        with warnings.catch_warnings():
+            # Newer torch has another name for it, older has only this one; Accelerate knows only this one too.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            self._wrapped = self.world.accelerator.prepare_model(self.model)
 
     def _clear(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import RunConfig
 from cml_dist.distributed.optim import build_optimizer
-from cml_dist.distributed.strategy import DataParallel
+from cml_dist.distributed.strategy import Carrier, DataParallel
 from cml_dist.distributed.world import World
 from cml_dist.meta.model import MetaModel
 from cml_dist.types import Layout, Params
@@ -48,10 +48,10 @@ class ZeroReplicated(DataParallel):
         self._wrapped.backward(loss)  # reduces, and takes no step
 
 
-class Zero(ZeroReplicated):
+class Zero(Carrier):
     """ZeRO-1, 2 and 3, with offload: each rank keeps and updates a part of all parameters.
 
-    The meta-gradient is taken as by :class:`DataParallel`; where it, parameters and moments lie is said here.
+    The interface of :class:`DataParallel`; what differs is said here.
 
     Args:
         world: the processes, joined for DeepSpeed.
@@ -61,15 +61,15 @@ class Zero(ZeroReplicated):
 
     def _wrap(self) -> None:
         self._shapes = {n: tuple(p.shape) for n, p in self._named()}
-        super()._wrap()
+        self._wrapped, _ = self.world.accelerator.prepare(self.model, self.optimizer)
         self._zero = self._wrapped.optimizer
         self._stage = self._wrapped.zero_optimization_stage()
         self._torch: torch.optim.Optimizer = self._zero.optimizer
         if type(self._torch) is not type(self.optimizer):
             raise AssertionError(f"DeepSpeed runs {type(self._torch)} instead of {type(self.optimizer)}")
 
-    def _clear(self) -> None:
-        """Nothing: DeepSpeed clears its partitions after each step."""
+    def _backward(self, loss: Tensor) -> None:
+        self._wrapped.backward(loss)  # DeepSpeed clears its partitions itself, after each step
 
     def apply(self, lr: float, clip_norm: float | None) -> tuple[float, bool]:
         """One outer step; skipped, on all ranks alike, where the gradient is not finite.
@@ -237,7 +237,7 @@ class Zero(ZeroReplicated):
             place(piece.flat)[piece.at : piece.at + piece.count].copy_(part)
 
 
-def build_strategy(config: RunConfig, plan: RunPlan, world: World, model: MetaModel) -> DataParallel:
+def build_strategy(config: RunConfig, plan: RunPlan, world: World, model: MetaModel) -> DataParallel | Zero:
     """Who carries the meta-gradient, as the plan says, with the configured optimizer. Collective: all ranks."""
     optimizer = build_optimizer(config.optim, model)
     if plan.strategy in ("single", "ddp"):

@@ -150,7 +150,7 @@ def join(config: RunConfig) -> World:
     return join_world(config)
 
 
-def prepare(world: World, case: Case) -> tuple[RunConfig, RandomImages, DataParallel]:
+def prepare(world: World, case: Case) -> tuple[RunConfig, RandomImages, DataParallel | Zero]:
     world.accelerator.free_memory()  # the engine of the case before
     gc.freeze()  # or each further collection, of which DeepSpeed asks for many, goes through all modules again
     config = config_of(case.strategy, case.dtype, case.optimizer)
@@ -165,7 +165,7 @@ def prepare(world: World, case: Case) -> tuple[RunConfig, RandomImages, DataPara
 
 
 def steps(
-    world: World, case: Case, domain: RandomImages, strategy: DataParallel, first: int, count: int
+    world: World, case: Case, domain: RandomImages, strategy: DataParallel | Zero, first: int, count: int
 ) -> list[tuple[float, bool]]:
     """Some meta-steps, with a schedule; what each returned."""
     told = []
@@ -201,7 +201,7 @@ def save(world: World, case: Case) -> dict[str, Tensor]:
     return saved(world, strategy)
 
 
-def saved(world: World, strategy: DataParallel) -> dict[str, Tensor]:
+def saved(world: World, strategy: DataParallel | Zero) -> dict[str, Tensor]:
     tensors = dict(strategy.saved_tensors())
     layout = strategy.saved_layout()
     assert list(tensors) == list(layout)
