@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before torch is imported. Several files are tested at once: threads of all of them on the same cores would spin while
@@ -12,6 +13,11 @@ from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: else each of thousands of collections of garbage looks through it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

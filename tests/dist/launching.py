@@ -7,11 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_LAUNCH = ROOT / "launch" / "accelerate" / "cpu.yaml"
+HANGS_S = 600.0
+"""Only a hang takes so long, on a busy machine too."""
+
 FROM_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
@@ -51,15 +55,15 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def finish(process: subprocess.Popen, timeout_s: float = 150.0) -> str:
-    """Everything the processes printed; kills all of them, with their stacks on screen, if they do not end in time."""
+def finish(process: subprocess.Popen) -> str:
+    """Everything the processes printed; kills all of them, with their stacks on screen, if they hang."""
     try:
-        out, _ = process.communicate(timeout=timeout_s)
+        out, _ = process.communicate(timeout=HANGS_S)
         return out
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGABRT)  # faulthandler prints the stacks
         out, _ = process.communicate(timeout=20)
-        raise AssertionError(f"still running after {timeout_s} s:\n{out}") from None
+        raise AssertionError(f"still running after {HANGS_S} s:\n{out}") from None
     finally:
         try:
             os.killpg(process.pid, signal.SIGKILL)
@@ -67,13 +71,32 @@ def finish(process: subprocess.Popen, timeout_s: float = 150.0) -> str:
             pass
 
 
+def until(true: Callable[[], bool], every_s: float = 0.05) -> None:
+    """Wait for something to come true."""
+    ends_s = time.monotonic() + HANGS_S
+    while not true():
+        assert time.monotonic() < ends_s, "it never came true"
+        time.sleep(every_s)
+
+
 def run(
-    processes: int, *arguments: str, timeout_s: float = 150.0, launch_file: Path = CPU_LAUNCH, **environment: str
+    processes: int, *arguments: str, launch_file: Path = CPU_LAUNCH, **environment: str
 ) -> tuple[int, str]:
     """(exit code, output) of a launch."""
     process = start(processes, *arguments, launch_file=launch_file, **environment)
-    out = finish(process, timeout_s)
+    out = finish(process)
     return process.returncode, out
+
+
+def run_ranks(processes: int, *arguments: str, **environment: str) -> tuple[int, str]:
+    """As :func:`run` without a launcher, which takes its time too: (exit code, what each rank printed, in order)."""
+    if processes == 1:
+        return run(1, *arguments, **environment)
+    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [start(1, *arguments, **world, RANK=str(n), LOCAL_RANK=str(n), **environment) for n in range(processes)]
+    said = [finish(rank) for rank in ranks]
+    return next((rank.returncode for rank in ranks if rank.returncode), 0), "".join(said)
 
 
 def free_port() -> int:

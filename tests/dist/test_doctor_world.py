@@ -55,13 +55,13 @@ def test_a_rank_that_deviates_is_named(tmp_path):
 
 def test_a_rank_that_does_not_come_is_named(tmp_path):
     few = "parallel.join_timeout_s=6"
-    code, out = run(2, WORKER, "doctor", *SETTINGS, few, f"run.dir={tmp_path}", timeout_s=100, FAULT="absent")
+    code, out = run(2, WORKER, "doctor", *SETTINGS, few, f"run.dir={tmp_path}", FAULT="absent")
     assert code == 1, out
     assert "fault    world: 1 of 2 processes did not come" in out and "  ok       torch: " in out, out
     assert out.count("\nNot ready: 1 fault") == 1, out
 
 
 def test_a_rank_that_is_killed_is_named(tmp_path):
-    code, out = run(2, WORKER, "doctor", *SETTINGS, f"run.dir={tmp_path}", timeout_s=100, FAULT="killed")
+    code, out = run(2, WORKER, "doctor", *SETTINGS, f"run.dir={tmp_path}", FAULT="killed")
     assert code == 1, out
     assert "error: rank 1 (host " in out and "ended without a word" in out, out

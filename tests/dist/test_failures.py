@@ -19,15 +19,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import finish, free_port, run, slow_imports, start
-from test_train import command, lines, until
+from launching import finish, free_port, run, run_ranks, slow_imports, start, until
+from test_train import command, lines
 
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.status import read_status
 from cml_dist.telemetry.metrics import read_metrics
 
 FAULTY = str(Path(__file__).with_name("faulty_worker.py"))
-SOON_S = 30.0
+SOON_S = 60.0
+"""What is promised, a busy machine included."""
+
 NAME = r"rank {} \(host \S+, pid \d+\)"
 KILLED = f"error: {NAME} ended without a word, last seen in .+ \\(killed\\? out of memory\\?\\); run the same command again"
 SILENT = f"error: no word from {NAME} for \\d+ s, last seen in "
@@ -47,7 +49,7 @@ def ends(processes: int, folder: Path, *overrides: str, fault: str, rank: int) -
     """(what a launch with a fault printed, seconds from the fault to its last process's end)."""
     mark = uuid.uuid4().hex
     process = start(processes, FAULTY, *command(folder, *overrides), FAULT=fault, FAULTY_RANK=str(rank), MARK=mark)
-    out = finish(process, timeout_s=120)  # open until the last of its processes has ended
+    out = finish(process)  # open until the last of its processes has ended
     seconds = time.time() - float(re.search(r"^fault at (\S+)$", out, re.MULTILINE).group(1))
     print(f"{fault} of rank {rank} of {processes}: all ended after {seconds:.1f} s")
     assert process.returncode != 0, out
@@ -93,7 +95,7 @@ def test_a_rank_killed_in_its_imports_is_missed_without_any_launcher(tmp_path, k
     assert "imports" in ranks[killed].stdout.readline()
     ranks[killed].kill()
     missed = (r"rank 1: \S+ did not reach the rendezvous at \S+ within 5 s", "1 of 2 processes did not come within 5 s: rank 1")
-    said_once(f"error: {missed[killed]}", finish(other, 120))
+    said_once(f"error: {missed[killed]}", finish(other))
     assert other.returncode == 1
     finish(ranks[killed])
     assert not left(world["MARK"])
@@ -158,7 +160,7 @@ def test_a_lone_process_that_hangs_is_started_again_by_its_launcher(tmp_path):
 def test_an_episode_may_take_longer_than_a_rank_may_stand_still(tmp_path):
     folder = tmp_path / "run"
     overrides = ("method.inner_steps=6", "engine.name=adjoint", "parallel.hang_timeout_s=5", "eval.final=false")
-    code, out = run(2, FAULTY, *command(folder, *overrides), FAULT="slow")
+    code, out = run_ranks(2, FAULTY, *command(folder, *overrides), FAULT="slow")
     assert code == 0, out
     assert read_metrics(folder / "metrics.jsonl")[4]["seconds"] > 10, "it was slow"
 
@@ -197,7 +199,7 @@ def test_a_suspended_job_goes_on(tmp_path):
     with running(tmp_path / "run", "parallel.heartbeat_timeout_s=10", "parallel.hang_timeout_s=12") as (_, ranks):
         for rank in ranks:
             rank.suspend()
-        time.sleep(25)
+        time.sleep(15)  # longer than both limits
         for rank in ranks:
             rank.resume()
 
@@ -216,7 +218,7 @@ def test_rubbish_on_every_port_of_a_run_does_not_end_it(tmp_path):
 def test_the_first_rank_of_a_machine_verifies_for_all_and_all_fall_back_alike(tmp_path):
     folder = tmp_path / "run"
     arguments = command(folder, "checkpoint.every=5", "train.steps=10", "eval.every=0", "eval.final=false")
-    code, out = run(2, "-m", "cml_dist", *arguments)
+    code, out = run_ranks(2, "-m", "cml_dist", *arguments)
     assert code == 0, out
     before = lines(folder)
     good, newest = (checkpoints.path_of(folder / "checkpoints", step) for step in (5, 10))
@@ -224,7 +226,7 @@ def test_the_first_rank_of_a_machine_verifies_for_all_and_all_fall_back_alike(tm
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
     newest.write_bytes(data)
-    code, out = run(2, FAULTY, *arguments, FAULT="counts reads")
+    code, out = run_ranks(2, FAULTY, *arguments, FAULT="counts reads")
     assert code == 0 and "Resuming at step 5 of 10" in out, out
     assert all(f"{newest} is damaged" in log for log in logs(folder, 2))
     assert lines(folder) == before
@@ -233,11 +235,11 @@ def test_the_first_rank_of_a_machine_verifies_for_all_and_all_fall_back_alike(tm
 
 
 def test_a_restart_in_place_leaves_no_trace_in_the_curve(tmp_path):
-    code, out = run(2, FAULTY, *command(tmp_path / "whole"))
+    code, out = run_ranks(2, FAULTY, *command(tmp_path / "whole"))
     assert code == 0, out
     folder = tmp_path / "run"
     process = start(2, "--max_restarts=2", FAULTY, *command(folder, "checkpoint.every=3"), FAULT="killed")
-    out = finish(process, timeout_s=150)
+    out = finish(process)
     assert process.returncode == 0, out
     assert "the launcher starts all again from the last checkpoint (restart 1 of 2)" in out, out
     assert "Restart 1 of 2 in place" in out and "Resuming at step 3 of 20" in out, out

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import run
+from launching import run_ranks
 from parity_worker import ENGINES, EPISODES, FURTHER, NETS, PER_RANK, RESUMED_BY, ZERO
 
 pytestmark = pytest.mark.timeout(1800)  # whichever test comes first waits for the workers
@@ -27,7 +27,7 @@ def results(tmp_path_factory):
     found = {}
     for world in WORLDS:
         path = folder / f"world-{world}.pt"
-        code, out = run(world, WORKER, str(path), timeout_s=600, TORCH_EXTENSIONS_DIR=str(compiled))
+        code, out = run_ranks(world, WORKER, str(path), TORCH_EXTENSIONS_DIR=str(compiled))
         assert code == 0, out
         assert "[INFO]" not in out and "[WARNING]" not in out, "DeepSpeed speaks on the terminal"
         found[world] = torch.load(path)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import signal
-import time
 
 import pytest
-from launching import finish, start
+from launching import finish, start, until
 
 from cml_dist.run.status import read_status
 
@@ -22,12 +21,13 @@ def test_a_lone_process_leaves_with_75_however_often_it_is_told(tmp_path, trains
     finally:
         signal.signal(signal.SIGUSR1, before)
     metrics = folder / "metrics.jsonl"
-    end = time.monotonic() + 120
-    while trains and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3) and time.monotonic() < end:
-        time.sleep(0.1)
-    while process.poll() is None and time.monotonic() < end:
+    until(lambda: not trains or (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3))
+
+    def tell() -> bool:
         process.send_signal(signal.SIGUSR1)
-        time.sleep(0.002)
+        return process.poll() is not None
+
+    until(tell, every_s=0.002)
     out = finish(process)
     assert process.returncode == 75, out
     assert "Traceback" not in out and ("everything is saved" if trains else "before training began") in out

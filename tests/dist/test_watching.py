@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launching import run
+from launching import run, run_ranks
 from test_train import FAULTY, command
 from tracked import tensorboard_scalars, wandb_history, wandb_records
 
@@ -24,7 +24,7 @@ def failed_and_resumed(tmp_path_factory):
     code, failed = run(2, FAULTY, *command(folder, *TRACKED), FAULT="data", WANDB_MODE="offline")
     assert code != 0
     check = main(["status", "--check", str(folder)])
-    code, resumed = run(2, FAULTY, *command(folder, *TRACKED), FAULT="warned", WANDB_MODE="offline")
+    code, resumed = run_ranks(2, FAULTY, *command(folder, *TRACKED), FAULT="warned", WANDB_MODE="offline")
     assert code == 0, resumed
     return folder, failed, check, resumed
 

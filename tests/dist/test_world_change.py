@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import run
+from launching import run_ranks
 
 from cml_dist.config.plan import share
 from cml_dist.run import checkpoint as checkpoints
@@ -31,7 +31,7 @@ def go(folder: Path, processes: int, steps: int, *overrides: str) -> None:
     """Train up to a step in a world; under the constant schedule the length of a run changes no step."""
     strategy = overrides if any("strategy" in word for word in overrides) else (*overrides, "parallel.strategy=auto")
     words = (f"run.dir={folder}", *SETTINGS, f"train.episodes_per_step={EPISODES}", f"train.steps={steps}", *strategy)
-    code, out = run(processes, "-m", "cml_dist", "train", "sinusoid", *words)
+    code, out = run_ranks(processes, "-m", "cml_dist", "train", "sinusoid", *words)
     assert code == 0, out
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, finish, run, start
+from launching import ROOT, finish, run, start, until
 
 from cml_dist.telemetry.metrics import read_metrics
 
@@ -31,12 +30,9 @@ def test_a_run_stops_and_goes_on_in_another_world(tmp_path, file):
     """Trains on 2 ranks under DeepSpeed, is stopped, ends as one plain process, is tested and exported."""
     folder, launch = tmp_path / "run", ROOT / "launch" / "accelerate" / f"{file}.yaml"
     process = start(2, *command(folder, "train.steps=100000"), launch_file=launch)
-    for _ in range(900):
-        if (folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").read_bytes().count(b"\n") >= 5:
-            break
-        time.sleep(0.1)
+    until(lambda: (folder / "metrics.jsonl").is_file() and len(lines(folder)) >= 5)
     process.send_signal(signal.SIGINT)
-    out = finish(process, timeout_s=60)
+    out = finish(process)
     assert "everything is saved" in out, out
     words = "optimizer on the CPU" if file == "zero2-offload" else "optimizer and parameters on the CPU"
     assert f"2 processes ({file[:5]}, {words})" in out

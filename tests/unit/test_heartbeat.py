@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from datetime import timedelta
+from queue import Queue
 
 import pytest
 from torch.distributed import TCPStore
@@ -37,10 +38,10 @@ class Ranks:
     Those of ``mute`` came to the rendezvous, and nothing else is heard of them.
     """
 
-    def __init__(self, size, absent=(), mute=(), join_s=20.0, **limits):
+    def __init__(self, size, absent=(), mute=(), join_s=300.0, **limits):
         worlds.append(self)
         self.server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.limits = {"heartbeat_timeout_s": 20.0, "hang_timeout_s": 60.0, "tick_s": 0.05, **limits}
+        self.limits = {"heartbeat_timeout_s": 300.0, "hang_timeout_s": 300.0, "tick_s": 0.05, **limits}
         self.beats: dict[int, RankHeartbeat] = {}
         self.errors: dict[int, WorldError] = {}
         self.ends: dict[int, tuple[Failure, bool]] = {}
@@ -50,7 +51,7 @@ class Ranks:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(600)
         assert not any(thread.is_alive() for thread in threads)
 
     def _join(self, rank, size, seconds, mute):
@@ -65,7 +66,7 @@ class Ranks:
             self.beats[rank].start()
 
     def _client(self):
-        return TCPStore("127.0.0.1", self.server.port, is_master=False, timeout=timedelta(seconds=20))
+        return TCPStore("127.0.0.1", self.server.port, is_master=False, timeout=timedelta(seconds=300))
 
     def _end(self, failure, heartbeat, speaks):
         with self.ended:
@@ -75,7 +76,7 @@ class Ranks:
     def ended_on(self, *ranks):
         """What these ranks, and no others, ended for, all alike; who of them speaks."""
         with self.ended:
-            assert self.ended.wait_for(lambda: set(ranks) <= set(self.ends), 20), self.ends
+            assert self.ended.wait_for(lambda: set(ranks) <= set(self.ends), 300), self.ends
         assert set(self.ends) == set(ranks)
         (found,) = {failure for failure, _ in self.ends.values()}
         return found, [rank for rank, (_, speaks) in self.ends.items() if speaks]
@@ -96,7 +97,7 @@ def test_all_come_work_and_leave_in_peace():
     for rank in (2, 1):
         assert last.is_alive(), "rank 0 serves the store, and leaves last"
         ranks.beats[rank].close()
-    last.join(20)
+    last.join(300)
     ranks.beats[0].close()
     assert not last.is_alive() and ranks.ends == {} and ranks.errors == {}
 
@@ -164,10 +165,8 @@ def test_what_may_take_longer_is_no_hang_before_that():
     ranks = Ranks(2, hang_timeout_s=0.5)
     ranks.beats[0].wait("the reduction of step 3")
     ranks.beats[1].beat("building the network", may_take_s=2.0)
-    time.sleep(1.2)
-    assert ranks.ends == {}
     found, _ = ranks.ended_on(0, 1)
-    assert re.match(rf"{re.escape(NAME[1])} did not move for [2-9] s in building the network", found.what)
+    assert re.match(rf"{re.escape(NAME[1])} did not move for [2-9] s in building the network", found.what)  # 2.5 s
 
 
 def test_the_limit_grows_with_the_longest_pass():
@@ -177,31 +176,29 @@ def test_the_limit_grows_with_the_longest_pass():
     time.sleep(0.9)  # nobody waits for it yet
     ranks.beats[1].touch()
     ranks.beats[0].wait("the reduction of step 1")
-    time.sleep(1.8)
-    assert ranks.ends == {}
-    assert ranks.ended_on(0, 1)[0].what.startswith(f"{NAME[1]} did not move for ")
+    found, _ = ranks.ended_on(0, 1)
+    assert re.match(rf"{re.escape(NAME[1])} did not move for [2-9] s", found.what)  # three times as long
 
 
 def test_a_process_that_is_alone_ends_itself_where_it_hangs():
-    ends = []
+    ends = Queue()
     alone = RankHeartbeat(
         me := this_member(0),
         [me],
         None,
         heartbeat_timeout_s=1.0,
-        hang_timeout_s=0.5,
+        hang_timeout_s=1.0,
         tick_s=0.05,
-        end=lambda *why: ends.append(why),
+        end=lambda *why: ends.put(why),
     )
     alone.start()
-    until_s = time.monotonic() + 1.5
+    until_s = time.monotonic() + 2.0
     while time.monotonic() < until_s:
         alone.touch()
         time.sleep(0.02)
-    assert not ends, "it moves"
+    assert ends.empty(), "it moves"
     alone.beat("step 3, episode 1 of 2")
-    time.sleep(2.0)
-    ((failure, of, speaks),) = ends
+    failure, of, speaks = ends.get(timeout=300)
     where = "step 3, episode 1 of 2"
     assert re.match(rf"{re.escape(NAME[0])} did not move for [1-9] s in {where}; the log of each rank", failure.what)
     assert speaks and of is alone
