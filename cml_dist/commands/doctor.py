@@ -15,7 +15,7 @@ from cml_dist.distributed.env import join_srun, launched, launched_or_alone
 
 if TYPE_CHECKING:
     from cml_dist.telemetry.console import Console
-    from cml_dist.tools.doctor.findings import Finding
+    from cml_dist.tools.doctor.checks import Finding
 
 PATIENCE = "parallel.hang_timeout_s=120"
 """A hang is to be seen within minutes here; the command line may say otherwise."""
@@ -29,8 +29,8 @@ def doctor(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.config.load import load_config
     from cml_dist.telemetry.console import Console
     from cml_dist.telemetry.text import printable
+    from cml_dist.tools.doctor.checks import Case
     from cml_dist.tools.doctor.examine import examine
-    from cml_dist.tools.doctor.findings import Case
 
     os.environ.update(join_srun())
     console = Console(quiet=args.json or launched_or_alone().rank > 0)

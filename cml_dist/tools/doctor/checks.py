@@ -1,4 +1,4 @@
-"""The checks: functions that yield findings, of the machine, of what a run needs, and of the world together.
+"""The checks: functions that yield findings of the machine, of what a run needs, and of the world together.
 
 Each rank calls them; what concerns the machine or the run folder is left to the first rank there.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -15,17 +14,18 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from packaging.requirements import Requirement
 
-from cml_dist.data.free_memory import available_bytes, limit_bytes
-from cml_dist.distributed.env import idle_nodes
+from cml_dist.config.schema import RunConfig
+from cml_dist.distributed.env import Launched, idle_nodes
 from cml_dist.telemetry import text
-from cml_dist.tools.doctor.findings import Case, Finding, by_host, judged
 
 if TYPE_CHECKING:
     from cml_dist.distributed.world import World
@@ -34,25 +34,73 @@ GIB = 2**30
 PACKAGE = "cml-dist"
 ALIKE = "install the same on every machine: results differ in their last bits, or ranks do not understand each other"
 
-PROCESS_GIB = 1.5
-"""Memory that a process takes with torch and its libraries, before any network."""
-
 TAKEN = 0.1
 """Part of a GPU's memory in use, above which somebody else seems to compute there."""
 
 SHARED, SHARED_GIB = "/dev/shm", 0.5
-"""Loader processes, NCCL and gloo talk through it; with less than that they run short (Docker gives 64 MiB)."""
+"""With less than that its users run short (Docker gives 64 MiB)."""
 
 REDUCED_BYTES, SLOW_MB_PER_S = 2**24, 50.0
 
 PROBE = ".cml-dist-doctor-"
-SEEN = Finding("same folder", "ok", "the ranks see what rank 0 writes")
 APPEAR_S = 10.0
 """Network file systems remember for a few seconds that a file was not there."""
 
-NO_LOCKS = (
-    "mount it with flock (Lustre: -o flock, NFS: not nolock): else nothing keeps a second trainer out of the folder"
-)
+Verdict = Literal["ok", "note", "warning", "fault"]
+
+
+@dataclass
+class Case:
+    """What is looked at: a configuration (by name; None: a small one stands for it), a run folder, and this process.
+
+    Attributes:
+        world: once it is joined.
+    """
+
+    config: RunConfig
+    configuration: str | None
+    run_dir: Path
+    here: Launched
+    world: World | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; in a report, by all ranks that found the same.
+
+    Attributes:
+        check: its name, a word or two.
+        verdict: ``ok``; ``note``: worth knowing; ``warning``: works, but something will be lost; ``fault``: a run
+            would fail or be wrong.
+        value: what was found.
+        remedy: what to do about it.
+        alike: what to do if the value is not the same everywhere; empty where it may differ.
+        ranks, who: who found it; their names where not all found the same.
+    """
+
+    check: str
+    verdict: Verdict
+    value: str
+    remedy: str = ""
+    alike: str = ""
+    ranks: tuple[int, ...] = ()
+    who: str = ""
+
+    def __str__(self) -> str:
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"{self.check}: " + (f"{self.who}: " if self.who else "") + self.value + remedy
+
+
+def judged(check: str, value: str, wrong: bool, remedy: str, verdict: Verdict = "warning", alike: str = "") -> Finding:
+    """``ok``; or where something is ``wrong``, the verdict and what to do."""
+    return Finding(check, verdict, value, remedy, alike) if wrong else Finding(check, "ok", value, alike=alike)
+
+
+def by_host(hosts: Iterable[str]) -> str:
+    """Where ranks are: ``on n01``, or with how many each ``on n01 (8), n02 (8)``."""
+    counts = Counter(hosts)
+    return "on " + ", ".join(f"{host} ({count})" if len(counts) > 1 else host for host, count in counts.items())
+
 
 # --------------------------------------------------------------------------- the machine
 
@@ -82,37 +130,18 @@ def check_versions(case: Case) -> Iterator[Finding]:
         yield judged(name, value, not fits, remedy, verdict, ALIKE)
 
 
-def check_deepspeed(case: Case) -> Iterator[Finding]:
-    """Whether DeepSpeed can be imported; and its C++ operators that were built ahead, for code of the user's own."""
-    if case.here.local_rank or importlib.util.find_spec("deepspeed") is None:
-        return  # check_versions says that it is absent
-    import torch
-
-    from cml_dist.distributed.world import import_deepspeed
-
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import_deepspeed()
-    from deepspeed.git_version_info import accelerator_name, installed_ops
-
-    ahead = ", ".join(sorted(name for name, built in installed_ops.items() if built))
-    operators = f"built ahead for {accelerator_name}: {ahead}" if ahead else "none built ahead"
-    yield Finding("DeepSpeed", "ok", f"can be imported; C++ operators (a run uses none): {operators}", alike=ALIKE)
-
-
 def check_gpu(case: Case) -> Iterator[Finding]:
-    """The GPU of this process, and whether its memory is free."""
+    """The GPU of this process, and whether its memory is free; where there are too few, joining the world says so."""
     import torch
 
-    wanted, processes, number = case.config.run.device, case.here.local_size, case.here.local_rank
+    processes, number = case.here.local_size, case.here.local_rank
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "cpu" or (wanted == "auto" and not count and not os.path.exists("/dev/nvidia0")):
-        yield Finding("GPU", "ok", "not used: run.device is cpu" if wanted == "cpu" else "none: the CPU computes")
-    elif number >= count:
-        value = f"torch, built for {torch.version.cuda or 'the CPU alone'}, sees {count}, processes here: {processes}"
-        value += f" (CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})"
-        verdict = "fault" if count or wanted == "cuda" else "warning"
-        yield Finding("GPU", verdict, value, "ask for a GPU a process, or set run.device=cpu; see nvidia-smi")
-    else:
+    if case.config.run.device == "cpu" or not count:
+        unseen = case.config.run.device != "cpu" and os.path.exists("/dev/nvidia0")
+        built = f"torch is built for {torch.version.cuda or 'the CPU alone'}"
+        remedy = f"mend the driver or CUDA_VISIBLE_DEVICES ({built}); see nvidia-smi"
+        yield judged("GPU", "there, but torch sees none" if unseen else "none is used", unseen, remedy)
+    elif number < count:
         free, total = (value / GIB for value in torch.cuda.mem_get_info(number))
         capability = ".".join(map(str, torch.cuda.get_device_capability(number)))
         value = f"{torch.cuda.get_device_name(number)}, {total:.3g} GiB (compute capability {capability})"
@@ -125,15 +154,10 @@ def check_gpu(case: Case) -> Iterator[Finding]:
         yield judged("GPU", value, processes < count, idle, "note", alike)
 
 
-def check_memory(case: Case) -> Iterator[Finding]:
-    """Cores and memory, as far as control groups (containers, SLURM) let this machine's processes have them."""
+def check_shared_memory(case: Case) -> Iterator[Finding]:
+    """Loader processes, NCCL and gloo talk through it."""
     if case.here.local_rank:
         return
-    processes, free = case.here.local_size, available_bytes() / GIB
-    total = (limit_bytes() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / GIB
-    value = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, {free:.3g} GiB free of {total:.3g} GiB"
-    remedy = f"{processes} x {PROCESS_GIB} GiB go before any network: start fewer, or ask for more (#SBATCH --mem)"
-    yield judged("CPU", value, free < processes * PROCESS_GIB, remedy)
     size, _, free = (value / GIB for value in shutil.disk_usage(SHARED))
     remedy = "enlarge it (docker run --shm-size=8g, or --ipc=host), or set domain.workers=0"
     yield judged("shared memory", f"{free:.3g} GiB free of {size:.3g} GiB in {SHARED}", free < SHARED_GIB, remedy)
@@ -198,29 +222,12 @@ def check_data(case: Case) -> Iterator[Finding]:
 
 
 def check_run_folder(case: Case) -> Iterator[Finding]:
-    """Whether a run can start or go on there: whether a save works on its disk, and what it holds."""
-    from cml_dist.atomic import atomic_file
+    """Whether a run can start there, or this one go on."""
     from cml_dist.run.folder import RunFolder
 
     if case.here.rank:
         return
-    base, folder = existing(case.run_dir), RunFolder(case.run_dir.expanduser())
-    if not base.is_dir():
-        yield Finding("run folder", "fault", f"{base} is no folder", "choose another run.dir")
-        return
-    try:
-        with tempfile.TemporaryDirectory(prefix=PROBE, dir=base) as probe:
-            started_s = time.perf_counter()
-            with atomic_file(Path(probe, "file")) as file:
-                file.write_bytes(os.urandom(2**20))
-            seconds = time.perf_counter() - started_s
-        free_gib = shutil.disk_usage(base).free / GIB
-        value = f"1 MiB is on the disk after {1e3 * seconds:.3g} ms; {free_gib:.3g} GiB are free in {base}"
-        remedy = "free some, choose another run.dir, or lower checkpoint.keep_last"
-        yield judged("write and rename", value, free_gib < 1, remedy)
-    except OSError as error:
-        remedy = "choose a run.dir that has space and can be written, or mend its permissions or mount"
-        yield Finding("write and rename", "fault", f"{base} cannot be written: {error.strerror}", remedy)
+    folder = RunFolder(case.run_dir.expanduser())
     value = "holds a run" if folder.exists else "holds no run yet"
     if folder.exists and case.configuration is not None:
         folder.check_resumable(case.config)
@@ -228,56 +235,58 @@ def check_run_folder(case: Case) -> Iterator[Finding]:
     yield Finding("run folder", "ok", f"{case.run_dir} {value}")
 
 
-def existing(run_dir: Path) -> Path:
-    """Where to try things out: the run folder, or the nearest one above that is there."""
-    folder = run_dir.expanduser().absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
+def share_run_folder(case: Case) -> list[Finding]:
+    """Whether all ranks have one folder: rank 0 saves and locks a file there, the others look for it. Collective."""
+    from cml_dist.atomic import atomic_file
 
-
-def see_run_folder(case: Case) -> list[Finding]:
-    """Whether all ranks have one run folder: rank 0 writes and locks a file there, the others look for it.
-
-    Collective: all ranks.
-    """
-    world, folder = case.world, existing(case.run_dir)
+    world, path, found = case.world, case.run_dir.expanduser().absolute(), []
     assert world is not None
-    name, found = None, []
+    base = next(folder for folder in (path, *path.parents) if folder.exists())
+    file = None
     with ExitStack() as stack:
         if world.is_main:
-            with suppress(OSError):  # check_run_folder says why
-                file = stack.enter_context(tempfile.NamedTemporaryFile(prefix=PROBE, dir=folder))
-                name, found = Path(file.name).name, [SEEN, _lock(file, first=True)]
-        name = world.gather(name)[0]
-        if not world.is_main and name is not None:
-            found = list(_look_for(folder / name))
+            try:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=PROBE, dir=base))
+                started_s = time.perf_counter()
+                with atomic_file(Path(folder, "file")) as fresh:
+                    fresh.write_bytes(os.urandom(2**20))
+                value = f"1 MiB is on the disk after {1e3 * (time.perf_counter() - started_s):.3g} ms"
+                free_gib, file = shutil.disk_usage(base).free / GIB, f"{Path(folder).name}/file"
+                remedy = "free some, choose another run.dir, or lower checkpoint.keep_last"
+                value += f"; {free_gib:.3g} GiB are free in {base}"
+                found = [judged("write and rename", value, free_gib < 1, remedy), *_look_for(base / file, stack, True)]
+            except OSError as error:
+                remedy = "choose a run.dir that has space and can be written, or mend its permissions or mount"
+                what = f"{base} cannot be written: {error.strerror}"
+                found = [Finding("write and rename", "fault", what, remedy)]
+        file = world.gather(file)[0]
+        if not world.is_main and file is not None:
+            found = list(_look_for(base / file, stack, False))
         world.gather(None)  # rank 0 keeps the file until all have looked
     return found
 
 
-def _look_for(path: Path) -> Iterator[Finding]:
-    """What another rank finds of the file that rank 0 has written and locked."""
+def _look_for(file: Path, stack: ExitStack, first: bool) -> Iterator[Finding]:
+    """Whether a rank finds the file, and whether the first one gets a lock until the end of ``stack``, and no other."""
     end_s = time.monotonic() + APPEAR_S
-    while not path.exists():
+    while not file.exists():
         if time.monotonic() > end_s:
             remedy = "put run.dir on a file system that all machines share, by its full path"
-            yield Finding("same folder", "fault", f"{path.parent} is not the folder that rank 0 writes to", remedy)
+            what = f"{file.parents[1]} is not the folder that rank 0 writes to"
+            yield Finding("same folder", "fault", what, remedy)
             return
         time.sleep(0.1)
-    yield SEEN
-    with open(path, "r+") as file:
-        yield _lock(file, first=False)
-
-
-def _lock(file: IO, first: bool) -> Finding:
-    """Whether the first process gets a lock, and no other."""
+    yield Finding("same folder", "ok", "the ranks see what rank 0 writes")
+    value = "flock does not keep other ranks out"
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(stack.enter_context(open(file, "r+")), fcntl.LOCK_EX | fcntl.LOCK_NB)
         good = first
     except BlockingIOError:
         good = not first
     except OSError as error:
-        return Finding("locks", "warning", f"flock does not work: {error.strerror}", NO_LOCKS)
-    return judged("locks", "flock works" if good else "flock does not keep other ranks out", not good, NO_LOCKS)
+        good, value = False, f"flock does not work: {error.strerror}"
+    remedy = "mount it with flock (Lustre: -o flock, NFS: not nolock): else nothing keeps a second trainer out"
+    yield judged("locks", "flock works" if good else value, not good, remedy)
 
 
 # --------------------------------------------------------------------------- the world

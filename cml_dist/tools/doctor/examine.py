@@ -1,17 +1,17 @@
-"""The list of checks, and their order: what needs no world, joining it as a run would, and what is found in it."""
+"""The list of checks, joining the world as a run would, and one list of what all ranks found."""
 
 from __future__ import annotations
 
 import os
 import socket
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from cml_dist.distributed.heartbeat import this_heartbeat
 from cml_dist.errors import CmlError
 from cml_dist.tools.doctor import checks
-from cml_dist.tools.doctor.findings import Case, Finding, merge
+from cml_dist.tools.doctor.checks import Case, Finding, by_host
 
 MAY_TAKE_S = 600.0
 """How long a check may take beyond ``parallel.hang_timeout_s``, before it counts as a hang."""
@@ -26,13 +26,12 @@ Checks = Mapping[str, Callable[[Case], Iterable[Finding]]]
 BEFORE_JOINING: Checks = {
     "versions": checks.check_versions,
     "GPU": checks.check_gpu,
-    "memory": checks.check_memory,
+    "shared memory": checks.check_shared_memory,
     "SLURM": checks.check_slurm,
 }
 """Quick ones, since ranks wait for each other only so long; where joining fails, they may tell why."""
 
 IN_THE_WORLD: Checks = {
-    "DeepSpeed": checks.check_deepspeed,
     "second derivative": checks.check_second_derivative,
     "data": checks.check_data,
     "run folder": checks.check_run_folder,
@@ -64,7 +63,8 @@ def examine(case: Case, present: Callable[[list[Finding]], None], progress: Call
         from cml_dist.distributed.world import joined_world
 
         with joined_world(case.config) as case.world:
-            own += [*checks.check_world(case.world), *look(IN_THE_WORLD, case, progress), *checks.see_run_folder(case)]
+            own += [*checks.check_world(case.world), *look(IN_THE_WORLD, case, progress)]
+            own += checks.share_run_folder(case)
             # Presented before anybody leaves: a launcher ends all processes once one has left with a fault.
             return report(case.world.gather((host, own)))
     except Exception as error:
@@ -101,3 +101,27 @@ def failed(name: str, error: Exception) -> Finding:
         return Finding(name, "fault", error.what, error.remedy)
     last, said = traceback.extract_tb(error.__traceback__)[-1], " ".join(str(error).split())[:300]
     return Finding(name, "fault", f"{type(error).__name__}: {said} ({os.path.basename(last.filename)}:{last.lineno})")
+
+
+def merge(everyone: Sequence[tuple[str, Iterable[Finding]]]) -> list[Finding]:
+    """The findings of all ranks, given as (host, findings): equal ones once, what most ranks found before the others.
+
+    Who deviates is named, and warned of a value that must be the same everywhere.
+    """
+    checks: dict[str, dict[Finding, list[int]]] = {}
+    for rank, (_, findings) in enumerate(everyone):
+        for finding in findings:
+            checks.setdefault(finding.check, {}).setdefault(finding, []).append(rank)
+    rows: list[Finding] = []
+    for found in checks.values():
+        usual = max(found, key=lambda kind: len(found[kind]))
+        for kind, ranks in sorted(found.items(), key=lambda one: one[0] != usual):
+            row = replace(kind, ranks=tuple(ranks))
+            if len(found) > 1 or (kind.verdict != "ok" and len(ranks) < len(everyone)):
+                names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+                row = replace(row, who=f"{names} {by_host(everyone[rank][0] for rank in ranks)}")
+            if kind != usual and kind.alike and kind.verdict != "fault":
+                value = f"{kind.value} instead of {usual.value}"
+                row = replace(row, verdict="warning", value=value, remedy=kind.alike)
+            rows.append(row)
+    return rows
