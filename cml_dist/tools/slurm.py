@@ -112,33 +112,28 @@ def prepare(asked: argparse.Namespace, warn: Callable[[str], object] = lambda li
         "array": f"0-{len(runs) - 1}{limit}" if is_sweep else None,
         **{name: value for name, _, value in (option[2:].partition("=") for option in asked.sbatch)},
     }
-    variables = {
+    settings = {
         "LAUNCH": launch,
         "ACCELERATE_FILE": file.name,
         "PROCESSES_PER_NODE": processes,
         "MAX_RESTARTS": asked.max_restarts,
         "PYTHON": asked.python or ("python" if asked.container else sys.executable),
         "RUN_DIR": root,
-    }
-    arrays = {
         **({"SEEDS": seeds, "BACKBONES": backbones} if is_sweep else {}),
         # A file by its path, a recipe by its name: in a container it lies elsewhere. The script sets the rest itself.
-        "CONFIG": [
+        "CONFIG": (
             recipe.resolve() if is_file else recipe.stem,
             *(word for word in overrides if not word.startswith(("run.dir=", "parallel.processes="))),
-        ],
+        ),
         "SRUN_OPTIONS": _container(asked, here, launch, {"run.dir": root, **({"CONFIG": recipe} if is_file else {})}),
     }
-    lines = [
-        "#!/bin/bash",
-        *(
-            f"#SBATCH --{name}" + (f"={shlex.quote(str(value))}" if value != "" else "")
-            for name, value in directives.items()
-            if value is not None
-        ),
-        *(f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()),
-        *(f"{name}=({shlex.join(map(str, values))})" for name, values in arrays.items()),
-    ]
+    lines = ["#!/bin/bash"]
+    for name, value in directives.items():
+        if value is not None:
+            lines.append(f"#SBATCH --{name}" + (f"={shlex.quote(str(value))}" if value != "" else ""))
+    for name, value in settings.items():
+        array = f"{name}=({shlex.join(map(str, value))})" if isinstance(value, tuple) else None
+        lines.append(array or f"export {name}={shlex.quote(str(value))}")
     shipped = "sweep" if is_sweep else "one_node" if asked.nodes == 1 else "multi_node"
     rest = (launch / "slurm" / f"{shipped}.sbatch").read_text(encoding="utf-8").partition(END)[2]
     named = f"{asked.nodes} x {processes} {'GPUs' if gpus == processes else 'processes'}"
@@ -184,14 +179,14 @@ def _check_run(config: RunConfig, nodes: int, processes: int, file: Path) -> Non
         folder.check_resumable(config)
 
 
-def _container(asked: argparse.Namespace, here: Path, launch: Path, needed: Mapping[str, Path]) -> list[str]:
+def _container(asked: argparse.Namespace, here: Path, launch: Path, needed: Mapping[str, Path]) -> tuple[str, ...]:
     """Options of srun (pyxis): the folder that the job starts in and the launch files are always there inside.
 
     Raises:
         ConfigError: one of ``needed`` is not: a run folder inside the container alone would be gone with each job.
     """
     if not asked.container:
-        return []
+        return ()
     given = asked.container_mounts.split(",") if asked.container_mounts else []
     seen = [here, *(Path(mount.split(":")[:2][-1]) for mount in given)]
     for name, path in needed.items():
@@ -201,7 +196,7 @@ def _container(asked: argparse.Namespace, here: Path, launch: Path, needed: Mapp
     mounts = ",".join([*given, f"{here}:{here}", f"{launch}:{launch}"])
     # pyxis takes a word without a slash in front for the name of an image in a registry.
     image = Path(asked.container).resolve() if Path(asked.container).is_file() else asked.container
-    return [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={here}"]
+    return f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={here}"
 
 
 def submit(batch: Batch) -> str:

@@ -93,13 +93,11 @@ def natural_order(path: str) -> tuple[list[list[str | int]], str]:
 def _folder_readers(root: Path) -> Readers:
     """All files below a folder; the two zips in which Omniglot is published appear as folders of their name."""
     readers: dict[str, Callable[[], bytes]] = {}
-    for folder, _, files in os.walk(root):
-        for name in files:
-            path = Path(folder, name)
-            if path.parent == root and name in ("images_background.zip", "images_evaluation.zip"):
-                readers |= _zip_readers(path)
-            else:
-                readers[path.relative_to(root).as_posix()] = path.read_bytes
+    for path in root.rglob("*"):
+        if path.parent == root and path.name in ("images_background.zip", "images_evaluation.zip"):
+            readers |= _zip_readers(path)
+        elif not path.is_dir():  # a link that leads nowhere is to be seen
+            readers[path.relative_to(root).as_posix()] = path.read_bytes
     return readers
 
 
