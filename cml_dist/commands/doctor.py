@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,25 +38,20 @@ def doctor(args: argparse.Namespace, console: Console) -> int:
         args.config = None
     config = load_config(args.config or "glyphs", overrides, console.warn)
     case = Case(config, args.config, Path(args.run_dir or config.run.dir), launched())
-    count = itertools.count()
+    none = "none named: that of glyphs stands for it, without data"
+    console.header("cml-dist doctor", {"configuration": args.config or none, "run folder": case.run_dir})
 
     def present(rows: list[Finding]) -> None:
-        running.close()
         faults, warnings = ([row for row in rows if row.verdict == verdict] for verdict in ("fault", "warning"))
         said = f"Not ready: {len(faults)} fault{'s' * (len(faults) > 1)}" if faults else "Ready"
         said += f", with {len(warnings)} warning{'s' * (len(warnings) > 1)}" if warnings else ""
         if args.json:
             about = {"ready": not faults, "verdict": said, "configuration": args.config, "run_dir": str(case.run_dir)}
             print(json.dumps({**about, "findings": [asdict(row) for row in rows]}, indent=2), flush=True)
-        none = "none named: that of glyphs stands for it, without data"
-        console.header("cml-dist doctor", {"configuration": args.config or none, "run folder": case.run_dir})
         for row in rows:
             console.say(Text.assemble((f"  {row.verdict:<7}", STYLES[row.verdict]), printable(f"  {row}")))
         console.say(Text(said, style=STYLES["fault" if faults else "ok"]))
         for number, row in enumerate(faults, start=1):
             console.note(f"  {number}. {row}")
 
-    with ExitStack() as running:
-        view = running.enter_context(console.progress("checks", None))
-        ready = examine(case, present, lambda name: view.update(next(count), name))
-    return 0 if ready else 1
+    return 0 if examine(case, present) else 1

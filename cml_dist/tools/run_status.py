@@ -125,12 +125,12 @@ class RunView:
         if data.get("exit_s") is not None:
             rows["safe exit"] = f"within {text.number(data['exit_s'], 2)} s of a signal, so far"
         if data.get("test"):
-            test, title = data["test"], data["test"].get("method")
-            shown, learners = test.get("score", "accuracy"), {"meta": title or "meta-learner"}
-            learners["co"] = f"{title}-dagger" if title else "co-learner"
+            test = data["test"]
+            shown, title = test.get("score", "accuracy"), test.get("method")
+            named = (("meta", title or "meta-learner"), ("co", f"{title}-dagger" if title else "co-learner"))
             found = (
                 f"{learner} {text.measured(shown, test[key].get('mean'), test[key].get('ci95'), 2)}"
-                for key, learner in learners.items()
+                for key, learner in named
                 if key in test
             )
             rows["test"] = f"{test.get('split')} split, step {test.get('step')}: {', '.join(found)}"

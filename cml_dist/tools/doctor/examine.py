@@ -38,16 +38,11 @@ IN_THE_WORLD: Checks = {
 }
 
 
-def examine(case: Case, present: Callable[[list[Finding]], None], progress: Callable[[str], None]) -> bool:
+def examine(case: Case, present: Callable[[list[Finding]], None]) -> bool:
     """Look at everything; returns, on all ranks, whether a run is ready to start: no finding is a fault.
 
-    Where the world cannot be joined, or breaks, rank 0 presents why and what was found before; the others raise.
-
-    Args:
-        present: shows the findings, on rank 0.
-        progress: told the name of each check.
-
-    Collective: all ranks.
+    Rank 0 is given the findings to ``present``. Where the world cannot be joined, or breaks, these are why, and what
+    was found before; the other ranks raise. Collective: all ranks.
     """
     host = socket.gethostname()
 
@@ -57,14 +52,12 @@ def examine(case: Case, present: Callable[[list[Finding]], None], progress: Call
             present(rows)
         return all(row.verdict != "fault" for row in rows)
 
-    own = look(BEFORE_JOINING, case, progress)
+    own = look(BEFORE_JOINING, case)
     try:
-        progress("the world")
         from cml_dist.distributed.world import joined_world
 
         with joined_world(case.config) as case.world:
-            own += [*checks.check_world(case.world), *look(IN_THE_WORLD, case, progress)]
-            own += checks.share_run_folder(case)
+            own += [*checks.check_world(case.world), *look(IN_THE_WORLD, case), *checks.share_run_folder(case)]
             # Presented before anybody leaves: a launcher ends all processes once one has left with a fault.
             return report(case.world.gather((host, own)))
     except Exception as error:
@@ -78,11 +71,10 @@ def examine(case: Case, present: Callable[[list[Finding]], None], progress: Call
         return report([(host, [*own, fault])])
 
 
-def look(checks: Checks, case: Case, progress: Callable[[str], None] = lambda name: None) -> list[Finding]:
+def look(chosen: Checks, case: Case) -> list[Finding]:
     """The findings of this rank's checks. One that fails is a finding, and keeps no other from being made."""
     found: list[Finding] = []
-    for name, check in checks.items():
-        progress(name)
+    for name, check in chosen.items():
         if case.world is not None:
             case.world.heartbeat.beat(name, MAY_TAKE_S)
         try:
@@ -108,12 +100,12 @@ def merge(everyone: Sequence[tuple[str, Iterable[Finding]]]) -> list[Finding]:
 
     Who deviates is named, and warned of a value that must be the same everywhere.
     """
-    checks: dict[str, dict[Finding, list[int]]] = {}
+    by_check: dict[str, dict[Finding, list[int]]] = {}
     for rank, (_, findings) in enumerate(everyone):
         for finding in findings:
-            checks.setdefault(finding.check, {}).setdefault(finding, []).append(rank)
+            by_check.setdefault(finding.check, {}).setdefault(finding, []).append(rank)
     rows: list[Finding] = []
-    for found in checks.values():
+    for found in by_check.values():
         usual = max(found, key=lambda kind: len(found[kind]))
         for kind, ranks in sorted(found.items(), key=lambda one: one[0] != usual):
             row = replace(kind, ranks=tuple(ranks))

@@ -35,6 +35,11 @@ class Item(NamedTuple):
     path: str
     read: Callable[[], bytes]
 
+    @property
+    def what(self) -> str:
+        """Its name in errors."""
+        return f"image {self.path} of class {self.class_name!r}"
+
 
 Found = tuple[SourceTree, SplitLists, Mapping[str, Sequence[str]]]
 """A source as its layout reads it: the files, the classes of each split, the paths of each class's images."""
