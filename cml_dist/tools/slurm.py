@@ -43,14 +43,12 @@ class Batch:
         script: its text.
         run_dirs: folders of its runs, one for each task of an array.
         log: its log as SLURM names it (``%j``: job, ``%A_%a``: task of an array).
-        world: who computes, e.g. ``2 x 8 GPUs``.
     """
 
     asked: argparse.Namespace
     script: str
     run_dirs: tuple[Path, ...]
     log: Path
-    world: str
 
 
 def launch_folder() -> Path:
@@ -136,8 +134,7 @@ def prepare(asked: argparse.Namespace, warn: Callable[[str], object] = lambda li
         lines.append(array or f"export {name}={shlex.quote(str(value))}")
     shipped = "sweep" if is_sweep else "one_node" if asked.nodes == 1 else "multi_node"
     rest = (launch / "slurm" / f"{shipped}.sbatch").read_text(encoding="utf-8").partition(END)[2]
-    named = f"{asked.nodes} x {processes} {'GPUs' if gpus == processes else 'processes'}"
-    return Batch(asked, "\n".join(lines) + f"\n{END}{rest}", tuple(runs), log, named)
+    return Batch(asked, "\n".join(lines) + f"\n{END}{rest}", tuple(runs), log)
 
 
 def _need(good: object, what: str, remedy: str) -> None:
@@ -220,14 +217,16 @@ def submit(batch: Batch) -> str:
 
 def follow(batch: Batch, job: str) -> list[str]:
     """What to do with a submitted job, a line each."""
-    several, after = len(batch.run_dirs) > 1, "goes back into the queue" if batch.asked.requeue else "ends with code 75"
+    asked, several = batch.asked, len(batch.run_dirs) > 1
+    processes = f"{asked.processes_per_node} processes" if asked.processes_per_node else f"{asked.gpus_per_node} GPUs"
+    after = "goes back into the queue" if asked.requeue else "ends with code 75"
     log_name = batch.log.name.replace("%j", job).replace("%A_%a", f"{job}_*")
     runs = f"{shlex.quote(str(batch.run_dirs[0].parent))}/*" if several else shlex.quote(str(batch.run_dirs[0]))
     return [
-        f"Submitted job {job}: {batch.world}" + (f", {len(batch.run_dirs)} runs" if several else ""),
+        f"Submitted job {job}: {asked.nodes} x {processes}" + (f", {len(batch.run_dirs)} runs" if several else ""),
         f"  queue   squeue --jobs={job}",
         f"  log     tail -F {shlex.quote(str(batch.log.parent))}/{log_name}",
         f"  status  cml-dist status {runs}",
         f"  cancel  scancel {job}",
-        f"  pause   scancel --signal={batch.asked.signal} {job}    (saves, and {after})",
+        f"  pause   scancel --signal={asked.signal} {job}    (saves, and {after})",
     ]
