@@ -17,7 +17,7 @@ from cml_dist.distributed.heartbeat import this_heartbeat
 from cml_dist.errors import CmlError
 from cml_dist.run.hooks import OnStep, nothing
 from cml_dist.run.interrupts import STOPPED_BY_USER
-from cml_dist.tools.slurm_request import add_slurm_options
+from cml_dist.tools.slurm_options import add_slurm_options
 
 if TYPE_CHECKING:
     from cml_dist.telemetry.console import Console

@@ -3,51 +3,55 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
-from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cml_dist.distributed.env import launched, launched_or_alone
+from cml_dist.distributed.env import join_srun, launched, launched_or_alone
 
 if TYPE_CHECKING:
     from cml_dist.telemetry.console import Console
-    from cml_dist.tools.doctor.findings import Report
+    from cml_dist.tools.doctor.checks import Finding
 
 PATIENCE = "parallel.hang_timeout_s=120"
 """A hang is to be seen within minutes here; the command line may say otherwise."""
 
+STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "fault": "bold red"}
+
 
 def doctor(args: argparse.Namespace, console: Console) -> int:
-    from cml_dist.distributed.env import join_srun
+    from rich.text import Text
+
+    from cml_dist.config.load import load_config
     from cml_dist.telemetry.console import Console
+    from cml_dist.telemetry.text import printable
+    from cml_dist.tools.doctor.checks import Case
+    from cml_dist.tools.doctor.examine import examine
 
     os.environ.update(join_srun())
     console = Console(quiet=args.json or launched_or_alone().rank > 0)
-    from cml_dist.config.load import load_config
-    from cml_dist.tools.doctor.examine import examine
-    from cml_dist.tools.doctor.findings import Case
-
     overrides = [PATIENCE, *args.overrides]
     if args.config is not None and "=" in args.config and not os.path.exists(args.config):
         overrides.insert(1, args.config)  # the first override, where no configuration is named
         args.config = None
     config = load_config(args.config or "glyphs", overrides, console.warn)
     case = Case(config, args.config, Path(args.run_dir or config.run.dir), launched())
-    count = itertools.count()
+    none = "none named: that of glyphs stands for it, without data"
+    console.header("cml-dist doctor", {"configuration": args.config or none, "run folder": case.run_dir})
 
-    def present(report: Report) -> None:
-        running.close()
+    def present(rows: list[Finding]) -> None:
+        faults, warnings = ([row for row in rows if row.verdict == verdict] for verdict in ("fault", "warning"))
+        said = f"Not ready: {len(faults)} fault{'s' * (len(faults) > 1)}" if faults else "Ready"
+        said += f", with {len(warnings)} warning{'s' * (len(warnings) > 1)}" if warnings else ""
         if args.json:
-            print(json.dumps(report.as_dict(), indent=2), flush=True)
-        console.header("cml-dist doctor", report.head())
-        console.findings(report.groups())
-        faults = [(f"{row.check}: {row.value}", row.remedy) for row in report.of("fault")]
-        console.verdict(report.verdict(), report.ready, faults)
+            about = {"ready": not faults, "verdict": said, "configuration": args.config, "run_dir": str(case.run_dir)}
+            print(json.dumps({**about, "findings": [asdict(row) for row in rows]}, indent=2), flush=True)
+        for row in rows:
+            console.say(Text.assemble((f"  {row.verdict:<7}", STYLES[row.verdict]), printable(f"  {row}")))
+        console.say(Text(said, style=STYLES["fault" if faults else "ok"]))
+        for number, row in enumerate(faults, start=1):
+            console.note(f"  {number}. {row}")
 
-    with ExitStack() as running:
-        view = running.enter_context(console.progress("checks", None))
-        ready = examine(case, present, lambda name: view.update(next(count), name))
-    return 0 if ready else 1
+    return 0 if examine(case, present) else 1

@@ -11,11 +11,8 @@ if TYPE_CHECKING:
 
 def launch(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.tools.slurm import follow, prepare, submit
-    from cml_dist.tools.slurm_request import request_of
 
-    batch = prepare(request_of(vars(args)), console.warn)
-    if batch.warning:
-        console.warn(batch.warning)
+    batch = prepare(args, console.warn)
     if args.dry_run:
         print(batch.script, end="")
         return

@@ -55,16 +55,14 @@ def _check(run_dirs: Sequence[str]) -> int:
 
 
 def _show(views: Sequence[RunView], console: Console) -> None:
-    from cml_dist.tools.run_status import COLUMNS
-
     paths = [Path(view.data["run_dir"]) for view in views]
     if len(views) == 1:
         console.header(str(paths[0]), views[0].rows())
         return
     in_one = len({path.parent for path in paths}) == 1 and paths[0].parent != Path()
-    names = [path.name if in_one else str(path) for path in paths]
-    rows = [view.columns(name) for view, name in zip(views, names, strict=True)]
-    console.table(str(paths[0].parent) if in_one else "Runs", COLUMNS, rows)
-    for view, name in zip(views, names, strict=True):
+    rows = [view.columns(path.name if in_one else str(path)) for view, path in zip(views, paths, strict=True)]
+    title = str(paths[0].parent) if in_one else "Runs"
+    console.table(title, list(rows[0]), [list(row.values()) for row in rows])
+    for view, row in zip(views, rows, strict=True):
         if view.data["state"] != "running" and view.data["reason"]:
-            console.note(f"{name}: {view.data['state']}, {view.data['reason']}")
+            console.note(f"{row['run']}: {view.data['state']}, {view.data['reason']}")

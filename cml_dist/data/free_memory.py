@@ -14,11 +14,6 @@ def available_bytes() -> int:
     return min([int(found[1]) * 1024, *_limits()])
 
 
-def limit_bytes() -> int | None:
-    """The smallest memory limit of this process's control groups; None where there is none."""
-    return min((limit for limit in _limits() if limit < 2**60), default=None)  # version 1 says 2**63 for none
-
-
 def _limits() -> Iterator[int]:
     """Limits of the control groups, own and above (containers and SLURM set them)."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():

@@ -71,14 +71,7 @@ def read_status(path: Path) -> RunStatus | None:
 
 @dataclass(frozen=True)
 class Start:
-    """Which start of which job a process belongs to.
-
-    Attributes:
-        host, pid: of the process.
-        job: SLURM's number, None outside.
-        requeued: how often SLURM has put the job back into the queue.
-        in_place: how often the launcher has started its processes again, as it counts.
-    """
+    """Which start of which job a process belongs to: ``requeued`` by SLURM, restarted ``in_place`` by a launcher."""
 
     host: str
     pid: int
@@ -88,7 +81,7 @@ class Start:
 
     @property
     def restart(self) -> int:
-        """How often the job was requeued or started again in place: for people, since it can fall after a requeue."""
+        """For people: the launcher's count begins anew after a requeue."""
         return self.requeued + self.in_place
 
 

@@ -16,16 +16,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich import box
 from rich.console import Console as RichConsole
-from rich.constrain import Constrain
 from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from cml_dist.telemetry.live import MAX_WIDTH, LiveDisplay, ProgressView, TrainingView
+from cml_dist.telemetry.live import LiveDisplay, ProgressView, TrainingView
 from cml_dist.telemetry.summary import TrainingSummary
 from cml_dist.telemetry.text import MISSING, interval, measured, printable, score, score_label
 
@@ -37,8 +36,6 @@ PLAIN_WIDTH = 240
 """Columns of tables without a terminal; lines are not folded there."""
 
 _NUMBER = re.compile(r"(± )?[-+]?[\d.,:]+(e[-+]\d+)?( %)?|-|")
-
-VERDICT_STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "fault": "bold red"}
 
 
 @dataclass(frozen=True)
@@ -163,38 +160,6 @@ class Console:
                 for row in rows
             ],
         )
-
-    def findings(self, groups: Mapping[str, Sequence[Any]]) -> None:
-        """What was looked at, under headings; a row has ``check``, ``verdict``, ``value``, ``remedy`` and ``who``.
-
-        A line a finding where there is no terminal, for grep.
-        """
-        width = max((len(row.check) for rows in groups.values() for row in rows), default=0)
-        for group, rows in groups.items():
-            self.say(Text(printable(group), style="bold"))
-            grid = Table.grid(
-                Column(min_width=9), Column(min_width=width), Column(overflow="fold"), padding=(0, 2, 0, 0)
-            )
-            for row in rows:
-                found = printable(f"{row.who}: {row.value}" if row.who else row.value)
-                style = VERDICT_STYLES[row.verdict]
-                if not self.interactive:
-                    remedy = f"; {row.remedy}" if row.remedy else ""
-                    self.say(Text(printable(f"  {row.verdict:<7}  {row.check}: {found}{remedy}")))
-                    continue
-                grid.add_row(Text(f"  {row.verdict}", style=style), Text(printable(row.check)), Text(found))
-                if row.remedy:
-                    remedy_style = "" if row.verdict == "note" else style
-                    grid.add_row("", "", Text(printable(f"-> {row.remedy}"), style=remedy_style))
-            if self.interactive:
-                self._out.print(Constrain(grid, MAX_WIDTH))
-
-    def verdict(self, said: str, ready: bool, repairs: Sequence[tuple[str, str]]) -> None:
-        """The last word, with a numbered list of (what is wrong, what to do)."""
-        self._out.print()
-        self.say(Text(printable(said), style="bold green" if ready else "bold red"))
-        for number, (what, remedy) in enumerate(repairs, 1):
-            self.note(f"  {number}. {what}" + (f"; {remedy}" if remedy else ""))
 
     def clear(self) -> None:
         """An empty screen, where there is one, for a block that is shown again and again."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cml_dist.data.base import episode_rng
 from cml_dist.data.glyph_fonts import font_file
@@ -77,20 +77,19 @@ def _draw(lines: list[tuple[str, np.ndarray | None]], shots: int, image_size: tu
     scale = _TILE / max(image_size)
     # Small images are enlarged without smoothing: the sheet shows the very pixels that the network gets.
     method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BICUBIC
-    height, width = (max(1, round(side * (max(1, round(scale)) if scale >= 1 else scale))) for side in image_size)
+    height, width = (max(1, round(side * (round(scale) if scale >= 1 else scale))) for side in image_size)
     left = 2 * _GAP + max(int(font.getlength(text)) for text, images in lines if images is not None)
-    columns = max(len(images) for _, images in lines if images is not None)
+    ends = [left + len(images) * (width + _GAP) for _, images in lines if images is not None]
+    ends += [int(font.getlength(text)) + 2 * _GAP for text, _ in lines]
     heights = [_LINE if images is None else height + _GAP for _, images in lines]
-    widest = max(left + columns * (width + _GAP), *(int(font.getlength(text)) + 2 * _GAP for text, _ in lines))
-    sheet = Image.new("RGB", (widest, sum(heights) + _LINE), "white")
+    sheet = Image.new("RGB", (max(ends), sum(heights) + _LINE), "white")
     pen = ImageDraw.Draw(sheet)
     top = _GAP
     for (text, images), line_height in zip(lines, heights, strict=True):
         pen.text((_GAP, top + line_height // 2), text, _INK, font, anchor="lm")
         for column, pixels in enumerate(() if images is None else images):
-            x = left + column * (width + _GAP)
-            frame = (x - 2, top - 2, x + width + 1, top + height + 1)
-            pen.rectangle(frame, outline=_SUPPORT if column < shots else _QUERY, width=2)
-            sheet.paste(to_image(pixels).resize((width, height), method).convert("RGB"), (x, top))
+            tile = to_image(pixels).resize((width, height), method).convert("RGB")
+            tile = ImageOps.expand(tile, 2, _SUPPORT if column < shots else _QUERY)
+            sheet.paste(tile, (left + column * (width + _GAP) - 2, top - 2))
         top += line_height
     return sheet

@@ -67,10 +67,11 @@ def pack(
     tree = open_source(source)
     layout = layout or recognise(tree, splits)
     items = find_items(tree, layout, splits)
+    size, found_channels = size_and_channels(items[0].read(), items[0].what)
     if image_size is None and layout == "omniglot":
         image_size = 28
-    found_size, found_channels = size_and_channels(items[0].read(), _what(items[0]))
-    size = found_size if image_size is None else (image_size, image_size) if isinstance(image_size, int) else image_size
+    if image_size is not None:
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(size) < 1:
         raise DataError(f"image size is {size[0]}x{size[1]}", "give at least 1 pixel")
     channels = channels or found_channels
@@ -81,20 +82,14 @@ def pack(
 
     def fit(item: Item) -> tuple[Picture, bool]:
         data = item.read()
-        picture = fit_image(data, _what(item), size, channels, resize=image_size is not None)
+        picture = fit_image(data, item.what, size, channels, resize=image_size is not None)
         return picture, picture.data is data
 
-    num_kept = 0
-    with ShardSetWriter(
-        dest, name=name, image_size=size, channels=channels, source=file, shard_size_mib=shard_size_mib
-    ) as writer:
+    num_kept, about = 0, {"name": name, "image_size": size, "channels": channels, "source": file}
+    with ShardSetWriter(dest, **about, shard_size_mib=shard_size_mib) as writer:
         for done, (item, (picture, kept)) in enumerate(zip(items, in_threads(fit, items), strict=True), start=1):
             writer.add(item.split, item.class_name, item.key, picture)
             num_kept += kept
             if progress is not None:
                 progress(done, len(items), "packing images")
     return PackReport(ShardSet.open(dest), layout, num_kept)
-
-
-def _what(item: Item) -> str:
-    return f"image {item.path} of class {item.class_name!r}"

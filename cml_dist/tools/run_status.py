@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 from contextlib import suppress
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cml_dist.run.folder import RunFolder
-from cml_dist.run.status import RunStatus, read_status
+from cml_dist.run.status import read_status
 from cml_dist.telemetry import text
 from cml_dist.telemetry.metrics import read_metrics
 from cml_dist.telemetry.summary import TrainingSummary
@@ -30,9 +29,6 @@ GONE_S = 15.0
 EXIT_CODES = {"finished": 0, "stopped": 75, "unknown": 3, "running": 3, "dead": 1, "failed": 1}
 """Of ``cml-dist status --check``; of several runs the one that comes last here counts."""
 
-COLUMNS = ("run", "method", "state", "step", "of", "loss", "score", "best", "ep/s", "left", "starts", "saved")
-"""Of the table of several runs; ``saved``: step of the newest checkpoint."""
-
 
 def state_of(run_dir: str | Path) -> dict[str, Any]:
     """What ``status.json`` holds, with the state that is: ``state``, and ``reason`` in words, which may be empty.
@@ -46,8 +42,12 @@ def state_of(run_dir: str | Path) -> dict[str, Any]:
         why = "no run has begun here: it has no status.json" if folder.path.is_dir() else "there is no such folder"
         return {"run_dir": str(run_dir), "state": "unknown", "reason": why}
     quiet_s = max(0.0, time.time() - _mtime(folder.status_file))
-    state, reason = _state(status, quiet_s, folder)
-    reason = " ".join(reason.split())  # a library's error may have many lines
+    state, reason = status.state, " ".join(status.reason.split())  # a library's error may have many lines
+    if state == "running":
+        gone = status.host == socket.gethostname() and not Path(f"/proc/{status.pid}").exists()
+        if quiet_s > (GONE_S if gone else SILENT_S):
+            who = f"process {status.pid} on {status.host} is gone" if gone else f"was {reason or 'running'}"
+            state, reason = "dead", f"nothing written for {text.duration(quiet_s)}, {who}"
     return {"run_dir": str(run_dir), **asdict(status), "state": state, "reason": reason, "quiet_s": quiet_s}
 
 
@@ -58,9 +58,9 @@ class RunView:
         summary: of the last meta-steps.
         data: what ``--json`` prints: that of :func:`state_of` and ``last``, the last line of ``metrics.jsonl``;
             ``recent``, means over the last ``recent_steps``, and ``episodes_per_s`` of these; ``left_s`` to the last
-            step; ``validations``, their number, with the last and the best line in ``validated`` and ``best``;
-            ``checkpoint``, the step of the newest, and ``checkpoint_age_s``; ``test``, the run's own; ``logs``, the
-            folder.
+            step, at the pace of the last start; ``validations``, their number, with the last and the best line in
+            ``validated`` and ``best``; ``checkpoint``, the step of the newest, and ``checkpoint_age_s``; ``test``, the
+            run's own; ``logs``, the folder.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -81,7 +81,14 @@ class RunView:
             scored = [line for line in validations if line.get("mean") is not None]
             best = (min if name == "mse" else max)(scored, key=lambda line: line["mean"], default=None)
             data |= {"validations": len(validations), "validated": validations[-1], "best": best}
-        data["left_s"] = self._left_s(folder)
+        data["left_s"] = None
+        sessions = read_metrics(folder.sessions_file)
+        if sessions and "steps" in data and data["state"] != "finished":
+            with suppress(ValueError):
+                began_s = datetime.strptime(str(sessions[-1].get("time")), "%Y-%m-%dT%H:%M:%S%z").timestamp()
+                done, elapsed_s = data["step"] - sessions[-1]["step"], _mtime(folder.metrics_file) - began_s
+                if done > 0 and elapsed_s > 0:
+                    data["left_s"] = (data["steps"] - data["step"]) * elapsed_s / done
         if kept := sorted(folder.checkpoints.glob("step-????????.safetensors")):
             data["checkpoint"] = int(kept[-1].name[5:13])
             data["checkpoint_age_s"] = max(0.0, time.time() - _mtime(kept[-1]))
@@ -89,19 +96,6 @@ class RunView:
             data["test"] = json.loads(folder.own_eval_file.read_text(encoding="utf-8"))
         if folder.logs.is_dir():
             data["logs"] = str(folder.logs)
-
-    def _left_s(self, folder: RunFolder) -> float | None:
-        """At the pace of this start, validations included, where it runs; else at that of the last meta-steps."""
-        data, seconds = self.data, self.summary.mean("seconds")
-        if "steps" not in data or data["state"] == "finished":
-            return None
-        sessions = read_metrics(folder.sessions_file)
-        if data["state"] == "running" and sessions:
-            with suppress(ValueError):
-                began_s = datetime.strptime(str(sessions[-1].get("time")), "%Y-%m-%dT%H:%M:%S%z").timestamp()
-                done, elapsed = data["step"] - sessions[-1]["step"], _mtime(folder.metrics_file) - began_s
-                seconds = elapsed / done if done > 0 and elapsed > 0 else seconds
-        return (data["steps"] - data["step"]) * seconds if seconds else None
 
     def rows(self) -> dict[str, str]:
         """The run in words, for a panel; what is not known has no row."""
@@ -131,65 +125,40 @@ class RunView:
         if data.get("exit_s") is not None:
             rows["safe exit"] = f"within {text.number(data['exit_s'], 2)} s of a signal, so far"
         if data.get("test"):
-            rows["test"] = _tested(data["test"])
+            test = data["test"]
+            shown, title = test.get("score", "accuracy"), test.get("method")
+            named = (("meta", title or "meta-learner"), ("co", f"{title}-dagger" if title else "co-learner"))
+            found = (
+                f"{learner} {text.measured(shown, test[key].get('mean'), test[key].get('ci95'), 2)}"
+                for key, learner in named
+                if key in test
+            )
+            rows["test"] = f"{test.get('split')} split, step {test.get('step')}: {', '.join(found)}"
         rows["logs"] = data.get("logs", "")
         return {key: value for key, value in rows.items() if value}
 
-    def columns(self, run: str) -> tuple[object, ...]:
-        """The run as one line of a table, under the name ``run``."""
+    def columns(self, run: str) -> dict[str, object]:
+        """The run as one line of a table, under the name ``run``; ``saved``: step of the newest checkpoint."""
         get, summary, name = self.data.get, self.summary, self.summary.score_name
-        best, left_s = get("best") or {}, get("left_s")
-        return (
-            run,
-            get("method") or None,
-            get("state"),
-            get("step"),
-            get("steps"),
-            text.number(summary.mean("loss")),
-            text.score(name, summary.mean(name)),
-            text.score(name, best.get("mean")),
-            text.number(summary.episodes_per_s, 3),
-            text.duration(left_s) if left_s and get("state") == "running" else None,
-            get("starts"),
-            get("checkpoint"),
-        )
+        left_s = get("left_s") if get("state") == "running" else None
+        return {
+            "run": run,
+            "method": get("method") or None,
+            "state": get("state"),
+            "step": get("step"),
+            "of": get("steps"),
+            "loss": text.number(summary.mean("loss")),
+            "score": text.score(name, summary.mean(name)),
+            "best": text.score(name, (get("best") or {}).get("mean")),
+            "ep/s": text.number(summary.episodes_per_s, 3),
+            "left": text.duration(left_s) if left_s else None,
+            "starts": get("starts"),
+            "saved": get("checkpoint"),
+        }
 
 
 def _scored(line: dict[str, Any], name: str) -> str:
     return f"{text.measured(name, line.get('mean'), line.get('ci95'))} at step {line['step']}"
-
-
-def _tested(test: dict[str, Any]) -> str:
-    """The result of the final test, both learners."""
-    name, title = test.get("score", "accuracy"), test.get("method")
-    learners = {"meta": title or "meta-learner", "co": f"{title}-dagger" if title else "co-learner"}
-    found = [
-        f"{learner} {text.measured(name, test[key].get('mean'), test[key].get('ci95'), 2)}"
-        for key, learner in learners.items()
-        if key in test
-    ]
-    return f"{test.get('split')} split, step {test.get('step')}: {', '.join(found)}"
-
-
-def _state(status: RunStatus, quiet_s: float, folder: RunFolder) -> tuple[str, str]:
-    """The state that is, of the state that was written last."""
-    if status.state != "running":
-        return status.state, status.reason
-    gone = status.host == socket.gethostname() and not Path(f"/proc/{status.pid}").exists()
-    if quiet_s <= (GONE_S if gone else SILENT_S) or _held(folder):
-        return "running", status.reason
-    who = f"process {status.pid} on {status.host} is gone" if gone else f"was {status.reason or 'running'}"
-    return "dead", f"nothing written for {text.duration(quiet_s)}, {who}"
-
-
-def _held(folder: RunFolder) -> bool:
-    """Whether a process of this machine, also in a container, holds the lock: found out without taking it."""
-    try:
-        inode = os.stat(folder.path / "lock").st_ino
-        locks = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    return any("FLOCK" in line and f":{inode} " in line for line in locks)
 
 
 def _mtime(path: Path) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -18,7 +19,6 @@ from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CmlError, ConfigError, WorldError
 from cml_dist.run.folder import RunFolder
-from cml_dist.tools.slurm_request import SlurmRequest
 
 END = "# ---- end of settings ----\n"
 """What stands before it in a script of ``launch/slurm`` is written anew, the rest is taken as it is."""
@@ -39,17 +39,16 @@ class Batch:
     """A batch script that is ready to be submitted.
 
     Attributes:
+        asked: what was asked for.
         script: its text.
         run_dirs: folders of its runs, one for each task of an array.
         log: its log as SLURM names it (``%j``: job, ``%A_%a``: task of an array).
-        warning: of what is allowed, but hardly meant; None.
     """
 
-    request: SlurmRequest
+    asked: argparse.Namespace
     script: str
     run_dirs: tuple[Path, ...]
-    log: str
-    warning: str | None = None
+    log: Path
 
 
 def launch_folder() -> Path:
@@ -57,176 +56,144 @@ def launch_folder() -> Path:
     return next(place for place in _PLACES if (place / "slurm").is_dir())
 
 
-# --------------------------------------------------------------------------- preparing
+def prepare(asked: argparse.Namespace, warn: Callable[[str], object] = lambda line: None) -> Batch:
+    """Check every run that is asked for, and write the batch script.
 
-
-def prepare(request: SlurmRequest, warn: Callable[[str], object] = lambda line: None) -> Batch:
-    """Check the request and every run of it, and write the batch script; ``warn`` as of :func:`load_config`.
+    Args:
+        asked: options of :func:`add_slurm_options`, with ``config`` and ``overrides`` as of ``cml-dist train``.
+        warn: told of what is allowed, but hardly meant.
 
     Raises:
         ConfigError: something asked for cannot be, or the configuration is refused.
         CheckpointError: a run folder holds a run of another configuration.
     """
-    _check(request)
-    here, launch = Path.cwd(), launch_folder()
-    recipe, is_file = find_recipe(request.config), Path(request.config).is_file()
-    overrides = [*(["run.device=cpu"] if not request.gpus_per_node else []), *request.overrides]
-    config = load_config(request.config, overrides, warn)
+    here, launch, gpus = Path.cwd(), launch_folder(), asked.gpus_per_node
+    processes = asked.processes_per_node or gpus
+    file = launch / "accelerate" / f"{asked.strategy or ('ddp' if gpus else 'cpu')}.yaml"
+    _check(asked, processes, file)
+    recipe, is_file = find_recipe(asked.config), Path(asked.config).is_file()
+    overrides = [*([] if gpus else ["run.device=cpu"]), *asked.overrides]
+    config = load_config(asked.config, overrides, warn)
+    world, episodes = asked.nodes * processes, config.train.episodes_per_step
+    if world > episodes:  # each episode is one process's
+        warn(
+            f"{world} processes share {episodes} episode{'s' * (episodes != 1)} a meta-step: {world - episodes} have "
+            f"nothing to do; set train.episodes_per_step={world} or a multiple of it, or ask for less"
+        )
     root = (here / Path(config.run.dir).expanduser()).resolve()
-    seeds, backbones = request.seeds or (config.run.seed,), request.backbones or (config.model.backbone,)
-    runs = {root: []}
-    if request.is_sweep:  # folders as sweep.sbatch names them
+    seeds, backbones = asked.seeds or (config.run.seed,), asked.backbones or (config.model.backbone,)
+    is_sweep, runs = bool(asked.seeds or asked.backbones), {root: []}
+    if is_sweep:  # folders as sweep.sbatch names them
         runs = {
             root / f"{backbone.replace('/', '_')}-seed{seed}": [f"run.seed={seed}", f"model.backbone={backbone}"]
             for backbone in backbones
             for seed in seeds
         }
     for folder, varied in runs.items():
-        one = load_config(request.config, [*overrides, *varied, f"run.dir={folder}"])
-        _check_run(request, one, RunFolder(folder))
+        _check_run(load_config(asked.config, [*overrides, *varied, f"run.dir={folder}"]), asked.nodes, processes, file)
 
-    log = str(here / f"slurm-{request.job_name}-{'%A_%a' if request.is_sweep else '%j'}.out")
-    directives: dict[str, str | int | None] = {
-        "job-name": request.job_name,
-        "nodes": request.nodes,
+    log = here / f"slurm-{asked.job_name}-{'%A_%a' if is_sweep else '%j'}.out"
+    limit = f"%{asked.array_limit}" if asked.array_limit else ""
+    directives = {
+        "job-name": asked.job_name,
+        "nodes": asked.nodes,
         "ntasks-per-node": 1,
-        "gres": f"gpu:{request.gpus_per_node}" if request.gpus_per_node else None,
-        "cpus-per-task": request.cpus_per_task or max(4 * request.gpus_per_node, request.processes),
-        "time": request.time,
-        "signal": f"{request.signal}@{request.signal_lead_s}",
-        "requeue" if request.requeue else "no-requeue": "",
+        "gres": f"gpu:{gpus}" if gpus else None,
+        "cpus-per-task": asked.cpus_per_task or max(4 * gpus, processes),
+        "time": asked.time,
+        "signal": f"{asked.signal}@{asked.signal_lead_s}",
+        "requeue" if asked.requeue else "no-requeue": "",
         "open-mode": "append",
         "output": log,
-        "chdir": str(here),
-        **{name: getattr(request, name) for name in ("partition", "account", "qos", "constraint")},
+        "chdir": here,
+        **{name: getattr(asked, name) for name in ("partition", "account", "qos", "constraint")},
+        "array": f"0-{len(runs) - 1}{limit}" if is_sweep else None,
+        **{name: value for name, _, value in (option[2:].partition("=") for option in asked.sbatch)},
     }
-    if request.is_sweep:
-        directives["array"] = f"0-{len(runs) - 1}" + (f"%{request.array_limit}" if request.array_limit else "")
-    for option in request.sbatch:
-        name, _, value = option.removeprefix("--").partition("=")
-        directives[name] = value
-    variables = {
+    settings = {
         "LAUNCH": launch,
-        "ACCELERATE_FILE": f"{request.launch_file}.yaml",
-        "PROCESSES_PER_NODE": request.processes,
-        "MAX_RESTARTS": request.max_restarts,
-        "PYTHON": request.python or ("python" if request.container else sys.executable),
+        "ACCELERATE_FILE": file.name,
+        "PROCESSES_PER_NODE": processes,
+        "MAX_RESTARTS": asked.max_restarts,
+        "PYTHON": asked.python or ("python" if asked.container else sys.executable),
         "RUN_DIR": root,
-    }
-    arrays = {
-        **({"SEEDS": map(str, seeds), "BACKBONES": backbones} if request.is_sweep else {}),
+        **({"SEEDS": seeds, "BACKBONES": backbones} if is_sweep else {}),
         # A file by its path, a recipe by its name: in a container it lies elsewhere. The script sets the rest itself.
-        "CONFIG": [
-            str(recipe.resolve()) if is_file else recipe.stem,
+        "CONFIG": (
+            recipe.resolve() if is_file else recipe.stem,
             *(word for word in overrides if not word.startswith(("run.dir=", "parallel.processes="))),
-        ],
-        "SRUN_OPTIONS": _container(request, here, launch, {"run.dir": root, **({"CONFIG": recipe} if is_file else {})}),
+        ),
+        "SRUN_OPTIONS": _container(asked, here, launch, {"run.dir": root, **({"CONFIG": recipe} if is_file else {})}),
     }
-    shipped = "sweep" if request.is_sweep else "one_node" if request.nodes == 1 else "multi_node"
+    lines = ["#!/bin/bash"]
+    for name, value in directives.items():
+        if value is not None:
+            lines.append(f"#SBATCH --{name}" + (f"={shlex.quote(str(value))}" if value != "" else ""))
+    for name, value in settings.items():
+        array = f"{name}=({shlex.join(map(str, value))})" if isinstance(value, tuple) else None
+        lines.append(array or f"export {name}={shlex.quote(str(value))}")
+    shipped = "sweep" if is_sweep else "one_node" if asked.nodes == 1 else "multi_node"
     rest = (launch / "slurm" / f"{shipped}.sbatch").read_text(encoding="utf-8").partition(END)[2]
-    lines = [
-        "#!/bin/bash",
-        *(_directive(name, value) for name, value in directives.items() if value is not None),
-        *(f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()),
-        *(f"{name}=({shlex.join(values)})" for name, values in arrays.items()),
-    ]
-    warning = _idle(request.nodes * request.processes, config.train.episodes_per_step)
-    return Batch(request, "\n".join(lines) + f"\n{END}{rest}", tuple(runs), log, warning)
+    return Batch(asked, "\n".join(lines) + f"\n{END}{rest}", tuple(runs), log)
 
 
-def _directive(name: str, value: str | int) -> str:
-    return f"#SBATCH --{name}" + ("" if value == "" else f"={shlex.quote(str(value))}")
+def _need(good: object, what: str, remedy: str) -> None:
+    if not good:
+        raise ConfigError(what, remedy)
 
 
-def _check(request: SlurmRequest) -> None:
+def _check(asked: argparse.Namespace, processes: int, file: Path) -> None:
     """What can be told without the configuration; what a time or a partition is, sbatch itself knows."""
-    for item in fields(request):
-        value, least = getattr(request, item.name), item.metadata.get("least")
-        if least is not None and value is not None and value < least:
-            raise ConfigError(f"--{item.name.replace('_', '-')} is {value}", f"give {least} or more")
-    if not request.processes:
-        raise ConfigError(
-            "neither GPUs nor processes were asked for", "--gpus-per-node 8, or on CPUs --processes-per-node 8"
-        )
-    files = sorted(path.stem for path in (launch_folder() / "accelerate").glob("*.yaml"))
-    if request.launch_file not in files:
-        raise ConfigError(f"--strategy is {request.strategy}", f"use one of {', '.join(files)}")
-    if not re.fullmatch(r"[\w.+-]+", request.job_name):
-        raise ConfigError(f"--job-name is {request.job_name!r}", "use letters, digits and . _ + - alone")
-    for option in request.sbatch:
-        if not re.fullmatch(r"--[a-z-]+(=.*)?", option):
-            raise ConfigError(f"--sbatch is {option!r}", "give one long option of sbatch, e.g. --sbatch=--mem=64G")
-        if option.removeprefix("--").partition("=")[0] in OURS:
-            raise ConfigError(
-                f"--sbatch is {option!r}, which the batch script depends on", "see cml-dist launch slurm --help"
-            )
-    if request.container_mounts and not request.container:
-        raise ConfigError("--container-mounts is given without --container", "name the image as well")
+    files = sorted(path.stem for path in file.parent.glob("*.yaml"))
+    remedy = "--gpus-per-node 8, or on CPUs --processes-per-node 8"
+    _need(processes, "neither GPUs nor processes were asked for", remedy)
+    _need(file.stem in files, f"--strategy is {asked.strategy}", f"use one of {', '.join(files)}")
+    name = asked.job_name
+    _need(re.fullmatch(r"[\w.+-]+", name), f"--job-name is {name!r}", "use letters, digits and . _ + - alone")
+    for option in asked.sbatch:
+        remedy = "give one long option of sbatch, e.g. --sbatch=--mem=64G"
+        _need(re.fullmatch(r"--[a-z-]+(=.*)?", option), f"--sbatch is {option!r}", remedy)
+        what = f"--sbatch is {option!r}, which the batch script depends on"
+        _need(option[2:].partition("=")[0] not in OURS, what, "see cml-dist launch slurm --help")
+    what = "--container-mounts is given without --container"
+    _need(asked.container or not asked.container_mounts, what, "name the image as well")
 
 
-def _check_run(request: SlurmRequest, config: RunConfig, folder: RunFolder) -> None:
-    """What the job would be refused for once it runs, hours later."""
-    world = request.nodes * request.processes
-    asked = config.parallel.processes
-    if asked not in (None, world):
-        raise ConfigError(
-            f"parallel.processes is {asked}, but {request.nodes} x {request.processes} processes were asked for",
-            "drop parallel.processes: the batch script sets it",
-        )
-    if "SIGUSR1" not in config.run.stop_signals:
-        raise ConfigError(
-            f"run.stop_signals is {list(config.run.stop_signals)}, but the batch script stops processes by SIGUSR1",
-            "add SIGUSR1 to run.stop_signals",
-        )
-    make_plan(config, world, _launched(request.launch_file))
+def _check_run(config: RunConfig, nodes: int, processes: int, file: Path) -> None:
+    """What the job would be refused for once it runs, hours later; ``file`` is that of Accelerate."""
+    number, signals = config.parallel.processes, config.run.stop_signals
+    what = f"parallel.processes is {number}, but {nodes} x {processes} processes were asked for"
+    _need(number in (None, nodes * processes), what, "drop parallel.processes: the batch script sets it")
+    what = f"run.stop_signals is {list(signals)}, but the batch script stops processes by SIGUSR1"
+    _need("SIGUSR1" in signals, what, "add SIGUSR1 to run.stop_signals")
+    told = {}  # the variables by which Accelerate will tell the processes of DeepSpeed
+    if by_deepspeed := yaml.safe_load(file.read_text(encoding="utf-8")).get("deepspeed_config"):
+        told = {f"ACCELERATE_DEEPSPEED_{name.upper()}": str(value) for name, value in by_deepspeed.items()}
+        told["ACCELERATE_USE_DEEPSPEED"] = "true"
+    make_plan(config, nodes * processes, told)
+    folder = RunFolder(config.run.dir)
     if folder.exists:
         folder.check_resumable(config)
 
 
-def _launched(launch_file: str) -> dict[str, str]:
-    """The variables by which Accelerate will tell the processes of DeepSpeed."""
-    file = launch_folder() / "accelerate" / f"{launch_file}.yaml"
-    asked = yaml.safe_load(file.read_text(encoding="utf-8")).get("deepspeed_config")
-    if not asked:
-        return {}
-    told = {f"ACCELERATE_DEEPSPEED_{name.upper()}": str(value) for name, value in asked.items()}
-    return {"ACCELERATE_USE_DEEPSPEED": "true", **told}
-
-
-def _idle(processes: int, episodes: int) -> str | None:
-    """Each episode is one process's: where there are fewer, some processes wait for others in every step."""
-    if processes <= episodes:
-        return None
-    many = f"{episodes} episode{'s' * (episodes != 1)}"
-    return (
-        f"{processes} processes share {many} a meta-step: {processes - episodes} have nothing to do; "
-        f"set train.episodes_per_step={processes} or a multiple of it, or ask for less"
-    )
-
-
-def _container(request: SlurmRequest, here: Path, launch: Path, needed: Mapping[str, Path]) -> list[str]:
+def _container(asked: argparse.Namespace, here: Path, launch: Path, needed: Mapping[str, Path]) -> tuple[str, ...]:
     """Options of srun (pyxis): the folder that the job starts in and the launch files are always there inside.
 
     Raises:
         ConfigError: one of ``needed`` is not: a run folder inside the container alone would be gone with each job.
     """
-    if not request.container:
-        return []
-    asked = request.container_mounts.split(",") if request.container_mounts else []
-    seen = [here, *(Path(mount.split(":")[:2][-1]) for mount in asked)]
+    if not asked.container:
+        return ()
+    given = asked.container_mounts.split(",") if asked.container_mounts else []
+    seen = [here, *(Path(mount.split(":")[:2][-1]) for mount in given)]
     for name, path in needed.items():
-        if not any(path.resolve().is_relative_to(folder) for folder in seen):
-            raise ConfigError(
-                f"{name} is {path}, which the container does not see",
-                f"mount its folder, e.g. --container-mounts={path.parent}:{path.parent}",
-            )
-    mounts = ",".join([*asked, f"{here}:{here}", f"{launch}:{launch}"])
+        inside = any(path.resolve().is_relative_to(folder) for folder in seen)
+        remedy = f"mount its folder, e.g. --container-mounts={path.parent}:{path.parent}"
+        _need(inside, f"{name} is {path}, which the container does not see", remedy)
+    mounts = ",".join([*given, f"{here}:{here}", f"{launch}:{launch}"])
     # pyxis takes a word without a slash in front for the name of an image in a registry.
-    image = Path(request.container).resolve() if Path(request.container).is_file() else request.container
-    return [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={here}"]
-
-
-# --------------------------------------------------------------------------- submitting
+    image = Path(asked.container).resolve() if Path(asked.container).is_file() else asked.container
+    return f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={here}"
 
 
 def submit(batch: Batch) -> str:
@@ -250,17 +217,16 @@ def submit(batch: Batch) -> str:
 
 def follow(batch: Batch, job: str) -> list[str]:
     """What to do with a submitted job, a line each."""
-    request, log, several = batch.request, Path(batch.log), len(batch.run_dirs) > 1
-    unit = "GPU" if request.gpus_per_node == request.processes else "process"
-    world = f"{request.nodes} x {request.processes} {unit}{'s' if unit == 'GPU' else 'es'}"
-    after = "goes back into the queue" if request.requeue else "ends with code 75"
-    log_name = log.name.replace("%j", job).replace("%A_%a", f"{job}_*")
+    asked, several = batch.asked, len(batch.run_dirs) > 1
+    processes = f"{asked.processes_per_node} processes" if asked.processes_per_node else f"{asked.gpus_per_node} GPUs"
+    after = "goes back into the queue" if asked.requeue else "ends with code 75"
+    log_name = batch.log.name.replace("%j", job).replace("%A_%a", f"{job}_*")
     runs = f"{shlex.quote(str(batch.run_dirs[0].parent))}/*" if several else shlex.quote(str(batch.run_dirs[0]))
     return [
-        f"Submitted job {job}: {world}" + (f", {len(batch.run_dirs)} runs" if several else ""),
+        f"Submitted job {job}: {asked.nodes} x {processes}" + (f", {len(batch.run_dirs)} runs" if several else ""),
         f"  queue   squeue --jobs={job}",
-        f"  log     tail -F {shlex.quote(str(log.parent))}/{log_name}",
+        f"  log     tail -F {shlex.quote(str(batch.log.parent))}/{log_name}",
         f"  status  cml-dist status {runs}",
         f"  cancel  scancel {job}",
-        f"  pause   scancel --signal={request.signal} {job}    (saves, and {after})",
+        f"  pause   scancel --signal={asked.signal} {job}    (saves, and {after})",
     ]

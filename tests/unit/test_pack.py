@@ -280,7 +280,7 @@ class _Evil:
         ("train", pickle.dumps({b"labels": [0]}, 2), "train in .* is no plain pickle of CIFAR-100 .*fine_labels"),
         (
             "train",
-            pickle.dumps({b"fine_labels": [100], b"data": np.zeros((1, 3072), np.uint8)}, 2),
+            pickle.dumps({b"fine_labels": [100], b"data": np.zeros((1, 3072), np.uint8), b"filenames": [b"x.png"]}, 2),
             "train in .* is no plain pickle of CIFAR-100 .IndexError",
         ),
     ],
@@ -548,7 +548,10 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize("name", REAL)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("omniglot.zip", "mini-imagenet.zip")]
+
+
+@pytest.mark.parametrize("name", ["cifar-fs.zip", *SLOW])
 def test_real_sets_keep_every_byte(tmp_path, name):
     source = real_data(name)
     if not source.is_file():

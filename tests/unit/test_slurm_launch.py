@@ -8,23 +8,26 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from cml_dist.cli import main
+from cml_dist.cli import build_parser, main
 from cml_dist.errors import CheckpointError, CmlError, ConfigError, WorldError
 from cml_dist.tools import slurm
 from cml_dist.tools.slurm import END, prepare, submit
-from cml_dist.tools.slurm_request import SlurmRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "launch").glob("**/*.s[hb]*"))
 BATCH = [path for path in SCRIPTS if path.suffix == ".sbatch"]
 
 
-def request(*overrides: str, **options: object) -> SlurmRequest:
-    return SlurmRequest(**{"config": "sinusoid", "overrides": overrides, "nodes": 2, "time": "04:00:00"} | options)
+def request(*overrides: str, **options: object) -> Namespace:
+    """The parsed command line; an option of value True has none."""
+    words = {"nodes": 2, "time": "04:00:00"} | options
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in words.items()]
+    return build_parser().parse_args(["launch", "slurm", "sinusoid", *overrides, *flags])
 
 
 def play(folder: Path, **programs: str) -> str:
@@ -251,8 +254,9 @@ def test_processes_without_an_episode_are_warned_of(tmp_path, monkeypatch, capsy
 def test_only_settings_are_replaced_and_words_arrive_as_they_were_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     odd = ("model.hidden=[8, 8]", "run.dir=a b/it's", 'optim.name="sgd"')
-    batch = prepare(request(*odd, gpus_per_node=4, partition="gpu", account="us", constraint="a100|h100",
-                            sbatch=("--mem=64G", "--exclusive")))  # fmt: skip
+    asked = request(*odd, gpus_per_node=4, partition="gpu", account="us", constraint="a100|h100", sbatch="--mem=64G")
+    asked.sbatch.append("--exclusive")
+    batch = prepare(asked)
     shipped = (ROOT / "launch/slurm/multi_node.sbatch").read_text()
     assert batch.script.partition(END)[2] == shipped.partition(END)[2] != ""
     directives = [line.removeprefix("#SBATCH ") for line in batch.script.splitlines() if line.startswith("#SBATCH")]
@@ -268,7 +272,7 @@ def test_only_settings_are_replaced_and_words_arrive_as_they_were_given(tmp_path
 
 def test_without_gpus_it_runs_on_cpus(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    batch = prepare(request(processes_per_node=3, nodes=1, requeue=False))
+    batch = prepare(request(processes_per_node=3, nodes=1, no_requeue=True))
     assert "#SBATCH --gres" not in batch.script and "#SBATCH --no-requeue\n" in batch.script
     assert "#SBATCH --requeue" not in batch.script and "ACCELERATE_FILE=cpu.yaml" in batch.script
     assert "CONFIG=(sinusoid run.device=cpu)\n" in batch.script
@@ -276,7 +280,7 @@ def test_without_gpus_it_runs_on_cpus(tmp_path, monkeypatch):
 
 def test_a_sweep_has_a_task_and_a_folder_for_each_seed_and_backbone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    batch = prepare(request(gpus_per_node=1, seeds=(3, 1), backbones=("mlp", "hf-hub:a/b"), array_limit=2))
+    batch = prepare(request(gpus_per_node=1, seeds="3,1", backbones="mlp,hf-hub:a/b", array_limit=2))
     assert "#SBATCH --array=0-3%2\n" in batch.script
     for task, folder in enumerate(batch.run_dirs):
         seed, backbone = (3, 1)[task % 2], ("mlp", "hf-hub:a/b")[task // 2]
@@ -319,17 +323,15 @@ def test_a_run_folder_that_the_container_does_not_see_is_refused(tmp_path, monke
 @pytest.mark.parametrize(
     ("options", "overrides", "words"),
     [
-        ({"nodes": 0}, (), "--nodes is 0; give 1 or more"),
         ({"gpus_per_node": 0}, (), "neither GPUs nor processes were asked for"),
-        ({"max_restarts": 0}, (), "--max-restarts is 0; give 1 or more"),
         ({"strategy": "zero4"}, (), "--strategy is zero4; use one of cpu, ddp, zero1"),
         ({"strategy": "zero2"}, ("run.precision=fp64",), "DeepSpeed reduces and updates in float32"),
         ({"strategy": "zero2"}, ("parallel.strategy=ddp",), "sets up DeepSpeed's zero2"),
         ({}, ("train.step=5",), "did you mean train.steps?"),
         ({}, ("parallel.processes=4",), "parallel.processes is 4, but 2 x 8 processes were asked for"),
         ({}, ("run.stop_signals=[SIGTERM]",), "add SIGUSR1 to run.stop_signals"),
-        ({"sbatch": ("mem=4",)}, (), "--sbatch is 'mem=4'"),
-        ({"sbatch": ("--time=9",)}, (), "--sbatch is '--time=9', which the batch script depends on"),
+        ({"sbatch": "mem=4"}, (), "--sbatch is 'mem=4'"),
+        ({"sbatch": "--time=9"}, (), "--sbatch is '--time=9', which the batch script depends on"),
         ({"container": "a/b"}, ("run.dir=/else/where",), "run.dir is /else/where, which the container does not see"),
         ({"job_name": "a b"}, (), "--job-name is 'a b'"),
         ({"container_mounts": "/a:/a"}, (), "--container-mounts is given without --container"),
@@ -340,6 +342,13 @@ def test_what_cannot_be_is_said_before_the_job_waits_for_hours(tmp_path, monkeyp
     with pytest.raises(ConfigError) as error:
         prepare(request(*overrides, **{"gpus_per_node": 8, **options}))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["nodes", "max-restarts", "signal-lead-s"])
+def test_numbers_that_cannot_be_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        main(["launch", "slurm", "sinusoid", "--time=60", f"--{option}=0"])
+    assert f"argument --{option}: it is 0; give 1 or more" in capsys.readouterr().err
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path, monkeypatch):
@@ -377,7 +386,7 @@ def test_the_lines_that_follow_a_sweep_can_be_pasted(tmp_path, monkeypatch):
     here = tmp_path / "a b"
     here.mkdir()
     monkeypatch.chdir(here)
-    lines = slurm.follow(prepare(request("run.dir=runs", gpus_per_node=1, seeds=(0, 1))), "7")
+    lines = slurm.follow(prepare(request("run.dir=runs", gpus_per_node=1, seeds="0,1")), "7")
     assert f"  log     tail -F '{here}'/slurm-cml-dist-7_*.out" in lines
     assert [line for line in lines if "cml-dist status" in line] == [f"  status  cml-dist status '{here}/runs'/*"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -77,14 +76,6 @@ def test_the_state_and_its_exit_code(tmp_path, capfd, made, state, code):
     assert found == code
     assert line.startswith(f"{folder}: {state}, step 60/100")
     assert made.get("reason", "").replace("\n", " ") in line
-
-
-def test_a_run_is_alive_while_a_process_here_holds_its_lock(tmp_path, capfd):
-    folder = make_run(tmp_path / "run", age_s=600, host=socket.gethostname(), pid=DEAD_PID)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert check(folder, capfd)[0] == 3
-    assert check(folder, capfd)[0] == 1
 
 
 def test_figures_are_those_of_the_files(tmp_path, capfd):

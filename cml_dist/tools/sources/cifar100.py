@@ -31,18 +31,18 @@ def read(tree: SourceTree) -> tuple[SourceTree, dict[str, list[str]]]:
         raise DataError(f"{tree.where} has no folder with train, test and meta", "give cifar-100-python or its tar.gz")
     readers: dict[str, Callable[[], bytes]] = {}
     classes: dict[str, list[str]] = {}
+    names: list[str] = []
     for part in ("meta", "train", "test"):
         data = tree.read(join(folder, part))
         try:
             content = _PlainData(io.BytesIO(data), encoding="bytes").load()
             if part == "meta":
-                classes = {_text(name): [] for name in content[b"fine_label_names"]}
-                names = list(classes)
+                names = [name.decode() for name in content[b"fine_label_names"]]
+                classes = {name: [] for name in names}
                 continue
             labels, pixels = content[b"fine_labels"], content[b"data"].reshape(-1, 3, 32, 32)
-            files = content.get(b"filenames") or [f"{part}-{number:05d}.png" for number in range(len(labels))]
-            for label, picture, file in zip(labels, pixels, files, strict=True):
-                path = f"{names[label]}/{_text(file)}"
+            for label, picture, file in zip(labels, pixels, content[b"filenames"], strict=True):
+                path = f"{names[label]}/{file.decode()}"
                 classes[names[label]].append(path)
                 readers[path] = lambda picture=picture: as_png(picture).data
         except Exception as error:  # a damaged pickle raises almost anything
@@ -70,7 +70,3 @@ class _PlainData(pickle.Unpickler):
             # The place that numpy's own pickles name; it moved in numpy 2.
             return np.empty(0).__reduce__()[0]
         return super().find_class(module, name)
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value

@@ -35,13 +35,14 @@ class Item(NamedTuple):
     path: str
     read: Callable[[], bytes]
 
+    @property
+    def what(self) -> str:
+        """Its name in errors."""
+        return f"image {self.path} of class {self.class_name!r}"
 
-class Sorted(NamedTuple):
-    """A source as its layout reads it: the files, the classes of each split, the paths of each class's images."""
 
-    tree: SourceTree
-    lists: SplitLists
-    classes: Mapping[str, Sequence[str]]
+Found = tuple[SourceTree, SplitLists, Mapping[str, Sequence[str]]]
+"""A source as its layout reads it: the files, the classes of each split, the paths of each class's images."""
 
 
 def recognise(tree: SourceTree, splits: Splits) -> str:
@@ -80,10 +81,8 @@ def find_items(tree: SourceTree, layout: str, splits: Splits) -> list[Item]:
     tree, lists, classes = LAYOUTS[layout](tree, splits)
     split_of: dict[str, str] = {}
     items: dict[str, Item] = {}  # by path
-    listed = [(place, name) for place in SPLITS for name in lists.get(place, ())]
-    for split, name in listed:
-        first = split_of.setdefault(name, split)
-        if first != split:
+    for split, name in [(one, name) for one in SPLITS for name in lists.get(one, ())]:
+        if (first := split_of.setdefault(name, split)) != split:
             what = f"class {name!r} lies in the splits {first!r} and {split!r}"
             raise DataError(what, "give each class to one split")
         if not classes.get(name):
@@ -93,8 +92,7 @@ def find_items(tree: SourceTree, layout: str, splits: Splits) -> list[Item]:
             if path in items:
                 what = f"image {path} is used twice: for class {items[path].class_name!r} and for class {name!r}"
                 raise DataError(what, "list each class and each image once")
-            key = f"{name}/{PurePosixPath(path).stem}"
-            items[path] = Item(split, name, key, path, partial(tree.read, path))
+            items[path] = Item(split, name, f"{name}/{PurePosixPath(path).stem}", path, partial(tree.read, path))
     if not items:
         raise DataError(f"{tree.where} has no class to pack", "list one class a line in train.txt, val.txt, test.txt")
     return list(items.values())
@@ -138,42 +136,36 @@ def _least_deep(folders: list[str]) -> list[str]:
     return [folder for folder in folders if folder.count("/") == depth]
 
 
-def _folders(tree: SourceTree, splits: Splits) -> Sorted:
+def _folders(tree: SourceTree, splits: Splits) -> Found:
     """Class folders of any depth, with lists of classes or with a folder for each split."""
-    by_folder: dict[str, list[str]] = {}
-    for path in tree.images:
-        by_folder.setdefault(path.rpartition("/")[0], []).append(path)
     lists = _read_lists(tree, splits)
     if lists is not None:
-        return Sorted(tree, lists, _listed_classes(lists, by_folder))
-    classes: dict[str, list[str]] = {}
-    parent = _split_folders(tree)
-    if parent is None:
+        return tree, lists, _listed_classes(tree, lists)
+    found = _split_folders(tree)
+    if found is None:
         raise DataError(
             f"{tree.where} says nowhere which class belongs to which split",
             "add train.txt, val.txt, test.txt (one class folder a line), or folders train/, val/, test/",
         )
-    names: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for folder, paths in by_folder.items():
-        for split in SPLITS:
-            start = join(parent, split) + "/"
-            if folder.startswith(start):
-                names[split].append(folder.removeprefix(start))
-                classes[names[split][-1]] = paths
-    return Sorted(tree, names, classes)
+    lists = {split: list(classes) for split, classes in found.items()}
+    return tree, lists, {name: paths for classes in found.values() for name, paths in classes.items()}
 
 
-def _listed_classes(lists: SplitLists, by_folder: Mapping[str, list[str]]) -> dict[str, list[str]]:
+def _listed_classes(tree: SourceTree, lists: SplitLists) -> dict[str, list[str]]:
     """Images of each listed class: those in the one folder whose path ends like its name, or else below that folder."""
-    ends: dict[str, set[str]] = {}
-    for folder in by_folder:
-        parts = folder.split("/")
-        for stop in range(1, len(parts) + 1):
-            for start in range(stop):
-                ends.setdefault("/".join(parts[start:stop]), set()).add("/".join(parts[:stop]))
+    by_folder: dict[str, list[str]] = {}
+    by_end: dict[str, set[str]] = {}  # folders that hold images at any depth, by their own name
+    for path in tree.images:
+        folder = path.rpartition("/")[0]
+        if folder not in by_folder:
+            parts = folder.split("/")
+            for number, part in enumerate(parts, start=1):
+                by_end.setdefault(part, set()).add("/".join(parts[:number]))
+        by_folder.setdefault(folder, []).append(path)
     classes = {}
     for name in {name for names in lists.values() for name in names}:
-        folders = sorted(ends.get(name, ()))
+        ends = by_end.get(name.rpartition("/")[2], ())
+        folders = sorted(folder for folder in ends if f"/{folder}".endswith(f"/{name}"))
         if len(folders) > 1:
             what = f"class {name!r} is found in several folders: {', '.join(folders)}"
             raise DataError(what, "keep one of them, or list longer paths")
@@ -183,22 +175,23 @@ def _listed_classes(lists: SplitLists, by_folder: Mapping[str, list[str]]) -> di
     return classes
 
 
-def _split_folders(tree: SourceTree) -> str | None:
-    """The folder whose subfolders ``train``, ``val``, ``test`` hold class folders; None where there is none."""
-    found: dict[str, set[str]] = {}
+def _split_folders(tree: SourceTree) -> dict[str, dict[str, list[str]]] | None:
+    """Images by split and class, of the least deep folders ``train``, ``val``, ``test``; None without such."""
+    found: dict[str, dict[str, dict[str, list[str]]]] = {}
     for path in tree.images:
-        parts = path.split("/")
-        for place, part in enumerate(parts[:-2]):  # at least a class folder and a file must follow
+        parts = path.split("/")[:-1]
+        for place, part in enumerate(parts[:-1]):  # at least a class folder must follow
             if part in SPLITS:
-                found.setdefault("/".join(parts[:place]), set()).add(part)
+                classes = found.setdefault("/".join(parts[:place]), {}).setdefault(part, {})
+                classes.setdefault("/".join(parts[place + 1 :]), []).append(path)
     whole = [parent for parent, splits in found.items() if "train" in splits and len(splits) > 1]
-    return min(whole, key=lambda parent: parent.count("/"), default=None)
+    return found[min(whole, key=lambda parent: parent.count("/"))] if whole else None
 
 
 # --------------------------------------------------------------------------- sets as published
 
 
-def _ravi(tree: SourceTree, splits: Splits) -> Sorted:
+def _ravi(tree: SourceTree, splits: Splits) -> Found:
     """Ravi & Larochelle: ``images/`` beside ``train.csv``, ``val.csv``, ``test.csv``."""
     if splits is not None:
         raise DataError("layout ravi has its splits in its csv files", "leave --splits out, or use --layout folders")
@@ -222,50 +215,44 @@ def _ravi(tree: SourceTree, splits: Splits) -> Sorted:
         lists[split] = sorted({label for _, label in rows})
         for name, label in rows:
             found = by_name.get(PurePosixPath(name).name, [])
-            beside = [p for p in (join(folders[0], f"images/{name}"), join(folders[0], name)) if p in found]
-            if not beside and len(found) != 1:
+            if len(found) != 1:
                 how = "found several times in" if found else "absent from"
                 what = f"image {name!r} of {file} is {how} {tree.where}"
-                raise DataError(what, "put the images into images/ beside the csv files")
-            classes.setdefault(label, []).append((beside or found)[0])
-    return Sorted(tree, lists, classes)
+                raise DataError(what, "put each image once into images/ beside the csv files")
+            classes.setdefault(label, []).append(found[0])
+    return tree, lists, classes
 
 
-def _cifar100(tree: SourceTree, splits: Splits) -> Sorted:
+def _cifar100(tree: SourceTree, splits: Splits) -> Found:
     """The original pickles, split as published or by lists of the user's own."""
-    if isinstance(splits, str) and splits in CIFAR100_SPLITS:
-        lists = CIFAR100_SPLITS[splits]
-    else:
-        lists = _read_lists(tree, splits) if splits is not None else None
+    lists = CIFAR100_SPLITS.get(splits) if isinstance(splits, str) else None
+    if lists is None and splits is not None:
+        lists = _read_lists(tree, splits)
     if lists is None:
         raise DataError(
             f"{tree.where} is CIFAR-100, for which there are several splits",
             f"say which: --splits {' or --splits '.join(CIFAR100_SPLITS)}, or a folder of lists",
         )
     images, classes = cifar100.read(tree)
-    return Sorted(images, lists, classes)
+    return images, lists, classes
 
 
-def _omniglot(tree: SourceTree, splits: Splits) -> Sorted:
+def _omniglot(tree: SourceTree, splits: Splits) -> Found:
     """Omniglot as published: classes are ``Alphabet/characterNN`` of both parts; without lists split as Vinyals did."""
     classes: dict[str, list[str]] = {}
-    seen = set()
-    for path in tree.images:
-        parts = path.split("/")
-        for part in _OMNIGLOT:
-            if part in parts[:-3]:
-                seen.add(part)
-                classes.setdefault("/".join(parts[parts.index(part) + 1 : -1]), []).append(path)
-    absent = [part for part in _OMNIGLOT if part not in seen]
-    if absent:
-        raise DataError(
-            f"{tree.where} has no images below {' and '.join(absent)}",
-            f"give a folder with both {' and '.join(_OMNIGLOT)}, as zips or unpacked",
-        )
+    for part in _OMNIGLOT:
+        inside = [parts for path in tree.images if part in (parts := path.split("/"))[:-3]]
+        if not inside:
+            raise DataError(
+                f"{tree.where} has no images below {part}",
+                f"give a folder with both {' and '.join(_OMNIGLOT)}, as zips or unpacked",
+            )
+        for parts in inside:
+            classes.setdefault("/".join(parts[parts.index(part) + 1 : -1]), []).append("/".join(parts))
     lists = _read_lists(tree, splits) if splits is not None else None
     if lists is None:
         lists = {split: [name for name in sorted(classes) if omniglot_split(name) == split] for split in SPLITS}
-    return Sorted(tree, lists, classes)
+    return tree, lists, classes
 
 
 LAYOUTS = {"folders": _folders, "ravi": _ravi, "cifar100": _cifar100, "omniglot": _omniglot}

@@ -27,7 +27,8 @@ class SourceTree:
     def __init__(self, where: str, readers: Readers) -> None:
         self.where = where
         self._readers = readers
-        self.paths = sorted((path for path in readers if not _hidden(path)), key=natural_order)
+        shown = (path for path in readers if not re.search(r"(^|/)(\.|__MACOSX(/|$))", path))
+        self.paths = sorted(shown, key=natural_order)
         self.images = [path for path in self.paths if path.lower().endswith(_IMAGE_SUFFIXES)]
 
     def read(self, path: str) -> bytes:
@@ -93,13 +94,11 @@ def natural_order(path: str) -> tuple[list[list[str | int]], str]:
 def _folder_readers(root: Path) -> Readers:
     """All files below a folder; the two zips in which Omniglot is published appear as folders of their name."""
     readers: dict[str, Callable[[], bytes]] = {}
-    for folder, _, files in os.walk(root):
-        for name in files:
-            path = Path(folder, name)
-            if path.parent == root and name in ("images_background.zip", "images_evaluation.zip"):
-                readers |= _zip_readers(path)
-            else:
-                readers[path.relative_to(root).as_posix()] = path.read_bytes
+    for path in root.rglob("*"):
+        if path.parent == root and path.name in ("images_background.zip", "images_evaluation.zip"):
+            readers |= _zip_readers(path)
+        elif not path.is_dir():  # a link that leads nowhere is to be seen
+            readers[path.relative_to(root).as_posix()] = path.read_bytes
     return readers
 
 
@@ -114,7 +113,3 @@ def _tar_readers(path: Path) -> Readers:
         members = [m for m in archive.getmembers() if m.isfile() and not m.name.lower().endswith(_IMAGE_SUFFIXES)]
         content = {m.name.removeprefix("./"): archive.extractfile(m).read() for m in members}
     return {name: partial(bytes, data) for name, data in content.items()}
-
-
-def _hidden(path: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
