@@ -29,9 +29,6 @@ def in_words(table: Mapping[str, Entry]) -> str:
     return "; ".join(f"{name}: {entry.help}" if entry.help else name for name, entry in table.items())
 
 
-# --------------------------------------------------------------------------- methods
-
-
 @dataclass(frozen=True)
 class MethodEntry(Entry):
     """A method of ``method.name``. Its target is its inner rule; without one ``method.inner_optim`` chooses the rule.
@@ -91,9 +88,6 @@ def family(name: str) -> str:
     return (METHODS[name].family if name in METHODS else "") or name
 
 
-# --------------------------------------------------------------------------- networks
-
-
 @dataclass(frozen=True)
 class BackboneEntry(Entry):
     """A backbone, which reads ``images`` or ``vectors``. Its target is ``build(model: ModelConfig, input_shape)``."""
@@ -114,9 +108,6 @@ HEADS: dict[str, Entry] = {
     "centroid": Entry("classes start from their mean support feature (Proto-MAML)", "cml_dist.nets.heads:CentroidHead"),
     "ridge": Entry("classes start from ridge regression on the support features", "cml_dist.nets.heads:RidgeHead"),
 }
-
-
-# --------------------------------------------------------------------------- domains
 
 
 @dataclass(frozen=True)

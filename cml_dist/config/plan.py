@@ -26,7 +26,6 @@ class RunPlan:
         memory: what was found out about memory, and what was chosen for it, in words; empty without a budget.
         strategy: ``single``, ``ddp``, or ``zero0`` to ``zero3``.
         offload: what lies on the CPU: ``none``, ``optimizer`` or ``all``.
-        steps, episodes, validations: of the whole run (meta-steps, training episodes).
         inner_steps, test_inner_steps: gradient steps on a support set, in training and at test.
     """
 
@@ -34,9 +33,6 @@ class RunPlan:
     strategy: str
     engine: str
     episodes_by_rank: tuple[int, ...]
-    steps: int
-    episodes: int
-    validations: int
     inner_steps: int
     test_inner_steps: int
     micro_batch: int | None = None
@@ -72,16 +68,12 @@ def make_plan(config: RunConfig, processes: int, environment: Mapping[str, str])
         # The memory budget decides; until it has, the fastest that could be (see memory/choose.py).
         engine = "adjoint" if micro_batch is not None or sqrt or on_cpu else "graph"
     second_order, adjoint = config.method.order == 2, engine == "adjoint"
-    steps, every, batch = config.train.steps, config.eval.every, config.train.episodes_per_step
-    test_steps = config.eval.inner_steps
+    batch, test_steps = config.train.episodes_per_step, config.eval.inner_steps
     return RunPlan(
         processes=processes,
         strategy=strategy,
         engine=engine if second_order else "first_order",
         episodes_by_rank=tuple(len(share(batch, rank, processes)) for rank in range(processes)),
-        steps=steps,
-        episodes=steps * batch,
-        validations=-(-steps // every) if every else 1,
         inner_steps=config.method.inner_steps,
         test_inner_steps=config.method.inner_steps if test_steps is None else test_steps,
         offload=offload,
@@ -132,7 +124,7 @@ def resolve_strategy(config: RunConfig, processes: int, environment: Mapping[str
 
 def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
     """The plan in words, for people."""
-    model, method, domain, test = config.model, config.method, config.domain, config.eval
+    model, method, domain, train, test = config.model, config.method, config.domain, config.train, config.eval
     examples = f"{domain.shots} support and {domain.queries} query points"
     if hasattr(domain, "ways"):
         examples = f"{domain.ways}-way {domain.shots}-shot, {domain.queries} queries a class"
@@ -161,11 +153,11 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
         **({"memory": plan.memory} if plan.memory else {}),
         "world": f"{plan.processes} process{'es' * (plan.processes != 1)} "
         f"({_listed(plan.strategy, on_cpu[plan.offload])}), "
-        f"{config.train.episodes_per_step} episodes a meta-step: {each} a process",
-        "training": f"{plan.steps:,} meta-steps of {config.optim.name} at {config.optim.lr:g}, "
-        f"{plan.episodes:,} episodes",
-        "validation": f"{plan.validations} x {test.val_episodes} episodes; meta-steps between checkpoints: "
-        f"{config.checkpoint.every:,}",
+        f"{train.episodes_per_step} episodes a meta-step: {each} a process",
+        "training": f"{train.steps:,} meta-steps of {config.optim.name} at {config.optim.lr:g}, "
+        f"{train.steps * train.episodes_per_step:,} episodes",
+        "validation": f"{-(-train.steps // test.every) if test.every else 1} x {test.val_episodes} episodes; "
+        f"meta-steps between checkpoints: {config.checkpoint.every:,}",
         "test": _listed(
             f"{test.episodes} episodes of {test.split}, inner steps: {plan.test_inner_steps}",
             test.norm == "support" and "statistics of the support set",

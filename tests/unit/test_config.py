@@ -153,9 +153,11 @@ def test_plan_resolves_auto():
     assert make_plan(parse(), 2, {}).strategy == "ddp"
     assert make_plan(parse("method.inner_steps=5"), 1, {}).engine == "graph"  # until memory says otherwise
     assert make_plan(parse("method.inner_steps=5", "engine.micro_batch=2"), 1, {}).engine == "adjoint"
-    plan = make_plan(parse("train.steps=1100", "eval.every=500"), 3, {})
-    assert (plan.episodes_by_rank, plan.validations, plan.episodes) == ((2, 1, 1), 3, 4400)
-    assert "2 or 1 a process" in plan_rows(parse(), make_plan(parse(), 3, {}))["world"]
+    config = parse("train.steps=1100", "eval.every=500")
+    plan = make_plan(config, 3, {})
+    rows = plan_rows(config, plan)
+    assert plan.episodes_by_rank == (2, 1, 1) and "2 or 1 a process" in rows["world"]
+    assert rows["validation"].startswith("3 x 200 episodes") and rows["training"].endswith("4,400 episodes")
     with pytest.raises(ConfigError, match="parallel.strategy"):
         make_plan(parse("parallel.strategy=single"), 2, {})
 
