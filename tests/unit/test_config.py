@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from cml_dist.config import schema
-from cml_dist.config.load import dump_config, load_config, merge, parse_config, valid_keys
+from cml_dist.config.load import load_config, merge, parse_config, valid_keys
 from cml_dist.config.plan import make_plan, plan_rows, share
 from cml_dist.config.schema import STOP_SIGNALS
 from cml_dist.errors import ConfigError
@@ -44,19 +44,6 @@ def test_a_home_folder_is_meant_wherever_a_path_is_asked_for(monkeypatch, tmp_pa
             parse(f"{key}=~no-such-user/x")
 
 
-def test_dump_reads_back_to_the_same(tmp_path):
-    config = parse("method.name=fomaml", "domain.augment.flip=true", "optim.betas=[0.5, 0.9]")
-    path = tmp_path / "config.yaml"
-    path.write_text(dump_config(config))
-    assert load_config(str(path)) == config
-
-
-@pytest.mark.parametrize(("name", "gamma", "order"), [("cml", 1.0, 2), ("maml", 0.0, 2), ("fomaml", 0.0, 1)])
-def test_method_presets(name, gamma, order):
-    method = parse(f"method.name={name}").method
-    assert (method.gamma, method.order) == (gamma, order)
-
-
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -87,19 +74,6 @@ def test_refusals_name_the_thing_the_value_and_the_remedy(override, words):
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "overrides", [("method.name=maml", "method.gamma=1"), ("method.name=fomaml", "method.order=2")]
-)
-def test_contradictions_are_refused(overrides):
-    with pytest.raises(ConfigError, match="method.name"):
-        parse(*overrides)
-
-
-def test_colearner_cannot_choose_where_there_is_none():
-    with pytest.raises(ConfigError, match="eval.learner"):
-        parse("method.name=maml", "eval.learner=co")
 
 
 def test_settings_of_one_domain_are_refused_by_another():

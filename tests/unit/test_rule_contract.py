@@ -223,6 +223,11 @@ CONTRADICTIONS = [
         "method.colearner is false, but method.name is cml: set method.name=maml, or method.colearner=true",
     ),
     (
+        "method.name=fomaml method.order=2",
+        "method.order is 2, but method.name fomaml is first order: set method.name=maml, or method.order=1",
+    ),
+    ("engine.name=graph engine.micro_batch=2", "engine.micro_batch is set, but engine.name graph keeps the whole loop"),
+    (
         "method.name=anil method.colearner=true eval.learner=co",
         "eval.learner is co, but eq. 9 adapts the body alone, which does not adapt under method.name anil: set "
         "eval.learner=meta, or eval.co_adapt=released",
