@@ -55,21 +55,15 @@ METHODS: dict[str, MethodEntry] = {
     "fomaml": MethodEntry("MAML of first order", title="FOMAML", settings={"order": 1}, family="maml"),
     "anil": MethodEntry(
         "the head alone adapts (Raghu et al., 1909.09157)",
-        title="ANIL",
-        settings={"adapts": ["head"], **HALF},
-        adapts_only="head",
+        title="ANIL", settings={"adapts": ["head"], **HALF}, adapts_only="head",
     ),
     "boil": MethodEntry(
         "the body alone adapts (Oh et al., 2008.08882)",
-        title="BOIL",
-        settings={"adapts": ["body"], **HALF},
-        adapts_only="body",
+        title="BOIL", settings={"adapts": ["body"], **HALF}, adapts_only="body",
     ),
     "meta_sgd": MethodEntry(
         "a learned step size for every element, which starts at inner_lr (Li et al., 1707.09835)",
-        "cml_dist.methods.meta_sgd:MetaSgd",
-        title="Meta-SGD",
-        settings={"inner_steps": 1, "inner_lr": 0.1},
+        "cml_dist.methods.meta_sgd:MetaSgd", title="Meta-SGD", settings={"inner_steps": 1, "inner_lr": 0.1},
     ),
 }
 
@@ -128,9 +122,7 @@ _IMAGES = "cml_dist.data.build:build_images"
 DOMAINS: dict[str, DomainEntry] = {
     "glyphs": DomainEntry(
         "characters of many scripts, nothing to download",
-        "cml_dist.data.build:build_glyphs",
-        settings="GlyphsConfig",
-        usual_inputs=(1, 28, 28),
+        "cml_dist.data.build:build_glyphs", settings="GlyphsConfig", usual_inputs=(1, 28, 28),
     ),
     "images": DomainEntry("any packed image set", _IMAGES),
     "omniglot": DomainEntry("", _IMAGES, usual_inputs=(1, 28, 28)),

@@ -30,6 +30,13 @@ def test_defaults_overrides_and_types():
         config.train.steps = 8
 
 
+def test_a_section_given_as_a_whole_replaces_the_files_and_a_file_may_use_whole_keys():
+    file = {**GLYPHS, "method": {"inner_lr": 0.5}, "train.steps": 7}
+    config = parse("method={name: maml, inner_steps: 3}", base=file)
+    assert (config.method.name, config.method.inner_steps, config.method.inner_lr) == ("maml", 3, 0.01)
+    assert config.train.steps == 7
+
+
 def test_a_home_folder_is_meant_wherever_a_path_is_asked_for(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = parse("run.dir=~/a", "domain.root=~/b", "model.pretrained=~/c.pth", "parallel.deepspeed=~/d.json")
