@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def config(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.config.load import dump_config, find_recipe, layered, parse_config, read_yaml, valid_keys
+    from cml_dist.config.load import annotated, find_recipe, layered, parse_config, read_yaml, valid_keys
     from cml_dist.config.plan import make_plan, plan_rows
     from cml_dist.distributed.deepspeed_config import deepspeed_config, zero_stage
     from cml_dist.distributed.env import TORCH_DEFAULTS, launched
@@ -46,4 +46,4 @@ def config(args: argparse.Namespace, console: Console) -> None:
         lost = ", ".join(f"{key}={value}" for key, value in layers.gave_way.items())
         console.note(f"Of the recipe gave way to method.name={config.method.name}: {lost}")
     print("# Settings with their source; those without one are defaults.")
-    print(dump_config(config, layers.sources), end="")
+    print(annotated(config, layers.sources), end="")

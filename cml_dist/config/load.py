@@ -206,23 +206,16 @@ def parse_config(data: Mapping[str, Any], source: str = "configuration") -> RunC
         ) from error
 
 
-def dump_config(config: RunConfig, sources: Mapping[str, str] | None = None) -> str:
-    """The resolved configuration as YAML that :func:`load_config` reads back to the same.
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML that :func:`load_config` reads back to the same."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
-    Args:
-        sources: a comment behind each setting that is named here (:class:`Layers`).
-    """
 
-    def lines(data: Mapping[str, Any], prefix: str, indent: str) -> Iterator[str]:
-        for key, value in data.items():
-            if isinstance(value, Mapping):
-                yield f"{indent}{key}:"
-                yield from lines(value, f"{prefix}{key}.", f"{indent}  ")
-            else:
-                source = (sources or {}).get(f"{prefix}{key}")
-                yield f"{indent}{key}: {_as_yaml(value)}" + (f"  # {source}" if source else "")
-
-    return "\n".join(lines(config.model_dump(mode="json"), "", "")) + "\n"
+def annotated(config: RunConfig, sources: Mapping[str, str]) -> str:
+    """The same in whole keys, a line each, with the sources of :class:`Layers` as comments."""
+    settings = flatten(config.model_dump(mode="json"))
+    comments = {key: f"  # {source}" for key, source in sources.items()}
+    return "".join(f"{key}: {_as_yaml(value)}{comments.get(key, '')}\n" for key, value in settings.items())
 
 
 def _as_yaml(value: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from cml_dist.config.load import Layers, dump_config, find_recipe, layered, merge, parse_config, read_yaml, recipes
+from cml_dist.config.load import Layers, annotated, find_recipe, layered, merge, parse_config, read_yaml, recipes
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
 from cml_dist.meta.problem import Problem
@@ -445,7 +445,7 @@ OVERRIDES = [
 def test_what_is_shown_reads_back_to_the_same(recipe, overrides):
     """With the source of each setting that is no default behind it."""
     found, config = layers(*overrides, recipe=read_yaml(find_recipe(recipe)))
-    shown = dump_config(config, found.sources)
+    shown = annotated(config, found.sources)
     assert parse_config(yaml.safe_load(shown)) == config
     assert shown.count("  # command line\n") == len(overrides)
     others = ("  # recipe", f"  # method {config.method.name}")
