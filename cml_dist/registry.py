@@ -29,9 +29,6 @@ def in_words(table: Mapping[str, Entry]) -> str:
     return "; ".join(f"{name}: {entry.help}" if entry.help else name for name, entry in table.items())
 
 
-# --------------------------------------------------------------------------- methods
-
-
 @dataclass(frozen=True)
 class MethodEntry(Entry):
     """A method of ``method.name``. Its target is its inner rule; without one ``method.inner_optim`` chooses the rule.
@@ -58,21 +55,15 @@ METHODS: dict[str, MethodEntry] = {
     "fomaml": MethodEntry("MAML of first order", title="FOMAML", settings={"order": 1}, family="maml"),
     "anil": MethodEntry(
         "the head alone adapts (Raghu et al., 1909.09157)",
-        title="ANIL",
-        settings={"adapts": ["head"], **HALF},
-        adapts_only="head",
+        title="ANIL", settings={"adapts": ["head"], **HALF}, adapts_only="head",
     ),
     "boil": MethodEntry(
         "the body alone adapts (Oh et al., 2008.08882)",
-        title="BOIL",
-        settings={"adapts": ["body"], **HALF},
-        adapts_only="body",
+        title="BOIL", settings={"adapts": ["body"], **HALF}, adapts_only="body",
     ),
     "meta_sgd": MethodEntry(
         "a learned step size for every element, which starts at inner_lr (Li et al., 1707.09835)",
-        "cml_dist.methods.meta_sgd:MetaSgd",
-        title="Meta-SGD",
-        settings={"inner_steps": 1, "inner_lr": 0.1},
+        "cml_dist.methods.meta_sgd:MetaSgd", title="Meta-SGD", settings={"inner_steps": 1, "inner_lr": 0.1},
     ),
 }
 
@@ -89,9 +80,6 @@ INNER_OPTIMS: dict[str, Entry] = {
 def family(name: str) -> str:
     """The family of a method; a method that is none's is its own."""
     return (METHODS[name].family if name in METHODS else "") or name
-
-
-# --------------------------------------------------------------------------- networks
 
 
 @dataclass(frozen=True)
@@ -116,9 +104,6 @@ HEADS: dict[str, Entry] = {
 }
 
 
-# --------------------------------------------------------------------------- domains
-
-
 @dataclass(frozen=True)
 class DomainEntry(Entry):
     """A domain of ``domain.name``. Its target is ``build(settings, train_seed, eval_seed, processes, progress)``.
@@ -137,9 +122,7 @@ _IMAGES = "cml_dist.data.build:build_images"
 DOMAINS: dict[str, DomainEntry] = {
     "glyphs": DomainEntry(
         "characters of many scripts, nothing to download",
-        "cml_dist.data.build:build_glyphs",
-        settings="GlyphsConfig",
-        usual_inputs=(1, 28, 28),
+        "cml_dist.data.build:build_glyphs", settings="GlyphsConfig", usual_inputs=(1, 28, 28),
     ),
     "images": DomainEntry("any packed image set", _IMAGES),
     "omniglot": DomainEntry("", _IMAGES, usual_inputs=(1, 28, 28)),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def config(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.config.load import annotated, load_layers, parse_config, valid_keys
+    from cml_dist.config.load import annotated, find_recipe, layered, parse_config, read_yaml, valid_keys
     from cml_dist.config.plan import make_plan, plan_rows
     from cml_dist.distributed.deepspeed_config import deepspeed_config, zero_stage
     from cml_dist.distributed.env import TORCH_DEFAULTS, launched
@@ -28,7 +28,7 @@ def config(args: argparse.Namespace, console: Console) -> None:
         return
     if args.config is None:
         raise CmlError("no configuration was named", "cml-dist config CONFIG, or cml-dist config --keys")
-    layers = load_layers(args.config, args.overrides, console.warn)
+    layers = layered(read_yaml(find_recipe(args.config)), args.overrides, console.warn)
     config = parse_config(layers.data, source=args.config)
     processes = config.parallel.processes or launched().size  # asked for, else launched, else one
     plan = make_plan(config, processes, os.environ)

@@ -9,17 +9,13 @@ if TYPE_CHECKING:
     from cml_dist.telemetry.console import Console
 
 
-def data(args: argparse.Namespace, console: Console) -> None:
-    (_pack if args.data_command == "pack" else _inspect)(args, console)
-
-
-def _pack(args: argparse.Namespace, console: Console) -> None:
+def pack(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.telemetry.console import preparing
-    from cml_dist.tools.pack import pack
+    from cml_dist.tools.pack import pack as packed
 
     options = ("layout", "splits", "image_size", "channels", "name")
     with preparing(console) as progress:
-        made = pack(args.source, args.dest, **{name: getattr(args, name) for name in options}, progress=progress)
+        made = packed(args.source, args.dest, **{name: getattr(args, name) for name in options}, progress=progress)
     shards = made.shards
     height, width = shards.image_size
     rows = [(split, len(shards.split_info(split).classes), shards.num_images(split)) for split in shards.splits]
@@ -32,7 +28,7 @@ def _pack(args: argparse.Namespace, console: Console) -> None:
     console.note(f"Look at it: cml-dist data inspect {args.dest}")
 
 
-def _inspect(args: argparse.Namespace, console: Console) -> None:
+def inspect(args: argparse.Namespace, console: Console) -> None:
     from pathlib import Path
 
     from cml_dist.data.shards import ShardSet

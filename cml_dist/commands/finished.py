@@ -28,11 +28,8 @@ def export(args: argparse.Namespace, console: Console) -> None:
 
 def _config_of(args: argparse.Namespace, console: Console) -> RunConfig:
     """The run's configuration, in a world that can be."""
-    from cml_dist.config.load import old_names
     from cml_dist.run.folder import run_config
 
-    for line in old_names({}, args.overrides):
-        console.warn(line)
-    config = run_config(args.run_dir, args.overrides)
+    config = run_config(args.run_dir, args.overrides, console.warn)
     check_launch(config.parallel.processes)
     return config

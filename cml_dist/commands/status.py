@@ -22,8 +22,8 @@ def status(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.tools.run_status import RunView
 
     if args.check:
-        if args.watch is not None:
-            raise ConfigError("--check answers once", "leave --watch out, or --check")
+        if args.watch is not None or args.json:
+            raise ConfigError("--check answers once, a line a run", "leave --watch and --json out, or --check")
         return _check(args.run_dir)
     if len(args.run_dir) == 1 and not os.path.isdir(args.run_dir[0]):
         raise CmlError(f"there is no folder {args.run_dir[0]}", "name the run.dir of a training run")
@@ -39,7 +39,7 @@ def status(args: argparse.Namespace, console: Console) -> int:
                 _show(views, console)
             if args.watch is None or all(view.data["state"] == "finished" for view in views):
                 break
-            time.sleep(args.watch)
+            time.sleep(max(0.1, args.watch))
     return 0
 
 

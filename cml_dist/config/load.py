@@ -1,10 +1,12 @@
-"""From a recipe and ``key=value`` overrides to a checked, frozen :class:`RunConfig`; the only reader of such files."""
+"""From a recipe and ``key=value`` overrides to a checked, frozen :class:`RunConfig`; the only reader of such files.
+
+In between, settings are flat: ``section.key`` -> value.
+"""
 
 from __future__ import annotations
 
-import copy
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -21,41 +23,30 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _RECIPES = (_PACKAGE / "recipes", _PACKAGE.parent / "configs" / "recipes")
 """Installed (setup.py puts the recipes there), or in a checkout, also an editable one."""
 
-RENAMED = {
-    "engine.copies": "engine.trajectory_device",
-    "parallel.silence_s": "parallel.heartbeat_timeout_s",
-    "parallel.timeout_s": "parallel.hang_timeout_s",
-    "run.dtype": "run.precision",
-    "run.compute": "run.precision",
+RENAMED: dict[str, tuple[str, dict[str, str]]] = {
+    "engine.copies": ("engine.trajectory_device", {}),
+    "parallel.silence_s": ("parallel.heartbeat_timeout_s", {}),
+    "parallel.timeout_s": ("parallel.hang_timeout_s", {}),
+    "run.dtype": ("run.precision", {"float32": "fp32", "float64": "fp64"}),
+    "run.compute": ("run.precision", {"dtype": "fp32", "float32": "fp32", "bfloat16": "bf16"}),
 }
-"""Settings by their names in 0.1, which are read until 0.3."""
+"""Settings by their names in 0.1, which are read until 0.3: their names now, and the values that changed with them."""
 
-_VALUES = {
-    "run.dtype": {"float32": "fp32", "float64": "fp64"},
-    "run.compute": {"dtype": "fp32", "float32": "fp32", "bfloat16": "bf16"},
-}
+Warn = Callable[[str], object]
+"""Is told, a line each, of settings that have another name by now."""
 
 
-def load_config(
-    path: str, overrides: Sequence[str] = (), warn: Callable[[str], object] = lambda line: None
-) -> RunConfig:
+def silently(line: str) -> None:
+    pass
+
+
+def load_config(path: str, overrides: Sequence[str] = (), warn: Warn = silently) -> RunConfig:
     """Read a recipe by path or short name and apply ``key=value`` overrides.
-
-    Args:
-        warn: told, a line each, of settings that have another name by now.
 
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest valid one), or a value out of range.
     """
-    return parse_config(load_layers(path, overrides, warn).data, source=str(path))
-
-
-def load_layers(path: str, overrides: Sequence[str], warn: Callable[[str], object]) -> Layers:
-    """As :func:`load_config`, before it is checked."""
-    recipe = read_yaml(find_recipe(path))
-    for line in old_names(recipe, overrides):
-        warn(line)
-    return layered(recipe, overrides)
+    return parse_config(layered(read_yaml(find_recipe(path)), overrides, warn).data, source=str(path))
 
 
 # --------------------------------------------------------------------------- files
@@ -68,11 +59,7 @@ def recipes() -> dict[str, Path]:
 
 
 def find_recipe(name_or_path: str) -> Path:
-    """The file of a recipe.
-
-    Args:
-        name_or_path: the path of a YAML file, or the short name of a recipe (``glyphs``, also ``glyphs.yaml``, or the
-            path that it has in a checkout). A file of that name in the current folder wins.
+    """The YAML file of a path, or else of a recipe's short name (``glyphs``, ``glyphs.yaml``, its path in a checkout).
 
     Raises:
         ConfigError: neither a file nor a recipe; the nearest names are given.
@@ -80,16 +67,13 @@ def find_recipe(name_or_path: str) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path
-    known = recipes()
-    short = path.name.removesuffix(".yaml")
+    known, short = recipes(), path.name.removesuffix(".yaml")
     if str(path.parent) in (".", "configs/recipes") and short in known:
         return known[short]
-    what = f"{name_or_path} is a folder" if path.is_dir() else f"{name_or_path} is neither a file nor a recipe"
-    near = difflib.get_close_matches(short, known, n=3, cutoff=0.5)
-    remedy = (
-        f"did you mean {' or '.join(near)}?" if near else f"give the path of a YAML file, or one of {', '.join(known)}"
-    )
-    raise ConfigError(f"configuration {what}", remedy)
+    what = "a folder" if path.is_dir() else "neither a file nor a recipe"
+    near = " or ".join(difflib.get_close_matches(short, known, n=3, cutoff=0.5))
+    remedy = f"did you mean {near}?" if near else f"give the path of a YAML file, or one of {', '.join(known)}"
+    raise ConfigError(f"configuration {name_or_path} is {what}", remedy)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -124,97 +108,87 @@ class Layers:
     gave_way: dict[str, Any]
 
 
-def layered(recipe: Mapping[str, Any], overrides: Sequence[str]) -> Layers:
+def layered(recipe: Mapping[str, Any], overrides: Sequence[str], warn: Warn = silently) -> Layers:
     """Schema < the method's published defaults < recipe < command line.
 
     A recipe's ``method.*`` counts for the method that it names and its family (cml, maml and fomaml are one). Under
     another name that method's own defaults count; within the family what the name decides does.
     """
-    data = merge(recipe, overrides)
-    given = flatten(_with_new_names(recipe))
-    chosen = {RENAMED.get(key, key) for key in (override.partition("=")[0] for override in overrides)}
-    section = data.get("method")
-    gave_way: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    if isinstance(section, dict) and isinstance(section.get("name", "cml"), str):
-        then, now = given.get("method.name", "cml"), section.get("name", "cml")
-        dropped = ()
-        if then != now:
-            dropped = NAME_DECIDES if family(then) == family(now) else tuple(key for key in section if key != "name")
-        for key in dropped:
-            if f"method.{key}" in given and f"method.{key}" not in chosen:
-                gave_way[f"method.{key}"] = section.pop(key)
-        defaults = METHODS[now].settings if now in METHODS else {}
-        has_colearner = section.get("colearner", defaults.get("colearner", False)) is not False
-        switched = chosen & {"method.name", "method.colearner"} and "method.gamma" not in chosen
-        if not has_colearner and section.get("gamma") and switched:
-            gave_way["method.gamma"] = section.pop("gamma")
-        sources = {f"method.{key}": f"method {now}" for key in defaults if section.get(key) is None}
-    for key, value in flatten(data).items():
-        if value is None and key in sources:
-            continue  # asked for what the method says
-        if key in chosen or any(key.startswith(f"{section_key}.") for section_key in chosen):
-            sources[key] = "command line"
-        elif key in given:
-            sources[key] = "recipe"
-    return Layers(data, sources, gave_way)
+    given = _renamed(flatten(recipe), warn)
+    settings, chosen = _assigned(given, overrides, warn)
+    then, now = (str(layer.get("method.name", "cml")) for layer in (given, settings))
+    defaults = {f"method.{key}": value for key, value in METHODS[now].settings.items()} if now in METHODS else {}
+    yields: list[str] = []
+    if then != now:
+        decided = tuple(f"method.{key}" for key in NAME_DECIDES) if family(then) == family(now) else "method."
+        yields = [key for key in settings if key.startswith(decided)]
+    gave_way = {key: settings.pop(key) for key in yields if key not in chosen | {"method.name"}}
+    colearner = settings.get("method.colearner", defaults.get("method.colearner", False))
+    switched = chosen & {"method.name", "method.colearner"} and "method.gamma" not in chosen
+    if colearner is False and switched and settings.get("method.gamma"):
+        gave_way["method.gamma"] = settings.pop("method.gamma")
+    sources = {key: "command line" if key in chosen else "recipe" for key in settings}
+    sources |= {key: f"method {now}" for key in defaults if settings.get(key) is None}  # null asks for it
+    return Layers(_nested(settings), sources, gave_way)
 
 
-def merge(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def merge(data: Mapping[str, Any], overrides: Iterable[str], warn: Warn = silently) -> dict[str, Any]:
     """``data`` with ``section.key=value`` assignments applied; values are read as YAML."""
-    merged = _with_new_names(data)
+    return _nested(_assigned(_renamed(flatten(data)), overrides, warn)[0])
+
+
+def _assigned(given: Mapping[str, Any], overrides: Iterable[str], warn: Warn) -> tuple[dict[str, Any], set[str]]:
+    """Flat settings with overrides applied, and which ones those set."""
+    settings, chosen = dict(given), set()
     for override in overrides:
         key, equals, text = override.partition("=")
-        key, text = RENAMED.get(key, key), str(_VALUES.get(key, {}).get(text, text))
-        *sections, last = key.split(".")
-        if not equals or not all((*sections, last)):
-            raise ConfigError(
-                f"override {override!r} is not of the form section.key=value", "write e.g. train.steps=1000"
-            )
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"override {override!r} is not of the form section.key=value", "write train.steps=1000")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"the value of {override!r} is no valid YAML", "quote it for your shell") from error
-        target = merged
-        for depth, section in enumerate(sections, start=1):
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
-                whole = ".".join(sections[:depth])
-                raise ConfigError(f"override {override!r}: {whole} is a value, not a section", f"set it: {whole}=...")
-        if isinstance(target.get(last), dict) and not isinstance(value, dict):
-            raise ConfigError(f"override {override!r}: {key} is a section", f"set one of its keys, {_example(key)}")
-        target[last] = value
-    return merged
+        for other in list(settings):  # a section that is given as a whole replaces all of it
+            if other.startswith(f"{key}.") or key.startswith(f"{other}."):
+                del settings[other]
+        new = _renamed(flatten({key: value}), warn)
+        settings |= new
+        chosen |= new.keys()
+    return settings, chosen
 
 
-def old_names(recipe: Mapping[str, Any], overrides: Iterable[str]) -> list[str]:
-    """A line for each setting that is given by the name that it had in 0.1."""
-    given = {*flatten(recipe), *(override.partition("=")[0] for override in overrides)}
-    return [f"{key} is now {new}; the old name is read until 0.3" for key, new in RENAMED.items() if key in given]
-
-
-def _with_new_names(data: Mapping[str, Any]) -> dict[str, Any]:
-    data = copy.deepcopy(dict(data))
-    for key, new in RENAMED.items():
-        section, _, name = key.partition(".")
-        settings = data.get(section)
-        if isinstance(settings, dict) and name in settings:
-            value, new_name = settings.pop(name), new.partition(".")[2]
-            value = _VALUES.get(key, {}).get(value, value)
-            if new_name not in settings or value != "fp32":  # two old settings became one
-                settings[new_name] = value
-    return data
+def _renamed(settings: Mapping[str, Any], warn: Warn = silently) -> dict[str, Any]:
+    """Flat settings by their names of today."""
+    settings = dict(settings)
+    for old, (new, values) in RENAMED.items():
+        if old in settings:
+            warn(f"{old} is now {new}; the old name is read until 0.3")
+            value = settings.pop(old)
+            value = values.get(str(value), value)
+            if new not in settings or value != "fp32":  # two old settings became one
+                settings[new] = value
+    return settings
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as ``section.key`` -> value."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
+        flat |= flatten(value, f"{prefix}{key}.") if value and isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, last = key.split(".")
+        target = data
+        for section in sections:
+            if not isinstance(target.get(section), dict):
+                target[section] = {}
+            target = target[section]
+        target[last] = value
+    return data
 
 
 # --------------------------------------------------------------------------- checking and showing
@@ -223,7 +197,7 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def parse_config(data: Mapping[str, Any], source: str = "configuration") -> RunConfig:
     """The checked configuration in plain ``data``; every fault in one ConfigError."""
     try:
-        return RunConfig.model_validate(_with_new_names(data))
+        return RunConfig.model_validate(_nested(_renamed(flatten(data))))
     except ValidationError as error:
         faults = [_fault(e) for e in error.errors()]
         raise ConfigError(
@@ -238,19 +212,15 @@ def dump_config(config: RunConfig) -> str:
 
 
 def annotated(config: RunConfig, sources: Mapping[str, str]) -> str:
-    """The same as :func:`dump_config` with the source of each setting that is no default, as comments."""
+    """The same in whole keys, a line each, with the sources of :class:`Layers` as comments."""
+    settings = flatten(config.model_dump(mode="json"))
+    comments = {key: f"  # {source}" for key, source in sources.items()}
+    return "".join(f"{key}: {_as_yaml(value)}{comments.get(key, '')}\n" for key, value in settings.items())
 
-    def lines(data: Mapping[str, Any], prefix: str, indent: str) -> Iterable[str]:
-        for key, value in data.items():
-            if isinstance(value, Mapping) and value:
-                yield f"{indent}{key}:"
-                yield from lines(value, f"{prefix}{key}.", f"{indent}  ")
-                continue
-            text = yaml.safe_dump([value], default_flow_style=True, width=10**6).strip()[1:-1]
-            source = sources.get(f"{prefix}{key}")
-            yield f"{indent}{key}: {text}" + (f"  # {source}" if source else "")
 
-    return "\n".join(lines(config.model_dump(mode="json"), "", "")) + "\n"
+def _as_yaml(value: Any) -> str:
+    """A value as one would write it in an override."""
+    return yaml.safe_dump([value], default_flow_style=True, width=10**6).strip()[1:-1]
 
 
 def _fault(error: Mapping[str, Any]) -> tuple[str, str]:
@@ -259,59 +229,44 @@ def _fault(error: Mapping[str, Any]) -> tuple[str, str]:
     domain = None
     if location[:1] == ["domain"] and location[1:2] and location[1] in DOMAINS:
         domain = location.pop(1)  # the tag of the union, which users never wrote
-    key, value = ".".join(location), error.get("input")
-    if error["type"] == "extra_forbidden":
+    key, value, kind = ".".join(location), error.get("input"), error["type"]
+    if kind == "extra_forbidden":
         near = difflib.get_close_matches(key, valid_keys(domain), n=1, cutoff=0.5)
         remedy = f"did you mean {near[0]}?" if near else "see cml-dist config --keys"
         return f"{key} is not a setting" + (f" of domain {domain}" if domain else ""), remedy
-    if error["type"] == "missing":
+    if kind == "missing":
         return f"{key} is not set", f"add {key}=..."
-    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = value.get("name") if isinstance(value, Mapping) else value
         return f"domain.name is {name!r}", f"use one of {', '.join(DOMAINS)}"
-    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{key} is {value!r}, but it is a section", f"set its keys, {_example(key)}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        example = next(name for name in valid_keys() if name.startswith(f"{key}."))
+        return f"{key} is {value!r}, but it is a section", f"set its keys, e.g. {example}=..."
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
+    if kind == "value_error":
         return f"{key}: {message}" if key else message, ""
     return f"{key} is {value!r}", (message[:1].lower() + message[1:]).replace("input should", f"{key} should", 1)
-
-
-def _example(section: str) -> str:
-    """A key of a section, for a remedy."""
-    return f"e.g. {next(key for key in valid_keys() if key.startswith(f'{section}.'))}=..."
 
 
 def valid_keys(domain: str | None = None) -> dict[str, str]:
     """Every setting as ``section.key`` -> its description, with those of one domain (default: of all)."""
     keys = {"domain.name": " | ".join(DOMAINS) + "; required"}
-    for name, entry in DOMAINS.items():
-        if domain in (None, name):
-            for key, meaning in _keys(getattr(schema, entry.settings), "domain.").items():
-                keys.setdefault(key, meaning)  # shots of images and of curves: the first says it
-    for name, info in RunConfig.model_fields.items():
-        if name != "domain":
-            keys.update(_keys(info.annotation, f"{name}."))
+    models = [("domain", getattr(schema, entry.settings)) for name, entry in DOMAINS.items() if domain in (None, name)]
+    models += [(name, info.annotation) for name, info in RunConfig.model_fields.items() if name != "domain"]
+    for section, model in models:
+        for key, meaning in _meanings(model, f"{section}."):
+            keys.setdefault(key, meaning)  # shots of images and of curves: the first says it
     return keys
 
 
-def _keys(model: Any, prefix: str) -> dict[str, str]:
-    keys: dict[str, str] = {}
+def _meanings(model: Any, prefix: str) -> Iterator[tuple[str, str]]:
     for name, info in model.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            keys.update(_keys(info.annotation, f"{prefix}{name}."))
+            yield from _meanings(info.annotation, f"{prefix}{name}.")
             continue
         default = "required" if info.is_required() else f"default {_as_yaml(info.default)}"
-        choices = " | ".join(str(choice) for choice in get_args(info.annotation) if isinstance(choice, str))
+        choices = " | ".join(choice for choice in get_args(info.annotation) if isinstance(choice, str))
         description = info.description or ""
         if info.default is None and "null: " in description:  # already there, with what it means
             description, default = description.replace("null: ", "default null: "), ""
-        keys[f"{prefix}{name}"] = "; ".join(filter(None, (choices, description, default)))
-    return keys
-
-
-def _as_yaml(value: Any) -> str:
-    """A value as one would write it in an override."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+        yield f"{prefix}{name}", "; ".join(filter(None, (choices, description, default)))

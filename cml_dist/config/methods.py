@@ -6,8 +6,7 @@ from typing import Any
 
 from cml_dist.registry import METHODS
 
-RunConfig = Any
-"""``schema.RunConfig``, which imports from here."""
+RunConfig = Any  # schema.RunConfig, which imports from here
 
 
 def method_title(config: RunConfig) -> str:
@@ -28,7 +27,7 @@ def method_title(config: RunConfig) -> str:
 
 
 def learner_title(config: RunConfig, learner: str) -> str:
-    """The name of a learner's row: of the co-learner (eq. 9) that of the method with ``-dagger``."""
+    """The method's title, of the co-learner (eq. 9) with ``-dagger``."""
     return method_title(config) + ("-dagger" if learner == "co" else "")
 
 
@@ -39,7 +38,7 @@ def _body_adapts(config: RunConfig) -> bool:
     return method.inner_steps > 0 and rate > 0 and named
 
 
-def task_blind(config: RunConfig) -> str | None:
+def _task_blind(config: RunConfig) -> str | None:
     """Why adapted features cannot tell a co-learner what it would need to know of the task; None: they can.
 
     Labels are shuffled anew in each episode, so that a co-learner that does not adapt then only guesses.
@@ -57,12 +56,12 @@ def colearner_kind(config: RunConfig) -> str:
     if kind != "auto":
         return kind
     can = hasattr(config.domain, "ways") and config.method.colearner != "adapts"
-    return "prototype" if can and task_blind(config) else "dense"
+    return "prototype" if can and _task_blind(config) else "dense"
 
 
 def noise_warning(config: RunConfig) -> str | None:
     """Where the configured co-learner cannot beat chance; None where it can, or is meant as noise."""
-    reason = task_blind(config)
+    reason = _task_blind(config)
     if reason is None or config.method.colearner in (False, "untrained") or colearner_kind(config) == "prototype":
         return None
     said = f"the dense co-learner can only guess, since {reason}: what it adds to the meta-gradient is noise"

@@ -21,13 +21,11 @@ class RunPlan:
         episodes_by_rank: episodes of a meta-step that each rank runs.
         engine: how the meta-gradient is computed.
         micro_batch: most examples that pass through the network at once; None: all of a set.
-        trajectory_device: where ``adjoint`` keeps the adapted parameters of each step: ``device`` or ``cpu``.
-        trajectory: which of them it keeps: ``all``, or about every ``sqrt``-th.
+        trajectory_device, trajectory: where ``adjoint`` keeps adapted parameters (``device`` or ``cpu``), and which:
+            ``all``, or about every ``sqrt``-th.
         memory: what was found out about memory, and what was chosen for it, in words; empty without a budget.
         strategy: ``single``, ``ddp``, or ``zero0`` to ``zero3``.
         offload: what lies on the CPU: ``none``, ``optimizer`` or ``all``.
-        steps, episodes: meta-steps of the whole run, and training episodes in all.
-        validations: how often the run validates.
         inner_steps, test_inner_steps: gradient steps on a support set, in training and at test.
     """
 
@@ -35,9 +33,6 @@ class RunPlan:
     strategy: str
     engine: str
     episodes_by_rank: tuple[int, ...]
-    steps: int
-    episodes: int
-    validations: int
     inner_steps: int
     test_inner_steps: int
     micro_batch: int | None = None
@@ -67,30 +62,24 @@ def make_plan(config: RunConfig, processes: int, environment: Mapping[str, str])
         ConfigError: a strategy that this world cannot carry.
     """
     strategy, offload = resolve_strategy(config, processes, environment)
-    asked, second_order = config.engine, config.method.order == 2
-    on_cpu = asked.trajectory_device == "cpu"
+    asked, on_cpu, sqrt = config.engine, config.engine.trajectory_device == "cpu", config.engine.trajectory == "sqrt"
     engine, micro_batch = asked.name, asked.micro_batch if isinstance(asked.micro_batch, int) else None
     if engine == "auto":
         # The memory budget decides; until it has, the fastest that could be (see memory/choose.py).
-        lean = micro_batch is not None or asked.trajectory == "sqrt" or on_cpu
-        engine = "adjoint" if lean else "graph"
-    steps, every = config.train.steps, config.eval.every
-    batch = config.train.episodes_per_step
-    test_steps = config.eval.inner_steps
+        engine = "adjoint" if micro_batch is not None or sqrt or on_cpu else "graph"
+    second_order, adjoint = config.method.order == 2, engine == "adjoint"
+    batch, test_steps = config.train.episodes_per_step, config.eval.inner_steps
     return RunPlan(
         processes=processes,
         strategy=strategy,
         engine=engine if second_order else "first_order",
         episodes_by_rank=tuple(len(share(batch, rank, processes)) for rank in range(processes)),
-        steps=steps,
-        episodes=steps * batch,
-        validations=-(-steps // every) if every else 1,
         inner_steps=config.method.inner_steps,
         test_inner_steps=config.method.inner_steps if test_steps is None else test_steps,
         offload=offload,
         micro_batch=micro_batch,
-        trajectory_device="cpu" if on_cpu and engine == "adjoint" and second_order else "device",
-        trajectory="sqrt" if asked.trajectory == "sqrt" and engine == "adjoint" else "all",
+        trajectory_device="cpu" if on_cpu and adjoint and second_order else "device",
+        trajectory="sqrt" if sqrt and adjoint else "all",
     )
 
 
@@ -135,66 +124,47 @@ def resolve_strategy(config: RunConfig, processes: int, environment: Mapping[str
 
 def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
     """The plan in words, for people."""
-    model, method, domain = config.model, config.method, config.domain
-    colearner = ""
-    if method.colearner is not False:
-        state = {"untrained": "untrained ", "adapts": "adapting "}.get(method.colearner, "")
-        colearner = f"{state}{colearner_kind(config)} co-learner of depth {model.colearner.depth}"
+    model, method, domain, train, test = config.model, config.method, config.domain, config.train, config.eval
     examples = f"{domain.shots} support and {domain.queries} query points"
     if hasattr(domain, "ways"):
         examples = f"{domain.ways}-way {domain.shots}-shot, {domain.queries} queries a class"
     on_cpu = {"none": "", "optimizer": "optimizer on the CPU", "all": "optimizer and parameters on the CPU"}
-    strategy = _listed(plan.strategy, on_cpu[plan.offload])
     each = " or ".join(map(str, sorted(set(plan.episodes_by_rank), reverse=True)))
     return {
         "run": f"{config.run.dir} (seed {config.run.seed})",
         "domain": f"{domain.name}, {examples}",
         "model": _listed(
-            model.backbone,
-            f"{model.head} head" if model.head != "linear" else "",
-            colearner,
-            f"trained: {', '.join(model.trained)}" if model.trained != ("body", "head") else "",
+            f"{model.backbone}, {model.head} head",
+            method.colearner and f"{colearner_kind(config)} co-learner of depth {model.colearner.depth}",
+            model.trained != ("body", "head") and f"trained: {', '.join(model.trained)}",
         ),
         "method": _listed(
-            f"{method_title(config)}: {_inner_steps(config, plan)}",
-            f"gamma {method.gamma:g}" if colearner else "",
-            f"order {method.order}",
+            f"{method_title(config)} of order {method.order}, inner steps: {plan.inner_steps} of {method.inner_lr:g}",
+            method.adapts and f"adapts: {', '.join(method.adapts)}",
+            method.colearner and f"gamma {method.gamma:g}",
         ),
         "engine": _listed(
             plan.engine,
-            f"micro-batches of {_count(plan.micro_batch, 'example')}" if plan.micro_batch else "",
-            "copies on the CPU" if plan.trajectory_device == "cpu" else "",
-            "every sqrt(K)-th point kept" if plan.trajectory == "sqrt" else "",
-            "bfloat16 inside the network" if config.run.precision == "bf16" else "",
+            plan.micro_batch and f"micro-batches of {plan.micro_batch}",
+            plan.trajectory_device == "cpu" and "copies on the CPU",
+            plan.trajectory == "sqrt" and "every sqrt(K)-th point kept",
+            config.run.precision == "bf16" and "bfloat16 inside the network",
         ),
         **({"memory": plan.memory} if plan.memory else {}),
-        "world": f"{plan.processes} process{'es' * (plan.processes != 1)} ({strategy}), "
-        f"{config.train.episodes_per_step} episodes a meta-step: {each} a process",
-        "training": f"{plan.steps:,} meta-steps of {config.optim.name} at {config.optim.lr:g}, "
-        f"{plan.episodes:,} episodes",
-        "validation": f"{plan.validations} x {config.eval.val_episodes} episodes; a checkpoint every "
-        f"{_count(config.checkpoint.every, 'meta-step')}",
+        "world": f"{plan.processes} process{'es' * (plan.processes != 1)} "
+        f"({_listed(plan.strategy, on_cpu[plan.offload])}), "
+        f"{train.episodes_per_step} episodes a meta-step: {each} a process",
+        "training": f"{train.steps:,} meta-steps of {config.optim.name} at {config.optim.lr:g}, "
+        f"{train.steps * train.episodes_per_step:,} episodes",
+        "validation": f"{-(-train.steps // test.every) if test.every else 1} x {test.val_episodes} episodes; "
+        f"meta-steps between checkpoints: {config.checkpoint.every:,}",
         "test": _listed(
-            f"{config.eval.episodes} episodes of {config.eval.split}",
-            _count(plan.test_inner_steps, "inner step"),
-            "statistics of the support set" if config.eval.norm == "support" else "",
-            f"{config.eval.permutations} label orders each" if config.eval.permutations > 1 else "",
+            f"{test.episodes} episodes of {test.split}, inner steps: {plan.test_inner_steps}",
+            test.norm == "support" and "statistics of the support set",
+            test.permutations > 1 and f"{test.permutations} label orders each",
         ),
     }
 
 
-def _inner_steps(config: RunConfig, plan: RunPlan) -> str:
-    method, steps = config.method, _count(plan.inner_steps, "inner step")
-    if method.name == "meta_sgd":
-        steps += f", step sizes of each element learned from {method.inner_lr:g}"
-    elif plan.inner_steps:
-        steps += f" of {method.inner_lr:g}" + (f" by {method.inner_optim}" if method.inner_optim != "sgd" else "")
-    return steps + (f" on {', '.join(method.adapts)}" if method.adapts is not None else "")
-
-
-def _listed(*parts: str) -> str:
+def _listed(*parts: Any) -> str:
     return ", ".join(filter(None, parts))
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}" + "s" * (number != 1)

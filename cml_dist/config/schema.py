@@ -46,9 +46,6 @@ Place = Annotated[str, AfterValidator(_at_home)]
 """A path; a URL too, where the setting says so."""
 
 
-# --------------------------------------------------------------------------- domain
-
-
 class AugmentConfig(Section):
     """Changes to training images, drawn from the episode's own generator (val and test are never changed)."""
 
@@ -96,9 +93,6 @@ class SinusoidConfig(Section):
 
 
 DomainConfig = Annotated[GlyphsConfig | ImagesConfig | SinusoidConfig, Field(discriminator="name")]
-
-
-# --------------------------------------------------------------------------- model and method
 
 
 class ColearnerConfig(Section):
@@ -173,9 +167,6 @@ class MemoryConfig(Section):
     budget_gib: float | None = Field(None, gt=0, description="memory of each process for parameters, gradients, moments, copies and activations, GiB (on the CPU without the interpreter and its libraries); null: 90 % of the GPU, no limit on the CPU")
 
 
-# --------------------------------------------------------------------------- optimisation
-
-
 class OptimConfig(Section):
     """The outer optimizer on psi, theta and phi (eq. 7)."""
 
@@ -216,9 +207,6 @@ class EvalConfig(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="chooses the val and test episodes, whatever run.seed is")
     untrained: bool = Field(True, description="also test the untrained network, as a floor to compare with")
     final: bool = Field(True, description="test the best step and export it when training ends")
-
-
-# --------------------------------------------------------------------------- where it runs
 
 
 class CheckpointConfig(Section):

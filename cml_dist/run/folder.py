@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cml_dist.config.load import flatten, merge, parse_config, read_yaml
+from cml_dist.config.load import Warn, flatten, merge, parse_config, read_yaml, silently
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, NetworkError
 
@@ -160,7 +160,7 @@ def changes(then: RunConfig, now: RunConfig, free: tuple[str, ...]) -> dict[str,
     }
 
 
-def run_config(run_dir: str | Path, overrides: Sequence[str]) -> RunConfig:
+def run_config(run_dir: str | Path, overrides: Sequence[str], warn: Warn = silently) -> RunConfig:
     """The configuration of the run in ``run_dir`` with overrides, which may change how it is tested.
 
     Raises:
@@ -170,4 +170,4 @@ def run_config(run_dir: str | Path, overrides: Sequence[str]) -> RunConfig:
     # The folder may have been moved, and a test may use another world than training did.
     data["run"]["dir"] = str(run_dir)
     data["parallel"] |= {"processes": None, "strategy": "auto", "offload": "auto", "deepspeed": None}
-    return parse_config(merge(data, overrides), source=f"{run_dir}/config.yaml")
+    return parse_config(merge(data, overrides, warn), source=f"{run_dir}/config.yaml")

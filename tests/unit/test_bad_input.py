@@ -56,10 +56,14 @@ def refused(result, *words):
         assert word in err, err
 
 
-def test_the_set_itself_is_good(attempt, tmp_path):
-    code, err = attempt()
-    assert (code, err) == (0, "")
+def test_after_the_mend_the_same_folder_trains_and_resumes_with_its_own_data_alone(attempt, tmp_path, packed):
+    refused(attempt("domain.queries=4"))
+    assert attempt() == (0, "")
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["meta"]["episodes"] == 2
+    other = write_set(tmp_path / "other", images=5, size=32)
+    refused(attempt(f"domain.root={other}", "train.steps=4"), "data is not that of the run", "domain.root")
+    packed.rename(tmp_path / "moved")
+    assert attempt(f"domain.root={tmp_path / 'moved'}", "train.steps=4")[0] == 0
 
 
 def test_a_known_name_for_another_set_is_warned_of(attempt, packed, tmp_path, capfd):
@@ -122,16 +126,3 @@ def test_vectors_do_not_fit_an_image_network(attempt):
 
 def test_statistics_that_do_not_fit(attempt):
     refused(attempt("domain.mean=[0.5]", "domain.std=[0.5]"), "domain.mean")
-
-
-def test_a_resumed_run_wants_its_own_data(attempt, tmp_path, packed):
-    assert attempt()[0] == 0
-    other = write_set(tmp_path / "other", images=5, size=32)
-    refused(attempt(f"domain.root={other}", "train.steps=4"), "data is not that of the run", "domain.root")
-    packed.rename(tmp_path / "moved")
-    assert attempt(f"domain.root={tmp_path / 'moved'}", "train.steps=4")[0] == 0
-
-
-def test_after_the_mend_the_same_folder_trains(attempt, tmp_path):
-    refused(attempt("domain.queries=4"))
-    assert attempt()[0] == 0

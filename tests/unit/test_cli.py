@@ -41,10 +41,10 @@ def test_interrupted_training_speaks_of_a_checkpoint_only_where_there_is_one(tmp
     assert ("the last checkpoint is whole" in err) is checkpoint and err.startswith("warning: Interrupted")
 
 
-def test_an_interrupted_test_says_that_nothing_was_left_half(tmp_path, capfd, monkeypatch):
+def test_an_interrupted_command_says_what_to_do(tmp_path, capfd, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cml_dist.run.folder.run_config", interrupted)
     assert main(["eval", str(tmp_path)]) == STOPPED_BY_USER
-    assert capfd.readouterr().err == "warning: Interrupted; nothing was left half\n"
+    assert capfd.readouterr().err == "warning: Interrupted; run the same command again before its results are used\n"

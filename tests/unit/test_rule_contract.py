@@ -200,20 +200,6 @@ def config_of(*overrides: str, recipe: dict = GLYPHS) -> RunConfig:
 
 CONTRADICTIONS = [
     (
-        "method.name=anil method.adapts=[body]",
-        "method.adapts is ['body'], but method.name anil adapts the head alone: leave method.adapts out, or set "
-        "method.name=maml",
-    ),
-    (
-        "method.name=anil method.adapts=[head,last:1]",
-        "method.adapts is ['head', 'last:1'], but method.name anil adapts the head alone: leave",
-    ),
-    (
-        "method.name=boil method.adapts=[head]",
-        "method.adapts is ['head'], but method.name boil adapts the body alone: leave method.adapts out, or set "
-        "method.name=maml",
-    ),
-    (
         "method.name=anil method.body_lr=0.1",
         "method.body_lr is 0.1, but method.name anil adapts the head alone: leave method.body_lr out, or set "
         "method.name=maml",
@@ -236,6 +222,11 @@ CONTRADICTIONS = [
         "method.colearner=false",
         "method.colearner is false, but method.name is cml: set method.name=maml, or method.colearner=true",
     ),
+    (
+        "method.name=fomaml method.order=2",
+        "method.order is 2, but method.name fomaml is first order: set method.name=maml, or method.order=1",
+    ),
+    ("engine.name=graph engine.micro_batch=2", "engine.micro_batch is set, but engine.name graph keeps the whole loop"),
     (
         "method.name=anil method.colearner=true eval.learner=co",
         "eval.learner is co, but eq. 9 adapts the body alone, which does not adapt under method.name anil: set "
@@ -300,7 +291,11 @@ def test_what_needs_classes_is_refused_for_regression(override, message):
 
 @pytest.mark.parametrize(
     ("name", "pattern", "stray", "only"),
-    [("anil", "*bias", "body.layers.0.bias", "head"), ("boil", "*weight", "head.weight", "body")],
+    [
+        ("anil", "*bias", "body.layers.0.bias", "head"),
+        ("anil", "last:1", "body.layers.1.weight", "head"),
+        ("boil", "head", "head.weight", "body"),
+    ],
 )
 def test_a_pattern_that_strays_from_what_a_method_adapts_is_refused_once_the_network_is_there(
     name, pattern, stray, only

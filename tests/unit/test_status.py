@@ -160,9 +160,10 @@ def test_a_sweep_is_a_table_and_its_worst_run_counts(tmp_path, capfd):
 def test_watching_ends_with_the_run(tmp_path, capfd):
     assert main(["status", str(make_run(tmp_path / "run", "finished")), "--watch", "0.1"]) == 0
     assert main(["status", str(tmp_path / "run"), "--watch", "--check"]) == 2
+    assert main(["status", str(tmp_path / "run"), "--json", "--check"]) == 2
     with pytest.raises(SystemExit):
         main(["status", "--watch", str(tmp_path)])
-    assert "RUN_DIR comes before --watch" in capfd.readouterr().err
+    assert "argument --watch: invalid float value" in capfd.readouterr().err
 
 
 def test_the_check_imports_no_torch(tmp_path):
