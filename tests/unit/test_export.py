@@ -39,7 +39,8 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def image_set(tmp_path_factory):
-    return write_set(tmp_path_factory.mktemp("set") / "packed", images=4, size=32)
+    # At 32 px the last batch statistics of the ResNet are of 3 numbers: rounding alone would move an answer.
+    return write_set(tmp_path_factory.mktemp("set") / "packed", images=4, size=64)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -127,18 +128,18 @@ def test_export_elsewhere_and_of_another_step(run, tmp_path):
 def test_images_of_every_kind_are_read_alike(run, tmp_path):
     folder, _ = run
     learner = cml_dist.load(folder)
-    array = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    array = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(array).save(tmp_path / "a.png")
     kinds = [array, array.transpose(2, 0, 1), Image.fromarray(array), tmp_path / "a.png", str(tmp_path / "a.png")]
     read = learner.inputs(kinds)
     assert all(torch.equal(read[0], one) for one in read)
-    assert learner.inputs([Image.fromarray(array).resize((50, 40))]).shape == (1, 3, 32, 32)
+    assert learner.inputs([Image.fromarray(array).resize((50, 40))]).shape == (1, 3, 64, 64)
 
 
 def test_bad_input_is_named(run, tmp_path):
     folder, _ = run
     learner = cml_dist.load(folder)
-    image = np.zeros((32, 32, 3), np.uint8)
+    image = np.zeros((64, 64, 3), np.uint8)
     if learner.ways is None:  # any number of classes
         assert learner.adapt([image] * 4, "abcd").predict([image])[0] in "abcd"
         return
@@ -165,7 +166,7 @@ def test_bad_input_is_named(run, tmp_path):
 def test_adapting_leaves_the_learner_as_it_is(run):
     learner = cml_dist.load(run[0])
     rng = np.random.default_rng(1)
-    images = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(4)]
+    images = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(4)]
     before = learner.adapt(images[:2], ["a", "b"]).probabilities(images)
     learner.adapt(images[2:], ["x", "y"])
     after = learner.adapt(images[:2], ["a", "b"]).probabilities(images)
