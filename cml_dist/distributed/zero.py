@@ -1,15 +1,14 @@
 """ZeRO: DeepSpeed shares out optimizer state, gradients and parameters; the meta-gradient is the same.
 
 DeepSpeed comes through Accelerate, and sees an ordinary module with one forward and one backward a meta-step (see
-:class:`MetaModel`). torch's own optimizer steps on this rank's partitions. What is saved is read from the partitions by
-one map, :meth:`Zero._pieces`, which alone knows how DeepSpeed lays them out.
+:class:`MetaModel`). torch's own optimizer steps on this rank's partitions. What is saved and loaded goes
+tensor by tensor, through DeepSpeed's public helpers where they are exact.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,21 +20,6 @@ from cml_dist.distributed.strategy import Carrier, DataParallel
 from cml_dist.distributed.world import World
 from cml_dist.meta.model import MetaModel
 from cml_dist.types import Layout, Params
-
-
-class Piece(NamedTuple):
-    """This rank's part of one parameter, inside a flat float32 partition that the optimizer updates.
-
-    Attributes:
-        flat: the partition; the optimizer's state of it has its shape.
-        at: where the piece begins in ``flat``.
-        begin, count: which elements of the whole, flattened parameter it holds.
-    """
-
-    flat: Tensor
-    at: int
-    begin: int
-    count: int
 
 
 class ZeroReplicated(DataParallel):
@@ -60,6 +44,9 @@ class Zero(Carrier):
     """
 
     def _wrap(self) -> None:
+        import deepspeed  # an optional package, which joining the world has imported by now
+
+        self._help, self._gathered = deepspeed.utils, deepspeed.zero.GatheredParameters
         self._shapes = {n: tuple(p.shape) for n, p in self._named()}
         self._wrapped, _ = self.world.accelerator.prepare(self.model, self.optimizer)
         self._zero = self._wrapped.optimizer
@@ -92,67 +79,50 @@ class Zero(Carrier):
 
     def params(self) -> Params:
         """All meta-parameters by canonical name, whole, on this device. Collective under ZeRO-3: all ranks."""
-        if self._stage < 3:
-            return self.model.params()
-        return {name: self._whole(value).to(self.world.device) for name, value in self._named()}
+        return {name: self._param(value).to(self.world.device) for name, value in self._named()}
 
     def saved_layout(self) -> Layout:
         """Type and shape of all that :meth:`saved_tensors` will give, in its order. Collective: none."""
         layout: Layout = {f"param/{name}": (value.dtype, self._shapes[name]) for name, value in self._named()}
         state = self._state()
         for name, _ in self._named():
-            for key in sorted(state):
-                dtype, is_scalar = state[key]
-                layout[f"moment/{key}/{name}"] = (dtype, () if is_scalar else self._shapes[name])
+            for key, moment in state.items():
+                layout[f"moment/{key}/{name}"] = (moment.dtype, self._shapes[name] if moment.ndim else ())
         return layout
 
     def saved_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters, then moments, whole and on the CPU at rank 0 (empty elsewhere), made when asked for.
+        """Parameters, then moments, whole and on the CPU, made when asked for.
 
         Cost: one tensor. Collective: all ranks iterate to the end.
         """
         for name, value in self._named():
-            yield f"param/{name}", self._gather(name, value, None)
+            yield f"param/{name}", self._param(value).cpu()
         state = self._state()
         for name, value in self._named():
-            for key in sorted(state):
-                if state[key][1]:
-                    yield f"moment/{key}/{name}", self._step_count(key).clone()
-                else:
-                    yield f"moment/{key}/{name}", self._gather(name, value, key)
+            for key, moment in state.items():
+                whole = self._moment(value, key) if moment.ndim else moment.clone()
+                yield f"moment/{key}/{name}", whole.cpu()
 
     def load(self, read: Callable[[str], Tensor], names: Collection[str]) -> None:
         """Take over parameters and moments, to the bit; see :meth:`DataParallel.load`.
 
-        Cost: one tensor. Collective: none.
+        Cost: one tensor. Collective: all ranks.
         """
-        moments: dict[str, list[str]] = {}
+        values = dict(self._named())
+        for name, value in values.items():
+            self._set(value, read(f"param/{name}"), None)
+        self._torch.state.clear()
         for full_name in names:
             kind, _, rest = full_name.partition("/")
             if kind == "moment":
                 key, _, name = rest.partition("/")
-                moments.setdefault(name, []).append(key)
-        with torch.no_grad():
-            for flat in self._flats():
-                self._torch.state[flat] = {}
-            for name, value in self._named():
-                whole = read(f"param/{name}")
-                self._put(value, whole)
-                self._keep(self._pieces(value), whole, lambda flat: flat)
-                for key in moments.get(name, ()):
-                    moment = read(f"moment/{key}/{name}")
-                    if moment.ndim == 0 and key == "step":
-                        for flat in self._flats():  # one count for all: every step updates every parameter
-                            self._torch.state[flat].setdefault(key, moment.clone())
-                        continue
-
-                    def place(flat: Tensor, key: str = key) -> Tensor:
-                        return self._torch.state[flat][key]
-
-                    for flat in self._flats():
-                        if key not in self._torch.state[flat]:
-                            self._torch.state[flat][key] = torch.zeros_like(flat, requires_grad=False)
-                    self._keep(self._pieces(value), moment, place)
+                moment = read(full_name)
+                for flat in self._flats():
+                    if key not in self._torch.state[flat]:  # one step count for all: every step updates every parameter
+                        made = moment.clone() if key == "step" else torch.zeros_like(flat, requires_grad=False)
+                        self._torch.state[flat][key] = made
+                if key != "step":
+                    self._set(values[name], moment, key)
 
     # ------------------------------------------------------------------ DeepSpeed's layout
 
@@ -164,77 +134,58 @@ class Zero(Carrier):
         zero = self._zero
         return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
 
-    def _pieces(self, value: Tensor) -> list[Piece]:
-        """This rank's part of a parameter: none or one piece."""
+    def _state(self) -> dict[str, Tensor]:
+        """The optimizer's state of one partition, by key in order; empty before the first step."""
+        state = self._torch.state.get(self._flats()[0], {})
+        return {key: torch.as_tensor(state[key]) for key in sorted(state) if state[key] is not None}
+
+    def _param(self, value: Tensor) -> Tensor:
+        """A parameter, whole, on every rank; collective under ZeRO-3."""
+        return self._help.safe_get_full_fp32_param(value) if self._stage == 3 else value.detach()
+
+    def _moment(self, value: Tensor, key: str) -> Tensor:
+        """The moment ``key`` of a parameter, whole, on every rank; collective."""
         if self._stage == 3:
-            group, at, size = self._zero.grad_position[self._zero.get_param_id(value)]
-            begin = min(self.world.rank * size, value.ds_numel)
-            pieces = [Piece(self._flats()[group], at, begin, min(size, value.ds_numel - begin))]
-        elif value._hp_mapping is None:
-            pieces = []
-        else:
-            mapping = value._hp_mapping
-            whole, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-            pieces = [Piece(self._flats()[mapping.param_group_index], flat.start, whole.start, whole.numel)]
-        return [piece for piece in pieces if piece.count > 0]
+            return self._help.safe_get_full_optimizer_state(value, key)
+        whole = torch.zeros(value.numel(), dtype=value.dtype, device=value.device)
+        at, part = self._part(value, key)
+        whole[at] = part
+        # Summed as whole numbers: each bit pattern meets zeros alone, so that -0.0 survives too.
+        torch.distributed.all_reduce(whole.view(torch.int32))
+        return whole.view_as(value)
 
-    def _state(self) -> dict[str, tuple[torch.dtype, bool]]:
-        """By key of the optimizer's state: its type, and whether it is one number a parameter. Empty before a step."""
-        flat = self._flats()[0]
-        return {
-            key: (torch.as_tensor(moment).dtype, torch.as_tensor(moment).ndim == 0)
-            for key, moment in self._torch.state.get(flat, {}).items()
-            if moment is not None
-        }
+    def _part(self, value: Tensor, key: str | None) -> tuple[slice, Tensor]:
+        """ZeRO-1 and 2: which elements of a flattened parameter, or moment, are this rank's (none, maybe), and they.
 
-    def _step_count(self, key: str) -> Tensor:
-        return torch.as_tensor(self._torch.state[self._flats()[0]][key]).cpu()
+        DeepSpeed's helpers (0.19.8) do not serve: after the first step they know the moments of the first parameter
+        group alone, and they sum in float32, in which -0.0 is lost.
+        """
+        mine = value._hp_mapping
+        if mine is None:
+            return slice(0), torch.empty(0)
+        whole, flat = mine.lp_fragment_address, mine.hp_fragment_address
+        partition = self._flats()[mine.param_group_index]
+        held = partition.data if key is None else self._torch.state[partition][key]
+        return slice(whole.start, whole.start + whole.numel), held[flat.start : flat.start + flat.numel]
 
-    def _gather(self, name: str, value: Tensor, key: str | None) -> Tensor:
-        """The whole parameter, or its moment ``key``, on rank 0's CPU."""
-        sources = [
-            (piece, piece.flat.detach() if key is None else self._torch.state[piece.flat][key])
-            for piece in self._pieces(value)
-        ]
-        dtype = self._flats()[0].dtype
-        whole = torch.zeros(math.prod(self._shapes[name]), dtype=dtype, device=self.world.device)
-        for piece, source in sources:
-            whole[piece.begin : piece.begin + piece.count] = source[piece.at : piece.at + piece.count]
-        if self.world.size > 1:
-            # Summed as whole numbers: each bit pattern meets zeros alone, so that -0.0 and NaN survive too.
-            torch.distributed.reduce(whole.view(torch.int32), dst=0)
-        if not self.world.is_main:
-            return torch.empty(0, dtype=dtype)
-        return whole.view(self._shapes[name]).cpu()
-
-    def _whole(self, value: Tensor) -> Tensor:
-        """A parameter of ZeRO-3, whole, on every rank."""
-        size = value.partition_numel()
-        mine = torch.zeros(size, dtype=value.dtype, device=self.world.device)
-        for piece in self._pieces(value):
-            mine[: piece.count] = piece.flat.detach()[piece.at : piece.at + piece.count]
-        parts = torch.empty(size * self.world.size, dtype=value.dtype, device=self.world.device)
-        torch.distributed.all_gather_into_tensor(parts, mine)
-        return parts[: value.ds_numel].view(value.ds_shape).clone()
-
-    def _put(self, value: Tensor, whole: Tensor) -> None:
-        """Set the parameter that the next forward uses (the optimizer's partition is set by :meth:`_keep`)."""
+    def _set(self, value: Tensor, whole: Tensor, key: str | None) -> None:
+        """Set a parameter, or its moment ``key``, where it lies; parameters under ZeRO-3 are collective."""
         if self._stage < 3:
-            value.data.copy_(whole)
+            at, part = self._part(value, key)
+            part.copy_(whole.flatten()[at])
+            if key is None:
+                value.data.copy_(whole)  # which the next forward uses
             return
-        if value.data.numel() == value.ds_numel:  # a small one, which DeepSpeed keeps whole
-            value.data.copy_(whole.view(value.ds_shape))
+        # Not DeepSpeed's helpers for the whole, which take no parameter that the ranks cannot share out evenly.
         size = value.partition_numel()
-        begin = min(self.world.rank * size, value.ds_numel)
-        mine = whole.reshape(-1)[begin : begin + size]
-        value.ds_tensor.data[: mine.numel()].copy_(mine)
-
-    @staticmethod
-    def _keep(pieces: list[Piece], whole: Tensor, place: Callable[[Tensor], Tensor]) -> None:
-        """Copy this rank's part of a whole tensor to where it belongs."""
-        for piece in pieces:
-            part = whole.reshape(-1)[piece.begin : piece.begin + piece.count]
-            place(piece.flat)[piece.at : piece.at + piece.count].copy_(part)
+        padded = torch.nn.functional.pad(whole.flatten(), (0, size * self.world.size - whole.numel()))
+        mine = padded[self.world.rank * size :][:size]
+        if key is not None:
+            self._help.safe_set_local_optimizer_state(value, mine, key)
+            return
+        self._help.safe_set_local_fp32_param(value, mine)
+        with self._gathered([value], modifier_rank=0):  # which the next forward uses
+            value.data.copy_(whole)
 
 
 def build_strategy(config: RunConfig, plan: RunPlan, world: World, model: MetaModel) -> DataParallel | Zero:
