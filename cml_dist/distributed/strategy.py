@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from cml_dist.distributed.norm import global_norm
 from cml_dist.distributed.world import World
 from cml_dist.meta.model import MetaModel
 from cml_dist.types import Episode, Layout, Params
@@ -147,3 +146,13 @@ class DataParallel(Carrier):
             for key, moment in sorted(self.optimizer.state.get(value, {}).items()):
                 if moment is not None:
                     yield f"moment/{key}/{name}", torch.as_tensor(moment)
+
+
+def global_norm(tensors: Iterable[Tensor]) -> float:
+    """L2 norm over all tensors, which share a device; not finite where an element is not.
+
+    Each tensor's own norm counts by itself, and they are added in float64 one after the other: a tensor of zeros (phi's
+    gradient at gamma 0) changes no bit, which it would in a sum over vectors of norms.
+    """
+    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
+    return math.hypot(*torch.stack(norms).tolist()) if norms else 0.0

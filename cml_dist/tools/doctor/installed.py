@@ -64,7 +64,7 @@ def check_deepspeed(case: Case) -> Iterator[Finding]:
         return  # check_versions says it
     import torch
 
-    from cml_dist.distributed.world import import_deepspeed
+    from cml_dist.distributed.deepspeed import import_deepspeed
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import_deepspeed()
