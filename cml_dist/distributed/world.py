@@ -1,4 +1,4 @@
-"""Who am I: rank, world and device, through Accelerate, checked against what was asked for."""
+"""The processes of a run: how this one joins them, through Accelerate, and the collectives of the trainer."""
 
 from __future__ import annotations
 
@@ -136,11 +136,9 @@ class World:
 
     def local_main_process_first(self, work: Callable[[], T]) -> T:
         """Run ``work`` on each machine's first rank, then on its others (e.g. to fill a shared cache once)."""
-        if self.local_rank == 0:
-            result = self.run_on_all_ranks(work)
-            return self.run_on_all_ranks(lambda: result)
-        self.run_on_all_ranks(lambda: None)
-        return self.run_on_all_ranks(work)
+        first = self.local_rank == 0
+        result = self.run_on_all_ranks(work if first else lambda: None)
+        return self.run_on_all_ranks((lambda: result) if first else work)
 
     def close(self) -> None:
         """Leave the process group once all are here; the heartbeat goes on to the end. Collective: all ranks."""
@@ -148,7 +146,7 @@ class World:
         self.max(0.0)  # who does not come is named
         self.heartbeat.beat("leaving the process group")
         self.accelerator.end_training()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         self.heartbeat.outlast()
         self.heartbeat.close()
