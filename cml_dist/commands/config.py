@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def config(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.config.load import annotated, find_recipe, layered, parse_config, read_yaml, valid_keys
     from cml_dist.config.plan import make_plan, plan_rows
-    from cml_dist.distributed.deepspeed_config import deepspeed_config, zero_stage
+    from cml_dist.distributed.deepspeed import deepspeed_config, zero_stage
     from cml_dist.distributed.env import TORCH_DEFAULTS, launched
 
     if args.keys:

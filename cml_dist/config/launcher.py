@@ -12,7 +12,8 @@ from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
 
 NOT_SAID = ("", "auto", "none")
-IN_A_DEEPSPEED_FILE = ("zero_stage", "offload_optimizer_device", "offload_param_device", "gradient_clipping")
+ACCELERATE_FILE = "the launcher's Accelerate file"
+IN_A_DEEPSPEED_FILE = {"zero_stage", "offload_optimizer_device", "offload_param_device", "gradient_clipping"}
 """What an Accelerate file cannot say where it names a DeepSpeed file."""
 
 
@@ -37,60 +38,48 @@ def deepspeed_request(config: RunConfig, environment: Mapping[str, str]) -> Deep
     """What ``parallel.deepspeed`` or the launcher asks of DeepSpeed; None where neither speaks of it.
 
     Raises:
-        ConfigError: a file that cannot be read, two different ones, or an offload that does not exist here.
+        ConfigError: a file that cannot be read, two different ones, or what does not exist here.
     """
+    file, given = config.parallel.deepspeed, None
     launched = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    given = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") if launched else "none"
-    own = config.parallel.deepspeed
-    if own is not None and given not in NOT_SAID and Path(own).resolve() != Path(given).resolve():
+    if launched:
+        _check_accelerate(config, environment)
+        given = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+        given = None if given in NOT_SAID else given
+    if file is not None and given is not None and Path(file).resolve() != Path(given).resolve():
         raise ConfigError(
-            f"parallel.deepspeed is {own}, but the launcher hands over {given}",
+            f"parallel.deepspeed is {file}, but the launcher hands over {given}",
             "name one of the two: drop parallel.deepspeed, or deepspeed_config_file from the Accelerate file",
         )
-    source = "the launcher's Accelerate file"
-    if launched:
-        _check_accelerate(source, config, environment)
-    if given not in NOT_SAID:
-        beside = set(environment.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")) & set(IN_A_DEEPSPEED_FILE)
-        if beside:
-            raise ConfigError(
-                f"{source} names {given} and sets {sorted(beside)[0]} beside it", "say it in the DeepSpeed file alone"
-            )
-    file = own if own is not None else given if given not in NOT_SAID else None
-    if file is not None:
-        settings = read_deepspeed_file(file)
-        zero = settings["zero_optimization"]
-        return DeepSpeedRequest(
-            source=file,
-            stage=zero["stage"],
-            offload=_offload(
-                file, zero["stage"], _device(zero, "offload_optimizer"), _device(zero, "offload_param")
-            ),
-            settings=settings,
+    beside = IN_A_DEEPSPEED_FILE & set(environment.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(","))
+    if given is not None and beside:
+        raise ConfigError(
+            f"{ACCELERATE_FILE} names {given} and sets {min(beside)} beside it", "say it in the DeepSpeed file alone"
         )
+    file = given if file is None else file
+    if file is not None:
+        settings = _read_deepspeed_file(file)
+        zero = settings["zero_optimization"]
+        return DeepSpeedRequest(file, zero["stage"], _offload(file, zero), settings)
     if not launched:
         return None
+    said = {
+        section: {"device": environment.get(f"ACCELERATE_DEEPSPEED_{section.upper()}_DEVICE", "none")}
+        for section in ("offload_optimizer", "offload_param")
+    }
     stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
-    optimizer = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none").lower()
-    params = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none").lower()
-    return DeepSpeedRequest(source, stage, _offload(source, stage, optimizer, params))
+    return DeepSpeedRequest(ACCELERATE_FILE, stage, _offload(ACCELERATE_FILE, said))
 
 
-def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
-    """The dictionary of a DeepSpeed file, which names its ZeRO stage.
-
-    Raises:
-        ConfigError: missing, no JSON, or without ``zero_optimization.stage``.
-    """
+def _read_deepspeed_file(path: str) -> dict[str, Any]:
+    """The dictionary of a DeepSpeed file, which names its ZeRO stage."""
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"the DeepSpeed file {path} cannot be read: {error.strerror}",
-            "mend parallel.deepspeed or the launcher's file",
+            f"the DeepSpeed file {path} cannot be read: {why}", "mend it, or parallel.deepspeed or the launcher's file"
         ) from error
-    except ValueError as error:
-        raise ConfigError(f"the DeepSpeed file {path} is no JSON: {error}", "mend it") from error
     zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if type(stage) is not int or stage not in (0, 1, 2, 3):
@@ -101,53 +90,40 @@ def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def _device(zero: Mapping[str, Any], section: str) -> str:
-    if not isinstance(zero.get(section), (Mapping, type(None))):
-        raise ConfigError(
-            f"the DeepSpeed file sets zero_optimization.{section} to {zero[section]!r}, but it is a section",
-            f'write "{section}": {{"device": "cpu"}}',
-        )
-    return str((zero.get(section) or {}).get("device", "none")).lower()
-
-
-def _offload(source: str, stage: int, optimizer: str, params: str) -> str:
-    """Two devices -> ``none``, ``optimizer`` or ``all``."""
-    for what, device in (("offload_optimizer", optimizer), ("offload_param", params)):
+def _offload(source: str, zero: Mapping[str, Any]) -> str:
+    """Two sections -> ``none``, ``optimizer`` or ``all``."""
+    devices = []
+    for name in ("offload_optimizer", "offload_param"):
+        section = zero.get(name) or {}
+        device = str(section.get("device", "none")).lower() if isinstance(section, Mapping) else repr(section)
         if device not in ("none", "cpu"):
             raise ConfigError(
-                f"{source} sets {what} to {device}, which is not supported here", "set its device to cpu or none"
+                f"{source} sets {name} to {device}, which is not supported here",
+                'set its device to cpu or none (in a DeepSpeed file {"device": "cpu"})',
             )
-    if params == "cpu" and optimizer != "cpu":
+        devices.append(device)
+    if devices == ["none", "cpu"]:
         raise ConfigError(
             f"{source} offloads the parameters without the optimizer",
             "offload the optimizer to the CPU too, or neither",
         )
-    return "all" if params == "cpu" else "optimizer" if optimizer == "cpu" else "none"
+    return ("none", "optimizer", "all")[devices.count("cpu")]
 
 
-def _check_accelerate(source: str, config: RunConfig, environment: Mapping[str, str]) -> None:
+def _check_accelerate(config: RunConfig, environment: Mapping[str, str]) -> None:
     """Refuse what an Accelerate file asks for beside stage and offload, and what the run does otherwise.
 
-    ``zero3_init_flag`` and ``zero3_save_16bit_model`` concern models of transformers and pass: the network is built
-    on every rank, and checkpoints and exports gather the parameters themselves.
+    What concerns models of transformers passes (``zero3_init_flag``, ``zero3_save_16bit_model``, classes of experts):
+    the network is built on every rank, and checkpoints and exports gather the parameters themselves.
     """
-    ours = {  # variable -> (its name in the file, what the run does, where the run says so)
-        "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", str(config.optim.clip_norm or 0.0), "optim.clip_norm"),
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "1", "train.episodes_per_step"),
-        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "no", "run.precision"),
-        "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": ("deepspeed_moe_layer_cls_names", "none", "model.backbone"),
-    }
-    for variable, (name, here, setting) in ours.items():
-        asked = environment.get(variable, "auto").lower()
-        if asked not in NOT_SAID and not _same(asked, here):
+    for name, ours, setting in (
+        ("gradient_clipping", config.optim.clip_norm or 0.0, "optim.clip_norm"),
+        ("gradient_accumulation_steps", 1, "train.episodes_per_step"),
+        ("mixed_precision", "no", "run.precision"),
+    ):
+        asked = environment.get(f"ACCELERATE_{name.upper()}", "auto").lower()
+        if asked not in NOT_SAID and type(ours)(asked) != ours:
             raise ConfigError(
-                f"{source} sets {name} to {asked}, but the run has {here}", f"drop it there; {setting} decides it here"
+                f"{ACCELERATE_FILE} sets {name} to {asked}, but the run has {ours}",
+                f"drop it there; {setting} decides it here",
             )
-
-
-def _same(one: str, two: str) -> bool:
-    """Equal as numbers, or as words."""
-    try:
-        return float(one) == float(two)
-    except ValueError:
-        return one == two

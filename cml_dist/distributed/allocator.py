@@ -1,8 +1,15 @@
-"""What glibc does with freed CPU memory: activations of tens of MiB come and go thousands of times a minute."""
+"""Allocators: what glibc does with freed memory (activations of tens of MiB come and go), and a GPU's that runs out."""
 
 from __future__ import annotations
 
 import ctypes
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from cml_dist.errors import DeviceMemoryError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """glibc's numbers, see mallopt(3)."""
@@ -26,10 +33,7 @@ def keep_freed_memory() -> bool:
 def give_back_freed_memory() -> bool:
     """Tell glibc to map every tensor by itself and to give it back when it is freed: for a memory budget.
 
-    Left alone, glibc raises its threshold with what it sees and fragments after all.
-
-    Returns:
-        Whether the C library took the advice.
+    Left alone, glibc raises its threshold with what it sees and fragments after all. Returns the same.
     """
     return _advise({M_MMAP_THRESHOLD: MAP_FROM_BYTES})
 
@@ -40,3 +44,23 @@ def _advise(settings: dict[int, int]) -> bool:
     except (OSError, AttributeError):
         return False
     return all(bool(mallopt(setting, value)) for setting, value in settings.items())
+
+
+@contextmanager
+def memory_explained(device: torch.device) -> Iterator[None]:
+    """Turn the GPU allocator's error, a paragraph about its own settings, into one line with this package's remedies.
+
+    Raises:
+        DeviceMemoryError: in the place of ``torch.OutOfMemoryError``, by the rank that it happened to.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        amounts = r"Tried to allocate (\S+ \S+)\..* total capacity of (\S+ \S+) of which (\S+ \S+) is free"
+        found = re.search(amounts, str(error), re.DOTALL)
+        numbers = f": {found[1]} were asked for, {found[3]} of {found[2]} were free" if found else ""
+        raise DeviceMemoryError(
+            f"the GPU's memory ran out ({device}){numbers}",
+            "see nvidia-smi for other processes on it; set memory.budget_gib below what is free, so that engine, "
+            "micro-batch and copies are chosen to fit, or take a ZeRO strategy (cml-dist plan says what each needs)",
+        ) from error

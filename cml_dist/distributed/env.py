@@ -6,6 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from cml_dist.errors import WorldError
@@ -50,7 +51,7 @@ class Launched(NamedTuple):
     port: int = 0
 
 
-def launched(environment: Mapping[str, str] | None = None) -> Launched:
+def launched(environment: Mapping[str, str] = os.environ) -> Launched:
     """Read RANK, WORLD_SIZE and the like, as torchrun and accelerate launch set them.
 
     Nothing is guessed: a wrong LOCAL_RANK would put two processes on one GPU, a wrong WORLD_SIZE train two runs.
@@ -58,7 +59,6 @@ def launched(environment: Mapping[str, str] | None = None) -> Launched:
     Raises:
         WorldError: some of them are missing, or cannot be.
     """
-    environment = os.environ if environment is None else environment
     size = _number(environment, "WORLD_SIZE")
     if size is None and environment.get("RANK") and environment.get("MASTER_ADDR"):
         raise WorldError(
@@ -98,7 +98,7 @@ def launched_or_alone() -> Launched:
         return Launched()
 
 
-def check_launch(asked: int | None, environment: Mapping[str, str] | None = None) -> Launched:
+def check_launch(asked: int | None, environment: Mapping[str, str] = os.environ) -> Launched:
     """The world that was launched, refused where it is not the one that was asked for.
 
     Args:
@@ -107,21 +107,37 @@ def check_launch(asked: int | None, environment: Mapping[str, str] | None = None
     Raises:
         WorldError: another number of processes, or one world a copy where srun or mpirun started several copies.
     """
-    environment = os.environ if environment is None else environment
     world = launched(environment)
     if asked is not None and asked != world.size:
         raise WorldError(
             f"parallel.processes asks for {asked} processes, but the world has {world.size}",
             f"launch with accelerate launch --num_processes {asked}, or set parallel.processes={world.size}",
         )
-    if asked is None:
-        _refuse_worlds_apart(world, environment)
+    if asked is not None:
+        return world
+    # `accelerate launch --cpu --num_processes 2` starts one process alone; this is all it tells of the other.
+    if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        raise WorldError(
+            "several processes were asked for, but accelerate launch started one (it takes --cpu and MULTI_CPU for it)",
+            "launch with accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes N -m cml_dist ...",
+        )
+    # Copies that do not know of each other would train several runs, in one folder. torchrun and accelerate launch: one
+    # agent a copy. Else each copy is a process of the world.
+    parts = _number(environment, "GROUP_WORLD_SIZE") or world.size
+    for name, starter in STARTED_BY.items():
+        copies = _number(environment, name) or 1
+        if copies > 1 and parts < copies:
+            raise WorldError(
+                f"{starter} started {copies} copies of this command ({name}), but they do not form one world: that of "
+                f"this copy has {world.size} process{'es' * (world.size != 1)} on {parts} machine{'s' * (parts != 1)}",
+                "start with accelerate launch or torchrun on each machine (docs/how-to/several-machines.md); if "
+                f"separate runs are meant, say so by parallel.processes={world.size}",
+            )
     return world
 
 
-def idle_nodes(environment: Mapping[str, str] | None = None) -> str | None:
+def idle_nodes(environment: Mapping[str, str] = os.environ) -> str | None:
     """A warning where a SLURM job has more nodes than the world, and no srun chose so: as in a batch script without."""
-    environment = os.environ if environment is None else environment
     nodes, step = _number(environment, "SLURM_JOB_NUM_NODES") or 1, environment.get("SLURM_STEP_NUM_NODES")
     world = launched(environment)
     used = -(-world.size // world.local_size)
@@ -171,7 +187,36 @@ def restarts() -> tuple[int, int]:
     return int(count), int(most)
 
 
-def join_srun(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+@dataclass(frozen=True)
+class Start:
+    """Which start of which job a process belongs to.
+
+    Attributes:
+        host, pid: of the process.
+        job: SLURM's number, None outside.
+        requeued: how often SLURM has put the job back into the queue.
+        in_place: how often the launcher has started its processes again, as it counts.
+    """
+
+    host: str
+    pid: int
+    job: str | None = None
+    requeued: int = 0
+    in_place: int = 0
+
+    @property
+    def restart(self) -> int:
+        """How often the job was requeued or started again in place: for people, since it can fall after a requeue."""
+        return self.requeued + self.in_place
+
+
+def this_start() -> Start:
+    """The start that this process belongs to."""
+    job, requeued = os.environ.get("SLURM_JOB_ID") or None, int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return Start(socket.gethostname(), os.getpid(), job, requeued, restarts()[0])
+
+
+def join_srun(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables of torch's rendezvous for a task of a job step of several; none where a launcher set them already.
 
     Found on the node, in the task: rank and machine of a batch script are those of its first node (trap 24).
@@ -179,23 +224,21 @@ def join_srun(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     Raises:
         WorldError: SLURM does not say where rank 0 runs.
     """
-    environment = os.environ if environment is None else environment
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if "RANK" in environment or "SLURM_STEP_ID" not in environment or tasks < 2:
         return {}
     try:
+        node = int(environment["SLURM_NODEID"])
         step = int(environment["SLURM_JOB_ID"]) * 64 + int(environment["SLURM_STEP_ID"])
         return {
             "RANK": environment["SLURM_PROCID"],
             "LOCAL_RANK": environment["SLURM_LOCALID"],
             "WORLD_SIZE": str(tasks),
-            "LOCAL_WORLD_SIZE": str(
-                tasks_of_node(environment["SLURM_STEP_TASKS_PER_NODE"], int(environment["SLURM_NODEID"]))
-            ),
+            "LOCAL_WORLD_SIZE": str(tasks_of_node(environment["SLURM_STEP_TASKS_PER_NODE"], node)),
             "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
             "MASTER_PORT": str(PORTS[0] + step % (PORTS[1] - PORTS[0])),
         }
-    except (KeyError, ValueError) as error:
+    except (LookupError, ValueError) as error:
         raise WorldError(
             f"srun started {tasks} tasks, but does not say enough to join them: {error}",
             "start them by srun accelerate launch, see launch/slurm",
@@ -204,15 +247,8 @@ def join_srun(environment: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def tasks_of_node(counts: str, node: int) -> int:
     """``2(x3),1`` and 3 -> 1: how many tasks the node of that number has."""
-    each: list[int] = []
-    for part in counts.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if found is None:
-            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE is {counts!r}")
-        each += [int(found[1])] * int(found[2] or 1)
-    if node >= len(each):
-        raise ValueError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE is {counts!r}")
-    return each[node]
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(tasks) for tasks, nodes in parts for _ in range(int(nodes or 1))][node]
 
 
 def first_host(nodes: str) -> str:
@@ -223,27 +259,6 @@ def first_host(nodes: str) -> str:
     while found := re.fullmatch(r"([^],]*?)\[(\d+)[^]]*\](.*)", nodes):
         nodes = "".join(found.groups())
     return nodes.split(",")[0]
-
-
-def _refuse_worlds_apart(world: Launched, environment: Mapping[str, str]) -> None:
-    """Several copies of one command that do not know of each other would train several runs, in one folder."""
-    # `accelerate launch --cpu --num_processes 2` starts one process alone; this is all it tells of the other.
-    if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
-        raise WorldError(
-            "several processes were asked for, but accelerate launch started one (it takes --cpu and MULTI_CPU for it)",
-            "launch with accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes N -m cml_dist ...",
-        )
-    # torchrun and accelerate launch: one agent a copy. Else each copy is a process of the world.
-    parts = _number(environment, "GROUP_WORLD_SIZE") or world.size
-    for name, starter in STARTED_BY.items():
-        copies = _number(environment, name) or 1
-        if copies > 1 and parts < copies:
-            raise WorldError(
-                f"{starter} started {copies} copies of this command ({name}), but they do not form one world: that of "
-                f"this copy has {world.size} process{'es' * (world.size != 1)} on {parts} machine{'s' * (parts != 1)}",
-                "start with accelerate launch or torchrun on each machine (docs/how-to/several-machines.md); if "
-                f"separate runs are meant, say so by parallel.processes={world.size}",
-            )
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

@@ -6,29 +6,28 @@ killed while its ranks save.
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import multiprocessing
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
+from multiprocessing.pool import ThreadPool
 
+import psutil
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from cml_dist.config.schema import ParallelConfig
 from cml_dist.distributed import failure as failures
 from cml_dist.distributed.env import Launched, host_name, launched, launcher_serves_store
 from cml_dist.distributed.failure import Failure, Member
-from cml_dist.distributed.network_interface import own_address
 from cml_dist.distributed.rank_heartbeat import RankHeartbeat
 from cml_dist.errors import NetworkError, WorldError
-
-T = TypeVar("T")
 
 KEY = "cml_dist/store"
 POLL_S = 0.2
@@ -186,32 +185,58 @@ def _find(here: Launched, until_s: float, seconds: float) -> tuple[TCPStore, Cal
 def _client(host: str, port: int) -> TCPStore:
     """Raises OSError, DistError: nobody listens there, or what listens is no store."""
     socket.create_connection((host, port), timeout=CONNECT_S).close()  # one line where nobody does, not torch's pages
-    return _within(
-        CONNECT_S,
-        lambda: TCPStore(host, port, is_master=False, timeout=timedelta(seconds=CONNECT_S), wait_for_workers=False),
-        f"what listens at {host}:{port} is no store",
-    )
-
-
-def _within(seconds: float, work: Callable[[], T], what: str) -> T:
-    """What ``work`` returns; TimeoutError where it takes longer (its thread stays behind)."""
-    done: list[T | BaseException] = []
-
-    def run() -> None:
+    settings = dict(is_master=False, timeout=timedelta(seconds=CONNECT_S), wait_for_workers=False)
+    with ThreadPool(1) as pool:  # whose thread stays behind where torch's client waits for ever
         try:
-            done.append(work())
-        except Exception as error:
-            done.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds + 1.0)
-    if not done:
-        raise TimeoutError(what)
-    if isinstance(done[0], BaseException):
-        raise done[0]
-    return done[0]
+            return pool.apply_async(TCPStore, (host, port), settings).get(CONNECT_S + 1.0)
+        except multiprocessing.TimeoutError:
+            raise TimeoutError(f"what listens at {host}:{port} is no store") from None
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+def choose_interface(host: str, port: int) -> None:
+    """Tell gloo which interface leads to rank 0's machine, unless GLOO_SOCKET_IFNAME says it already.
+
+    Left alone, gloo takes the address that this machine's own host name has. Where the name has none, or Debian's
+    127.0.1.1, that is the loopback, which no other machine reaches: one rank fails and the others wait.
+
+    Args:
+        host, port: where rank 0 listens (MASTER_ADDR and MASTER_PORT).
+
+    Raises:
+        NetworkError: there is no address or route to ``host``, or it is this machine's loopback.
+    """
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    address = own_address(host, port)
+    if ipaddress.ip_address(address).is_loopback:
+        raise NetworkError(
+            f"MASTER_ADDR is {host}, which is the loopback ({address}) on {socket.gethostname()}; other machines "
+            "cannot reach it",
+            "give rank 0's address on the network, or set GLOO_SOCKET_IFNAME to the interface that leads to the others",
+        )
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address.partition("%")[0] == address for found in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            return
+    raise NetworkError(
+        f"no network interface has the address {address}, from which {host} is reached",
+        "set GLOO_SOCKET_IFNAME to the interface that leads to the other machines",
+    )
+
+
+def own_address(host: str, port: int) -> str:
+    """This machine's address on the way to ``host``. Nothing is sent."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return probe.getsockname()[0].partition("%")[0]
+    except OSError as error:
+        raise NetworkError(
+            f"there is no way to {host} (MASTER_ADDR) from {socket.gethostname()}: {error.strerror}",
+            "give the name or address of rank 0's machine as the others know it",
+        ) from error

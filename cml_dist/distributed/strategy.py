@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cml_dist.distributed.norm import global_norm
 from cml_dist.distributed.world import World
 from cml_dist.meta.model import MetaModel
 from cml_dist.types import Episode, Layout, Params
 
 
 class Carrier:
-    """What all strategies share: how the mean meta-gradient of all ranks is asked for. A subclass says where it lies.
+    """What all strategies share: how the mean meta-gradient is asked for, what is saved. A subclass says where it lies.
 
     Args:
         world: the processes.
@@ -28,6 +28,7 @@ class Carrier:
         self.world = world
         self.model = model.to(world.device)
         self.optimizer = optimizer
+        self._shapes = {name: tuple(value.shape) for name, value in self._named()}
         self._wrap()
 
     def gradient(
@@ -52,6 +53,60 @@ class Carrier:
         self._backward(loss)
         return sums
 
+    def apply(self, lr: float, clip_norm: float | None) -> tuple[float, bool]:
+        """One outer step with the mean meta-gradient; skipped, on all ranks alike, where it is not finite.
+
+        Returns:
+            (global L2 norm before clipping, whether the step was taken).
+        """
+        raise NotImplementedError
+
+    def params(self) -> Params:
+        """All meta-parameters by canonical name, whole, on this device. Collective under ZeRO-3: all ranks."""
+        return {name: self._whole(value, None).to(self.world.device) for name, value in self._named()}
+
+    def saved_layout(self) -> Layout:
+        """Type and shape of all that :meth:`saved_tensors` will give, in its order. Collective: none."""
+        layout: Layout = {f"param/{name}": (value.dtype, self._shapes[name]) for name, value in self._named()}
+        for name, value in self._named():
+            for key, moment in self._moments(value).items():
+                layout[f"moment/{key}/{name}"] = (moment.dtype, self._shapes[name] if moment.ndim else ())
+        return layout
+
+    def saved_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters, then moments, each whole and on the CPU; made when it is asked for.
+
+        Cost: one tensor. Collective: all ranks iterate to the end.
+        """
+        for name, value in self._named():
+            yield f"param/{name}", self._whole(value, None).cpu()
+        for name, value in self._named():
+            for key, moment in self._moments(value).items():
+                yield f"moment/{key}/{name}", (self._whole(value, key) if moment.ndim else moment).cpu()
+
+    def load(self, read: Callable[[str], Tensor], names: Collection[str]) -> None:
+        """Take over parameters and moments, to the bit.
+
+        Args:
+            read: gives a tensor, whole and on the CPU, by its name in the checkpoint.
+            names: of all that the checkpoint holds.
+
+        Cost: one tensor. Collective: all ranks.
+        """
+        values = dict(self._named())
+        self.optimizer.state.clear()
+        with torch.no_grad():
+            for name, value in values.items():
+                self._put(value, None, read(f"param/{name}"))
+            for full_name in names:
+                kind, _, rest = full_name.partition("/")
+                if kind == "moment":
+                    key, _, name = rest.partition("/")
+                    self._put(values[name], key, read(full_name))
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        return zip(self.model.names, self.model.values, strict=True)
+
     def _wrap(self) -> None:
         """Make ``_wrapped``, which computes as the model does."""
         raise NotImplementedError
@@ -62,6 +117,21 @@ class Carrier:
     def _backward(self, loss: Tensor) -> None:
         """Differentiate, and reduce over the ranks."""
         raise NotImplementedError
+
+    def _moments(self, value: Tensor) -> dict[str, Tensor]:
+        """The optimizer's state of a parameter by key in order, as it lies here; empty before the first step."""
+        return in_order(self.optimizer.state.get(value, {}))
+
+    def _whole(self, value: Tensor, key: str | None) -> Tensor:
+        """A parameter, or its moment ``key``; collective where ranks hold parts of it."""
+        return (value if key is None else self.optimizer.state[value][key]).detach()
+
+    def _put(self, value: Tensor, key: str | None, whole: Tensor) -> None:
+        """Set a parameter, or its moment ``key``, where it lies; collective as :meth:`_whole`."""
+        if key is None:
+            value.copy_(whole)
+        else:  # as torch would put it: a step count stays on the CPU
+            self.optimizer.state[value][key] = whole if key == "step" else whole.to(value.device)
 
 
 class DataParallel(Carrier):
@@ -83,11 +153,6 @@ class DataParallel(Carrier):
         self.world.accelerator.backward(loss)
 
     def apply(self, lr: float, clip_norm: float | None) -> tuple[float, bool]:
-        """One outer step with the gradient in ``.grad``; skipped, on all ranks alike, where it is not finite.
-
-        Returns:
-            (global L2 norm before clipping, whether the step was taken).
-        """
         norm = global_norm(p.grad for p in self.model.values if p.grad is not None)
         if not math.isfinite(norm):
             return norm, False
@@ -98,52 +163,17 @@ class DataParallel(Carrier):
         self.optimizer.step()
         return norm, True
 
-    def params(self) -> Params:
-        """All meta-parameters by canonical name, whole, on this device."""
-        return self.model.params()
 
-    def saved_layout(self) -> Layout:
-        """Type and shape of all that :meth:`saved_tensors` will give, in its order. Collective: none."""
-        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._saved()}
+def in_order(state: dict[str, Any]) -> dict[str, Tensor]:
+    """A parameter's state in a torch optimizer, by key in order, without what is not there yet."""
+    return {key: torch.as_tensor(state[key]) for key in sorted(state) if state[key] is not None}
 
-    def saved_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters, then moments, each whole and on the CPU; made when it is asked for.
 
-        Cost: one tensor. Collective: all ranks iterate to the end (other strategies gather).
-        """
-        return ((name, tensor.cpu()) for name, tensor in self._saved())
+def global_norm(tensors: Iterable[Tensor]) -> float:
+    """L2 norm over all tensors, which share a device; not finite where an element is not.
 
-    def load(self, read: Callable[[str], Tensor], names: Collection[str]) -> None:
-        """Take over parameters and moments.
-
-        Args:
-            read: gives a tensor, whole and on the CPU, by its name in the checkpoint.
-            names: of all that the checkpoint holds.
-
-        Cost: one tensor. Collective: none.
-        """
-        values = dict(zip(self.model.names, self.model.values, strict=True))
-        with torch.no_grad():
-            for name, value in values.items():
-                value.copy_(read(f"param/{name}"))
-        numbers = {id(p): i for i, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"])}
-        state: dict[int, dict[str, Tensor]] = {}
-        for full_name in names:
-            kind, _, rest = full_name.partition("/")
-            if kind == "moment":
-                key, _, name = rest.partition("/")
-                moment = read(full_name)
-                # At once to where torch would put it (a step count stays on the CPU): not all of them on the CPU first.
-                moment = moment if key == "step" else moment.to(values[name].device)
-                state.setdefault(numbers[id(values[name])], {})[key] = moment
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-
-    def _saved(self) -> Iterator[tuple[str, Tensor]]:
-        """What is saved, where it lies."""
-        values = dict(zip(self.model.names, self.model.values, strict=True))
-        for name, value in values.items():
-            yield f"param/{name}", value.detach()
-        for name, value in values.items():
-            for key, moment in sorted(self.optimizer.state.get(value, {}).items()):
-                if moment is not None:
-                    yield f"moment/{key}/{name}", torch.as_tensor(moment)
+    Each tensor's own norm counts by itself, and they are added in float64 one after the other: a tensor of zeros (phi's
+    gradient at gamma 0) changes no bit, which it would in a sum over vectors of norms.
+    """
+    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
+    return math.hypot(*torch.stack(norms).tolist()) if norms else 0.0

@@ -1,12 +1,9 @@
-"""Who am I: rank, world and device, through Accelerate, checked against what was asked for."""
+"""The processes of a run: how this one joins them, through Accelerate, and the collectives of the trainer."""
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import os
 import socket
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,13 +24,12 @@ from accelerate.utils import (
 from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.distributed.allocator import give_back_freed_memory, keep_freed_memory
-from cml_dist.distributed.deepspeed_config import deepspeed_config, zero_stage
+from cml_dist.distributed.deepspeed import deepspeed_config, deepspeed_plugin, zero_stage
 from cml_dist.distributed.env import Launched, check_launch, forget_others, launched
 from cml_dist.distributed.exit import name_failure_before_sigterm
 from cml_dist.distributed.heartbeat import Heartbeat, set_heartbeat, this_heartbeat
-from cml_dist.distributed.network_interface import choose_interface
 from cml_dist.distributed.rank_heartbeat import heartbeat_alone
-from cml_dist.distributed.rendezvous import GROUP_TIMEOUT, meet, this_member
+from cml_dist.distributed.rendezvous import GROUP_TIMEOUT, choose_interface, meet, this_member
 from cml_dist.errors import CmlError, WorldError
 
 T = TypeVar("T")
@@ -140,11 +136,9 @@ class World:
 
     def local_main_process_first(self, work: Callable[[], T]) -> T:
         """Run ``work`` on each machine's first rank, then on its others (e.g. to fill a shared cache once)."""
-        if self.local_rank == 0:
-            result = self.run_on_all_ranks(work)
-            return self.run_on_all_ranks(lambda: result)
-        self.run_on_all_ranks(lambda: None)
-        return self.run_on_all_ranks(work)
+        first = self.local_rank == 0
+        result = self.run_on_all_ranks(work if first else lambda: None)
+        return self.run_on_all_ranks((lambda: result) if first else work)
 
     def close(self) -> None:
         """Leave the process group once all are here; the heartbeat goes on to the end. Collective: all ranks."""
@@ -152,7 +146,7 @@ class World:
         self.max(0.0)  # who does not come is named
         self.heartbeat.beat("leaving the process group")
         self.accelerator.end_training()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         self.heartbeat.outlast()
         self.heartbeat.close()
@@ -162,8 +156,8 @@ def join_world(config: RunConfig) -> World:
     """Meet the other processes, and make sure that they are those that were asked for.
 
     Raises:
-        WorldError: fewer or more processes than ``parallel.processes`` or the launcher's WORLD_SIZE, several worlds
-            where one was meant, or a launcher that set up another strategy.
+        WorldError: another number of processes than ``parallel.processes``, several worlds where one was meant, or a
+            launcher that set up another strategy or device.
         NetworkError: this machine has no way to rank 0's.
     """
     here = check_launch(config.parallel.processes)
@@ -182,26 +176,17 @@ def join_world(config: RunConfig) -> World:
         choose_interface(here.host, here.port)
     by_deepspeed = zero_stage(plan.strategy) is not None
     _join_group(config, here, use_cpu, by_deepspeed)
-    with _environment_for_deepspeed(use_cpu) if by_deepspeed else nullcontext():
-        plugin = _deepspeed_plugin(deepspeed_config(config, plan, os.environ)) if by_deepspeed else None
-        accelerator = _accelerator(config, use_cpu, plugin)
+    dictionary = deepspeed_config(config, plan, os.environ) if by_deepspeed else {}
+    with deepspeed_plugin(dictionary, use_cpu) if by_deepspeed else nullcontext() as plugin:
+        accelerator = _accelerator(use_cpu, plugin)
+    kind, device, size = accelerator.distributed_type, accelerator.device, accelerator.num_processes
     plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in ((DistributedType.DEEPSPEED,) if by_deepspeed else plain):
+    as_planned = kind in ((DistributedType.DEEPSPEED,) if by_deepspeed else plain)
+    if not as_planned or (device.type == "cpu") != use_cpu or size != here.size:
         raise WorldError(
-            f"the launcher set up {accelerator.distributed_type.value}, but the strategy is {plan.strategy}",
-            "use a file of launch/accelerate",
-        )
-    if (accelerator.device.type == "cpu") != use_cpu:
-        raise WorldError(
-            f"the launcher chose {accelerator.device}, but run.device is {config.run.device}",
-            "unset ACCELERATE_USE_CPU, or set run.device=cpu",
-        )
-    size = accelerator.num_processes
-    if size != here.size:
-        raise WorldError(
-            f"{here.size} processes were launched (WORLD_SIZE), but the world has {size}",
-            "launch with accelerate launch --config_file launch/accelerate/cpu.yaml (or ddp.yaml) --num_processes "
-            f"{here.size} -m cml_dist ...",
+            f"the launcher set up {kind.value} on {device} with {size} processes, but the run has {plan.strategy} on "
+            f"{'cpu' if use_cpu else 'cuda'} with {here.size}",
+            "use a file of launch/accelerate; for CPUs alone set run.device=cpu",
         )
     return World(
         accelerator=accelerator,
@@ -209,7 +194,7 @@ def join_world(config: RunConfig) -> World:
         size=size,
         local_rank=here.local_rank,
         local_size=here.local_size,
-        device=accelerator.device,
+        device=device,
         heartbeat=this_heartbeat(),
     )
 
@@ -255,7 +240,7 @@ def _join_group(config: RunConfig, here: Launched, use_cpu: bool, by_deepspeed: 
         )
 
 
-def _accelerator(config: RunConfig, use_cpu: bool, plugin: DeepSpeedPlugin | None) -> Accelerator:
+def _accelerator(use_cpu: bool, plugin: DeepSpeedPlugin | None) -> Accelerator:
     """Accelerate, told all that it would read from environment variables: none of them may change a result."""
     # Accelerate takes a named backend as a promise that a process group will be there: none for a lone process.
     backend = None if os.environ.get("LOCAL_RANK") is None else "gloo" if use_cpu else "nccl"
@@ -272,82 +257,6 @@ def _accelerator(config: RunConfig, use_cpu: bool, plugin: DeepSpeedPlugin | Non
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
-
-
-@contextmanager
-def _environment_for_deepspeed(use_cpu: bool) -> Iterator[None]:
-    """What Accelerate and DeepSpeed learn from the environment alone, said while they start.
-
-    Afterwards Accelerate's variables are the launcher's again: the plan is read from them.
-    """
-    ours = {
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_CONFIG_DS_FIELDS": None,  # of the Accelerate file, which our dictionary already answers
-        "ACCELERATE_USE_CPU": None,  # would leave DeepSpeed out, silently
-        "ACCELERATE_TORCH_DEVICE": "cpu" if use_cpu else None,  # cpu also on a machine that has GPUs
-    }
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ["DS_ACCELERATOR"] = "cpu" if use_cpu else "cuda"
-    if os.environ.get("LOCAL_RANK") is None:  # DeepSpeed has no world without a launcher: this process becomes one
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-        os.environ.update({name: str(value) for name, value in alone.items()})
-        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    try:
-        _set_environment(ours)
-        yield
-    finally:
-        _set_environment(before)
-
-
-def _set_environment(values: dict[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
-def _deepspeed_plugin(dictionary: dict[str, Any]) -> DeepSpeedPlugin:
-    """Accelerate's plugin with our dictionary.
-
-    Raises:
-        WorldError: DeepSpeed is not installed.
-    """
-    for package in ("deepspeed", "transformers"):  # Accelerate's plugin imports the latter, whatever the model
-        if importlib.util.find_spec(package) is None:
-            raise WorldError(
-                f"parallel.strategy is one of DeepSpeed's, but {package} is not installed",
-                "pip install 'cml-dist[deepspeed]', or set parallel.strategy=ddp",
-            )
-    import_deepspeed()
-    return DeepSpeedPlugin(
-        hf_ds_config=dictionary,
-        gradient_accumulation_steps=1,
-        gradient_clipping=dictionary["gradient_clipping"],
-        zero_stage=dictionary["zero_optimization"]["stage"],
-        zero3_init_flag=False,  # the network is built whole on every rank, and then shared out
-    )
-
-
-def import_deepspeed() -> None:
-    """Import DeepSpeed so that it compiles nothing and says nothing but errors.
-
-    Its communication layer builds a C++ operator on CPUs when it starts, for minutes, which serves inference alone;
-    and its CPU optimizers, which would be built for offload, do not run here. With no operator counted as compatible
-    it does without. There is nothing to build, ahead or in between, and no lock to wait for.
-    """
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own imports
-        import deepspeed
-    # Newer torch has other names for two collectives that DeepSpeed calls.
-    calls = "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
-    warnings.filterwarnings("ignore", message=calls, category=FutureWarning)
-    deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.utils.logger.setLevel(logging.ERROR)
 
 
 def set_arithmetic(config: RunConfig, world: World) -> int:

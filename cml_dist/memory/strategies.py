@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cml_dist.distributed.deepspeed_config import BUCKET_ELEMENTS
+from cml_dist.distributed.deepspeed import BUCKET_ELEMENTS
 from cml_dist.memory.footprint import Footprint
 
 REDUCE_BUCKET_ELEMENTS = BUCKET_ELEMENTS

@@ -6,7 +6,7 @@ import os
 
 from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
-from cml_dist.distributed.gpu_memory import memory_explained
+from cml_dist.distributed.allocator import memory_explained
 from cml_dist.distributed.world import joined_world, set_arithmetic
 from cml_dist.run.assemble import assemble
 from cml_dist.run.export import export_run

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cml_dist.atomic import atomic_file
+from cml_dist.distributed.env import Start
 from cml_dist.errors import CheckpointError
-from cml_dist.run.status import Start
 
 AGAIN_S = 1.0
 """A file server may be away for a moment."""

@@ -14,11 +14,11 @@ from cml_dist import __version__
 from cml_dist.config.methods import noise_warning
 from cml_dist.config.plan import plan_rows
 from cml_dist.config.schema import RunConfig
-from cml_dist.distributed.env import idle_nodes
+from cml_dist.distributed.env import idle_nodes, this_start
 from cml_dist.distributed.world import World
 from cml_dist.meta.rule import part_of
 from cml_dist.run.assemble import Parts
-from cml_dist.run.status import now, this_start
+from cml_dist.run.status import now
 from cml_dist.telemetry.console import Console
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy", "safetensors", "pillow")

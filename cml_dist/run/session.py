@@ -14,7 +14,8 @@ from cml_dist.atomic import append_json_line, write_text
 from cml_dist.config.load import dump_config
 from cml_dist.config.methods import method_title
 from cml_dist.config.schema import RunConfig
-from cml_dist.distributed.deepspeed_config import deepspeed_config, zero_stage
+from cml_dist.distributed.deepspeed import deepspeed_config, zero_stage
+from cml_dist.distributed.env import this_start
 from cml_dist.distributed.failure import Failure
 from cml_dist.distributed.world import World
 from cml_dist.errors import CheckpointError, CmlError
@@ -23,7 +24,7 @@ from cml_dist.run.assemble import Parts
 from cml_dist.run.folder import RunFolder, wait_until_seen
 from cml_dist.run.lease import Lease
 from cml_dist.run.record import session_record
-from cml_dist.run.status import RunStatus, State, now, this_start
+from cml_dist.run.status import RunStatus, State, now
 from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
 from cml_dist.telemetry.rank_log import RankLog

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
-
-from cml_dist.distributed.env import restarts
 
 State = Literal["running", "stopped", "finished", "failed"]
 
@@ -67,25 +63,3 @@ def read_status(path: Path) -> RunStatus | None:
         return RunStatus(**{f.name: found[f.name] for f in fields(RunStatus) if f.name in found})
     except (OSError, ValueError, TypeError):
         return None
-
-
-@dataclass(frozen=True)
-class Start:
-    """Which start of which job a process belongs to: ``requeued`` by SLURM, restarted ``in_place`` by a launcher."""
-
-    host: str
-    pid: int
-    job: str | None = None
-    requeued: int = 0
-    in_place: int = 0
-
-    @property
-    def restart(self) -> int:
-        """For people: the launcher's count begins anew after a requeue."""
-        return self.requeued + self.in_place
-
-
-def this_start() -> Start:
-    """The start that this process belongs to."""
-    job, requeued = os.environ.get("SLURM_JOB_ID") or None, int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    return Start(socket.gethostname(), os.getpid(), job, requeued, restarts()[0])

@@ -22,8 +22,8 @@ import torch
 from cml_dist.config.methods import learner_title
 from cml_dist.config.plan import make_plan, share
 from cml_dist.config.schema import RunConfig
+from cml_dist.distributed.allocator import memory_explained
 from cml_dist.distributed.env import restarts
-from cml_dist.distributed.gpu_memory import memory_explained
 from cml_dist.distributed.optim import learning_rate
 from cml_dist.distributed.world import World, joined_world, set_arithmetic
 from cml_dist.distributed.zero import build_strategy

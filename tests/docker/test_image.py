@@ -23,7 +23,7 @@ SINUSOID = ["sinusoid", "model.hidden=[8]", "domain.shots=2", "domain.queries=2"
 ADAM = """
 import sys
 import torch
-from cml_dist.distributed.world import import_deepspeed
+from cml_dist.distributed.deepspeed import import_deepspeed
 
 import_deepspeed()
 operator = "deepspeed.ops.adam.cpu_adam_op"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from cml_dist.cli import build_parser, main
 from cml_dist.commands.config import config
 from cml_dist.config.load import parse_config
-from cml_dist.distributed import env as module
 from cml_dist.distributed.env import Launched, check_launch, forget_others, idle_nodes, launched, launched_or_alone
-from cml_dist.distributed.network_interface import choose_interface
+from cml_dist.distributed.rendezvous import choose_interface
 from cml_dist.errors import NetworkError, WorldError
 from cml_dist.run import folder as folders
 from cml_dist.run.folder import same_everywhere
@@ -24,6 +25,14 @@ TORCHRUN = {
 }  # fmt: skip
 
 SINUSOID = {"domain": {"name": "sinusoid"}, "model": {"backbone": "mlp"}}
+
+
+def only(monkeypatch, environment):
+    """These variables alone, for what reads the environment itself."""
+    for name in list(os.environ):
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
 
 
 def without(*names, **others):
@@ -63,7 +72,7 @@ def test_a_world_that_cannot_be_is_refused(environment, words, monkeypatch):
     with pytest.raises(WorldError) as caught:
         launched(environment)
     assert words in str(caught.value)
-    monkeypatch.setattr(module.os, "environ", environment)
+    only(monkeypatch, environment)
     assert launched_or_alone() == Launched()
 
 
@@ -137,15 +146,15 @@ def test_a_lone_process_is_alone(monkeypatch):
         ({**BY_HAND, "RANK": "0", "WORLD_SIZE": "1"}, set(BY_HAND)),  # torchrun of one process
         (BY_HAND, set(BY_HAND)),
     ):
-        monkeypatch.setattr(module.os, "environ", dict(environment))
+        only(monkeypatch, environment)
         forget_others()
-        assert set(module.os.environ) == left
+        assert set(os.environ) == left
 
 
 def test_an_interface_of_ones_own_is_left_alone(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     choose_interface("no.such.host.invalid", 29500)
-    assert module.os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +169,7 @@ def test_a_way_that_leads_nowhere_is_refused(host, words, monkeypatch):
     with pytest.raises(NetworkError) as caught:
         choose_interface(host, 29500)
     assert words in str(caught.value)
-    assert "GLOO_SOCKET_IFNAME" not in module.os.environ
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 
 def test_a_folder_that_the_machines_do_not_share_is_refused(tmp_path, monkeypatch):

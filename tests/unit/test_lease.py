@@ -10,16 +10,16 @@ import sys
 
 import pytest
 
+from cml_dist.distributed.env import Start, this_start
 from cml_dist.errors import CheckpointError
 from cml_dist.run import lease as leases
 from cml_dist.run.lease import Lease
-from cml_dist.run.status import Start, this_start
 
 HOLDER = """
 import os, sys
 from pathlib import Path
 from cml_dist.run.lease import Lease
-from cml_dist.run.status import Start
+from cml_dist.distributed.env import Start
 lease = Lease(Path(sys.argv[1]), Start("n01", os.getpid(), "7"))
 if os.fork() == 0:  # a loader process, which outlives its trainer
     print("held", flush=True)

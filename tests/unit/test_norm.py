@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cml_dist.distributed.norm import global_norm
+from cml_dist.distributed.strategy import global_norm
 
 
 def test_tensors_of_zeros_change_no_bit():

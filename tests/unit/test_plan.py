@@ -15,7 +15,7 @@ from image_sets import write_set
 from cml_dist.cli import main
 from cml_dist.config.load import load_config
 from cml_dist.config.plan import make_plan
-from cml_dist.distributed.deepspeed_config import deepspeed_config
+from cml_dist.distributed.deepspeed import deepspeed_config
 from cml_dist.memory import strategies
 from cml_dist.memory.footprint import Footprint
 from cml_dist.memory.strategies import REDUCE_BUCKET_ELEMENTS, STRATEGIES, ModelSize, Strategy, rank_budget
