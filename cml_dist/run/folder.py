@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import socket
 import time
@@ -36,7 +37,6 @@ NEUTRAL_KEYS = (
 FREE_KEYS = (*NEUTRAL_KEYS, "eval.episodes", "eval.split", "eval.untrained")
 """Settings that a resumed run may change: no step of its training depends on them."""
 
-
 PER_MACHINE_KEYS = ("domain.root", "domain.cache")
 """Settings that may differ from machine to machine: places of the same data (its checksum is compared)."""
 
@@ -47,10 +47,7 @@ SEEN_WITHIN_S = 60.0
 class RunFolder:
     """Paths of a run, and its identity.
 
-    Layout: ``config.yaml`` (resolved), ``deepspeed.json`` (of the last start under a ZeRO strategy), ``sessions.jsonl``
-    (versions and hardware of each start), ``status.json`` (how it stands), ``metrics.jsonl``, ``validation.jsonl``,
-    ``checkpoints/``, ``eval.json`` + ``eval_scores.npz``, ``evals/``, ``export/``, ``logs/`` (one a rank), and of
-    ``run.trackers`` ``tensorboard/`` and ``wandb/``.
+    docs/reference/run-folder.md says what each file holds.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -72,11 +69,6 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether a run lives here."""
         return self.config_file.is_file()
-
-    @property
-    def has_checkpoint(self) -> bool:
-        """Whether there is something to resume from."""
-        return any(self.checkpoints.glob("step-*.safetensors"))
 
     def read_config(self) -> RunConfig:
         """The configuration that the run was started with.
@@ -117,7 +109,19 @@ class RunFolder:
         safe = re.sub(r"[^\w.,=+-]", "_", name)
         if safe != name or len(safe) > 100:  # two settings may look alike now
             safe = f"{safe[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-        return self.path / "evals" / f"{safe}.json", self.path / "evals" / f"{safe}.npz"
+        file = self.own_eval_file.with_name(f"{safe}.json")
+        return file, file.with_name(f"{safe}.npz")
+
+
+def path_of(checkpoints: Path, step: int) -> Path:
+    """The file of a checkpoint."""
+    return checkpoints / f"step-{step:08d}.safetensors"
+
+
+def steps_in(checkpoints: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, oldest first; none where there is no folder."""
+    names = os.listdir(checkpoints) if checkpoints.is_dir() else []  # a folder that cannot be read is an error
+    return sorted(int(name[5:13]) for name in names if re.fullmatch(r"step-\d{8}\.safetensors", name))
 
 
 def wait_until_seen(what: str, there: Callable[[], bool]) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,7 @@ class Lease:
                     f"another process trains in run.dir {folder}{_name(holder)}",
                     "wait for it, stop it, or choose another run.dir",
                 )
-            self._mine = {
-                "generation": holder.get("generation", 0) + 1,
-                "host": start.host,
-                "pid": start.pid,
-                "job": start.job,
-                "requeued": start.requeued,
-            }
+            self._mine = {"generation": holder.get("generation", 0) + 1, **asdict(start)}
             with atomic_file(self._path) as fresh:  # locked already when it appears
                 self._lock(fresh)
                 fresh.write_text(json.dumps(self._mine) + "\n")
@@ -80,10 +75,11 @@ class Lease:
             raise self._taken_over(holder)
 
     def release(self, *, began: bool) -> None:
-        """Let others in; where the run never ``began``, leave no trace."""
+        """Let others in; where the run never ``began``, remove the lock, and the folder if it is empty."""
         if not began and self._read() == self._mine:
             with suppress(OSError):
                 self._path.unlink()
+                self._path.parent.rmdir()
         self._close()
 
     def _taken_over(self, holder: dict[str, Any]) -> CheckpointError:
@@ -112,9 +108,9 @@ class Lease:
         """What the lock says of its writer; nothing where it is torn, or of an earlier version."""
         try:
             found = json.loads(self._path.read_text())
-        except (OSError, ValueError):
+            return found if {"generation", "host", "pid", "requeued"} <= found.keys() else {}
+        except (OSError, ValueError, AttributeError):
             return {}
-        return found if isinstance(found, dict) and {"generation", "host", "pid", "requeued"} <= found.keys() else {}
 
 
 def _name(holder: dict[str, Any]) -> str:

@@ -48,20 +48,18 @@ class Learner:
     """
 
     def __init__(self, description: dict[str, Any], tensors: Params, device: torch.device) -> None:
-        self.description = description
-        self.device = device
+        self.description, self.device = description, device
         self.regression: bool = description["score"] == "mse"
         model = ModelConfig.model_validate(description["model"])
         self.ways: int | None = description["output_dim"] if model.head == "linear" else None
-        net = build_net(
-            model,
-            input_shape=tuple(description["input_shape"]),
-            output_dim=description["output_dim"],
-            seed=0,
-            colearner=False,
-            structure_only=True,
-        )
-        self._rule = self._described_rule()
+        shapes = {"input_shape": tuple(description["input_shape"]), "output_dim": description["output_dim"]}
+        net = build_net(model, **shapes, seed=0, colearner=False, structure_only=True)
+        if "rule" in description:
+            self._rule = described_rule(description["rule"])
+        else:  # format 1; the oldest do not say what adapts: all of body and head
+            adapts = description.get("adapts")
+            adapts = None if adapts is None else frozenset(adapts)
+            self._rule = InnerRule(description["body_lr"], description["head_lr"], adapts)
         net.add_rule(self._rule.init(net.adaptable()))
         self._params = {n: tensors[n].to(device) for n, _ in net.named_parameters()}
         buffers = {n: tensors.get(n, b).to(device) for n, b in net.named_buffers()}
@@ -99,13 +97,6 @@ class Learner:
         episode = Episode(support, support, "test", 0, ways=self.ways or len(classes))
         adapted = adapt(self._params, episode, self._problem, Method(steps, self._rule))
         return AdaptedLearner(self, adapted, classes, episode)
-
-    def _described_rule(self) -> InnerRule:
-        if "rule" in self.description:
-            return described_rule(self.description["rule"])
-        adapts = self.description.get("adapts")  # format 1; the oldest: all of body and head
-        rates = self.description["body_lr"], self.description["head_lr"]
-        return InnerRule(*rates, None if adapts is None else frozenset(adapts))
 
     def inputs(self, images: Any) -> Tensor:
         """Examples as the network reads them: ``[N, *input_shape]`` float32, normalised as in training."""

@@ -24,7 +24,7 @@ from cml_dist.telemetry.console import Console
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy", "safetensors", "pillow")
 
 
-def session_record(parts: Parts, world: World, threads: int, step: int) -> dict[str, Any]:
+def session_record(parts: Parts, world: World, step: int) -> dict[str, Any]:
     """What a line of ``sessions.jsonl`` holds."""
     counts: dict[str, int] = {}
     for name, value in parts.net.named_parameters():
@@ -36,7 +36,7 @@ def session_record(parts: Parts, world: World, threads: int, step: int) -> dict[
         **asdict(this_start()),
         "versions": versions(),
         "hardware": torch.cuda.get_device_name(world.device) if gpu else f"CPU ({platform.machine()})",
-        "threads": threads,
+        "threads": parts.threads,
         "parameters": counts,
         "plan": parts.plan.as_dict(),
         "data": parts.domain.describe(),

@@ -70,8 +70,7 @@ def check_data(case: Case) -> Iterator[Finding]:
 
 def check_run_folder(case: Case) -> Iterator[Finding]:
     """Whether a run can start or go on there: its space, whether a save works on its disk, and what it holds."""
-    from cml_dist.run.checkpoint import steps_in
-    from cml_dist.run.folder import RunFolder
+    from cml_dist.run.folder import RunFolder, steps_in
 
     base, folder = existing(case.run_dir), RunFolder(case.run_dir.expanduser())
     if not base.is_dir():
