@@ -101,15 +101,9 @@ def assemble(
     task = task_of(config.domain, domain.input_shape, domain.output_dim, dtype, domain.loss, domain.score)
     world.heartbeat.beat("measuring memory")
     plan = world.run_on_all_ranks(lambda: fit_memory(config, plan, net, method, task, world.device, training=training))
-    model = MetaModel(
-        net,
-        domain.loss,
-        domain.score,
-        method,
-        Engine(plan.engine, plan.trajectory, torch.device("cpu") if plan.trajectory_device == "cpu" else None),
-        micro_batch=plan.micro_batch,
-        autocast=autocast_type(config),
-    )
+    engine = Engine(plan.engine, plan.trajectory, torch.device("cpu") if plan.trajectory_device == "cpu" else None)
+    means = {"micro_batch": plan.micro_batch, "autocast": autocast_type(config)}
+    model = MetaModel(net, domain.loss, domain.score, method, engine, **means)
     # An episode of many inner steps and micro-batches may take longer than parallel.hang_timeout_s; a pass hardly can.
     model.problem.on_pass = world.heartbeat.touch
     return Parts(domain, net, model, dtype, plan, threads)

@@ -40,19 +40,16 @@ class Checkpoint:
     It keeps its file open: what is read is what was verified, even if the file is pruned or replaced meanwhile.
 
     Attributes:
-        path: the file.
         step: meta-steps done.
         state: small JSON values: the best validation so far, counters.
         layout: type and shape of every tensor.
         sha256: of all of it.
     """
 
-    def __init__(self, path: Path, file: StreamReader, meta: Mapping[str, Any]) -> None:
-        self.path, self._file = path, file
+    def __init__(self, path: Path, file: StreamReader, meta: Mapping[str, Any], sha256: str) -> None:
+        self.path, self._file, self.layout, self.sha256 = path, file, file.layout, sha256
         self.step: int = meta["step"]
         self.state: dict[str, Any] = meta["state"]
-        self.layout: Layout = file.layout
-        self.sha256: str = meta["sha256"]
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU. Raises DamagedCheckpoint where the disk no longer gives it."""
@@ -76,20 +73,19 @@ def save(
     tensors: Iterable[tuple[str, Tensor]],
     before: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write a checkpoint, see :func:`atomic_file`.
+    """Write a checkpoint by rank 0, see :func:`atomic_file`.
 
     Args:
-        world: its rank 0 writes.
         layout: what ``tensors`` will bring (``strategy.saved_layout()``).
         tensors: (name, whole tensor on the CPU), made one at a time (``strategy.saved_tensors()``); on other ranks
             than 0 they are asked for and not looked at.
-        before: called by rank 0 right before the rename; a CheckpointError that it raises calls it off.
+        before: called right before the rename; a CheckpointError that it raises calls it off.
 
     Raises:
         CheckpointError: the file system refused (full, read-only), or ``before`` did; older checkpoints are untouched.
 
-    Cost: one tensor. Collective: all ranks, and all raise it if rank 0 cannot write. An error in ``tensors`` itself is
-    raised where it happens and at once, since the other ranks then wait in a collective of theirs.
+    Collective: all ranks, and all raise it if rank 0 cannot write. An error in ``tensors`` itself is raised where it
+    happens and at once, since the other ranks then wait in a collective of theirs.
     """
     tensors, target = iter(tensors), path_of(folder, step)
     meta, digests = {"format": FORMAT, "step": step, "state": state}, {}
@@ -160,56 +156,55 @@ def load(path: str | Path, verified: str | None = None) -> Checkpoint:
 
         if (_digest(meta, file.layout, content) if verified is None else verified) != expected:
             raise ValueError("its contents do not match their SHA-256")
-        return Checkpoint(path, file, {**meta, "sha256": expected})
+        return Checkpoint(path, file, meta, expected)
 
 
 def load_newest(folder: Path, warn: Callable[[str], None] = lambda fault: None) -> Checkpoint | None:
-    """The newest checkpoint that is whole; None where there is none.
-
-    Args:
-        warn: told of each newer one that is damaged.
+    """The newest checkpoint that is whole, None where there is none; ``warn`` is told of newer ones that are damaged.
 
     Raises:
         CheckpointError: there are checkpoints, and none is whole.
     """
-    steps, fault = steps_in(folder), None
-    for step in reversed(steps):
+    fault = None
+    for step in reversed(steps_in(folder)):
         try:
             return load(path_of(folder, step))
         except DamagedCheckpoint as error:
             fault = error
             warn(f"{fault.what}: the one before it is used")
-    if fault is not None:
-        raise CheckpointError(
-            f"no checkpoint in {folder} is whole: {fault.what}", "restore one, or start in a new run.dir"
-        )
-    return None
+    if fault is None:
+        return None
+    raise CheckpointError(f"no checkpoint in {folder} is whole: {fault.what}", "restore one, or start in a new run.dir")
 
 
-def choose(folder: Path, which: str, warn: Callable[[str], None]) -> tuple[Checkpoint | None, str]:
+def choose(
+    folder: Path, which: str, net: nn.Module, warn: Callable[[str], None], data: str | None = None
+) -> tuple[Checkpoint, str]:
     """The checkpoint of the best validation (``best``), the newest (``last``), or of a step, and how it was chosen.
 
-    Where ``best`` has none (never validated, or damaged) it is the newest, which then is called ``last``.
+    Where ``best`` has none (never validated, or damaged) it is the newest, which then is called ``last``. ``warn`` is
+    told of what is passed over.
 
     Raises:
-        CheckpointError: there is none of that step, or none that is whole.
+        CheckpointError: there is none, none that is whole, or, as :func:`check_same_run` says, of another run.
     """
-    if which not in ("best", "last"):
-        steps = steps_in(folder)
-        if not which.isdigit() or int(which) not in steps:
-            raise CheckpointError(f"{folder} keeps no checkpoint {which!r}", f"use best, last, or one of {steps}")
-        return load(path_of(folder, int(which))), which
-    newest = load_newest(folder, warn)
-    best = newest.state.get("best") if newest and which == "best" else None
-    if best is None:
-        return newest, "last"
-    if best["step"] == newest.step:
-        return newest, "best"
-    try:
-        return load(path_of(folder, best["step"])), "best"
-    except DamagedCheckpoint as error:
-        warn(f"{error.what}: step {newest.step} is used")
-        return newest, "last"
+    steps = steps_in(folder)
+    if not steps:
+        raise CheckpointError(f"{folder} holds no checkpoint yet", "train it first: cml-dist train")
+    if which in ("best", "last"):
+        found, how = load_newest(folder, warn), "last"
+        best = found.state.get("best")
+        if which == "best" and best is not None:
+            try:
+                found, how = found if best["step"] == found.step else load(path_of(folder, best["step"])), "best"
+            except DamagedCheckpoint as error:
+                warn(f"{error.what}: step {found.step} is used")
+    elif which.isdigit() and int(which) in steps:
+        found, how = load(path_of(folder, int(which))), which
+    else:
+        raise CheckpointError(f"{folder} keeps no checkpoint {which!r}", f"use best, last, or one of {steps}")
+    check_same_run(found, net, data)
+    return found, how
 
 
 def on_all_ranks(world: World, look: Callable[[], tuple[Checkpoint | None, str]]) -> tuple[Checkpoint | None, str]:
@@ -254,13 +249,10 @@ def prune(folder: Path, keep_last: int, keep: int | None) -> None:
 
 
 def check_same_run(checkpoint: Checkpoint, net: nn.Module, data: str | None = None) -> None:
-    """Refuse a checkpoint of another network, other frozen weights, or other data.
+    """Raise CheckpointError for a checkpoint of another network, other frozen weights, or other data.
 
     Args:
         data: checksum of the data, which may lie elsewhere than before; None: they need not be the run's.
-
-    Raises:
-        CheckpointError: naming the first difference.
     """
     path, state = checkpoint.path, checkpoint.state
     expected = {f"param/{name}": tuple(p.shape) for name, p in net.named_parameters()}

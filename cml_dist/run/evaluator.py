@@ -17,7 +17,7 @@ from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
 from cml_dist.run.assemble import Parts
 from cml_dist.run.interrupts import Stopped
-from cml_dist.run.stream import EpisodeStream
+from cml_dist.run.stream import episode_stream
 from cml_dist.telemetry.console import ResultRow
 from cml_dist.types import Batch, Episode, Learner, Params
 
@@ -101,12 +101,8 @@ def evaluate(
 
     Args:
         params: on the device where ``parts.model`` is.
-        permutations: label orders under which each episode is tested, a pure function of split and index; the first
-            is the episode's own.
-        stop: asked before each episode: whether to break off.
-
-    Raises:
-        Stopped: on all ranks, where one broke off.
+        permutations: label orders (:func:`label_orders`) under which each episode is tested.
+        stop: asked before each episode: whether to break off, and raise Stopped on all ranks.
     """
     problem = parts.model.problem
     method = replace(parts.model.method, inner_steps=parts.plan.test_inner_steps)
@@ -114,7 +110,7 @@ def evaluate(
     # Mean and spread over label orders of each learner, and a row that is not 0 where a rank broke off.
     table = torch.zeros(2 * len(learners) + 1, num_episodes, dtype=torch.float64)
     mine, workers = range(world.rank, num_episodes, world.size), config.domain.workers
-    stream = EpisodeStream(parts.domain, split, mine, device=world.device, dtype=parts.dtype, workers=workers)
+    stream = episode_stream(parts.domain, split, mine, device=world.device, dtype=parts.dtype, workers=workers)
     world.heartbeat.beat(f"{split}, episode 1 of {len(mine)}")
     for count, episode in enumerate(stream, start=1):
         if stop():

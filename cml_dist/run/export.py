@@ -14,14 +14,16 @@ from cml_dist import __version__
 from cml_dist.atomic import atomic_file, refused, write_json, write_text
 from cml_dist.config.methods import method_title
 from cml_dist.config.schema import RunConfig
+from cml_dist.distributed.world import joined_world
 from cml_dist.errors import CheckpointError, ModelError
 from cml_dist.meta.rule import part_of
 from cml_dist.methods.build import describe_rule
 from cml_dist.nets.guard import has_batch_norm
 from cml_dist.registry import BACKBONES
-from cml_dist.run.assemble import Parts
+from cml_dist.run.assemble import Parts, assemble
+from cml_dist.run.checkpoint import choose
 from cml_dist.run.folder import RunFolder
-from cml_dist.run.report import chosen_checkpoint, overrides_of
+from cml_dist.run.report import overrides_of
 from cml_dist.run.safetensors_stream import write_stream
 from cml_dist.telemetry import text
 from cml_dist.telemetry.console import Console
@@ -70,6 +72,14 @@ timm.create_model({name!r}, checkpoint_path={file!r}, **{settings})
 """
 
 
+def export_again(config: RunConfig, which: str, to: str | None, console: Console) -> None:
+    """Export a run's checkpoint by its configuration. Collective: all ranks (rank 0 writes)."""
+    with joined_world(config) as world:
+        parts = assemble(config, world, console, training=False)
+        world.heartbeat.beat("the export")
+        world.run_on_main(lambda: export_run(config, parts, console, which, to))
+
+
 def export_run(
     config: RunConfig, parts: Parts, console: Console, which: str = "best", to: str | Path | None = None
 ) -> None:
@@ -83,7 +93,7 @@ def export_run(
     """
     folder = RunFolder(config.run.dir)
     target = folder.export if to is None else Path(to)
-    checkpoint, _ = chosen_checkpoint(config, parts, which, console)
+    checkpoint, _ = choose(folder.checkpoints, which, parts.net, console.warn)
     params = checkpoint.params([n for n, _ in parts.net.named_parameters() if part_of(n) != COLEARNER])
     # Constants too: with frozen statistics the network is not whole without them.
     files = {WEIGHTS: {**params, **{n: b for n, b in parts.net.named_buffers() if part_of(n) != COLEARNER}}}
@@ -174,18 +184,12 @@ def _card(config: RunConfig, description: dict[str, Any], parameters: int) -> st
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """The JSON of an exported model.
-
-    Raises:
-        CheckpointError: no exported model is there.
-    """
-    if not folder.exists():
-        raise CheckpointError(f"there is no {folder}", "give a run folder, or one that cml-dist export wrote")
+    """The JSON of an exported model; CheckpointError where none is there."""
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder} holds no exported model ({error})", "write one with cml-dist export RUN_DIR"
+            f"{folder} holds no exported model ({error})", "give a run folder, or what cml-dist export RUN_DIR wrote"
         ) from error
     if description.get("format") not in (1, FORMAT):
         raise CheckpointError(

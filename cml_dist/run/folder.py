@@ -16,21 +16,9 @@ from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, NetworkError
 
 NEUTRAL_KEYS = (
-    "run.dir",
-    "run.device",
-    "run.log_every",
-    "run.stop_signals",
-    "run.tracker",
-    "parallel.",
-    "engine.",
-    "memory.",
-    "checkpoint.",
-    "domain.root",
-    "domain.cache",
-    "domain.memory_gib",
-    "domain.workers",
-    "train.max_nonfinite",
-    "eval.final",
+    *("run.dir", "run.device", "run.log_every", "run.stop_signals", "run.tracker", "train.max_nonfinite", "eval.final"),
+    *("domain.root", "domain.cache", "domain.memory_gib", "domain.workers"),
+    *("parallel.", "engine.", "memory.", "checkpoint."),
 )
 """Settings that change no value that is computed, but for rounding."""
 
@@ -45,10 +33,7 @@ SEEN_WITHIN_S = 60.0
 
 
 class RunFolder:
-    """Paths of a run, and its identity.
-
-    docs/reference/run-folder.md says what each file holds.
-    """
+    """Paths of a run, and its identity; docs/reference/run-folder.md says what each file holds."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -71,11 +56,7 @@ class RunFolder:
         return self.config_file.is_file()
 
     def read_config(self) -> RunConfig:
-        """The configuration that the run was started with.
-
-        Raises:
-            CheckpointError: no run lives here.
-        """
+        """The configuration that the run was started with; CheckpointError where no run lives here."""
         if not self.exists:
             raise CheckpointError(
                 f"{self.path} is no run folder (it has no config.yaml)", "name the run.dir of a training run"
@@ -83,11 +64,7 @@ class RunFolder:
         return parse_config(read_yaml(self.config_file), source=str(self.config_file))
 
     def check_resumable(self, config: RunConfig) -> None:
-        """Refuse to go on with a configuration that would compute something else, showing the difference.
-
-        Raises:
-            CheckpointError: naming each setting with its value then and now.
-        """
+        """Raise CheckpointError for a configuration that would compute something else, with each value then and now."""
         changed = differences(self.read_config(), config)
         if changed:
             shown = ", ".join(f"{key} was {then!r}, is {now!r}" for key, (then, now) in changed.items())
@@ -95,10 +72,6 @@ class RunFolder:
                 f"{self.path} holds a run of another configuration: {shown}",
                 "set these back to resume it, or choose another run.dir",
             )
-
-    def test_overrides(self, config: RunConfig) -> dict[str, Any]:
-        """The settings by which a test under ``config`` is another than the run's own, with their values."""
-        return {key: now for key, (_, now) in changes(self.read_config(), config, NEUTRAL_KEYS).items()}
 
     def eval_files(self, overrides: dict[str, Any], which: str) -> tuple[Path, Path]:
         """Where the summary and the scores of a test are kept: no other test overwrites them."""
@@ -125,11 +98,7 @@ def steps_in(checkpoints: Path) -> list[int]:
 
 
 def wait_until_seen(what: str, there: Callable[[], bool]) -> None:
-    """Wait for what rank 0 has made in the run folder, which on all machines must be one.
-
-    Raises:
-        NetworkError: it is not there after the time for which a network file system may show an old view.
-    """
+    """Wait for what rank 0 has made in the run folder, which on all machines must be one; NetworkError where not."""
     end_s = time.monotonic() + SEEN_WITHIN_S
     while not there():
         if time.monotonic() > end_s:

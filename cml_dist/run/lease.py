@@ -29,11 +29,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Lease:
-    """The right to write in a folder, until :meth:`release` or the end of the process.
-
-    Args:
-        folder: it exists.
-        start: who asks.
+    """The right of ``start`` to write in a folder that exists, until :meth:`release` or the end of the process.
 
     Raises:
         CheckpointError: another trainer has it.
@@ -62,11 +58,7 @@ class Lease:
             raise
 
     def check(self) -> None:
-        """Make sure that no other writer has the folder, right before something is written.
-
-        Raises:
-            CheckpointError: a later start has taken over; nothing more may be written.
-        """
+        """Raise CheckpointError where a later start has taken over, so that nothing more may be written."""
         holder = self._read()
         if not holder:
             time.sleep(AGAIN_S)
@@ -75,11 +67,10 @@ class Lease:
             raise self._taken_over(holder)
 
     def release(self, *, began: bool) -> None:
-        """Let others in; where the run never ``began``, remove the lock, and the folder if it is empty."""
+        """Let others in; where the run never ``began``, leave no trace."""
         if not began and self._read() == self._mine:
             with suppress(OSError):
                 self._path.unlink()
-                self._path.parent.rmdir()
         self._close()
 
     def _taken_over(self, holder: dict[str, Any]) -> CheckpointError:

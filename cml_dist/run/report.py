@@ -11,34 +11,28 @@ import numpy as np
 from cml_dist.atomic import write_bytes, write_json
 from cml_dist.config.methods import dagger_refusal, has_trained_colearner, learner_title, method_title
 from cml_dist.config.schema import RunConfig
-from cml_dist.distributed.world import World
-from cml_dist.errors import CheckpointError
-from cml_dist.run.assemble import Parts
-from cml_dist.run.checkpoint import Checkpoint, check_same_run, choose, on_all_ranks
+from cml_dist.distributed.gpu_memory import memory_explained
+from cml_dist.distributed.world import World, joined_world
+from cml_dist.run.assemble import Parts, assemble
+from cml_dist.run.checkpoint import Checkpoint, choose, on_all_ranks
 from cml_dist.run.evaluator import EvalReport, evaluate
-from cml_dist.run.folder import RunFolder
+from cml_dist.run.folder import NEUTRAL_KEYS, RunFolder, changes
 from cml_dist.telemetry.console import Console, ResultRow
-from cml_dist.types import Params
+from cml_dist.types import Learner, Params
+
+Reports = dict[Learner, EvalReport]
 
 
-def chosen_checkpoint(config: RunConfig, parts: Parts, which: str, console: Console) -> tuple[Checkpoint, str]:
-    """What :func:`choose` finds for ``which``, made sure to be of this network.
-
-    Raises:
-        CheckpointError: there is none, or none that fits.
-    """
-    folder = RunFolder(config.run.dir)
-    found, how = choose(folder.checkpoints, which, console.warn)
-    if found is None:
-        raise CheckpointError(f"{folder.path} has no checkpoint yet", "train it first: cml-dist train")
-    check_same_run(found, parts.net)
-    return found, how
+def evaluate_run(config: RunConfig, which: str, console: Console) -> dict[str, Any]:
+    """Test a run's checkpoint by its configuration, see :func:`score_run`. Collective: all ranks."""
+    with joined_world(config) as world, memory_explained(world.device):
+        return score_run(config, assemble(config, world, console, training=False), world, console, which)
 
 
 def overrides_of(config: RunConfig, parts: Parts, checkpoint: Checkpoint) -> dict[str, Any]:
     """Settings by which figures under ``config`` are not the run's own, also where ``domain.root`` is of other data."""
-    changed = RunFolder(config.run.dir).test_overrides(config)
-    data = parts.domain.fingerprint()
+    then, data = RunFolder(config.run.dir).read_config(), parts.domain.fingerprint()
+    changed = {key: now for key, (_, now) in changes(then, config, NEUTRAL_KEYS).items()}
     if checkpoint.state.get("data", data) != data:
         changed["domain.root"] = getattr(config.domain, "root", None)
     return changed
@@ -69,11 +63,11 @@ def score_run(
     """
     folder = RunFolder(config.run.dir)
     world.heartbeat.beat("looking for a checkpoint")
-    checkpoint, how = on_all_ranks(world, lambda: chosen_checkpoint(config, parts, which, console))
+    checkpoint, how = on_all_ranks(world, lambda: choose(folder.checkpoints, which, parts.net, console.warn))
     learners = ("meta",) if dagger_refusal(config) else ("meta", "co")
     parts.model.to(world.device)  # not while it trains: it would part gradients from the buckets that DDP reduces
 
-    def test(params: Params, what: str) -> dict[str, EvalReport]:
+    def test(params: Params, what: str) -> Reports:
         params = {n: p.to(world.device, parts.dtype) for n, p in params.items()}
         with console.progress(what, config.eval.episodes) as view:
             return evaluate(
@@ -119,14 +113,7 @@ def score_run(
     return summary
 
 
-def _show(
-    config: RunConfig,
-    parts: Parts,
-    reports: dict[str, EvalReport],
-    floor: dict[str, EvalReport],
-    console: Console,
-    title: str,
-) -> None:
+def _show(config: RunConfig, parts: Parts, reports: Reports, floor: Reports, console: Console, title: str) -> None:
     """The table of results, and what explains it."""
     names = {learner: learner_title(config, learner) for learner in reports}
     rows = [report.row(names[learner]) for learner, report in reports.items()]

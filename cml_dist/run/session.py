@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from cml_dist import __version__
@@ -41,7 +42,7 @@ class Session:
         trackers: those of ``run.trackers``, once the run has begun.
         step: meta-steps done.
         doing: ``training``, ``validation`` and so on, for ``status.json``.
-        longest_s: seconds of the longest meta-step (``step``) and checkpoint (``save``) so far.
+        longest_step_s, longest_save_s: so far; a safe exit may take as long.
     """
 
     def __init__(self, config: RunConfig, world: World, console: Console) -> None:
@@ -51,19 +52,18 @@ class Session:
         self.trackers = Trackers(config, 0, console, active=False)  # until the run has begun
         self._metrics = MetricsWriter(self.folder.metrics_file)
         self._lease: Lease | None = None
+        self._made: list[Path] = []  # folders that claim() made, innermost first
         self.step, self.doing = 0, "starting"
         self._started, self._starts = now(), 1
-        self.longest_s = {"step": 0.0, "save": 0.0}
+        self.longest_step_s = self.longest_save_s = 0.0
         self._writing, self._over = threading.Lock(), threading.Event()
-
-    # ------------------------------------------------------------------ begin and end
 
     def claim(self) -> None:
         """Keep other trainers out of the folder while this process lives. Collective: all ranks.
 
         Raises:
-            CheckpointError: the folder cannot be written, holds something else or a run of another configuration, or
-                another trainer is at work in it.
+            CheckpointError: it cannot be written, holds something else or a run of another configuration, or another
+                trainer is at work in it.
         """
         self.world.run_on_main(self._claim)
         self.world.heartbeat.at_end = self._lost
@@ -98,7 +98,7 @@ class Session:
             self.write_status("stopped" if stopped_by else "failed", stopped_by or str(error) or repr(error))
 
     def close(self) -> None:
-        """Close the files; the folder is free for another trainer."""
+        """Close the files; the folder is free for another trainer, and of a run that never began nothing is left."""
         with self._writing:
             self._over.set()
         self._metrics.close()
@@ -106,8 +106,10 @@ class Session:
         self._log.close()
         if self._lease is not None:
             self._lease.release(began=self.folder.exists)
-
-    # ------------------------------------------------------------------ while it runs
+        if not self.folder.exists:
+            with suppress(OSError):  # where something else lies in the folder, it stays
+                for folder in self._made:
+                    folder.rmdir()
 
     def fence(self) -> None:
         """Raise CheckpointError where a later start of this run has taken over the folder; called by rank 0 alone."""
@@ -116,7 +118,7 @@ class Session:
     def record_step(self, metrics: StepMetrics) -> None:
         """Write a meta-step's line."""
         self.step = metrics.step
-        self.took("step", metrics.seconds)
+        self.longest_step_s = max(self.longest_step_s, metrics.seconds)
         if self.world.is_main:
             self._metrics.write(metrics)
         self.trackers.step(metrics)
@@ -127,10 +129,6 @@ class Session:
             self.fence()
             append_json_line(self.folder.validation_file, line)
         self.trackers.validation(line, score_name)
-
-    def took(self, what: str, seconds: float) -> None:
-        """Note the seconds of a meta-step (``step``) or a checkpoint (``save``): a safe exit may take as long."""
-        self.longest_s[what] = max(self.longest_s[what], seconds)
 
     def write_status(self, state: State, reason: str) -> None:
         """Write ``status.json``, where a run lives here, and no later start of it has taken over.
@@ -148,10 +146,9 @@ class Session:
                 self._lease.check()
                 write_text(self.folder.status_file, self._status(state, reason).text())
 
-    # ------------------------------------------------------------------ inside
-
     def _status(self, state: State, reason: str) -> RunStatus:
-        start, longest_s = self.start, self.longest_s
+        # A signal may come as a save begins, after which ranks next agree at the end of a meta-step.
+        exit_s = round(self.longest_step_s + 2 * self.longest_save_s, 3) if self.longest_save_s else None
         return RunStatus(
             state=state,
             reason=reason,
@@ -161,13 +158,12 @@ class Session:
             started=self._started,
             world=self.world.size,
             method=method_title(self.config),
-            host=start.host,
-            pid=start.pid,
-            job=start.job,
-            restart=start.restart,
+            host=self.start.host,
+            pid=self.start.pid,
+            job=self.start.job,
+            restart=self.start.restart,
             starts=self._starts,
-            # A signal may come as a save begins, after which ranks next agree at the end of a meta-step.
-            exit_s=round(longest_s["step"] + 2 * longest_s["save"], 3) if all(longest_s.values()) else None,
+            exit_s=exit_s,
         )
 
     def _claim(self) -> None:
@@ -177,6 +173,7 @@ class Session:
             folder.check_resumable(self.config)
             self.step = max(steps_in(folder.checkpoints), default=0)
         try:
+            self._made = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
             folder.path.mkdir(parents=True, exist_ok=True)
             # Hidden files and the lock are what a start leaves that was killed early.
             if not folder.exists and any(p.name != "lock" and p.name[0] != "." for p in folder.path.iterdir()):

@@ -30,13 +30,13 @@ from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.assemble import assemble
 from cml_dist.run.evaluator import evaluate
 from cml_dist.run.export import export_run
-from cml_dist.run.folder import same_everywhere
+from cml_dist.run.folder import same_everywhere, steps_in
 from cml_dist.run.hooks import OnStep, nothing
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 from cml_dist.run.record import announce, versions
 from cml_dist.run.report import score_run
 from cml_dist.run.session import Session
-from cml_dist.run.stream import EpisodeStream, rank_share
+from cml_dist.run.stream import episode_stream, rank_share
 from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.metrics import StepMetrics
 from cml_dist.types import Episode
@@ -137,10 +137,10 @@ class Trainer:
         world, config, session = self.world, self.config, self.session
 
         def look() -> tuple[checkpoints.Checkpoint | None, str]:
-            found, how = checkpoints.choose(session.folder.checkpoints, "last", session.console.warn)
-            if found is not None:
-                checkpoints.check_same_run(found, self.parts.net, self.state["data"])
-            return found, how
+            folder, warn = session.folder.checkpoints, session.console.warn
+            if not steps_in(folder):
+                return None, ""
+            return checkpoints.choose(folder, "last", self.parts.net, warn, self.state["data"])
 
         world.heartbeat.beat("looking for a checkpoint")
         found, _ = checkpoints.on_all_ranks(world, look)
@@ -163,7 +163,7 @@ class Trainer:
         left, batch = range(self.step, config.train.steps), config.train.episodes_per_step
         indices = (index for step in left for index in rank_share(step, batch, world.rank, world.size))
         how = {"device": world.device, "dtype": parts.dtype, "workers": config.domain.workers}
-        stream = EpisodeStream(parts.domain, "train", indices, **how)
+        stream = episode_stream(parts.domain, "train", indices, **how)
         shown = {"score_name": parts.domain.score_name, "log_every": config.run.log_every, "best": self.best}
         with self.session.console.training(config.train.steps, self.step, **shown) as live:
             self.validate_if_due()
@@ -207,7 +207,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ one meta-step
 
-    def meta_step(self, stream: EpisodeStream) -> tuple[StepMetrics, bool, bool]:
+    def meta_step(self, stream: Iterator[Episode]) -> tuple[StepMetrics, bool, bool]:
         """Episodes -> meta-gradient -> outer step -> (metrics, whether to stop, whether a checkpoint is due)."""
         config, world = self.config, self.world
         started_s = time.perf_counter()
@@ -260,7 +260,7 @@ class Trainer:
         pairs = zip(TERMS, values[::2], values[1::2], strict=True)
         return {term: total / count if count else None for term, total, count in pairs}, stop > 0, save > 0
 
-    def episodes(self, stream: EpisodeStream) -> Iterator[Episode]:
+    def episodes(self, stream: Iterator[Episode]) -> Iterator[Episode]:
         """This rank's episodes of the next meta-step; after the last one the reduction brings the ranks together."""
         heartbeat, step = self.world.heartbeat, self.step + 1
         count = self.parts.plan.episodes_by_rank[self.world.rank]
@@ -327,7 +327,7 @@ class Trainer:
 
         self.world.run_on_main(prune)
         self.saved_s = time.monotonic()
-        session.took("save", self.saved_s - started_s)
+        session.longest_save_s = max(session.longest_save_s, self.saved_s - started_s)
 
 
 def _peak_memory_gib(device: torch.device) -> float:

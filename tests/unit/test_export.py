@@ -17,7 +17,7 @@ import cml_dist
 from cml_dist.config.load import merge, parse_config
 from cml_dist.data.build import build_domain
 from cml_dist.errors import CheckpointError, DataError
-from cml_dist.run.finished import export_again
+from cml_dist.run.export import export_again
 from cml_dist.run.folder import run_config
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import Console
@@ -153,7 +153,7 @@ def test_bad_input_is_named(run, tmp_path):
         learner.inputs([tmp_path / "broken.png"])
     with pytest.raises(CheckpointError, match="no exported model"):
         cml_dist.load(tmp_path)
-    with pytest.raises(CheckpointError, match="there is no .*/nowhere; give a run folder"):
+    with pytest.raises(CheckpointError, match="nowhere holds no exported model .*; give a run folder"):
         cml_dist.load(tmp_path / "nowhere")
     shutil.copytree(folder / "export", tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"

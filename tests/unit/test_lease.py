@@ -100,8 +100,7 @@ def test_a_killed_trainer_leaves_the_folder_free_whoever_it_has_started(tmp_path
 
 
 def test_of_a_run_that_never_began_nothing_is_left(tmp_path):
-    (tmp_path / "run").mkdir()
-    Lease(tmp_path / "run", start()).release(began=False)
+    Lease(tmp_path, start()).release(began=False)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -36,9 +36,10 @@ from cml_dist.errors import (
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run import folder as folders
 from cml_dist.run import session as sessions
-from cml_dist.run.finished import evaluate_run, export_again
+from cml_dist.run.export import export_again
 from cml_dist.run.folder import run_config
 from cml_dist.run.hooks import nothing
+from cml_dist.run.report import evaluate_run
 from cml_dist.run.status import read_status
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import Console
@@ -51,6 +52,7 @@ BASE = {
     "train": {"steps": 12, "episodes_per_step": 3},
     "eval": {"every": 5, "val_episodes": 4, "episodes": 6},
     "checkpoint": {"every": 4},
+    "engine": {"name": "graph"},  # with "auto" each start would first measure its memory
     "parallel": {"threads": 1},
     "run": {"log_every": 4},
 }
