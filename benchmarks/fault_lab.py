@@ -431,7 +431,7 @@ class Lab:
 def newest_good_step(folder: Path) -> int:
     """Step of the newest checkpoint that is whole; 0 where there is none."""
     try:
-        found, _ = checkpoints.load_newest(folder)
+        found = checkpoints.load_newest(folder)
     except checkpoints.CheckpointError:
         return 0
     return 0 if found is None else found.step

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 def evaluate(args: argparse.Namespace, console: Console) -> None:
     config = _config_of(args, console)
-    from cml_dist.run.finished import evaluate_run
+    from cml_dist.run.report import evaluate_run
 
     evaluate_run(config, args.checkpoint, console)
 
 
 def export(args: argparse.Namespace, console: Console) -> None:
     config = _config_of(args, console)
-    from cml_dist.run.finished import export_again
+    from cml_dist.run.export import export_again
 
     export_again(config, args.checkpoint, args.to, console)
 

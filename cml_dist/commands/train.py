@@ -41,9 +41,9 @@ def train(args: argparse.Namespace, console: Console) -> int:
         this_heartbeat().fail(cause, everywhere=True, stop_code=code)  # the signal may have reached this rank alone
         console.warn(f"Stopped by {interrupts.stop} before training began; nothing is lost: run the same command again")
     except KeyboardInterrupt:
-        from cml_dist.run.folder import RunFolder
+        from cml_dist.run.folder import RunFolder, steps_in
 
-        if not RunFolder(config.run.dir).has_checkpoint:
+        if not steps_in(RunFolder(config.run.dir).checkpoints):
             raise
         console.warn("Interrupted; the last checkpoint is whole, and the same command resumes from it")
         code = _exit_code(STOPPED_BY_USER)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
-from cml_dist.config.plan import RunPlan
+from cml_dist.config.plan import RunPlan, make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.data.base import Domain
 from cml_dist.data.build import build_domain
-from cml_dist.distributed.world import World
+from cml_dist.distributed.world import World, set_arithmetic
 from cml_dist.memory.choose import autocast_type, fit_memory, task_of
 from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
@@ -21,6 +22,7 @@ from cml_dist.methods.check import check_rule, made_up_episode
 from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.guard import check_twice_differentiable
 from cml_dist.nets.network import CmlNet
+from cml_dist.telemetry.console import Console, preparing
 
 DOWNLOAD_S = 3600.0
 """Published weights come over any link; the library that fetches them gives up by itself where nothing comes."""
@@ -34,6 +36,7 @@ class Parts:
         net: with its initial values, on the CPU; kept for its structure (export needs it).
         model: owns the parameters.
         plan: with engine, micro-batch, trajectory and copies as the memory budget decided.
+        threads: of this process.
     """
 
     domain: Domain
@@ -41,16 +44,11 @@ class Parts:
     model: MetaModel
     dtype: torch.dtype
     plan: RunPlan
+    threads: int
 
 
 def assemble(
-    config: RunConfig,
-    plan: RunPlan,
-    world: World,
-    progress: Callable[[int, int, str], None] | None = None,
-    splits: Sequence[str] = (),
-    *,
-    training: bool = True,
+    config: RunConfig, world: World, console: Console, splits: Collection[str] = (), *, training: bool = True
 ) -> Parts:
     """Build the parts on every rank; each machine's first rank goes first, to fill caches once.
 
@@ -60,11 +58,12 @@ def assemble(
 
     Collective: all ranks, and all fail together.
     """
+    plan, threads = make_plan(config, world.size, os.environ), set_arithmetic(config, world)
     dtype = getattr(torch, config.run.dtype)
 
     def tell(done: int, total: int, what: str) -> None:
         world.heartbeat.beat(f"{what} ({done} of {total})")
-        if progress is not None and world.local_rank == 0:
+        if world.local_rank == 0:
             progress(done, total, what)
 
     def find_data() -> Domain:
@@ -84,8 +83,9 @@ def assemble(
         return net.to(dtype)
 
     world.heartbeat.beat("looking for the data")
-    domain = world.local_main_process_first(find_data)  # fills the cache of embedded or remote data
-    world.run_on_all_ranks(load)  # every rank decodes at once
+    with preparing(console) as progress:
+        domain = world.local_main_process_first(find_data)  # fills the cache of embedded or remote data
+        world.run_on_all_ranks(load)  # every rank decodes at once
     net = world.local_main_process_first(make)  # fills the cache of pre-trained weights
 
     def make_method() -> Method:
@@ -93,8 +93,7 @@ def assemble(
         if type(method.rule) is not InnerRule:
             params = {n: p.detach() for n, p in net.named_parameters()}
             problem = Problem(net, domain.loss, domain.score, dict(net.named_buffers()))
-            ways = getattr(config.domain, "ways", 0)
-            like = next(net.parameters())
+            ways, like = getattr(config.domain, "ways", 0), next(net.parameters())
             check_rule(problem, method, params, made_up_episode(domain.input_shape, ways, domain.output_dim, like))
         return method
 
@@ -102,15 +101,9 @@ def assemble(
     task = task_of(config.domain, domain.input_shape, domain.output_dim, dtype, domain.loss, domain.score)
     world.heartbeat.beat("measuring memory")
     plan = world.run_on_all_ranks(lambda: fit_memory(config, plan, net, method, task, world.device, training=training))
-    model = MetaModel(
-        net,
-        domain.loss,
-        domain.score,
-        method,
-        Engine(plan.engine, plan.trajectory, torch.device("cpu") if plan.trajectory_device == "cpu" else None),
-        micro_batch=plan.micro_batch,
-        autocast=autocast_type(config),
-    )
+    engine = Engine(plan.engine, plan.trajectory, torch.device("cpu") if plan.trajectory_device == "cpu" else None)
+    means = {"micro_batch": plan.micro_batch, "autocast": autocast_type(config)}
+    model = MetaModel(net, domain.loss, domain.score, method, engine, **means)
     # An episode of many inner steps and micro-batches may take longer than parallel.hang_timeout_s; a pass hardly can.
     model.problem.on_pass = world.heartbeat.touch
-    return Parts(domain, net, model, dtype, plan)
+    return Parts(domain, net, model, dtype, plan, threads)

@@ -7,16 +7,14 @@ tensor by tensor: whatever the size of the model, one tensor is in memory here.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,18 +22,12 @@ from cml_dist.atomic import LEFTOVERS, atomic_file
 from cml_dist.distributed.heartbeat import this_heartbeat
 from cml_dist.distributed.world import World
 from cml_dist.errors import CheckpointError
-from cml_dist.run.folder import wait_until_seen
-from cml_dist.run.safetensors_stream import StreamReader, StreamWriter, tensor_bytes
+from cml_dist.run.folder import path_of, steps_in, wait_until_seen
+from cml_dist.run.safetensors_stream import StreamReader, tensor_bytes, write_stream
 from cml_dist.types import RULE, Layout, Params
 
 FORMAT = 2
 """Format 1, still read, differs in its SHA-256 alone: there it ran over the tensors' bytes, and not their digests."""
-
-_NAME = re.compile(r"step-(\d{8})\.safetensors")
-_NOT_NOW = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.EINTR)
-"""What says nothing of a file's contents: an older one must not be used for it."""
-
-T = TypeVar("T")
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -48,19 +40,16 @@ class Checkpoint:
     It keeps its file open: what is read is what was verified, even if the file is pruned or replaced meanwhile.
 
     Attributes:
-        path: the file.
         step: meta-steps done.
         state: small JSON values: the best validation so far, counters.
         layout: type and shape of every tensor.
         sha256: of all of it.
     """
 
-    def __init__(self, path: Path, file: StreamReader, meta: Mapping[str, Any]) -> None:
-        self.path, self._file = path, file
+    def __init__(self, path: Path, file: StreamReader, meta: Mapping[str, Any], sha256: str) -> None:
+        self.path, self._file, self.layout, self.sha256 = path, file, file.layout, sha256
         self.step: int = meta["step"]
         self.state: dict[str, Any] = meta["state"]
-        self.layout: Layout = file.layout
-        self.sha256: str = meta["sha256"]
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU. Raises DamagedCheckpoint where the disk no longer gives it."""
@@ -75,17 +64,6 @@ class Checkpoint:
         return {name: self.read(f"param/{name}") for name in names}
 
 
-def path_of(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}.safetensors"
-
-
-def steps_in(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(m.group(1)) for m in map(_NAME.fullmatch, os.listdir(folder)) if m)
-
-
 def save(
     world: World,
     folder: Path,
@@ -95,27 +73,40 @@ def save(
     tensors: Iterable[tuple[str, Tensor]],
     before: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write a checkpoint, see :func:`atomic_file`.
+    """Write a checkpoint by rank 0, see :func:`atomic_file`.
 
     Args:
-        world: its rank 0 writes.
         layout: what ``tensors`` will bring (``strategy.saved_layout()``).
         tensors: (name, whole tensor on the CPU), made one at a time (``strategy.saved_tensors()``); on other ranks
             than 0 they are asked for and not looked at.
-        before: called by rank 0 right before the rename; a CheckpointError that it raises calls it off.
+        before: called right before the rename; a CheckpointError that it raises calls it off.
 
     Raises:
         CheckpointError: the file system refused (full, read-only), or ``before`` did; older checkpoints are untouched.
 
-    Cost: one tensor. Collective: all ranks, and all raise it if rank 0 cannot write. An error in ``tensors`` itself is
-    raised where it happens and at once, since the other ranks then wait in a collective of theirs.
+    Collective: all ranks, and all raise it if rank 0 cannot write. An error in ``tensors`` itself is raised where it
+    happens and at once, since the other ranks then wait in a collective of theirs.
     """
     tensors, target = iter(tensors), path_of(folder, step)
+    meta, digests = {"format": FORMAT, "step": step, "state": state}, {}
     fault: CheckpointError | None = None
+
+    def digested() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            digests[name] = _sha256(tensor)
+            yield name, tensor
+            del tensor  # or it would live on while the next one is made
+            this_heartbeat().touch()
+
+    def metadata() -> dict[str, str]:
+        sha256 = _digest(meta, layout, digests.__getitem__) if digests else "0" * 64
+        return {"cml_dist": json.dumps({**meta, "sha256": sha256})}
+
     if world.is_main:
         world.heartbeat.beat(f"saving step {step}")
         try:
-            _write(target, {"format": FORMAT, "step": step, "state": state}, layout, tensors, before)
+            with atomic_file(target, before) as temporary:
+                write_stream(temporary, layout, digested(), metadata)
         except CheckpointError as error:
             fault = error
         except OSError as error:
@@ -138,24 +129,6 @@ def save(
     return target
 
 
-def _write(
-    target: Path,
-    meta: dict[str, Any],
-    layout: Layout,
-    tensors: Iterator[tuple[str, Tensor]],
-    before: Callable[[], None],
-) -> None:
-    """Rank 0's part of :func:`save`. Leaves ``tensors`` where it stands if the file system refuses."""
-    digests: dict[str, bytes] = {}
-    with atomic_file(target, before) as temporary, StreamWriter(temporary, layout, _metadata(meta, "0" * 64)) as writer:
-        for name, tensor in tensors:
-            digests[name] = _sha256(tensor)
-            writer.put(name, tensor)
-            del tensor  # or it would live on while the next one is made
-            this_heartbeat().touch()
-        writer.finish(_metadata(meta, _digest(meta, layout, digests.__getitem__)))
-
-
 def load(path: str | Path, verified: str | None = None) -> Checkpoint:
     """Open and verify one checkpoint, tensor by tensor.
 
@@ -165,60 +138,84 @@ def load(path: str | Path, verified: str | None = None) -> Checkpoint:
 
     Raises:
         DamagedCheckpoint: missing, truncated or altered.
-        CheckpointError: of another format, or under the name of another step.
+        CheckpointError: of another format, or it cannot be read now.
     """
     path = Path(path)
     with _damage_named(path):
         file = StreamReader(path)
         meta = json.loads(file.metadata["cml_dist"])
         version, expected = meta["format"], meta.pop("sha256", None)
-    if version not in (1, FORMAT):
-        raise CheckpointError(
-            f"checkpoint {path} has format {version}, this version reads {FORMAT}", "use the version that wrote it"
-        )
+        if version not in (1, FORMAT):
+            raise CheckpointError(
+                f"checkpoint {path} has format {version}, this version reads {FORMAT}", "use the version that wrote it"
+            )
 
-    def content(name: str) -> bytes | memoryview:
-        this_heartbeat().touch()
-        return (tensor_bytes if version == 1 else _sha256)(file.read(name))
+        def content(name: str) -> bytes | memoryview:
+            this_heartbeat().touch()
+            return (tensor_bytes if version == 1 else _sha256)(file.read(name))
 
-    with _damage_named(path):
         if (_digest(meta, file.layout, content) if verified is None else verified) != expected:
             raise ValueError("its contents do not match their SHA-256")
-    if path.name != path_of(path.parent, meta["step"]).name:
-        raise CheckpointError(
-            f"{path} holds step {meta['step']}", f"rename it to {path_of(path.parent, meta['step']).name}"
-        )
-    return Checkpoint(path, file, {**meta, "sha256": expected})
+        return Checkpoint(path, file, meta, expected)
 
 
-def load_newest(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
-    """The newest checkpoint that is whole, and the faults of the newer ones that are not.
+def load_newest(folder: Path, warn: Callable[[str], None] = lambda fault: None) -> Checkpoint | None:
+    """The newest checkpoint that is whole, None where there is none; ``warn`` is told of newer ones that are damaged.
 
     Raises:
         CheckpointError: there are checkpoints, and none is whole.
     """
-    faults: list[CheckpointError] = []
+    fault = None
     for step in reversed(steps_in(folder)):
         try:
-            return load(path_of(folder, step)), faults
+            return load(path_of(folder, step))
         except DamagedCheckpoint as error:
-            faults.append(error)
-    if faults:
-        raise CheckpointError(
-            f"no checkpoint in {folder} is whole: {faults[0].what}", "restore one, or start in a new run.dir"
-        )
-    return None, faults
+            fault = error
+            warn(f"{fault.what}: the one before it is used")
+    if fault is None:
+        return None
+    raise CheckpointError(f"no checkpoint in {folder} is whole: {fault.what}", "restore one, or start in a new run.dir")
 
 
-def on_all_ranks(world: World, look: Callable[[], tuple[Checkpoint | None, T]]) -> tuple[Checkpoint | None, T]:
-    """What ``look`` finds and verifies on rank 0, opened by all ranks, and what else it returns.
+def choose(
+    folder: Path, which: str, net: nn.Module, warn: Callable[[str], None], data: str | None = None
+) -> tuple[Checkpoint, str]:
+    """The checkpoint of the best validation (``best``), the newest (``last``), or of a step, and how it was chosen.
+
+    Where ``best`` has none (never validated, or damaged) it is the newest, which then is called ``last``. ``warn`` is
+    told of what is passed over.
+
+    Raises:
+        CheckpointError: there is none, none that is whole, or, as :func:`check_same_run` says, of another run.
+    """
+    steps = steps_in(folder)
+    if not steps:
+        raise CheckpointError(f"{folder} holds no checkpoint yet", "train it first: cml-dist train")
+    if which in ("best", "last"):
+        found, how = load_newest(folder, warn), "last"
+        best = found.state.get("best")
+        if which == "best" and best is not None:
+            try:
+                found, how = found if best["step"] == found.step else load(path_of(folder, best["step"])), "best"
+            except DamagedCheckpoint as error:
+                warn(f"{error.what}: step {found.step} is used")
+    elif which.isdigit() and int(which) in steps:
+        found, how = load(path_of(folder, int(which))), which
+    else:
+        raise CheckpointError(f"{folder} keeps no checkpoint {which!r}", f"use best, last, or one of {steps}")
+    check_same_run(found, net, data)
+    return found, how
+
+
+def on_all_ranks(world: World, look: Callable[[], tuple[Checkpoint | None, str]]) -> tuple[Checkpoint | None, str]:
+    """What ``look`` finds on rank 0, which alone reads the file through, opened by all ranks; and what else it says.
 
     Raises:
         CheckpointError: ``look`` did. NetworkError: another machine does not see that file.
 
-    Cost: rank 0 reads the file through. Collective: all ranks.
+    Collective: all ranks.
     """
-    mine, said = world.run_on_all_ranks(look if world.is_main else lambda: (None, None))
+    mine, said = world.run_on_all_ranks(look if world.is_main else lambda: (None, ""))
     found, said = world.gather((mine and (str(mine.path), mine.sha256), said))[0]
 
     def open_it() -> Checkpoint | None:
@@ -239,27 +236,25 @@ def set_aside(folder: Path, after: int) -> None:
             os.replace(path, path.with_name(f"{path.name}.damaged"))
 
 
-def prune(folder: Path, keep_last: int, keep: frozenset[int]) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints and those of the steps in ``keep``.
+def prune(folder: Path, keep_last: int, keep: int | None) -> None:
+    """Delete all but the newest ``keep_last`` checkpoints and that of step ``keep``.
 
     Also what killed writers left half-written: only the one trainer of a run folder writes there, and it is here now.
     """
     for leftover in folder.glob(LEFTOVERS):
         leftover.unlink(missing_ok=True)
     for step in steps_in(folder)[:-keep_last]:
-        if step not in keep:
+        if step != keep:
             path_of(folder, step).unlink(missing_ok=True)
 
 
 def check_same_run(checkpoint: Checkpoint, net: nn.Module, data: str | None = None) -> None:
-    """Refuse a checkpoint of another network, other frozen weights, or other data.
+    """Raise CheckpointError for a checkpoint of another network, other frozen weights, or other data.
 
     Args:
         data: checksum of the data, which may lie elsewhere than before; None: they need not be the run's.
-
-    Raises:
-        CheckpointError: naming the first difference.
     """
+    path, state = checkpoint.path, checkpoint.state
     expected = {f"param/{name}": tuple(p.shape) for name, p in net.named_parameters()}
     stored = {name: shape for name, (_, shape) in checkpoint.layout.items() if name.startswith("param/")}
     for name in {**expected, **stored}:
@@ -269,22 +264,20 @@ def check_same_run(checkpoint: Checkpoint, net: nn.Module, data: str | None = No
             if name.startswith(f"param/{RULE}."):
                 whose = "holds what another method learned"
                 remedy = "set method.name, method.inner_steps and method.adapts as they were when it was trained"
+            name = name.removeprefix("param/")
             raise CheckpointError(
-                f"{checkpoint.path} {whose}: {name.removeprefix('param/')} has shape {have} in the file, {want} in the "
-                "configuration",
-                remedy,
+                f"{path} {whose}: {name} has shape {have} in the file, {want} in the configuration", remedy
             )
-    if data is not None and checkpoint.state["data"] != data:
+    if data is not None and state["data"] != data:
         raise CheckpointError(
-            f"the data is not that of the run of {checkpoint.path} (checksum {checkpoint.state['data'][:12]}, now "
-            f"{data[:12]})",
+            f"the data is not that of the run of {path} (checksum {state['data'][:12]}, now {data[:12]})",
             "point domain.root at the same packed set, or choose another run.dir",
         )
     # Frozen weights and statistics are in no checkpoint, and earlier versions did not say which they were.
     constants = fingerprint(net.named_buffers())
-    if checkpoint.state.get("constants", constants) != constants:
+    if state.get("constants", constants) != constants:
         raise CheckpointError(
-            f"the frozen weights or statistics are not those with which {checkpoint.path} was trained",
+            f"the frozen weights or statistics are not those with which {path} was trained",
             "give model.pretrained the weight file that the run was started with, or choose another run.dir",
         )
 
@@ -292,21 +285,13 @@ def check_same_run(checkpoint: Checkpoint, net: nn.Module, data: str | None = No
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over name and bytes of each tensor; empty for none."""
     named = sorted(tensors)
-    sha = hashlib.sha256()
-    for name, tensor in named:
-        sha.update(name.encode() + _sha256(tensor))
-    return sha.hexdigest() if named else ""
-
-
-def _metadata(meta: Mapping[str, Any], sha256: str) -> dict[str, str]:
-    return {"cml_dist": json.dumps({**meta, "sha256": sha256})}
+    return hashlib.sha256(b"".join(name.encode() + _sha256(t) for name, t in named)).hexdigest() if named else ""
 
 
 def _digest(meta: Mapping[str, Any], layout: Layout, content: Callable[[str], bytes | memoryview]) -> str:
     """SHA-256 over format, step and state, then name, type, shape and ``content`` of each tensor in order of name."""
     sha = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
-    for name in sorted(layout):
-        dtype, shape = layout[name]
+    for name, (dtype, shape) in sorted(layout.items()):
         sha.update(f"{name}|{dtype}|{shape}|".encode())
         sha.update(content(name))
     return sha.hexdigest()
@@ -322,10 +307,14 @@ def _damage_named(path: Path) -> Iterator[None]:
     """Turn what a damaged file does to its reader into DamagedCheckpoint."""
     try:
         yield
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in _NOT_NOW:
-            raise CheckpointError(
-                f"checkpoint {path} cannot be read: {error.strerror}", "mend that, then run the same command"
-            ) from error
-        fault = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
-        raise DamagedCheckpoint(f"checkpoint {path} is {fault}", "delete it; an older one is used") from error
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"checkpoint {path} is missing", "use another one") from error
+    except OSError as error:  # a file server that is away says nothing of the contents: no older one is used for it
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read: {error.strerror}",
+            "mend that, then run the same command; without the file, the one before it is used",
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(
+            f"checkpoint {path} is damaged ({error})", "delete it; the one before it is used"
+        ) from error

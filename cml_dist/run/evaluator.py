@@ -17,7 +17,8 @@ from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
 from cml_dist.run.assemble import Parts
 from cml_dist.run.interrupts import Stopped
-from cml_dist.run.stream import EpisodeStream
+from cml_dist.run.stream import episode_stream
+from cml_dist.telemetry.console import ResultRow
 from cml_dist.types import Batch, Episode, Learner, Params
 
 ORDERS_SEED = 2**32
@@ -53,6 +54,10 @@ class EvalReport:
         if self.order_sd is not None:
             numbers["label_order_sd"] = self.order_sd.mean().item()
         return {k: v if math.isfinite(v) else None for k, v in numbers.items()} | {"episodes": len(self.scores)}
+
+    def row(self, name: str) -> ResultRow:
+        """For a table, under the learner's name."""
+        return ResultRow(name, self.mean, self.ci95, len(self.scores))
 
 
 def score_episode(
@@ -96,22 +101,16 @@ def evaluate(
 
     Args:
         params: on the device where ``parts.model`` is.
-        permutations: label orders under which each episode is tested, a pure function of split and index; the first
-            is the episode's own.
-        stop: asked before each episode: whether to break off.
-
-    Raises:
-        Stopped: on all ranks, where one broke off.
+        permutations: label orders (:func:`label_orders`) under which each episode is tested.
+        stop: asked before each episode: whether to break off, and raise Stopped on all ranks.
     """
     problem = parts.model.problem
     method = replace(parts.model.method, inner_steps=parts.plan.test_inner_steps)
     co_adapt, norm = config.eval.co_adapt, config.eval.norm
     # Mean and spread over label orders of each learner, and a row that is not 0 where a rank broke off.
     table = torch.zeros(2 * len(learners) + 1, num_episodes, dtype=torch.float64)
-    mine = range(world.rank, num_episodes, world.size)
-    stream = EpisodeStream(
-        parts.domain, split, mine, device=world.device, dtype=parts.dtype, workers=config.domain.workers
-    )
+    mine, workers = range(world.rank, num_episodes, world.size), config.domain.workers
+    stream = episode_stream(parts.domain, split, mine, device=world.device, dtype=parts.dtype, workers=workers)
     world.heartbeat.beat(f"{split}, episode 1 of {len(mine)}")
     for count, episode in enumerate(stream, start=1):
         if stop():
@@ -125,11 +124,11 @@ def evaluate(
                 table[2 * number + 1, episode.index] = torch.stack(scores).std(correction=1)
         progress(min(count * world.size, num_episodes))
         world.heartbeat.beat(f"{split}, episode {count + 1} of {len(mine)}")
-    table = world.sum(table.flatten()).reshape_as(table)
-    if table[-1].any():
+    *table, broken_off = world.sum(table.flatten()).reshape_as(table)
+    if broken_off.any():
         raise Stopped
-    spread = [table[2 * number + 1] if permutations > 1 else None for number in range(len(learners))]
-    return {learner: EvalReport(table[2 * number], spread[number]) for number, learner in enumerate(learners)}
+    pairs = zip(learners, table[::2], table[1::2], strict=True)
+    return {learner: EvalReport(mean, spread if permutations > 1 else None) for learner, mean, spread in pairs}
 
 
 def label_orders(episode: Episode, count: int) -> list[Episode]:

@@ -11,58 +11,102 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cml_dist import __version__
-from cml_dist.atomic import atomic_file, write_json, write_text
+from cml_dist.atomic import atomic_file, refused, write_json, write_text
 from cml_dist.config.methods import method_title
 from cml_dist.config.schema import RunConfig
-from cml_dist.errors import CheckpointError, CmlError, ModelError
+from cml_dist.distributed.world import joined_world
+from cml_dist.errors import CheckpointError, ModelError
 from cml_dist.meta.rule import part_of
 from cml_dist.methods.build import describe_rule
 from cml_dist.nets.guard import has_batch_norm
 from cml_dist.registry import BACKBONES
-from cml_dist.run.assemble import Parts
-from cml_dist.run.checkpoint import check_same_run
+from cml_dist.run.assemble import Parts, assemble
+from cml_dist.run.checkpoint import choose
 from cml_dist.run.folder import RunFolder
-from cml_dist.run.report import choose_checkpoint, overrides_of, warn_of_faults
-from cml_dist.run.safetensors_stream import StreamWriter
+from cml_dist.run.report import overrides_of
+from cml_dist.run.safetensors_stream import write_stream
+from cml_dist.telemetry import text
 from cml_dist.telemetry.console import Console
-from cml_dist.types import BODY, COLEARNER, HEAD
+from cml_dist.types import COLEARNER
 
 WEIGHTS, TIMM_WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "timm.safetensors", "model.json", "README.md"
 FORMAT = 2
 """Format 1, still read, has the rates of plain SGD and what adapts, and no ``rule``."""
 
+CARD_TEXT = """---
+library_name: cml_dist
+tags: [meta-learning, few-shot, maml]
+---
+# {backbone}, meta-trained with {method} on {data}
+
+A learner for {task} tasks: adapt it on a few labelled examples, then predict.
+
+| | |
+|---|---|
+| meta-trained parameters of body and head (the co-learner is deleted) | {parameters:,} |
+| input | {input} |
+| adaptation | {inner_steps} gradient steps, step size {rates}; {head} head |
+| {score}, mean and 95 % interval | {figure} |
+| meta-training | {step:,} meta-steps of {episodes} episodes, seed {seed} |
+
+```python
+import cml_dist
+
+learner = cml_dist.load("path/of/this/folder")
+predicted = learner.adapt(support_inputs, support_labels).predict(query_inputs)
+```
+"""
+
+CARD_NORM = """
+BatchNorm uses the statistics of the examples that the learner is adapted on: each image is answered by itself. (In
+training, and by default in tests, it uses those of the query images, as the paper does.) Running statistics, which
+plain timm uses, are not kept by meta-training: re-estimate them.
+"""
+
+CARD_TIMM = """
+`{file}` holds the same model under timm's own names:
+
+```python
+timm.create_model({name!r}, checkpoint_path={file!r}, **{settings})
+```
+"""
+
+
+def export_again(config: RunConfig, which: str, to: str | None, console: Console) -> None:
+    """Export a run's checkpoint by its configuration. Collective: all ranks (rank 0 writes)."""
+    with joined_world(config) as world:
+        parts = assemble(config, world, console, training=False)
+        world.heartbeat.beat("the export")
+        world.run_on_main(lambda: export_run(config, parts, console, which, to))
+
 
 def export_run(
-    config: RunConfig,
-    parts: Parts,
-    folder: RunFolder,
-    console: Console,
-    which: str = "best",
-    to: str | Path | None = None,
-) -> Path:
-    """Write the learner of a checkpoint to a folder; returns it.
+    config: RunConfig, parts: Parts, console: Console, which: str = "best", to: str | Path | None = None
+) -> None:
+    """Write the learner of a run's checkpoint to a folder, by default the run's own, and say so.
 
     A timm backbone is written a second time under timm's own names, so that
     ``timm.create_model(name, checkpoint_path=...)`` reads it.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or the folder cannot be written.
+        CheckpointError: there is no such checkpoint. CmlError: the folder cannot be written.
     """
-    choice = choose_checkpoint(folder, which)
-    warn_of_faults(choice, console)
-    checkpoint, _ = choice
-    check_same_run(checkpoint, parts.net)
-    target = Path(to) if to is not None else folder.export
+    folder = RunFolder(config.run.dir)
+    target = folder.export if to is None else Path(to)
+    checkpoint, _ = choose(folder.checkpoints, which, parts.net, console.warn)
     params = checkpoint.params([n for n, _ in parts.net.named_parameters() if part_of(n) != COLEARNER])
     # Constants too: with frozen statistics the network is not whole without them.
-    tensors = {**params, **{n: b for n, b in parts.net.named_buffers() if part_of(n) != COLEARNER}}
-    for_timm = _as_timm_model(config, parts, params)
-    # Runs of earlier versions have no folder of tests.
-    file = folder.own_eval_file if folder.own_eval_file.is_file() else folder.eval_file
-    tested = json.loads(file.read_text()) if file.is_file() else None
-    overrides = overrides_of(config, parts, folder, checkpoint)
-    if tested is not None and (tested["step"] != checkpoint.step or tested.get("overrides") or overrides):
-        tested = None  # figures of another step or task would be a lie
+    files = {WEIGHTS: {**params, **{n: b for n, b in parts.net.named_buffers() if part_of(n) != COLEARNER}}}
+    timm = None
+    # A head that each episode starts is no classifier by itself.
+    if config.model.backbone not in BACKBONES and config.model.head == "linear":
+        from cml_dist.nets.timm_backbone import timm_export
+
+        try:
+            files[TIMM_WEIGHTS], settings = timm_export(parts.net, params)
+            timm = {"num_classes": parts.domain.output_dim, **settings}
+        except ModelError:  # a few of timm's models have a classifier that a linear head does not fit
+            pass
     rule = parts.model.method.rule
     # What does not adapt by the method, or is frozen, does not adapt in use either.
     adapts = sorted(n for n in rule.rates(parts.net.adaptable()) if part_of(n) != COLEARNER)
@@ -70,7 +114,7 @@ def export_run(
         "format": FORMAT,
         "cml_dist": __version__,
         "backbone": config.model.backbone,
-        "timm": for_timm and for_timm[1],
+        "timm": timm,
         "input_shape": list(parts.domain.input_shape),
         "output_dim": parts.domain.output_dim,
         "score": parts.domain.score_name,
@@ -82,139 +126,70 @@ def export_run(
         "step": checkpoint.step,
         "trained_on": config.domain.model_dump(mode="json"),
         "image_set": parts.domain.describe().get("name"),
-        "eval": tested and {"meta": tested["meta"], "split": tested["split"], "score": tested["score"]},
+        "eval": _tested(folder, checkpoint.step, overrides_of(config, parts, checkpoint)),
     }
-    card = _card(config, description, params, has_batch_norm(parts.net) and config.model.norm == "batch")
-    try:
-        _save_tensors(target / WEIGHTS, tensors)
-        if for_timm is not None:
-            _save_tensors(target / TIMM_WEIGHTS, for_timm[0])
-        write_text(target / CARD, card)
-        write_json(target / DESCRIPTION, description)
-    except (OSError, CmlError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(
-            f"cannot export to {target}: {reason}", "free space or choose another folder with --to"
-        ) from error
-    return target
+    card = _card(config, description, sum(p.numel() for p in params.values()))
+    if has_batch_norm(parts.net) and config.model.norm == "batch":
+        card += CARD_NORM
+    if timm is not None:
+        card += CARD_TIMM.format(file=TIMM_WEIGHTS, name=config.model.backbone, settings=timm)
+    for name, tensors in files.items():
+        _save_tensors(target / name, tensors)
+    write_text(target / CARD, card)
+    write_json(target / DESCRIPTION, description)
+    console.note(f"Exported model: {target}")
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     # Not by the library's save_file, which makes files that nobody but their owner may read, whatever the umask.
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with atomic_file(path) as temporary, StreamWriter(temporary, layout, {}) as writer:
-        for name, tensor in tensors.items():
-            writer.put(name, tensor.cpu())
-        writer.finish({})
-
-
-def _as_timm_model(
-    config: RunConfig, parts: Parts, params: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """(state dict, keyword arguments) of the same model in plain timm; None where it is none of timm's.
-
-    A few of timm's models have a classifier that a linear head does not fit: they have no such form either.
-    """
-    # A head that each episode starts is no classifier by itself.
-    if config.model.backbone in BACKBONES or config.model.head != "linear":
-        return None
-    from cml_dist.nets.timm_backbone import timm_export
-
     try:
-        state, kwargs = timm_export(parts.net, params)
-    except ModelError:
+        with atomic_file(path) as temporary:
+            write_stream(temporary, layout, ((name, tensor.cpu()) for name, tensor in tensors.items()), dict)
+    except OSError as error:
+        raise refused(path, error) from error
+
+
+def _tested(folder: RunFolder, step: int, overrides: dict[str, Any]) -> dict[str, Any] | None:
+    """The run's own figures; None where they are of another step or task, which would be a lie."""
+    # Runs of earlier versions have no folder of tests.
+    file = folder.own_eval_file if folder.own_eval_file.is_file() else folder.eval_file
+    tested = json.loads(file.read_text()) if file.is_file() else None
+    if tested is None or tested["step"] != step or tested.get("overrides") or overrides:
         return None
-    return state, {"num_classes": parts.domain.output_dim, **kwargs}
+    return {key: tested[key] for key in ("meta", "split", "score")}
 
 
-def _card(config: RunConfig, description: dict[str, Any], params: dict[str, Tensor], batch_statistics: bool) -> str:
-    """The model card.
-
-    Args:
-        batch_statistics: whether the network has BatchNorms that use them.
-    """
-    domain, regression = config.domain, not hasattr(config.domain, "ways")
-    name = description["image_set"] or domain.name
-    task = f"{domain.shots}-point regression" if regression else f"{domain.ways}-way {domain.shots}-shot"
-    labelled, asked = "support_images, support_labels", "query_images"
-    if regression:
-        labelled, asked = "support_inputs, support_targets", "query_inputs"
-    timm = timm_norm = norm = ""
-    if batch_statistics:
-        norm = """
-BatchNorm uses the statistics of the examples that the learner is adapted on: each image is answered by itself. (In \
-training, and by default in tests, it uses those of the query images, as the paper does.)
-"""
-        timm_norm = "\nPlain timm uses running statistics, which meta-training does not keep: re-estimate them.\n"
-    if description["timm"] is not None:
-        settings = "".join(f", {key}={value!r}" for key, value in description["timm"].items())
-        timm = f"""
-`{TIMM_WEIGHTS}` holds the same model under timm's own names:
-
-```python
-timm.create_model("{config.model.backbone}"{settings}, checkpoint_path="{TIMM_WEIGHTS}")
-```
-{timm_norm}"""
-    return f"""---
-library_name: cml_dist
-tags: [meta-learning, few-shot, maml]
----
-# {config.model.backbone}, meta-trained with {description["method"]} on {name}
-
-A learner for {task} tasks: adapt it on a few labelled examples, then predict.
-
-| | |
-|---|---|
-| meta-trained parameters of body and head (the co-learner is deleted) | {sum(p.numel() for p in params.values()):,} |
-| input | {" x ".join(map(str, description["input_shape"]))} |
-| adaptation | {_adaptation(description)} |
-| {description["score"]}{_figure(description["eval"])} |
-| meta-training | {description["step"]:,} meta-steps of {config.train.episodes_per_step} episodes, \
-seed {config.run.seed} |
-
-```python
-import cml_dist
-
-learner = cml_dist.load("path/of/this/folder")
-predicted = learner.adapt({labelled}).predict({asked})
-```
-{norm}{timm}"""
-
-
-def _adaptation(description: dict[str, Any]) -> str:
-    """How the learner adapts, in words."""
-    rule, steps, head = description["rule"], description["inner_steps"], description["model"]["head"]
-    parts = [part for part in (BODY, HEAD) if any(part_of(n) == part for n in rule["adapts"])]
-    started = "" if head == "linear" else f"; the support set starts the head ({head}), for any number of classes"
-    if not steps or not parts:
-        return f"none{started}"
-    rates = ", ".join(f"{part} {rule[f'{part}_lr']:g}" for part in parts)
-    kind = {"InnerRule": "", "MetaSgd": ", where learning started", "Momentum": " (momentum)", "Adam": " (Adam)"}
-    return f"{steps} gradient step{'s' * (steps != 1)}, step size {rates}{kind[rule['kind']]}{started}"
-
-
-def _figure(tested: dict[str, Any] | None) -> str:
-    """What was measured on how many episodes, and the figure; a diverged learner's is no number."""
-    if tested is None:
-        return " | not tested"
-    meta = tested["meta"]
-    mean, ci95 = ("not finite" if meta[key] is None else f"{meta[key]:.4f}" for key in ("mean", "ci95"))
-    return f" ({meta['episodes']:,} episodes of the {tested['split']} split, 95 % interval) | {mean} +- {ci95}"
+def _card(config: RunConfig, description: dict[str, Any], parameters: int) -> str:
+    """The model card."""
+    domain, tested = config.domain, description["eval"]
+    figure = "not tested"
+    if tested is not None:
+        meta = tested["meta"]
+        figure = text.measured(tested["score"], meta["mean"], meta["ci95"], 2)
+        figure += f" ({meta['episodes']:,} episodes of the {tested['split']} split)"
+    rule, shots = description["rule"], domain.shots
+    return CARD_TEXT.format(
+        **{key: description[key] for key in ("backbone", "method", "inner_steps", "score", "step")},
+        data=description["image_set"] or domain.name,
+        task=f"{domain.ways}-way {shots}-shot" if hasattr(domain, "ways") else f"{shots}-point regression",
+        parameters=parameters,
+        input=" x ".join(map(str, description["input_shape"])),
+        rates=f"body {rule['body_lr']:g}, head {rule['head_lr']:g}",
+        head=config.model.head,
+        figure=figure,
+        episodes=config.train.episodes_per_step,
+        seed=config.run.seed,
+    )
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """The JSON of an exported model.
-
-    Raises:
-        CheckpointError: no exported model is there.
-    """
-    if not folder.exists():
-        raise CheckpointError(f"there is no {folder}", "give a run folder, or one that cml-dist export wrote")
+    """The JSON of an exported model; CheckpointError where none is there."""
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder} holds no exported model ({error})", "write one with cml-dist export RUN_DIR"
+            f"{folder} holds no exported model ({error})", "give a run folder, or what cml-dist export RUN_DIR wrote"
         ) from error
     if description.get("format") not in (1, FORMAT):
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import socket
 import time
@@ -15,27 +16,14 @@ from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, NetworkError
 
 NEUTRAL_KEYS = (
-    "run.dir",
-    "run.device",
-    "run.log_every",
-    "run.stop_signals",
-    "run.tracker",
-    "parallel.",
-    "engine.",
-    "memory.",
-    "checkpoint.",
-    "domain.root",
-    "domain.cache",
-    "domain.memory_gib",
-    "domain.workers",
-    "train.max_nonfinite",
-    "eval.final",
+    *("run.dir", "run.device", "run.log_every", "run.stop_signals", "run.tracker", "train.max_nonfinite", "eval.final"),
+    *("domain.root", "domain.cache", "domain.memory_gib", "domain.workers"),
+    *("parallel.", "engine.", "memory.", "checkpoint."),
 )
 """Settings that change no value that is computed, but for rounding."""
 
 FREE_KEYS = (*NEUTRAL_KEYS, "eval.episodes", "eval.split", "eval.untrained")
 """Settings that a resumed run may change: no step of its training depends on them."""
-
 
 PER_MACHINE_KEYS = ("domain.root", "domain.cache")
 """Settings that may differ from machine to machine: places of the same data (its checksum is compared)."""
@@ -45,13 +33,7 @@ SEEN_WITHIN_S = 60.0
 
 
 class RunFolder:
-    """Paths of a run, and its identity.
-
-    Layout: ``config.yaml`` (resolved), ``deepspeed.json`` (of the last start under a ZeRO strategy), ``sessions.jsonl``
-    (versions and hardware of each start), ``status.json`` (how it stands), ``metrics.jsonl``, ``validation.jsonl``,
-    ``checkpoints/``, ``eval.json`` + ``eval_scores.npz``, ``evals/``, ``export/``, ``logs/`` (one a rank), and of
-    ``run.trackers`` ``tensorboard/`` and ``wandb/``.
-    """
+    """Paths of a run, and its identity; docs/reference/run-folder.md says what each file holds."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -73,17 +55,8 @@ class RunFolder:
         """Whether a run lives here."""
         return self.config_file.is_file()
 
-    @property
-    def has_checkpoint(self) -> bool:
-        """Whether there is something to resume from."""
-        return any(self.checkpoints.glob("step-*.safetensors"))
-
     def read_config(self) -> RunConfig:
-        """The configuration that the run was started with.
-
-        Raises:
-            CheckpointError: no run lives here.
-        """
+        """The configuration that the run was started with; CheckpointError where no run lives here."""
         if not self.exists:
             raise CheckpointError(
                 f"{self.path} is no run folder (it has no config.yaml)", "name the run.dir of a training run"
@@ -91,11 +64,7 @@ class RunFolder:
         return parse_config(read_yaml(self.config_file), source=str(self.config_file))
 
     def check_resumable(self, config: RunConfig) -> None:
-        """Refuse to go on with a configuration that would compute something else, showing the difference.
-
-        Raises:
-            CheckpointError: naming each setting with its value then and now.
-        """
+        """Raise CheckpointError for a configuration that would compute something else, with each value then and now."""
         changed = differences(self.read_config(), config)
         if changed:
             shown = ", ".join(f"{key} was {then!r}, is {now!r}" for key, (then, now) in changed.items())
@@ -103,10 +72,6 @@ class RunFolder:
                 f"{self.path} holds a run of another configuration: {shown}",
                 "set these back to resume it, or choose another run.dir",
             )
-
-    def test_overrides(self, config: RunConfig) -> dict[str, Any]:
-        """The settings by which a test under ``config`` is another than the run's own, with their values."""
-        return {key: now for key, (_, now) in changes(self.read_config(), config, NEUTRAL_KEYS).items()}
 
     def eval_files(self, overrides: dict[str, Any], which: str) -> tuple[Path, Path]:
         """Where the summary and the scores of a test are kept: no other test overwrites them."""
@@ -117,15 +82,23 @@ class RunFolder:
         safe = re.sub(r"[^\w.,=+-]", "_", name)
         if safe != name or len(safe) > 100:  # two settings may look alike now
             safe = f"{safe[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-        return self.path / "evals" / f"{safe}.json", self.path / "evals" / f"{safe}.npz"
+        file = self.own_eval_file.with_name(f"{safe}.json")
+        return file, file.with_name(f"{safe}.npz")
+
+
+def path_of(checkpoints: Path, step: int) -> Path:
+    """The file of a checkpoint."""
+    return checkpoints / f"step-{step:08d}.safetensors"
+
+
+def steps_in(checkpoints: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, oldest first; none where there is no folder."""
+    names = os.listdir(checkpoints) if checkpoints.is_dir() else []  # a folder that cannot be read is an error
+    return sorted(int(name[5:13]) for name in names if re.fullmatch(r"step-\d{8}\.safetensors", name))
 
 
 def wait_until_seen(what: str, there: Callable[[], bool]) -> None:
-    """Wait for what rank 0 has made in the run folder, which on all machines must be one.
-
-    Raises:
-        NetworkError: it is not there after the time for which a network file system may show an old view.
-    """
+    """Wait for what rank 0 has made in the run folder, which on all machines must be one; NetworkError where not."""
     end_s = time.monotonic() + SEEN_WITHIN_S
     while not there():
         if time.monotonic() > end_s:

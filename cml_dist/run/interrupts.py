@@ -26,11 +26,7 @@ class Stopped(BaseException):
 class Interrupts:
     """While open, SIGINT and ``signals`` only set ``stop``; after :meth:`raise_signals` they end the run at once.
 
-    Further signals change nothing. Only a second Ctrl-C without a launcher interrupts at once; checkpoints are whole
-    also then.
-
-    Args:
-        signals: names, e.g. ``SIGUSR1``.
+    Further signals change nothing. Only a second Ctrl-C without a launcher interrupts at once.
 
     Attributes:
         stop: name of the first signal that came; None.
@@ -39,8 +35,7 @@ class Interrupts:
 
     def __init__(self, signals: Sequence[str] = ("SIGUSR1", "SIGTERM")) -> None:
         self.stop: str | None = None
-        self._signals = ("SIGINT", *signals)
-        self._deferred = True
+        self._deferred, self._signals = True, ("SIGINT", *signals)
         # Under a launcher one Ctrl-C arrives twice, from the terminal and from the launcher.
         self._launched = "LOCAL_RANK" in os.environ
         self._previous: dict[int, Any] = {}
@@ -53,7 +48,7 @@ class Interrupts:
         """From now on a signal raises Stopped or KeyboardInterrupt at once, also one that came before."""
         self._deferred = False
         if self.stop is not None:
-            self._raise(self.stop)
+            raise KeyboardInterrupt if self.stop == "SIGINT" else Stopped
 
     def defer_signals(self) -> None:
         """From now on signals only set ``stop``, which the run reads between meta-steps and tested episodes."""
@@ -77,13 +72,9 @@ class Interrupts:
             signal.signal(number, previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
         if self.stop is None:
-            self.stop = name
+            self.stop = signal.Signals(number).name
             if not self._deferred:
-                self._raise(name)
-        elif name == "SIGINT" and not self._launched:
+                self.raise_signals()
+        elif number == signal.SIGINT and not self._launched:
             raise KeyboardInterrupt
-
-    def _raise(self, name: str) -> None:
-        raise KeyboardInterrupt if name == "SIGINT" else Stopped

@@ -13,6 +13,7 @@ import json
 import os
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Lease:
-    """The right to write in a folder, until :meth:`release` or the end of the process.
-
-    Args:
-        folder: it exists.
-        start: who asks.
+    """The right of ``start`` to write in a folder that exists, until :meth:`release` or the end of the process.
 
     Raises:
         CheckpointError: another trainer has it.
@@ -52,13 +49,7 @@ class Lease:
                     f"another process trains in run.dir {folder}{_name(holder)}",
                     "wait for it, stop it, or choose another run.dir",
                 )
-            self._mine = {
-                "generation": holder.get("generation", 0) + 1,
-                "host": start.host,
-                "pid": start.pid,
-                "job": start.job,
-                "requeued": start.requeued,
-            }
+            self._mine = {"generation": holder.get("generation", 0) + 1, **asdict(start)}
             with atomic_file(self._path) as fresh:  # locked already when it appears
                 self._lock(fresh)
                 fresh.write_text(json.dumps(self._mine) + "\n")
@@ -67,11 +58,7 @@ class Lease:
             raise
 
     def check(self) -> None:
-        """Make sure that no other writer has the folder, right before something is written.
-
-        Raises:
-            CheckpointError: a later start has taken over; nothing more may be written.
-        """
+        """Raise CheckpointError where a later start has taken over, so that nothing more may be written."""
         holder = self._read()
         if not holder:
             time.sleep(AGAIN_S)
@@ -112,9 +99,9 @@ class Lease:
         """What the lock says of its writer; nothing where it is torn, or of an earlier version."""
         try:
             found = json.loads(self._path.read_text())
-        except (OSError, ValueError):
+            return found if {"generation", "host", "pid", "requeued"} <= found.keys() else {}
+        except (OSError, ValueError, AttributeError):
             return {}
-        return found if isinstance(found, dict) and {"generation", "host", "pid", "requeued"} <= found.keys() else {}
 
 
 def _name(holder: dict[str, Any]) -> str:

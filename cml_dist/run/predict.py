@@ -15,7 +15,7 @@ from cml_dist.config.schema import ModelConfig
 from cml_dist.errors import DataError
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.problem import Problem
-from cml_dist.meta.rule import InnerRule, Method
+from cml_dist.meta.rule import Method
 from cml_dist.methods.build import described_rule
 from cml_dist.nets.build import build_net
 from cml_dist.run.export import DESCRIPTION, read_description, read_weights
@@ -40,7 +40,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Learner:
 
 
 class Learner:
-    """A meta-trained learner: psi, theta and what its method learned, ready to adapt. Made by :func:`load`.
+    """A meta-trained learner, ready to adapt. Made by :func:`load`.
 
     Attributes:
         ways: the largest number of classes it can tell apart (outputs of its head); None: any number.
@@ -48,25 +48,22 @@ class Learner:
     """
 
     def __init__(self, description: dict[str, Any], tensors: Params, device: torch.device) -> None:
-        self.description = description
-        self.device = device
+        self.description, self.device = description, device
         self.regression: bool = description["score"] == "mse"
         model = ModelConfig.model_validate(description["model"])
         self.ways: int | None = description["output_dim"] if model.head == "linear" else None
-        net = build_net(
-            model,
-            input_shape=tuple(description["input_shape"]),
-            output_dim=description["output_dim"],
-            seed=0,
-            colearner=False,
-            structure_only=True,
-        )
-        self._rule = self._described_rule()
+        shapes = {"input_shape": tuple(description["input_shape"]), "output_dim": description["output_dim"]}
+        net = build_net(model, **shapes, seed=0, colearner=False, structure_only=True)
+        rule = description.get("rule")
+        if rule is None:  # format 1; the oldest do not say what adapts: all of body and head
+            adapts = description.get("adapts", [n for n, _ in net.named_parameters()])
+            rule = {"kind": "InnerRule", "adapts": adapts, **{k: description[k] for k in ("body_lr", "head_lr")}}
+        self._rule = described_rule(rule)
         net.add_rule(self._rule.init(net.adaptable()))
         self._params = {n: tensors[n].to(device) for n, _ in net.named_parameters()}
         buffers = {n: tensors.get(n, b).to(device) for n, b in net.named_buffers()}
         loss = torch.nn.functional.mse_loss if self.regression else torch.nn.functional.cross_entropy
-        self._problem = Problem(net, loss, lambda outputs, targets: outputs.new_zeros(()), buffers)
+        self.problem = Problem(net, loss, lambda outputs, targets: outputs.new_zeros(()), buffers)
 
     def adapt(self, images: Any, labels: Sequence[Hashable], inner_steps: int | None = None) -> AdaptedLearner:
         """Learn a task from a few labelled examples (paper, eq. 8); this learner itself stays as it is.
@@ -97,15 +94,8 @@ class Learner:
         support = Batch(inputs, targets.to(self.device))
         steps = self.description["inner_steps"] if inner_steps is None else inner_steps
         episode = Episode(support, support, "test", 0, ways=self.ways or len(classes))
-        adapted = adapt(self._params, episode, self._problem, Method(steps, self._rule))
+        adapted = adapt(self._params, episode, self.problem, Method(steps, self._rule))
         return AdaptedLearner(self, adapted, classes, episode)
-
-    def _described_rule(self) -> InnerRule:
-        if "rule" in self.description:
-            return described_rule(self.description["rule"])
-        adapts = self.description.get("adapts")  # format 1; the oldest: all of body and head
-        rates = self.description["body_lr"], self.description["head_lr"]
-        return InnerRule(*rates, None if adapts is None else frozenset(adapts))
 
     def inputs(self, images: Any) -> Tensor:
         """Examples as the network reads them: ``[N, *input_shape]`` float32, normalised as in training."""
@@ -118,10 +108,6 @@ class Learner:
         tensor = torch.from_numpy(pixels).to(self.device, torch.float32) / 255
         mean, std = (torch.tensor(self.description["preprocessing"][k], device=self.device) for k in ("mean", "std"))
         return (tensor - mean[:, None, None]) / std[:, None, None]
-
-    def outputs(self, params: Params, inputs: Tensor, episode: Episode) -> Tensor:
-        """Outputs ``[N, ways]`` of the learner at ``params``; norms by batch statistics use the support set's."""
-        return self._problem.answers(params, replace(episode, query=Batch(inputs, inputs)), "meta", "support")
 
 
 class AdaptedLearner:
@@ -146,7 +132,9 @@ class AdaptedLearner:
         return [self.classes[i] for i in self.probabilities(images).argmax(1)]
 
     def _outputs(self, images: Any) -> Tensor:
-        return self._learner.outputs(self._params, self._learner.inputs(images), self._episode)
+        inputs = self._learner.inputs(images)
+        asked = replace(self._episode, query=Batch(inputs, inputs))
+        return self._learner.problem.answers(self._params, asked, "meta", "support")
 
 
 def _pixels(image: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +23,7 @@ from cml_dist.telemetry.console import Console
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy", "safetensors", "pillow")
 
 
-def session_record(parts: Parts, world: World, threads: int, step: int) -> dict[str, Any]:
+def session_record(parts: Parts, world: World, step: int) -> dict[str, Any]:
     """What a line of ``sessions.jsonl`` holds."""
     counts: dict[str, int] = {}
     for name, value in parts.net.named_parameters():
@@ -36,7 +35,7 @@ def session_record(parts: Parts, world: World, threads: int, step: int) -> dict[
         **asdict(this_start()),
         "versions": versions(),
         "hardware": torch.cuda.get_device_name(world.device) if gpu else f"CPU ({platform.machine()})",
-        "threads": threads,
+        "threads": parts.threads,
         "parameters": counts,
         "plan": parts.plan.as_dict(),
         "data": parts.domain.describe(),
@@ -45,45 +44,20 @@ def session_record(parts: Parts, world: World, threads: int, step: int) -> dict[
 
 def announce(console: Console, config: RunConfig, parts: Parts, record: dict[str, Any]) -> None:
     """Show what will happen, and warn of what may be meant otherwise."""
-    rows = {**plan_rows(config, parts.plan), **session_rows(record), **set_rows(parts)}
+    data, rows = record["data"], plan_rows(config, parts.plan)
+    rows["parameters"] = ", ".join(f"{part} {count:,}" for part, count in record["parameters"].items())
+    rows["hardware"] = f"{record['hardware']}, {record['threads']} CPU threads a process"
+    for split, info in data.get("splits", {}).items():
+        kept = "in memory of each process" if info["kept"] == "memory" else "streamed (each checked when drawn)"
+        size = f"{info['images']:,} images of {info['classes']:,} classes, {info['bytes'] / 2**20:.0f} MiB"
+        rows[f"{split} split"] = f"{size} {kept}"
+    if "name" in data:
+        shape = " x ".join(map(str, data["input_shape"]))
+        rows["image set"] = f"{data['name']} in {data['root']}, {shape}"
     console.header("cml-dist train", rows)
-    for warning in (set_warning(config, parts), noise_warning(config), idle_nodes()):
+    for warning in (noise_warning(config), idle_nodes()):
         if warning is not None:
             console.warn(warning)
-
-
-def session_rows(record: dict[str, Any]) -> dict[str, str]:
-    """The record in words, for the header."""
-    rows = {
-        "parameters": ", ".join(f"{part} {count:,}" for part, count in record["parameters"].items()),
-        "hardware": f"{record['hardware']}, {record['threads']} CPU thread{'s' * (record['threads'] != 1)} a process",
-    }
-    for split, info in record["data"].get("splits", {}).items():
-        kept = "in memory of each process" if info["kept"] == "memory" else "streamed (each checked when drawn)"
-        rows[f"{split} split"] = (
-            f"{info['images']:,} images of {info['classes']:,} classes, {info['bytes'] / 2**20:.0f} MiB {kept}"
-        )
-    return rows
-
-
-def set_rows(parts: Parts) -> dict[str, str]:
-    """Which image set it is; empty for other domains."""
-    data = parts.domain.describe()
-    if "name" not in data:
-        return {}
-    channels, height, width = data["input_shape"]
-    return {"image set": f"{data['name']} in {data['root']}, {width}x{height} px, {'grey' if channels == 1 else 'RGB'}"}
-
-
-def set_warning(config: RunConfig, parts: Parts) -> str | None:
-    """Where ``domain.name`` is a known set, and the one in ``domain.root`` calls itself something else."""
-    name, packed = config.domain.name, parts.domain.describe().get("name")
-    if packed is None or name in ("glyphs", "images") or _letters(name) in _letters(packed):
-        return None
-    return (
-        f"domain.name is {name}, but the set in {config.domain.root} is called {packed}; "
-        f"if it is meant, say domain.name=images, or pack it with --name {name}"
-    )
 
 
 def versions() -> dict[str, str]:
@@ -95,7 +69,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _letters(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -39,49 +40,37 @@ DTYPES = {
 """In the library's order: tensors lie in descending order of type, so that each is aligned to its elements."""
 
 
-class StreamWriter:
-    """Writes a file into which tensors are put one by one, in any order, each at the place laid out for it.
-
-    Use it as a context manager, and call :meth:`finish`: before that, the file has no header.
+def write_stream(
+    path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]], metadata: Callable[[], Mapping[str, str]]
+) -> None:
+    """Write a file anew from tensors that come one by one, in any order, each to the place laid out for it.
 
     Args:
-        path: written anew.
-        layout: type and shape of every tensor that will be put.
-        metadata: of the length that :meth:`finish` will write; what is known only then may hold a placeholder.
+        layout: type and shape of every tensor that will come.
+        tensors: on the CPU.
+        metadata: asked for before the first tensor and after the last one, and of the same length: what is known only
+            then may hold a placeholder at first.
+
+    Raises:
+        OSError: the file system refused; ``tensors`` stays where it stands.
     """
+    offsets, header = _offsets(layout), _header(layout, metadata())
+    # Unbuffered: a full disk is an error of the write that met it, and never one of a later close.
+    with open(path, "wb", buffering=0) as file:
 
-    def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str]) -> None:
-        self._layout, self._missing = layout, set(layout)
-        self._offsets = _offsets(layout)
-        self._header_size = len(_header(layout, metadata))
-        # Unbuffered: a full disk is an error of the write that met it, and never one of a later close.
-        self._file = open(path, "wb", buffering=0)
+        def write(offset: int, data: memoryview) -> None:
+            file.seek(offset)
+            while data:
+                data = data[file.write(data) :]  # a single write ends at 2 GiB
 
-    def __enter__(self) -> StreamWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, which is on the CPU. Raises OSError where the file system refuses."""
-        assert name in self._missing, f"{name} was not laid out, or comes twice"
-        have, want = (tensor.dtype, tuple(tensor.shape)), self._layout[name]
-        assert have == want, f"{name} is {have}, but was laid out as {want}"
-        self._write(self._header_size + self._offsets[name][0], tensor_bytes(tensor))
-        self._missing.remove(name)
-
-    def finish(self, metadata: Mapping[str, str]) -> None:
-        """Write the header. Raises OSError where the file system refuses."""
-        assert not self._missing, f"never put: {sorted(self._missing)}"
-        header = _header(self._layout, metadata)
-        assert len(header) == self._header_size, "the metadata is not as long as was said"
-        self._write(0, memoryview(header))
-
-    def _write(self, offset: int, data: memoryview) -> None:
-        self._file.seek(offset)
-        while data:
-            data = data[self._file.write(data) :]  # a single write ends at 2 GiB
+        for name, tensor in tensors:
+            have = (tensor.dtype, tuple(tensor.shape))
+            assert have == layout[name], f"{name} is {have}, but was laid out as {layout[name]}"
+            write(len(header) + offsets.pop(name)[0], tensor_bytes(tensor))
+            del tensor  # or it would live on while the next one is made
+        final = _header(layout, metadata())
+        assert not offsets and len(final) == len(header), f"never came, or metadata of another length: {list(offsets)}"
+        write(0, memoryview(final))  # the last: before it, this is no safetensors file
 
 
 class StreamReader:
@@ -99,9 +88,7 @@ class StreamReader:
     def __init__(self, path: Path) -> None:
         self._file = open(path, "rb")
         weakref.finalize(self, self._file.close)
-        size = self._file.seek(0, 2)
-        self._file.seek(0)
-        length = int.from_bytes(self._file.read(8), "little")
+        length, size = int.from_bytes(self._file.read(8), "little"), os.fstat(self._file.fileno()).st_size
         self._data = 8 + length
         if size < self._data:
             raise ValueError("the file ends within its header")
@@ -111,11 +98,10 @@ class StreamReader:
             self.layout: Layout = {n: (DTYPES[e["dtype"]], tuple(e["shape"])) for n, e in sorted(entries.items())}
             self._offsets = {n: tuple(e["data_offsets"]) for n, e in entries.items()}
             end = max((end for _, end in self._offsets.values()), default=0)
-            whole = self._offsets == _offsets(self.layout) and end == size - self._data
+            if self._offsets != _offsets(self.layout) or end != size - self._data:
+                raise ValueError("the file is shorter or longer than its header says")
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"no safetensors header ({error})") from error
-        if not whole:
-            raise ValueError("the file is shorter or longer than its header says")
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, with memory of its own. Raises ValueError where the file has become shorter."""
@@ -136,17 +122,12 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def _size(entry: tuple[torch.dtype, tuple[int, ...]]) -> int:
-    dtype, shape = entry
-    return math.prod(shape) * dtype.itemsize
-
-
 def _offsets(layout: Layout) -> dict[str, tuple[int, int]]:
     """(begin, end) of each tensor in bytes after the header, in the order of the file."""
     ranks = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
     offsets, end = {}, 0
-    for name in sorted(layout, key=lambda n: (-ranks[layout[n][0]], n)):
-        begin, end = end, end + _size(layout[name])
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-ranks[item[1][0]], item[0])):
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
         offsets[name] = (begin, end)
     return offsets
 

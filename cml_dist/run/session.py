@@ -21,7 +21,7 @@ from cml_dist.distributed.world import World
 from cml_dist.errors import CheckpointError, CmlError
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.assemble import Parts
-from cml_dist.run.folder import RunFolder, wait_until_seen
+from cml_dist.run.folder import RunFolder, steps_in, wait_until_seen
 from cml_dist.run.lease import Lease
 from cml_dist.run.record import session_record
 from cml_dist.run.status import RunStatus, State, now
@@ -43,44 +43,42 @@ class Session:
         trackers: those of ``run.trackers``, once the run has begun.
         step: meta-steps done.
         doing: ``training``, ``validation`` and so on, for ``status.json``.
+        longest_step_s, longest_save_s: so far; a safe exit may take as long.
     """
 
     def __init__(self, config: RunConfig, world: World, console: Console) -> None:
-        self.config, self.world = config, world
-        self.folder = RunFolder(config.run.dir)
+        self.config, self.world, self.console = config, world, console
+        self.folder, self.start = RunFolder(config.run.dir), this_start()
         self._log = RankLog(world.rank)
-        self.console = console
-        self.trackers = Trackers(config, 0, self.console, active=False)  # until the run has begun
-        self._metrics: MetricsWriter | None = None
+        self.trackers = Trackers(config, 0, console, active=False)  # until the run has begun
+        self._metrics = MetricsWriter(self.folder.metrics_file)
         self._lease: Lease | None = None
         self._made: list[Path] = []  # folders that claim() made, innermost first
         self.step, self.doing = 0, "starting"
         self._started, self._starts = now(), 1
-        self._longest_s = {"step": 0.0, "save": 0.0}
+        self.longest_step_s = self.longest_save_s = 0.0
         self._writing, self._over = threading.Lock(), threading.Event()
-
-    # ------------------------------------------------------------------ begin and end
 
     def claim(self) -> None:
         """Keep other trainers out of the folder while this process lives. Collective: all ranks.
 
         Raises:
-            CheckpointError: the folder cannot be written, holds something else or a run of another configuration, or
-                another trainer is at work in it.
+            CheckpointError: it cannot be written, holds something else or a run of another configuration, or another
+                trainer is at work in it.
         """
         self.world.run_on_main(self._claim)
         self.world.heartbeat.at_end = self._lost
         if self.folder.exists:
             self._open_log()
 
-    def begin(self, parts: Parts, threads: int, step: int, validated: int) -> dict[str, Any]:
+    def begin(self, parts: Parts, step: int, validated: int) -> dict[str, Any]:
         """Record that a start goes on at ``step``: from now on a run lives here; returns what is recorded of it.
 
         What was written of later steps goes: metrics, validations after step ``validated``, damaged checkpoints.
 
         Collective: all ranks.
         """
-        record = session_record(parts, self.world, threads, step)
+        record = session_record(parts, self.world, step)
         self.step, self.doing = step, "training"
         self.world.run_on_main(lambda: self._begin(parts, record, validated))
         here = f"run.dir {self.folder.path.resolve()}"
@@ -104,8 +102,7 @@ class Session:
         """Close the files; the folder is free for another trainer, and of a run that never began nothing is left."""
         with self._writing:
             self._over.set()
-        if self._metrics is not None:
-            self._metrics.close()
+        self._metrics.close()
         self.trackers.close()
         self._log.close()
         if self._lease is not None:
@@ -115,18 +112,15 @@ class Session:
                 for folder in self._made:
                     folder.rmdir()
 
-    # ------------------------------------------------------------------ while it runs
-
     def fence(self) -> None:
         """Raise CheckpointError where a later start of this run has taken over the folder; called by rank 0 alone."""
-        if self._lease is not None:
-            self._lease.check()
+        self._lease.check()
 
     def record_step(self, metrics: StepMetrics) -> None:
         """Write a meta-step's line."""
         self.step = metrics.step
-        self.took("step", metrics.seconds or 0.0)
-        if self._metrics is not None:
+        self.longest_step_s = max(self.longest_step_s, metrics.seconds)
+        if self.world.is_main:
             self._metrics.write(metrics)
         self.trackers.step(metrics)
 
@@ -136,10 +130,6 @@ class Session:
             self.fence()
             append_json_line(self.folder.validation_file, line)
         self.trackers.validation(line, score_name)
-
-    def took(self, what: str, seconds: float) -> None:
-        """Note how long a meta-step (``step``) or a checkpoint (``save``) took: a safe exit may take as long."""
-        self._longest_s[what] = max(self._longest_s[what], seconds)
 
     def write_status(self, state: State, reason: str) -> None:
         """Write ``status.json``, where a run lives here, and no later start of it has taken over.
@@ -153,45 +143,43 @@ class Session:
                 return
             if state != "running":
                 self._over.set()
-            try:
+            with suppress(CheckpointError):
                 self._lease.check()
-            except CheckpointError:
-                return
-            start, longest_s = this_start(), self._longest_s
-            status = RunStatus(
-                state=state,
-                reason=reason,
-                step=self.step,
-                steps=self.config.train.steps,
-                time=now(),
-                started=self._started,
-                world=self.world.size,
-                method=method_title(self.config),
-                host=start.host,
-                pid=start.pid,
-                job=start.job,
-                restart=start.restart,
-                starts=self._starts,
-                # A signal may come as a save begins, after which ranks next agree at the end of a meta-step.
-                exit_s=round(longest_s["step"] + 2 * longest_s["save"], 3) if all(longest_s.values()) else None,
-            )
-            write_text(self.folder.status_file, status.text())
+                write_text(self.folder.status_file, self._status(state, reason).text())
 
-    # ------------------------------------------------------------------ inside
+    def _status(self, state: State, reason: str) -> RunStatus:
+        # A signal may come as a save begins, after which ranks next agree at the end of a meta-step.
+        exit_s = round(self.longest_step_s + 2 * self.longest_save_s, 3) if self.longest_save_s else None
+        return RunStatus(
+            state=state,
+            reason=reason,
+            step=self.step,
+            steps=self.config.train.steps,
+            time=now(),
+            started=self._started,
+            world=self.world.size,
+            method=method_title(self.config),
+            host=self.start.host,
+            pid=self.start.pid,
+            job=self.start.job,
+            restart=self.start.restart,
+            starts=self._starts,
+            exit_s=exit_s,
+        )
 
     def _claim(self) -> None:
         folder = self.folder
         check_installed(self.config)
         if folder.exists:
             folder.check_resumable(self.config)
-            self.step = max(checkpoints.steps_in(folder.checkpoints), default=0)
+            self.step = max(steps_in(folder.checkpoints), default=0)
         try:
             self._made = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
             folder.path.mkdir(parents=True, exist_ok=True)
             # Hidden files and the lock are what a start leaves that was killed early.
             if not folder.exists and any(p.name != "lock" and p.name[0] != "." for p in folder.path.iterdir()):
                 raise CheckpointError(f"run.dir {folder.path} is not empty and holds no run", "choose another run.dir")
-            self._lease = Lease(folder.path, this_start())
+            self._lease = Lease(folder.path, self.start)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write run.dir {folder.path}: {error.strerror}", "choose a folder that can be written"
@@ -203,7 +191,6 @@ class Session:
         folder = self.folder
         self.fence()  # loading the data may have taken as long as a requeue
         checkpoints.set_aside(folder.checkpoints, self.step)
-        self._metrics = MetricsWriter(folder.metrics_file)
         self._metrics.truncate_after(self.step)
         MetricsWriter(folder.validation_file).truncate_after(validated)
         write_text(folder.config_file, dump_config(self.config))
@@ -215,13 +202,11 @@ class Session:
         self.write_status("running", self.doing)
 
     def _open_log(self) -> None:
-        world, start = self.world, this_start()
-        job = f", job {start.job}" if start.job else ""
-        restart = f", restart {start.restart}" if start.restart else ""
+        world, start = self.world, self.start
         self._log.open(
             self.folder.logs,
             f"-------- cml-dist {__version__}: rank {world.rank} of {world.size} (here {world.local_rank} of "
-            f"{world.local_size}), pid {start.pid} on {start.host}{job}{restart}",
+            f"{world.local_size}), pid {start.pid} on {start.host}, job {start.job}, restart {start.restart}",
         )
         world.heartbeat.log = self._log.file
 

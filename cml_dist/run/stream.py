@@ -21,58 +21,44 @@ def rank_share(step: int, batch: int, rank: int, world: int) -> range:
     return range(step * batch + slice_.start, step * batch + slice_.stop)
 
 
-class EpisodeStream:
-    """Prepared episodes, in order, as they are asked for.
+def episode_stream(
+    domain: Domain,
+    split: str,
+    indices: Iterable[int],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    workers: int | None = None,
+) -> Iterator[Episode]:
+    """Prepared episodes of a split, in the order of ``indices``, as they are asked for.
 
     Args:
-        domain: makes them.
-        split, indices: which ones.
         workers: processes that make them ahead; 0 makes them here; None leaves it to the domain. Never changes an
             episode.
     """
-
-    def __init__(
-        self,
-        domain: Domain,
-        split: str,
-        indices: Iterable[int],
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        workers: int | None = None,
-    ) -> None:
-        self.domain, self.device, self.dtype = domain, device, dtype
-        if workers is None:
-            workers = domain.suggested_workers(split)
-        if workers:
-            self._episodes: Iterator[Episode | CmlError] = iter(
-                DataLoader(
-                    _ByIndex(domain, split),
-                    batch_size=None,
-                    sampler=indices,
-                    num_workers=workers,
-                    worker_init_fn=_ignore_signals,
-                    # Workers never touch the global generators, and must not take from the trainer's.
-                    generator=torch.Generator(),
-                )
-            )
-        else:
-            self._episodes = (domain.episode(split, index) for index in indices)
-
-    def __iter__(self) -> Iterator[Episode]:
-        return self
-
-    def __next__(self) -> Episode:
-        try:
-            episode = next(self._episodes)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            why = "see what it said" if "exited" in str(error) else "if memory ran out, lower domain.workers"
-            raise DataError(f"a process that makes episodes ended: {error}", why) from error
-        if isinstance(episode, CmlError):
-            raise episode
-        return self.domain.prepare(episode, self.device, self.dtype)
+    if workers is None:
+        workers = domain.suggested_workers(split)
+    episodes: Iterable[Episode | CmlError] = (domain.episode(split, index) for index in indices)
+    if workers:
+        episodes = DataLoader(
+            _ByIndex(domain, split),
+            batch_size=None,
+            sampler=indices,
+            num_workers=workers,
+            worker_init_fn=_ignore_signals,
+            # Workers never touch the global generators, and must not take from the trainer's.
+            generator=torch.Generator(),
+        )
+    try:
+        for episode in episodes:
+            if isinstance(episode, CmlError):
+                raise episode
+            yield domain.prepare(episode, device, dtype)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        why = "see what it said" if "exited" in str(error) else "if memory ran out, lower domain.workers"
+        raise DataError(f"a process that makes episodes ended: {error}", why) from error
 
 
 class _ByIndex(Dataset):

@@ -9,7 +9,6 @@ metrics, the wish to stop, whether to save, memory).
 from __future__ import annotations
 
 import math
-import os
 import resource
 import time
 from collections.abc import Iterator
@@ -20,26 +19,25 @@ from typing import Any
 import torch
 
 from cml_dist.config.methods import learner_title
-from cml_dist.config.plan import make_plan, share
 from cml_dist.config.schema import RunConfig
 from cml_dist.distributed.allocator import memory_explained
 from cml_dist.distributed.env import restarts
 from cml_dist.distributed.optim import learning_rate
-from cml_dist.distributed.world import World, joined_world, set_arithmetic
+from cml_dist.distributed.world import World, joined_world
 from cml_dist.distributed.zero import build_strategy
 from cml_dist.errors import TrainingError
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.assemble import assemble
 from cml_dist.run.evaluator import evaluate
 from cml_dist.run.export import export_run
-from cml_dist.run.folder import same_everywhere
+from cml_dist.run.folder import same_everywhere, steps_in
 from cml_dist.run.hooks import OnStep, nothing
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 from cml_dist.run.record import announce, versions
 from cml_dist.run.report import score_run
 from cml_dist.run.session import Session
-from cml_dist.run.stream import EpisodeStream, rank_share
-from cml_dist.telemetry.console import Console, ResultRow, preparing
+from cml_dist.run.stream import episode_stream, rank_share
+from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.metrics import StepMetrics
 from cml_dist.types import Episode
 
@@ -96,7 +94,6 @@ class Trainer:
     ) -> None:
         self.config, self.world, self.session = config, world, session
         self.interrupts, self.on_step = interrupts, on_step
-        self.threads = set_arithmetic(config, world)
         self.step = 0
         self.state: dict[str, Any] = {"best": None, "validated": 0, "skipped": 0, "skipped_in_a_row": 0}
         self.saved_s = time.monotonic()
@@ -125,9 +122,7 @@ class Trainer:
             session.console.note(f"Restart {restart} of {most} in place")
         # Loaded now: a damaged image is to be found before training, and not when it has ended.
         splits = ("train", "val", *([config.eval.split] if config.eval.final else []))
-        plan = make_plan(config, world.size, os.environ)
-        with preparing(session.console) as progress:
-            self.parts = assemble(config, plan, world, progress, tuple(dict.fromkeys(splits)))
+        self.parts = assemble(config, world, session.console, dict.fromkeys(splits))
         self.on_step(0, "assembled")
         self.state["data"] = self.parts.domain.fingerprint()
         # Frozen weights and statistics are in no checkpoint: they must be the same at each start.
@@ -140,18 +135,21 @@ class Trainer:
     def resume(self) -> None:
         """Load the newest whole checkpoint, if there is one; record and show what this start will do."""
         world, config, session = self.world, self.config, self.session
+
+        def look() -> tuple[checkpoints.Checkpoint | None, str]:
+            folder, warn = session.folder.checkpoints, session.console.warn
+            if not steps_in(folder):
+                return None, ""
+            return checkpoints.choose(folder, "last", self.parts.net, warn, self.state["data"])
+
         world.heartbeat.beat("looking for a checkpoint")
-        folder = session.folder.checkpoints
-        found, faults = checkpoints.on_all_ranks(world, lambda: checkpoints.load_newest(folder))
-        for fault in faults:
-            session.console.warn(f"{fault.what}: the one before it is used")
+        found, _ = checkpoints.on_all_ranks(world, look)
         if found is not None:
-            world.run_on_all_ranks(lambda: checkpoints.check_same_run(found, self.parts.net, self.state["data"]))
             world.heartbeat.beat(f"reading step {found.step}")
             self.strategy.load(found.read, found.layout)
             self.step, self.state = found.step, {**self.state, **found.state}
             session.console.note(f"Resuming at step {self.step} of {config.train.steps} from {found.path}")
-        record = session.begin(self.parts, self.threads, self.step, self.state["validated"])
+        record = session.begin(self.parts, self.step, self.state["validated"])
         # Right after a collective: a rank that a signal still ends at once would leave the others waiting for it.
         self.interrupts.defer_signals()
         if world.is_main:
@@ -161,10 +159,11 @@ class Trainer:
 
     def loop(self) -> None:
         """All meta-steps that are left. Raises Stopped where someone asked to stop, once it is saved."""
-        config, parts = self.config, self.parts
-        indices = self.episodes_left()
-        workers, dtype = config.domain.workers, parts.dtype
-        stream = EpisodeStream(parts.domain, "train", indices, device=self.world.device, dtype=dtype, workers=workers)
+        config, parts, world = self.config, self.parts, self.world
+        left, batch = range(self.step, config.train.steps), config.train.episodes_per_step
+        indices = (index for step in left for index in rank_share(step, batch, world.rank, world.size))
+        how = {"device": world.device, "dtype": parts.dtype, "workers": config.domain.workers}
+        stream = episode_stream(parts.domain, "train", indices, **how)
         shown = {"score_name": parts.domain.score_name, "log_every": config.run.log_every, "best": self.best}
         with self.session.console.training(config.train.steps, self.step, **shown) as live:
             self.validate_if_due()
@@ -181,18 +180,17 @@ class Trainer:
 
     def finish(self) -> None:
         """Test the best step (and the untrained network), and export it."""
-        config, parts, session = self.config, self.parts, self.session
-        folder, console = session.folder, session.console
+        config, parts, session, console = self.config, self.parts, self.session, self.session.console
         session.doing = "final test"
-        tested = score_run(config, parts, folder, self.world, console, stop=self.stop_wanted, fence=session.fence)
+        tested = score_run(config, parts, self.world, console, stop=self.stop_wanted, fence=session.fence)
         session.trackers.test(tested, self.step)
         self.on_step(self.step, "tested")
         self.world.heartbeat.beat("the export")
 
         def export() -> None:
             session.fence()
-            console.note(f"Exported model: {export_run(config, parts, folder, console, str(tested['step']))}")
-            console.note(f"Run folder: {folder.path}")
+            export_run(config, parts, console, str(tested["step"]))
+            console.note(f"Run folder: {session.folder.path}")
 
         self.world.run_on_main(export)
 
@@ -209,7 +207,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ one meta-step
 
-    def meta_step(self, stream: EpisodeStream) -> tuple[StepMetrics, bool, bool]:
+    def meta_step(self, stream: Iterator[Episode]) -> tuple[StepMetrics, bool, bool]:
         """Episodes -> meta-gradient -> outer step -> (metrics, whether to stop, whether a checkpoint is due)."""
         config, world = self.config, self.world
         started_s = time.perf_counter()
@@ -262,20 +260,15 @@ class Trainer:
         pairs = zip(TERMS, values[::2], values[1::2], strict=True)
         return {term: total / count if count else None for term, total, count in pairs}, stop > 0, save > 0
 
-    def episodes(self, stream: EpisodeStream) -> Iterator[Episode]:
+    def episodes(self, stream: Iterator[Episode]) -> Iterator[Episode]:
         """This rank's episodes of the next meta-step; after the last one the reduction brings the ranks together."""
         heartbeat, step = self.world.heartbeat, self.step + 1
-        count = len(share(self.config.train.episodes_per_step, self.world.rank, self.world.size))
+        count = self.parts.plan.episodes_by_rank[self.world.rank]
         for number in range(1, count + 1):
             heartbeat.beat(f"step {step}, episode {number} of {count}")
             self.on_step(self.step, "episode")
             yield next(stream)
         heartbeat.wait(f"the reduction of step {step}")
-
-    def episodes_left(self) -> Iterator[int]:
-        """Indices of this rank's training episodes, to the end of the run."""
-        for step in range(self.step, self.config.train.steps):
-            yield from rank_share(step, self.config.train.episodes_per_step, self.world.rank, self.world.size)
 
     def stop_wanted(self) -> bool:
         """Whether this rank was asked to stop: asked before each tested episode."""
@@ -292,10 +285,8 @@ class Trainer:
 
     @property
     def validation_due(self) -> bool:
-        every = self.config.eval.every
-        if self.state["validated"] == self.step:
-            return False
-        return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
+        every, is_last = self.config.eval.every, self.step == self.config.train.steps
+        return self.state["validated"] != self.step and (is_last or (every > 0 and self.step % every == 0))
 
     def validate_if_due(self) -> None:
         """Score the learner that chooses the best step on the val split, and save; on resume, also one cut off."""
@@ -316,7 +307,7 @@ class Trainer:
         if math.isfinite(report.mean) and (best is None or sign * report.mean > sign * best["mean"]):
             self.state["best"] = line
         self.session.record_validation(line, domain.score_name)
-        row = ResultRow(learner_title(config, learner), report.mean, report.ci95, len(report.scores))
+        row = report.row(learner_title(config, learner))
         console.validation(self.step, [row], score_name=domain.score_name, best=self.best)
         self.on_step(self.step, "validated")
         self.save()
@@ -329,11 +320,14 @@ class Trainer:
         tensors = self.strategy.saved_tensors()
         checkpoints.save(self.world, folder, self.step, self.state, layout, tensors, before=session.fence)
         self.on_step(self.step, "saved")
-        keep = frozenset() if self.best is None else frozenset({self.best[0]})
-        self.world.run_on_main(session.fence)  # again: the write may have hung for as long as a requeue takes
-        self.world.run_on_main(lambda: checkpoints.prune(folder, self.config.checkpoint.keep_last, keep))
+
+        def prune() -> None:
+            session.fence()  # again: the write may have hung for as long as a requeue takes
+            checkpoints.prune(folder, self.config.checkpoint.keep_last, keep=self.best[0] if self.best else None)
+
+        self.world.run_on_main(prune)
         self.saved_s = time.monotonic()
-        session.took("save", self.saved_s - started_s)
+        session.longest_save_s = max(session.longest_save_s, self.saved_s - started_s)
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -33,7 +33,7 @@ from cml_dist.distributed.exit import leave
 from cml_dist.distributed.strategy import DataParallel
 from cml_dist.distributed.world import World
 from cml_dist.distributed.zero import build_strategy
-from cml_dist.run.stream import EpisodeStream, rank_share
+from cml_dist.run.stream import episode_stream, rank_share
 from cml_dist.types import BODY, COLEARNER, HEAD, Episode, Params
 
 ZERO = ("zero1", "zero2", "zero3")
@@ -149,7 +149,7 @@ def train(world: World, case: Case, strategy_name: str, dtype_name: str) -> dict
     for step, episodes in enumerate(EPISODES):
         indices = list(rank_share(step, episodes, world.rank, world.size))
         diagnose = frozenset(indices if case.diagnose else ())
-        stream = EpisodeStream(domain, "train", indices, device=world.device, dtype=dtype)
+        stream = episode_stream(domain, "train", indices, device=world.device, dtype=dtype)
         for sums in world.gather(strategy.gradient(stream, episodes, diagnose, step)):
             for term, value in sums.items():
                 found["terms"][term] = found["terms"].get(term, 0.0) + value

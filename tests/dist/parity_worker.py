@@ -33,7 +33,7 @@ from cml_dist.distributed.exit import leave
 from cml_dist.distributed.strategy import DataParallel
 from cml_dist.distributed.world import World, join_world, set_arithmetic
 from cml_dist.distributed.zero import Zero, build_strategy
-from cml_dist.run.stream import EpisodeStream, rank_share
+from cml_dist.run.stream import episode_stream, rank_share
 from cml_dist.types import Batch, Episode
 
 NETS = {
@@ -173,7 +173,7 @@ def steps(
         episodes = case.episodes[step % len(case.episodes)]
         indices = rank_share(step, episodes, world.rank, world.size)
         dtype = getattr(torch, case.dtype)
-        stream = EpisodeStream(domain, "train", indices, device=world.device, dtype=dtype)
+        stream = episode_stream(domain, "train", indices, device=world.device, dtype=dtype)
         strategy.gradient(stream, episodes)
         told.append(strategy.apply(_lr(case) / (1 + step), clip_norm=0.5))
     return told

@@ -49,7 +49,7 @@ if __name__ == "__main__":
     except CheckpointError as error:
         print(f"rank {this.rank} of {this.size} heard: {error}", flush=True)
     this.run_on_all_ranks(lambda: None)  # all are still in step
-    found, _ = checkpoints.load_newest(folder)
+    found = checkpoints.load_newest(folder)
     for number, name in enumerate(LAYOUT):
         assert torch.equal(found.read(name), whole(number)), name
     print(f"rank {this.rank} of {this.size} reads step {found.step}", flush=True)

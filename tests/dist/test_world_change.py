@@ -41,8 +41,7 @@ def curve(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 def newest(folder: Path) -> dict[str, torch.Tensor]:
     """Parameters and moments of the newest checkpoint."""
-    found, faults = checkpoints.load_newest(folder / "checkpoints")
-    assert not faults
+    found = checkpoints.load_newest(folder / "checkpoints", pytest.fail)
     return {name: found.read(name) for name in found.layout}
 
 

@@ -66,10 +66,8 @@ def test_after_the_mend_the_same_folder_trains_and_resumes_with_its_own_data_alo
     assert attempt(f"domain.root={tmp_path / 'moved'}", "train.steps=4")[0] == 0
 
 
-def test_a_known_name_for_another_set_is_warned_of(attempt, packed, tmp_path, capfd):
-    code, err = attempt("domain.name=omniglot")
-    assert code == 0 and err.count("\n") == 1
-    assert err.startswith(f"warning: domain.name is omniglot, but the set in {packed} is called small")
+def test_a_card_names_the_set_that_was_used(attempt, tmp_path):
+    assert attempt("domain.name=omniglot")[0] == 0
     assert "on small" in (tmp_path / "run" / "export" / "README.md").read_text().splitlines()[4]
 
 

@@ -91,11 +91,8 @@ def test_files_of_format_1_are_read(tmp_path):
         checkpoints.load(path)
 
 
-def test_other_formats_and_names_are_refused(tmp_path):
-    path = save(tmp_path, 7)
-    path.rename(checkpoints.path_of(tmp_path, 8))
-    with pytest.raises(CheckpointError, match="holds step 7; rename it"):
-        checkpoints.load(checkpoints.path_of(tmp_path, 8))
+def test_other_formats_are_refused(tmp_path):
+    path = checkpoints.path_of(tmp_path, 7)
     safetensors.torch.save_file(make(7), path, {"cml_dist": '{"format": 3, "step": 7, "state": {}}'})
     with pytest.raises(CheckpointError, match="has format 3"):
         checkpoints.load(path)
@@ -121,9 +118,9 @@ def test_damage_is_found_and_the_previous_one_used(tmp_path, damage):
     damage(newer)
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoints.load(newer)
-    found, faults = checkpoints.load_newest(tmp_path)
-    assert holds(found, 1, make(1))
-    assert len(faults) == 1 and newer.name in str(faults[0])
+    warnings = []
+    assert holds(checkpoints.load_newest(tmp_path, warnings.append), 1, make(1))
+    assert len(warnings) == 1 and newer.name in warnings[0] and "the one before it is used" in warnings[0]
 
 
 def test_every_flipped_bit_is_found(tmp_path):
@@ -157,7 +154,7 @@ def test_nothing_whole_is_an_error_and_not_a_fresh_start(tmp_path):
     damage_truncate(save(tmp_path, 1))
     with pytest.raises(CheckpointError, match="no checkpoint"):
         checkpoints.load_newest(tmp_path)
-    assert checkpoints.load_newest(tmp_path / "none") == (None, [])
+    assert checkpoints.load_newest(tmp_path / "none") is None
 
 
 def test_what_is_read_is_what_was_verified(tmp_path):
@@ -180,7 +177,7 @@ def test_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch, moment):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if moment == "write":
-        monkeypatch.setattr(checkpoints.StreamWriter, "put", full)
+        monkeypatch.setattr(checkpoints, "write_stream", full)
     elif moment == "sync":
         monkeypatch.setattr(os, "fsync", full)
     else:
@@ -189,7 +186,7 @@ def test_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch, moment):
         save(tmp_path, 2)
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["step-00000001.safetensors"]
-    assert holds(checkpoints.load_newest(tmp_path)[0], 1, make(1))
+    assert holds(checkpoints.load_newest(tmp_path), 1, make(1))
 
 
 @contextmanager
@@ -258,7 +255,7 @@ def test_one_tensor_is_alive_at_a_time(tmp_path, rank):
 
 
 def test_saving_and_verifying_hold_one_tensor_of_many(tmp_path):
-    """600 MB in 20 tensors, in a fresh process: its peak resident memory grows by little more than one of them."""
+    """120 MB in 20 tensors, in a fresh process: its peak resident memory grows by little more than one of them."""
     code = """
 import resource, sys, torch
 from pathlib import Path
@@ -274,14 +271,14 @@ def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 write(1, 2, 10)
 before = peak_mb()
-found = write(2, 20, 7_500_000)
+found = write(2, 20, 1_500_000)
 print(found.path.stat().st_size / 1e6, peak_mb() - before)
 """
     run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     size_mb, grown_mb = map(float, run.stdout.split())
-    assert size_mb > 600
-    assert grown_mb < 80
+    assert size_mb > 119
+    assert grown_mb < 40
 
 
 # --------------------------------------------------------------------------- the strategy, other networks, pruning
@@ -366,7 +363,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step in range(1, 7):
         save(tmp_path, step)
     (tmp_path / ".step-00000007.safetensors.writing-n01-7-7").write_bytes(b"killed")
-    checkpoints.prune(tmp_path, 2, frozenset({3}))
+    checkpoints.prune(tmp_path, 2, 3)
     assert checkpoints.steps_in(tmp_path) == [3, 5, 6]
     assert len(os.listdir(tmp_path)) == 3
 
@@ -384,4 +381,4 @@ def test_a_checkpoint_that_may_not_be_read_now_is_not_taken_for_damaged(tmp_path
         with pytest.raises(CheckpointError, match="step-00000002.safetensors cannot be read: Stale") as error:
             checkpoints.load_newest(tmp_path)
     assert not isinstance(error.value, checkpoints.DamagedCheckpoint)
-    assert checkpoints.load_newest(tmp_path)[0].step == 2
+    assert checkpoints.load_newest(tmp_path).step == 2

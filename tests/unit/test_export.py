@@ -17,7 +17,7 @@ import cml_dist
 from cml_dist.config.load import merge, parse_config
 from cml_dist.data.build import build_domain
 from cml_dist.errors import CheckpointError, DataError
-from cml_dist.run.finished import export_again
+from cml_dist.run.export import export_again
 from cml_dist.run.folder import run_config
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import Console
@@ -65,7 +65,7 @@ def test_the_colearner_is_gone_and_the_rest_is_there(run):
     assert {name.partition(".")[0] for name in tensors} == {"body", "head", *learned}
     card = (folder / "export" / "README.md").read_text()
     assert f"{WAYS}-way {SHOTS}-shot" in card and "cml_dist.load" in card
-    assert "on small" in card and "adapt(support_images, support_labels)" in card
+    assert "on small" in card and "adapt(support_inputs, support_labels)" in card
     assert ("BatchNorm uses the statistics" in card) is (config.model.backbone != "test_vit")
     description = json.loads((folder / "export" / "model.json").read_text())
     report = json.loads((folder / "eval.json").read_text())
@@ -154,7 +154,7 @@ def test_bad_input_is_named(run, tmp_path):
         learner.inputs([tmp_path / "broken.png"])
     with pytest.raises(CheckpointError, match="no exported model"):
         cml_dist.load(tmp_path)
-    with pytest.raises(CheckpointError, match="there is no .*/nowhere; give a run folder"):
+    with pytest.raises(CheckpointError, match="nowhere holds no exported model .*; give a run folder"):
         cml_dist.load(tmp_path / "nowhere")
     shutil.copytree(folder / "export", tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"

@@ -174,8 +174,8 @@ def test_a_frozen_head_is_exported(tmp_path):
 def test_a_test_reads_no_training_images(tmp_path, monkeypatch):
     """It needs the shapes of an episode, which the settings say."""
     from cml_dist.data.images import ImageDomain
-    from cml_dist.run.finished import evaluate_run
     from cml_dist.run.folder import run_config
+    from cml_dist.run.report import evaluate_run
 
     settings = {
         "domain": {"name": "glyphs", "ways": 3, "queries": 2},

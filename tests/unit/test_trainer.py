@@ -36,9 +36,10 @@ from cml_dist.errors import (
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run import folder as folders
 from cml_dist.run import session as sessions
-from cml_dist.run.finished import evaluate_run, export_again
+from cml_dist.run.export import export_again
 from cml_dist.run.folder import run_config
 from cml_dist.run.hooks import nothing
+from cml_dist.run.report import evaluate_run
 from cml_dist.run.status import read_status
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import Console
@@ -51,6 +52,7 @@ BASE = {
     "train": {"steps": 12, "episodes_per_step": 3},
     "eval": {"every": 5, "val_episodes": 4, "episodes": 6},
     "checkpoint": {"every": 4},
+    "engine": {"name": "graph"},  # with "auto" each start would first measure its memory
     "parallel": {"threads": 1},
     "run": {"log_every": 4},
 }
@@ -148,7 +150,7 @@ def test_a_run_leaves_what_was_promised(undisturbed):
     assert best["step"] in checkpoints.steps_in(undisturbed / "checkpoints")
     assert (undisturbed / "config.yaml").is_file()
     card = (undisturbed / "export" / "README.md").read_text()
-    assert "5-point regression" in card and "support_targets" in card
+    assert "5-point regression" in card and "adapt(support_inputs, support_labels)" in card
     assert "image" not in card and "BatchNorm" not in card
     session = json.loads((undisturbed / "sessions.jsonl").read_text().splitlines()[0])
     assert session["versions"]["torch"] == torch.__version__.split("+")[0] or session["versions"]["torch"]
@@ -165,7 +167,7 @@ def test_a_finished_run_is_not_trained_again(undisturbed, tmp_path):
 # --------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("step", [1, 4, 5, 7, 11])
+@pytest.mark.parametrize("step", [1, 5, 7])
 def test_resume_is_exact(undisturbed, tmp_path, step):
     folder = tmp_path / "run"
     outcome = go(folder, on_step=stop_after(step))
@@ -192,7 +194,7 @@ def test_a_run_killed_in_a_validation_loses_nothing(undisturbed, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         go(folder, on_step=at(10, "testing", failing(KeyboardInterrupt)))
-    assert checkpoints.load_newest(folder / "checkpoints")[0].step == 10
+    assert checkpoints.load_newest(folder / "checkpoints").step == 10
     assert go(folder).finished
     assert losses(folder) == losses(undisturbed)
     for name in ("validation.jsonl", "eval.json"):
@@ -333,7 +335,7 @@ def test_another_machine_opens_the_checkpoint_that_rank_0_has_chosen_once_it_see
     undisturbed, tmp_path, monkeypatch, shared
 ):
     """The view of another rank: rank 0's word comes by ``gather``, the file a moment later, or never."""
-    source = checkpoints.load_newest(undisturbed / "checkpoints")[0]
+    source = checkpoints.load_newest(undisturbed / "checkpoints")
     target, rank_0 = tmp_path / source.path.name, []
     monkeypatch.setattr(World, "run_on_all_ranks", lambda self, work: work())
     monkeypatch.setattr(World, "gather", lambda self, value: rank_0 or [value])
@@ -370,7 +372,7 @@ def test_a_damaged_checkpoint_never_pushes_out_a_good_one(tmp_path):
     go(folder, "checkpoint.keep_last=1", "eval.every=0", on_step=stop_after(6))
     assert checkpoints.steps_in(folder / "checkpoints") == [6]
     assert (folder / "checkpoints" / "step-00000008.safetensors.damaged").exists()
-    assert checkpoints.load_newest(folder / "checkpoints")[0].step == 6
+    assert checkpoints.load_newest(folder / "checkpoints").step == 6
 
 
 def test_a_double_precision_run_can_be_used(tmp_path):
@@ -604,7 +606,7 @@ def test_a_card_claims_a_figure_only_for_the_task_that_was_tested(undisturbed, t
     evaluate_run(run_config(str(folder), ["domain.shots=3"]), "best", Console(quiet=True))
     figures, card = exported(folder)
     assert figures["meta"] == own["meta"]
-    assert f"(6 episodes of the test split, 95 % interval) | {own['meta']['mean']:.4f} +-" in card
+    assert f"| {own['meta']['mean']:#.4g} ± {own['meta']['ci95']:#.4g} (6 episodes of the test split) |" in card
     for figures, card in (exported(folder, "domain.shots=3"), exported(folder, "eval.inner_steps=4")):
         assert figures is None and "| not tested |" in card
     own["overrides"] = {"domain.shots": 3}
@@ -624,7 +626,7 @@ def test_what_is_damaged_is_passed_over_and_said_by_eval_and_export(undisturbed,
     export_again(run_config(str(folder), []), "last", str(tmp_path / "out"), console)
     assert json.loads((tmp_path / "out" / "model.json").read_text())["step"] == kept[-2]
     assert len(console.warnings) == 2
-    assert all(newest.name in w and "damaged" in w and f"step {kept[-2]} is used" in w for w in console.warnings)
+    assert all(newest.name in w and "damaged" in w and "one before it is used" in w for w in console.warnings)
 
 
 def test_without_a_validated_step_the_newest_is_called_last(tmp_path):
@@ -637,7 +639,7 @@ def test_without_a_validated_step_the_newest_is_called_last(tmp_path):
 def test_a_missing_best_step_is_passed_over_and_said(undisturbed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
-    newest = checkpoints.load_newest(folder / "checkpoints")[0]
+    newest = checkpoints.load_newest(folder / "checkpoints")
     tensors = ((name, newest.read(name)) for name in newest.layout)
     state = {**newest.state, "best": {**newest.state["best"], "step": 2}}
     checkpoints.save(ALONE, folder / "checkpoints", 13, state, newest.layout, tensors)
