@@ -25,7 +25,7 @@ from cml_dist.run.lease import Lease
 from cml_dist.run.record import session_record
 from cml_dist.run.status import RunStatus, State, now, this_start
 from cml_dist.telemetry.console import Console
-from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
+from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics, keep_until
 from cml_dist.telemetry.rank_log import RankLog
 from cml_dist.telemetry.trackers import Trackers, check_installed
 
@@ -202,9 +202,9 @@ class Session:
         folder = self.folder
         self.fence()  # loading the data may have taken as long as a requeue
         checkpoints.set_aside(folder.checkpoints, self.step)
+        keep_until(folder.metrics_file, self.step)
+        keep_until(folder.validation_file, validated)
         self._metrics = MetricsWriter(folder.metrics_file)
-        self._metrics.truncate_after(self.step)
-        MetricsWriter(folder.validation_file).truncate_after(validated)
         write_text(folder.config_file, dump_config(self.config))
         if zero_stage(parts.plan.strategy) is not None:
             dictionary = deepspeed_config(self.config, parts.plan, os.environ)
