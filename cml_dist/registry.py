@@ -106,7 +106,7 @@ HEADS: dict[str, Entry] = {
 
 @dataclass(frozen=True)
 class DomainEntry(Entry):
-    """A domain of ``domain.name``. Its target is ``build(settings, train_seed, eval_seed, processes, progress)``.
+    """A domain of ``domain.name``. Its target is ``domain(settings, seeds, processes, progress)``, seeds by split.
 
     Attributes:
         settings: its section, a class of ``config/schema.py``.
@@ -117,12 +117,14 @@ class DomainEntry(Entry):
     usual_inputs: tuple[int, int, int] | None = None
 
 
-_IMAGES = "cml_dist.data.build:build_images"
+_IMAGES = "cml_dist.data.images:ImageDomain"
 
 DOMAINS: dict[str, DomainEntry] = {
     "glyphs": DomainEntry(
         "characters of many scripts, nothing to download",
-        "cml_dist.data.build:build_glyphs", settings="GlyphsConfig", usual_inputs=(1, 28, 28),
+        "cml_dist.data.glyphs:GlyphsDomain",
+        settings="GlyphsConfig",
+        usual_inputs=(1, 28, 28),
     ),
     "images": DomainEntry("any packed image set", _IMAGES),
     "omniglot": DomainEntry("", _IMAGES, usual_inputs=(1, 28, 28)),
@@ -130,6 +132,6 @@ DOMAINS: dict[str, DomainEntry] = {
     "fc100": DomainEntry("", _IMAGES, usual_inputs=(3, 32, 32)),
     "mini_imagenet": DomainEntry("", _IMAGES, usual_inputs=(3, 84, 84)),
     "sinusoid": DomainEntry(
-        "regression on sine curves", "cml_dist.data.build:build_sinusoid", settings="SinusoidConfig"
+        "regression on sine curves", "cml_dist.data.sinusoid:SinusoidDomain", settings="SinusoidConfig"
     ),
 }

@@ -29,29 +29,5 @@ def build_domain(
     """
     if config.name not in DOMAINS:
         raise ConfigError(f"domain.name is {config.name!r}", f"use one of {', '.join(DOMAINS)}")
-    return DOMAINS[config.name].load()(config, train_seed, eval_seed, processes, progress)
-
-
-# Each builder imports its module when it is called, so that a run loads no more than its own domain.
-
-
-def build_glyphs(config: Any, train_seed: int, eval_seed: int, processes: int, progress: Progress | None) -> Domain:
-    from cml_dist.data.glyphs import ensure_glyphs
-    from cml_dist.data.images import ImageDomain
-
-    root = str(ensure_glyphs(config.root, progress))
-    seeds = {"train_seed": train_seed, "eval_seed": eval_seed}
-    return ImageDomain.build(config, **seeds, root=root, processes=processes, progress=progress)
-
-
-def build_images(config: Any, train_seed: int, eval_seed: int, processes: int, progress: Progress | None) -> Domain:
-    from cml_dist.data.images import ImageDomain
-
-    seeds = {"train_seed": train_seed, "eval_seed": eval_seed}
-    return ImageDomain.build(config, **seeds, root=config.root, processes=processes, progress=progress)
-
-
-def build_sinusoid(config: Any, train_seed: int, eval_seed: int, processes: int, progress: Progress | None) -> Domain:
-    from cml_dist.data.sinusoid import SinusoidDomain
-
-    return SinusoidDomain.build(config, train_seed=train_seed, eval_seed=eval_seed)
+    seeds = {"train": train_seed, "val": eval_seed, "test": eval_seed}
+    return DOMAINS[config.name].load()(config, seeds, processes, progress)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 
 def available_bytes() -> int:
     """Memory that could be had now without swapping, at most the limit of this process's control groups."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    assert found is not None, "Linux says MemAvailable since 3.14"
-    return min([int(found[1]) * 1024, *_limits()])
+    return min([psutil.virtual_memory().available, *_limits()])
 
 
 def _limits() -> Iterator[int]:
-    """Limits of the control groups, own and above (containers and SLURM set them)."""
+    """Limits of the control groups, own and above (containers and SLURM set them), which psutil does not know."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:

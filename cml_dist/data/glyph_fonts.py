@@ -88,13 +88,8 @@ def choose_characters(progress: Progress | None = None) -> list[Character]:
         if alike[code].isdisjoint(chosen):
             chosen.append(code)
     chosen.sort(key=place.get)
-    return [_character(code, outlines[code]) for code in chosen]
-
-
-def _character(code: int, outlines: dict[str, Outline]) -> Character:
-    script = _script(code)
-    name = unicodedata.name(chr(code)).removeprefix(f"{script} ")
-    return Character(code, f"{script}/{name}", SCRIPTS[script], outlines)
+    names = {code: unicodedata.name(chr(code)).replace(_script(code) + " ", _script(code) + "/", 1) for code in chosen}
+    return [Character(code, names[code], SCRIPTS[_script(code)], outlines[code]) for code in chosen]
 
 
 def _letters_of(face: str) -> Iterator[tuple[int, Outline]]:

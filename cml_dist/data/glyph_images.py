@@ -56,18 +56,14 @@ def upright(outline: Outline, canvas: int, size: float) -> Affine:
 
 
 def examples(outlines: dict[str, Outline], codepoint: int, canvas: Canvas) -> list[tuple[str, np.ndarray]]:
-    """The examples of a class: faces in turn, in an order and with changes drawn from the code point alone.
+    """The examples of a class, ``EXAMPLES`` pairs of a face's name and an image, uint8 ``[28, 28]``.
 
-    Returns:
-        ``EXAMPLES`` pairs of the face's name and an image, uint8 ``[28, 28]``.
+    Faces come in turn, in an order and with changes drawn from the code point alone.
     """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([_SEED, codepoint])))
     faces = [list(outlines)[i] for i in rng.permutation(len(outlines))]
-    drawn = []
-    for number in range(EXAMPLES):
-        face = faces[number % len(faces)]
-        drawn.append((face, canvas.draw(outlines[face], _random_change(outlines[face], rng))))
-    return drawn
+    chosen = [faces[number % len(faces)] for number in range(EXAMPLES)]
+    return [(face, canvas.draw(outlines[face], _random_change(outlines[face], rng))) for face in chosen]
 
 
 def _random_change(outline: Outline, rng: np.random.Generator) -> Affine:

@@ -7,18 +7,19 @@ A class is a character, its 20 examples are font faces and small seeded changes,
 from __future__ import annotations
 
 import hashlib
-import shutil
 import unicodedata
-import warnings
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from cml_dist.config.schema import GlyphsConfig
 from cml_dist.data.base import Progress
 from cml_dist.data.glyph_fonts import FACES, choose_characters, font_file
 from cml_dist.data.glyph_images import IMAGE_SIZE, Canvas, examples
+from cml_dist.data.images import ImageDomain
 from cml_dist.data.pixels import as_png
-from cml_dist.data.publish import locked, user_cache
-from cml_dist.data.shard_writer import ShardSetWriter
+from cml_dist.data.publish import make_once, user_cache
+from cml_dist.data.shard_writer import new_shard_set
 from cml_dist.data.shards import ShardSet
 from cml_dist.errors import DataError
 
@@ -28,45 +29,32 @@ RECIPE = 1
 _PACKAGES = ("matplotlib", "fonttools", "numpy", "pillow", "webdataset")
 
 
-def ensure_glyphs(root: str | None = None, progress: Progress | None = None) -> Path:
-    """The folder of the packed Glyphs set, rendered first where it is missing or damaged.
+class GlyphsDomain(ImageDomain):
+    """Episodes over the Glyphs set."""
 
-    Safe to call from several processes at once: one renders, the others wait and use its work; where the file system
-    has no locks, each renders and the first to publish wins.
+    def __init__(
+        self, settings: GlyphsConfig, seeds: Mapping[str, int], processes: int = 1, progress: Progress | None = None
+    ) -> None:
+        rendered = settings.model_copy(update={"root": str(ensure_glyphs(settings.root, progress))})
+        super().__init__(rendered, seeds, processes, progress)
+
+
+def ensure_glyphs(root: str | None = None, progress: Progress | None = None) -> Path:
+    """The folder of the packed Glyphs set, whose checksums are right: rendered first where it is missing or damaged.
+
+    Safe to call from several processes at once, see :func:`cml_dist.data.publish.make_once`.
 
     Args:
         root: folder in which the set's own folder ``glyphs-<hash>`` is kept; None: the user's cache folder.
         progress: called while fonts are read and classes rendered.
-
-    Returns:
-        a folder that ``ShardSet.open`` reads; its checksums have just been compared.
 
     Raises:
         DataError: if the folder cannot be written (set ``domain.root``), or matplotlib lacks its fonts.
 
     *Collective*: none. *Cost*: a fraction of a second where the set is cached, else about 20 s on one core.
     """
-    base = Path(root).expanduser() if root is not None else user_cache()
-    folder = base / f"glyphs-{_fingerprint()}"
-    if _fault(folder) is None:
-        return folder
-    try:
-        with locked(folder):
-            fault = _fault(folder)  # another process may have rendered the set while this one waited
-            if fault is None:
-                return folder
-            if folder.exists():
-                warnings.warn(f"the cached Glyphs set is rendered again: {fault}", RuntimeWarning, stacklevel=2)
-                shutil.rmtree(folder)
-            _render(folder, progress)
-    except DataError:
-        if _fault(folder) is not None:  # else another process, which no lock held back, was first
-            raise
-    except OSError as error:
-        raise DataError(
-            f"cannot keep the Glyphs set in {base} ({error.strerror or error})",
-            "set domain.root to a folder that can be written",
-        ) from error
+    folder = (user_cache() if root is None else Path(root).expanduser()) / f"glyphs-{_fingerprint()}"
+    make_once(folder, "domain.root", lambda: _fault(folder), lambda: _render(folder, progress))
     return folder
 
 
@@ -96,7 +84,7 @@ def _render(folder: Path, progress: Progress | None) -> None:
     canvas = Canvas(IMAGE_SIZE)
     source = f"fonts of matplotlib {version('matplotlib')}, recipe {RECIPE}"
     size = (IMAGE_SIZE, IMAGE_SIZE)
-    with ShardSetWriter(folder, name="glyphs", image_size=size, channels=1, source=source) as writer:
+    with new_shard_set(folder, name="glyphs", image_size=size, channels=1, source=source) as writer:
         for done, character in enumerate(characters, start=1):
             for number, (face, image) in enumerate(examples(character.outlines, character.codepoint, canvas)):
                 key = f"u{character.codepoint:05x}-{number:02d}-{face}"

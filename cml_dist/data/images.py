@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,23 +28,27 @@ _REPORT_EVERY = 256  # images between two progress reports
 
 
 class ImageDomain(Domain):
-    """N-way K-shot episodes over the classes of a packed image set; make one with ``ImageDomain.build``.
+    """N-way K-shot episodes over the classes of a packed image set, which is at ``settings.root``.
 
     Labels are ``0..ways-1`` in the order in which the classes were drawn; support and query are ordered class by class.
     A split is decoded once and kept as uint8 where it fits ``settings.memory_gib`` and this process's part of half the
     memory that is free now; else each episode decodes its own images. Either way an episode is the same. The object can
     be pickled and forked; decoded splits are inherited by a fork, and not pickled.
+
+    Args:
+        seeds: of each split.
+        processes: how many on this machine keep the same data, and share its memory.
+
+    Raises:
+        DataError: if the set is missing or damaged, a split has too few classes, or a class too few images (named).
+        ConfigError: if mean and std do not fit the images.
     """
 
-    score_name = "accuracy"
-    higher_is_better = True
-
     def __init__(
-        self, shards: ShardSet, settings: ImageSettings, seeds: dict[str, int], splits: Sequence[str], processes: int
+        self, settings: ImageSettings, seeds: Mapping[str, int], processes: int = 1, progress: Progress | None = None
     ) -> None:
-        self.shards = shards
+        self.shards = shards = ShardSet.open(settings.root, getattr(settings, "cache", None), progress)
         self.settings = settings
-        self.splits = tuple(splits)
         self.input_shape = (shards.channels, *shards.image_size)
         self.output_dim = settings.ways
         self.chance = 1 / settings.ways
@@ -54,53 +58,27 @@ class ImageDomain(Domain):
         if min(self._std) <= 0:
             what = f"the measured std of {shards.name} is {self._std}: a channel is constant"
             raise ConfigError(what, "set domain.std")
-        self._sizes = {split: np.array(shards.split_info(split).images) for split in self.splits}
+        self._sizes = {split: np.array(shards.split_info(split).images) for split in SPLITS}
         self._starts = {split: np.cumsum(sizes) - sizes for split, sizes in self._sizes.items()}
         self._decoded: dict[str, np.ndarray] = {}
-        self._may_load = True
         self._kept: dict[str, bool] = {}
         room = available_bytes() // 2 // processes
-        for split in self.splits:  # those that come first are kept first
+        for split in SPLITS:  # those that come first are kept first
             size = self._decoded_bytes(split)
             self._kept[split] = size <= min(settings.memory_gib * _GIB, room)
             room -= size * self._kept[split]
-
-    @classmethod
-    def build(
-        cls,
-        config: ImageSettings,
-        *,
-        train_seed: int,
-        eval_seed: int,
-        root: str | None = None,
-        splits: Sequence[str] = SPLITS,
-        processes: int = 1,
-        progress: Progress | None = None,
-    ) -> ImageDomain:
-        """The domain over the set at ``root``, by default ``config.root``.
-
-        ``eval_seed`` chooses the episodes of val and test; each of ``splits`` is checked; ``processes`` of this machine
-        keep the same data, and share its memory.
-
-        Raises:
-            DataError: if the set is missing or damaged, a split has too few classes, or a class too few images (named).
-            ConfigError: if mean and std do not fit the images.
-        """
-        shards = ShardSet.open(root or config.root, cache=getattr(config, "cache", None), progress=progress)
-        return cls(shards, config, {"train": train_seed, "val": eval_seed, "test": eval_seed}, splits, processes)
 
     # ------------------------------------------------------------------ what must hold before the first episode
 
     def _check_splits(self) -> None:
         """Refuses splits that cannot fill an episode."""
-        settings, name = self.settings, self.shards.name
-        height, width = self.shards.image_size
+        settings, name, (height, width) = self.settings, self.shards.name, self.shards.image_size
         if settings.augment.rotate_classes and height != width:
             raise ConfigError(
                 f"domain.augment.rotate_classes needs square images, but those of {name} are {height}x{width}",
                 "set domain.augment.rotate_classes=false",
             )
-        for split in self.splits:
+        for split in SPLITS:
             info, least = self.shards.split_info(split), settings.shots + settings.queries
             count = self._num_classes(split)
             if count < settings.ways:
@@ -132,9 +110,6 @@ class ImageDomain(Domain):
     def episode(self, split: str, index: int) -> Episode:
         settings = self.settings
         ways, shots, queries = settings.ways, settings.shots, settings.queries
-        if split not in self.splits:
-            known = ", ".join(self.splits)
-            raise DataError(f"split {split!r} was not prepared ({known} were)", "name it in splits when building")
         rng = episode_rng(self._seeds[split], split, index)
         sizes = self._sizes[split]
         # A class turned by t quarter turns is a class of its own: number c + t * len(sizes).
@@ -149,14 +124,11 @@ class ImageDomain(Domain):
         if split == "train" and settings.augment.crop_padding:
             pixels = sampling.pad_and_crop(rng, pixels, settings.augment.crop_padding)
         grouped = torch.from_numpy(np.ascontiguousarray(pixels)).unflatten(0, (ways, shots + queries))
-        labels = torch.arange(ways)
-        return Episode(
-            support=Batch(grouped[:, :shots].flatten(0, 1), labels.repeat_interleave(shots)),
-            query=Batch(grouped[:, shots:].flatten(0, 1), labels.repeat_interleave(queries)),
-            split=split,
-            index=index,
-            ways=ways,
+        support, query = (
+            Batch(part.flatten(0, 1), torch.arange(ways).repeat_interleave(part.shape[1]))
+            for part in grouped.split((shots, queries), dim=1)
         )
+        return Episode(support, query, split, index, ways=ways)
 
     def _rotates(self, split: str) -> bool:
         return split == "train" and self.settings.augment.rotate_classes
@@ -170,13 +142,10 @@ class ImageDomain(Domain):
     def load(self, split: str, progress: Progress | None = None) -> bool:
         """Decodes a split into memory if it fits, once; call it before worker processes are forked.
 
-        Returns:
-            Whether the split is in memory now.
-
         Raises:
             DataError: naming an image that cannot be decoded, and its shard.
         """
-        if split in self._decoded or not (self._may_load and self._kept[split]):
+        if split in self._decoded or not self._kept[split]:
             return split in self._decoded
         first, count = self.shards.first_image(split), self.shards.num_images(split)
         pixels = np.empty((count, *self.input_shape), dtype=np.uint8)
@@ -205,22 +174,18 @@ class ImageDomain(Domain):
         return np.stack([self.shards.decode(first + int(number)) for number in numbers])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_decoded": {}, "_may_load": False}
+        return {**self.__dict__, "_decoded": {}}
 
     # ------------------------------------------------------------------ meaning
 
     def prepare(self, episode: Episode, device: torch.device, dtype: torch.dtype) -> Episode:
         episode = episode.to(device)
-        return replace(
-            episode,
-            support=replace(episode.support, inputs=self.normalise(episode.support.inputs, dtype)),
-            query=replace(episode.query, inputs=self.normalise(episode.query.inputs, dtype)),
-        )
+        support, query = (replace(b, inputs=self.normalise(b.inputs, dtype)) for b in (episode.support, episode.query))
+        return replace(episode, support=support, query=query)
 
     def normalise(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """``(x / 255 - mean) / std`` of uint8 ``[N, C, H, W]``, on its device, in ``dtype``."""
-        mean = torch.tensor(self._mean, dtype=dtype, device=pixels.device).view(-1, 1, 1)
-        std = torch.tensor(self._std, dtype=dtype, device=pixels.device).view(-1, 1, 1)
+        mean, std = (torch.tensor(v, dtype=dtype, device=pixels.device).view(-1, 1, 1) for v in (self._mean, self._std))
         return (pixels.to(dtype) / 255 - mean) / std
 
     @staticmethod
@@ -236,7 +201,6 @@ class ImageDomain(Domain):
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards.info.shards).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """What was decided: sizes, statistics, and for each split whether it is kept in memory or streamed."""
         return {
             "name": self.shards.name,
             "root": self.shards.root,
@@ -250,10 +214,9 @@ class ImageDomain(Domain):
                     "bytes": self._decoded_bytes(split),
                     "kept": "memory" if self._kept[split] else "streamed",
                 }
-                for split in self.splits
+                for split in SPLITS
             },
         }
 
     def preprocessing(self) -> dict[str, Any]:
-        """What ``prepare`` does to pixels: ``(x / 255 - mean) / std`` per channel."""
         return {"mean": list(self._mean), "std": list(self._std)}

@@ -41,7 +41,7 @@ def open_image(data: bytes, what: str) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         image.load()
     except Exception as error:  # Pillow raises many kinds for damaged files, SyntaxError and struct.error among them
-        # Pillow's own words for the first name the buffer in memory, by its address.
+        # Pillow's own words name the buffer in memory, by its address.
         reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"{what} cannot be decoded ({reason})", "replace or remove this image") from error
     return image

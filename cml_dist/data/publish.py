@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and work that one of several processes does for all."""
+"""Folders that appear whole or not at all, and those that one of several processes makes for all."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cml_dist.atomic import fsync
+from cml_dist.atomic import fsync, refused
 from cml_dist.errors import DataError
 
 _ABANDONED_S = 24 * 3600  # what nobody touched for so long is the work of a killed process
@@ -31,24 +32,31 @@ def new_folder(dest: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         DataError: ``dest`` exists already (an empty folder is accepted).
+        CmlError: the file system refused.
     """
     dest = Path(dest).absolute()
     refuse_existing(dest)
-    dest.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{dest.name}.partial-"
-    remove_abandoned(dest.parent, prefix)
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=dest.parent, ignore_cleanup_errors=True) as beside:
-        folder = Path(beside, dest.name)
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        for path in dest.parent.glob(f"{glob.escape(prefix)}*"):
+            if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(path, ignore_errors=True)
+        beside = tempfile.TemporaryDirectory(prefix=prefix, dir=dest.parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise refused(dest, error) from error
+    with beside as parent:
+        folder = Path(parent, dest.name)
         folder.mkdir()
         yield folder
-        for path in (*sorted(folder.iterdir()), folder):
-            fsync(path)
         try:
+            for path in (*sorted(folder.iterdir()), folder):
+                fsync(path)
             os.rename(folder, dest)
-        except OSError:
+            fsync(dest.parent)
+        except OSError as error:
             refuse_existing(dest)  # another process was first
-            raise
-        fsync(dest.parent)
+            raise refused(dest, error) from error
 
 
 def refuse_existing(dest: Path) -> None:
@@ -61,22 +69,37 @@ def refuse_existing(dest: Path) -> None:
         raise DataError(f"{dest} exists already", "remove it, or choose another destination")
 
 
-def remove_abandoned(parent: Path, prefix: str) -> None:
-    """Removes what killed processes left: files and folders with this prefix that are older than a day."""
-    for path in parent.glob(f"{glob.escape(prefix)}*"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+def make_once(folder: Path, setting: str, fault: Callable[[], str | None], make: Callable[[], None]) -> None:
+    """Has a cached folder made where it is missing or damaged, by one process of those that ask for it at once.
 
+    They wait for a lock beside it, which the system releases if its holder dies; where the file system has no locks,
+    each makes it, and the first to publish wins.
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time, by a lock file beside ``folder``; the system releases it if the process dies.
+    Args:
+        setting: the one that says where the cache is, for the error.
+        fault: what is wrong with the folder now; None: nothing.
+        make: publishes the folder, see :func:`new_folder`.
 
-    On a file system without locks nobody waits: the caller must bear that several do the same work.
+    Raises:
+        DataError: the cache cannot be written; and what ``make`` raises.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "a") as file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    if fault() is None:
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(f".{folder.name}.lock"), "a") as file:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            found = fault()  # another process may have made it while this one waited
+            if found is None:
+                return
+            if folder.exists():
+                warnings.warn(f"the cached {folder} is made again: {found}", RuntimeWarning, stacklevel=3)
+                shutil.rmtree(folder)
+            make()
+    except DataError:
+        if fault() is not None:  # else another process, which no lock held back, was first
+            raise
+    except OSError as error:
+        what = f"cannot keep {folder} ({error.strerror or error})"
+        raise DataError(what, f"free space, or set {setting} to a folder that can be written") from error

@@ -1,7 +1,7 @@
 """Remote shard sets: downloaded once by fsspec into a local folder, checked, shared by the processes of a machine.
 
 fsspec's own ``filecache`` writes under the final name and knows no checksums: a killed download, or two processes at
-once, would leave half a file. Here each file gets its name when it is whole.
+once, would leave half a file. Here the folder gets its name when all of it is there and right.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from cml_dist.data.base import Progress
-from cml_dist.data.publish import fsync, locked, remove_abandoned, user_cache
-from cml_dist.data.shard_format import DATASET_FILE, DatasetInfo, FileInfo, parse_dataset, sha256_of
+from cml_dist.data.publish import make_once, new_folder, user_cache
+from cml_dist.data.shard_format import DATASET_FILE, DatasetInfo, parse_dataset, sha256_of
 from cml_dist.errors import DataError
 
 
@@ -39,71 +38,53 @@ def local_folder(root: str, cache: str | os.PathLike[str] | None = None, progres
         return Path(unquote(urlsplit(root).path))
     if not is_remote(root):
         return Path(root).expanduser()
-    data, info = _description(root)
+    data, info = description(root)
     # Named by content: a set that changed at its source gets another folder, and never mixes with the old one.
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", info.name)[:60]
     folder = Path(cache or user_cache("shards")) / f"{name}-{hashlib.sha256(data).hexdigest()[:16]}"
-    try:
-        with locked(folder):
-            folder.mkdir(exist_ok=True)
-            remove_abandoned(folder, ".partial-")
-            files = (info.index, *info.shards)
-            done, total = 0, sum(file.size for file in files)
-            for file in files:
-                path = folder / file.name
-                if not (path.exists() and path.stat().st_size == file.size):
-                    _download(root, file, path, _within(progress, done, total, f"downloading {file.name}"))
-                done += file.size
-            if not _holds(folder / DATASET_FILE, data):
-                (folder / DATASET_FILE).write_bytes(data)
-    except OSError as error:
-        what = f"cannot write the cache {folder} ({error.strerror or error})"
-        raise DataError(what, "free space, or set domain.cache") from error
+
+    def fault() -> str | None:
+        return None if (folder / DATASET_FILE).is_file() else f"it has no {DATASET_FILE}"
+
+    def fetch() -> None:
+        with new_folder(folder) as fresh:
+            _download(root, info, fresh, progress)
+            (fresh / DATASET_FILE).write_bytes(data)
+
+    make_once(folder, "domain.cache", fault, fetch)
     return folder
 
 
-def _holds(path: Path, data: bytes) -> bool:
-    return path.exists() and path.read_bytes() == data
-
-
-def description(root: str) -> DatasetInfo:
-    """What a remote set says of itself; nothing else of it is fetched.
+def description(root: str) -> tuple[bytes, DatasetInfo]:
+    """What a remote set says of itself, as bytes and read; nothing else of it is fetched.
 
     Raises:
         DataError: it cannot be fetched, or describes no set.
     """
-    return _description(root)[1]
-
-
-def _description(root: str) -> tuple[bytes, DatasetInfo]:
     with _remote(root, DATASET_FILE) as (system, path, url):
         data = system.cat_file(path)
     return data, parse_dataset(data, url)
 
 
-def _within(progress: Progress | None, before: int, total: int, what: str) -> dict[str, Callable[..., None]]:
-    """A hook for fsspec, which calls it with the size of a file and the bytes that have come."""
-    if progress is None:
-        return {}
-    return {"progress": lambda size, received, **_: progress(before + received, total, what)}
-
-
-def _download(root: str, file: FileInfo, path: Path, hooks: dict[str, Callable[..., None]]) -> None:
+def _download(root: str, info: DatasetInfo, folder: Path, progress: Progress | None) -> None:
     from fsspec.callbacks import Callback
 
-    # A name of its own: on a file system without locks several processes may be here.
-    half = path.with_name(f".partial-{uuid.uuid4().hex}")
-    try:
+    files = (info.index, *info.shards)
+    done, total = 0, sum(file.size for file in files)
+    for file in files:
+
+        def tell(_: int, received: int, before: int = done, name: str = file.name, **__: object) -> None:
+            if progress is not None:
+                progress(before + received, total, f"downloading {name}")
+
+        path = folder / file.name
         with _remote(root, file.name) as (system, source, url):
-            system.get_file(source, str(half), callback=Callback(hooks=hooks))
-        size = half.stat().st_size
-        if size != file.size or sha256_of(half) != file.sha256:
+            system.get_file(source, str(path), callback=Callback(hooks={"progress": tell}))
+        size = path.stat().st_size
+        if size != file.size or sha256_of(path) != file.sha256:
             kind = f"{size} bytes, not {file.size}" if size != file.size else "its checksum differs"
             raise DataError(f"{url} arrived damaged or truncated ({kind})", "try again, or repair it at its source")
-        fsync(half)
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
+        done += file.size
 
 
 @contextmanager

@@ -7,13 +7,14 @@ import io
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib.metadata import version
-from types import TracebackType
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cml_dist.atomic import write_bytes
 from cml_dist.data.base import SPLITS
 from cml_dist.data.pixels import Picture
 from cml_dist.data.publish import new_folder
@@ -21,20 +22,31 @@ from cml_dist.data.shard_format import DATASET_FILE, INDEX_FILE, DatasetInfo, Fi
 from cml_dist.errors import DataError
 
 
+@contextmanager
+def new_shard_set(dest: str | os.PathLike[str], **description: Any) -> Iterator[ShardSetWriter]:
+    """Yields the writer of a set with this description, which is published whole when the block ends, or not at all.
+
+    Raises:
+        DataError: if ``dest`` exists; at the end if there is no image.
+        CmlError: if the disk is full or read-only.
+    """
+    with new_folder(dest) as folder:
+        writer = ShardSetWriter(folder, **description)
+        yield writer
+        writer.finish()
+
+
 class ShardSetWriter:
-    """Writes a shard set; a context manager that publishes the whole set at its end, or nothing.
+    """Writes a shard set into a folder.
 
     The same calls write the same bytes (for the same package versions). Images of one split and class keep the order
     in which they are added; classes are numbered within their split in the order of their first image. Add split by
     split: a change of split, or a shard of ``shard_size_mib``, begins a new one, which is made in memory.
-
-    Raises:
-        DataError: if ``dest`` exists; on exit if there is no image; if the disk is full.
     """
 
     def __init__(
         self,
-        dest: str | os.PathLike[str],
+        folder: Path,
         *,
         name: str,
         image_size: tuple[int, int],
@@ -42,10 +54,8 @@ class ShardSetWriter:
         source: str = "",
         shard_size_mib: float = 64,
     ) -> None:
-        self.dest, self.name, self.source = dest, name, source
-        self.image_size, self.channels = image_size, channels
-        self._shard_bytes = int(shard_size_mib * 2**20)
-        self._exit = ExitStack()
+        self.name, self.image_size, self.channels, self.source = name, image_size, channels, source
+        self._folder, self._shard_bytes = folder, int(shard_size_mib * 2**20)
         self._split, self._tar, self._buffer = "", None, io.BytesIO()  # the shard in the making
         self._shards: list[FileInfo] = []
         self._classes: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
@@ -54,40 +64,15 @@ class ShardSetWriter:
         # Sums of whole numbers, so that mean and deviation do not depend on the order of the images.
         self._count, self._sums = 0, np.zeros((2, channels), dtype=np.int64)
 
-    def __enter__(self) -> ShardSetWriter:
-        with self._writing():
-            self._folder = self._exit.enter_context(new_folder(self.dest))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self._exit.__exit__(kind, error, trace)
-        else:
-            with self._writing(), self._exit:
-                self._finish()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turns a failure to write into an error that says so."""
-        try:
-            yield
-        except OSError as error:
-            raise DataError(
-                f"cannot write {self.dest} ({error.strerror or error})",
-                "free space or choose another destination; nothing was left half written",
-            ) from error
-
     def add(self, split: str, class_name: str, key: str, picture: Picture) -> None:
         """Adds one image, which must have the size and channels of the set.
 
         Characters of the key that tar or WebDataset cannot carry become ``_``; a key that is taken gets a number.
         """
         number = self._classes[split].setdefault(class_name, len(self._classes[split]))
-        data, pixels = picture.data, picture.pixels
+        data = picture.data
         if split == "train":
-            values = pixels.reshape(self.channels, -1).astype(np.int64)
+            values = picture.pixels.reshape(self.channels, -1).astype(np.int64)
             self._count += values.shape[1]
             self._sums += (values.sum(1), (values * values).sum(1))
         key = _free_key(key, self._keys)
@@ -111,16 +96,18 @@ class ShardSetWriter:
         if self._tar is None:
             return
         self._tar.close()
-        data = self._buffer.getvalue()
         name = f"{self._split}-{sum(shard.split == self._split for shard in self._shards):06d}.tar"
-        with self._writing():
-            (self._folder / name).write_bytes(data)
         images = len(self._rows) - sum(shard.images for shard in self._shards)
-        self._shards.append(_file_info(name, data, split=self._split, images=images))
+        self._shards.append(self._write(name, self._buffer.getvalue(), split=self._split, images=images))
 
-    def _finish(self) -> None:
+    def _write(self, name: str, data: bytes, **more: Any) -> FileInfo:
+        write_bytes(self._folder / name, data)
+        return FileInfo(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest(), **more)
+
+    def finish(self) -> None:
+        """Writes the last shard, the index and the description."""
         if not self._rows:
-            raise DataError(f"no image was added to {self.dest}", "check the source")
+            raise DataError(f"no image was added to the set {self.name}", "check the source")
         self._close_shard()
         rows = np.array(self._rows, dtype=np.int64)
         splits = {
@@ -128,7 +115,6 @@ class ShardSetWriter:
             for place, (split, classes) in enumerate(self._classes.items())
             if classes
         }
-        index = self._index(rows)
         mean, std = self._statistics()
         info = DatasetInfo(
             name=self.name,
@@ -138,12 +124,11 @@ class ShardSetWriter:
             splits=splits,
             mean=mean,
             std=std,
-            index=_file_info(INDEX_FILE, index),
+            index=self._write(INDEX_FILE, self._index(rows)),
             shards=tuple(self._shards),
             versions={package: version(package) for package in ("numpy", "pillow", "webdataset")},
         )
-        (self._folder / INDEX_FILE).write_bytes(index)
-        (self._folder / DATASET_FILE).write_text(info.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        self._write(DATASET_FILE, (info.model_dump_json(indent=1) + "\n").encode())
 
     def _index(self, rows: np.ndarray) -> bytes:
         """The index sorted by split and class, so that each class is one run of numbers."""
@@ -171,10 +156,6 @@ class ShardSetWriter:
         variances = [(count * square - total * total) / count**2 for total, square in zip(sums, squares, strict=True)]
         mean = tuple(round(total / count / 255, 9) for total in sums)
         return mean, tuple(round(variance**0.5 / 255, 9) for variance in variances)
-
-
-def _file_info(name: str, data: bytes, **more: Any) -> FileInfo:
-    return FileInfo(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest(), **more)
 
 
 def _free_key(key: str, taken: dict[str, None]) -> str:

@@ -33,9 +33,7 @@ class ShardSet:
     Make one with ``ShardSet.open``.
 
     Attributes:
-        folder: where its files are.
-        info: its description.
-        root: as given when it was opened.
+        folder: where its files are; ``root``: as given when it was opened.
         splits: those that it has, in the order train, val, test.
     """
 
@@ -60,22 +58,20 @@ class ShardSet:
         root = os.fspath(root)
         folder = shard_cache.local_folder(root, cache, progress)
         file = folder / DATASET_FILE
-        if not folder.is_dir() or not file.exists():
-            kind = f"{DATASET_FILE} is missing" if folder.is_dir() else "no such folder"
-            raise DataError(
-                f"there is no packed image set at {root} ({kind})",
-                "check the path (domain.root), or make it: cml-dist data pack SOURCE DEST",
-            )
         try:
+            if not file.exists():
+                kind = f"{DATASET_FILE} is missing" if folder.is_dir() else "no such folder"
+                raise DataError(
+                    f"there is no packed image set at {root} ({kind})",
+                    "check the path (domain.root), or make it: cml-dist data pack SOURCE DEST",
+                )
             info = parse_dataset(file.read_bytes(), str(file))
-            for part in (info.index, *info.shards):
+            for part in (*info.shards, info.index):
                 file = folder / part.name
-                size = file.stat().st_size if file.exists() else None
-                if size != part.size:
-                    kind = "damaged" if size is not None and size > part.size else "truncated"
-                    fault = "is missing" if size is None else f"is {kind}: {size} bytes, not {part.size}"
-                    raise DataError(f"{file} {fault}", REPAIR)
-            file = folder / info.index.name
+                if not file.exists():
+                    raise DataError(f"{file} is missing", REPAIR)
+                if (size := file.stat().st_size) != part.size:
+                    raise DataError(f"{file} is truncated or damaged: {size} bytes, not {part.size}", REPAIR)
             return cls(folder, info, parse_index(file.read_bytes(), info, str(file)), root)
         except OSError as error:
             raise DataError(f"{file} cannot be read ({error.strerror or error})", "check its permissions") from error
@@ -130,12 +126,8 @@ class ShardSet:
         Raises:
             DataError: naming key and shard, if the image is undecodable or of another size or mode.
         """
-        data, shape = self.read(image), (self.channels, *self.image_size)
-        try:
-            pixels = to_array(open_image(data, "it"))
-        except DataError as error:
-            # The name is made here, and not for each image: this is the inner loop of loading.
-            raise DataError(f"{self._where(image)} {error.what.removeprefix('it ')}", error.remedy) from error
+        shape = self.channels, *self.image_size
+        pixels = to_array(open_image(self.read(image), self._where(image)))
         if pixels.shape != shape:
             raise DataError(f"{self._where(image)} has pixels [C, H, W] {pixels.shape}, not {shape}", REPAIR)
         return pixels
@@ -148,21 +140,16 @@ class ShardSet:
         """
         total, done = sum(shard.size for shard in self.info.shards), 0
         for shard in self.info.shards:
-            if sha256_of(self.folder / shard.name) != shard.sha256:
-                what = f"shard {self.folder / shard.name} is damaged (its checksum differs)"
-                raise DataError(what, REPAIR)
+            file = self.folder / shard.name
+            if sha256_of(file) != shard.sha256:
+                raise DataError(f"shard {file} is damaged (its checksum differs)", REPAIR)
             done += shard.size
             if progress is not None:
                 progress(done, total, "verifying shards")
 
-    def close(self) -> None:
-        """Closes the shards; a later read opens them again."""
-        while self._handles:
-            os.close(self._handles.popitem()[1])
-
     def __del__(self) -> None:
-        if hasattr(self, "_handles"):
-            self.close()
+        for handle in self._handles.values():
+            os.close(handle)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}
@@ -171,8 +158,7 @@ class ShardSet:
         return f"image {self.key(image)!r} in shard {self.folder / self.info.shards[self._index['shard'][image]].name}"
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
-        handle = self._handles.get(shard)
-        if handle is not None:
+        if (handle := self._handles.get(shard)) is not None:
             return os.pread(handle, size, offset)
         handle = os.open(self.folder / self.info.shards[shard].name, os.O_RDONLY)
         try:

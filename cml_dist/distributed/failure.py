@@ -101,6 +101,8 @@ def silent(members: Sequence[Member]) -> Failure:
 
 def hanging(members: Collection[Member]) -> Failure | None:
     """A collective that does not end: the culprits are those that did not come to it, and do not move."""
+    if not members:
+        return None  # all have left
     if len(members) > 1 and not any(member.waiting and member.overdue for member in members):
         return None  # a rank may take its time while nobody waits for it
     busy = [member for member in members if not member.waiting]

@@ -175,7 +175,6 @@ def _image_shape(config: RunConfig, image_size: int | None, channels: int | None
 
         shards = ShardSet.open(root)
         shape, source = (shards.channels, *shards.image_size), f"of the set in {root}"
-        shards.close()
     elif DOMAINS[name].usual_inputs is not None:
         shape, source = DOMAINS[name].usual_inputs, f"usual for {name}"
     elif image_size is None or channels is None:

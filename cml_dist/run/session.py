@@ -26,7 +26,7 @@ from cml_dist.run.lease import Lease
 from cml_dist.run.record import session_record
 from cml_dist.run.status import RunStatus, State, now
 from cml_dist.telemetry.console import Console
-from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics
+from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics, keep_until
 from cml_dist.telemetry.rank_log import RankLog
 from cml_dist.telemetry.trackers import Trackers, check_installed
 
@@ -51,7 +51,7 @@ class Session:
         self.folder, self.start = RunFolder(config.run.dir), this_start()
         self._log = RankLog(world.rank)
         self.trackers = Trackers(config, 0, console, active=False)  # until the run has begun
-        self._metrics = MetricsWriter(self.folder.metrics_file)
+        self._metrics: MetricsWriter | None = None  # rank 0's, once the run has begun
         self._lease: Lease | None = None
         self._made: list[Path] = []  # folders that claim() made, innermost first
         self.step, self.doing = 0, "starting"
@@ -102,7 +102,8 @@ class Session:
         """Close the files; the folder is free for another trainer, and of a run that never began nothing is left."""
         with self._writing:
             self._over.set()
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
         self.trackers.close()
         self._log.close()
         if self._lease is not None:
@@ -120,7 +121,7 @@ class Session:
         """Write a meta-step's line."""
         self.step = metrics.step
         self.longest_step_s = max(self.longest_step_s, metrics.seconds)
-        if self.world.is_main:
+        if self._metrics is not None:
             self._metrics.write(metrics)
         self.trackers.step(metrics)
 
@@ -191,8 +192,9 @@ class Session:
         folder = self.folder
         self.fence()  # loading the data may have taken as long as a requeue
         checkpoints.set_aside(folder.checkpoints, self.step)
-        self._metrics.truncate_after(self.step)
-        MetricsWriter(folder.validation_file).truncate_after(validated)
+        keep_until(folder.metrics_file, self.step)
+        keep_until(folder.validation_file, validated)
+        self._metrics = MetricsWriter(folder.metrics_file)
         write_text(folder.config_file, dump_config(self.config))
         if zero_stage(parts.plan.strategy) is not None:
             dictionary = deepspeed_config(self.config, parts.plan, os.environ)

@@ -25,7 +25,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from cml_dist.telemetry.live import LiveDisplay, ProgressView, TrainingView
-from cml_dist.telemetry.summary import TrainingSummary
+from cml_dist.telemetry.summary import Best, TrainingSummary
 from cml_dist.telemetry.text import MISSING, interval, measured, printable, score, score_label
 
 LOG = logging.getLogger("cml_dist")
@@ -56,7 +56,7 @@ class Console:
         width: columns; None: those of the terminal.
         interactive: live displays; None: where the output is a terminal that can move its cursor.
         quiet: nothing on the screen, only in the log; ranks other than 0.
-        clock: seconds from a monotonic clock.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -95,12 +95,7 @@ class Console:
         self._complain(logging.ERROR, "bold red", printable(f"{what}; {remedy}" if remedy else what))
 
     def validation(
-        self,
-        step: int,
-        rows: Sequence[ResultRow],
-        *,
-        score_name: str = "accuracy",
-        best: tuple[int, float] | None = None,
+        self, step: int, rows: Sequence[ResultRow], *, score_name: str = "accuracy", best: Best | None = None
     ) -> None:
         """One line with the scores of the learners after ``step``; ``best`` is (step, score) of the best so far."""
         shown = [f"{row.learner} {measured(score_name, row.mean, row.ci95)}" for row in rows]
@@ -155,10 +150,7 @@ class Console:
         self.table(
             title,
             ("learner", score_label(score_name), "95 % interval", "episodes"),
-            [
-                (row.learner, score(score_name, row.mean, 2), interval(score_name, row.ci95, 2), row.episodes)
-                for row in rows
-            ],
+            [(r.learner, score(score_name, r.mean, 2), interval(score_name, r.ci95, 2), r.episodes) for r in rows],
         )
 
     def clear(self) -> None:
@@ -170,12 +162,7 @@ class Console:
 
     @contextmanager
     def progress(self, description: str, total: int | None) -> Iterator[ProgressView]:
-        """A running count (data preparation, evaluation, packing) that leaves nothing behind on a terminal.
-
-        Args:
-            description: a word or two, e.g. ``"validation"``.
-            total: what there is to do; None where nobody knows.
-        """
+        """A running count that leaves nothing behind on a terminal; ``total`` is None where nobody knows."""
         with self._display(transient=True) as live:
             view = ProgressView(self.say, self._clock, live, printable(description), total)
             try:
@@ -191,16 +178,11 @@ class Console:
         *,
         score_name: str = "accuracy",
         log_every: int = 50,
-        best: tuple[int, float] | None = None,
+        best: Best | None = None,
     ) -> Iterator[TrainingView]:
-        """The training itself: call ``step(metrics)`` after each meta-step.
+        """The training itself, see :class:`TrainingSummary`: call ``step(metrics)`` after each meta-step.
 
-        Args:
-            total_steps: meta-steps of the whole run.
-            start_step: the last step done before this session.
-            score_name: ``"accuracy"`` or ``"mse"``.
-            log_every: losses and scores are means over so many steps; without a terminal, one line in so many steps.
-            best: (step, score) of the best validation so far; later ones come through :meth:`validation`.
+        Without a terminal it is one line in ``log_every`` steps. Later ``best`` come through :meth:`validation`.
         """
         self._summary = TrainingSummary(total_steps, start_step, log_every, score_name, best, self._clock)
         try:
@@ -228,8 +210,7 @@ class Console:
 
     def _rich(self, file: TextIO | None, stderr: bool = False) -> RichConsole:
         stream = file or (sys.stderr if stderr else sys.stdout)
-        is_unicode = (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
-        if not is_unicode and hasattr(stream, "reconfigure"):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows "?" for "±", and goes on
         return RichConsole(
             file=file,

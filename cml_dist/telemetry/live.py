@@ -62,11 +62,7 @@ class _Times(ProgressColumn):
 
 
 class ProgressView:
-    """A running count.
-
-    Args:
-        live: where its bar is; None without a terminal.
-    """
+    """A running count; ``live`` has its bar, and is None without a terminal."""
 
     def __init__(
         self, say: Say, clock: Callable[[], float], live: LiveDisplay | None, description: str, total: int | None
@@ -100,11 +96,7 @@ class ProgressView:
 
 
 class TrainingView:
-    """A running training.
-
-    Args:
-        live: where its bar and its figures are; None without a terminal.
-    """
+    """A running training; ``live`` has its bar and its figures, and is None without a terminal."""
 
     def __init__(self, say: Say, live: LiveDisplay | None, summary: TrainingSummary) -> None:
         self._say, self._live, self._summary = say, live, summary

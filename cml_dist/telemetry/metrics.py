@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from cml_dist.atomic import atomic_file
-from cml_dist.errors import CheckpointError
+from cml_dist.atomic import refused, write_bytes
 
 
 @dataclass(frozen=True)
@@ -22,10 +20,8 @@ class StepMetrics:
     Attributes:
         step: the number of the finished meta-step, from 1.
         loss: what was minimised: ``outer_loss + gamma * colearner_loss`` (eq. 6), mean over the episodes.
-        outer_loss: the meta-learner's query loss after adaptation.
-        colearner_loss: the co-learner's query loss; None for a method without one.
-        score: the meta-learner's query score: accuracy (0 to 1) or MSE, as ``score_name`` says.
-        colearner_score: the co-learner's query score; None for a method without one.
+        outer_loss, colearner_loss: the learners' query losses; the co-learner's are None for a method without one.
+        score, colearner_score: the query scores: accuracy (0 to 1) or MSE, as ``score_name`` says.
         grad_norm: global L2 norm of the meta-gradient before clipping.
         gradient_cosine: cosine between the co-learner's and the meta-learner's gradient on psi; None: not measured.
         lr: outer step size of this step.
@@ -66,59 +62,46 @@ def _finite(value: Any) -> Any:
 class MetricsWriter:
     """Appends records to ``metrics.jsonl``; each line reaches the file before ``write`` returns.
 
-    *Collective*: none; only rank 0 has one.
-
-    Args:
-        path: the file; it is made with the first line, and an existing one is continued.
+    The file stays open: a trainer that was cut off, and wakes up, goes on in its own, which ``keep_until`` of its
+    successor has replaced, and not in the successor's.
 
     Raises:
-        CheckpointError: the file cannot be written (full or read-only disk).
+        CmlError: the file cannot be written (full or read-only disk).
+
+    *Collective*: none; only rank 0 has one.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._file: TextIO | None = None
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = open(path, "a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise refused(path, error) from error
 
     def write(self, metrics: StepMetrics) -> None:
         """Add one line."""
-        with self._writing():
-            if self._file is None:
-                self._file = open(self.path, "a", encoding="utf-8", buffering=1)
+        try:
             self._file.write(json.dumps(metrics.record(), allow_nan=False) + "\n")
-
-    def truncate_after(self, step: int) -> None:
-        """Drop the lines after ``step``, and what a kill left unreadable, so that a resumed run goes on seamlessly.
-
-        The file is replaced in one move, also where all is kept: a kill in between leaves the old one whole, and a
-        trainer that was cut off, with the old file open, does not go on in ours.
-
-        Args:
-            step: the last meta-step that is kept.
-        """
-        self.close()
-        if not self.path.exists():
-            return
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if (record := _parse(line)) and record["step"] <= step]
-        with self._writing(), atomic_file(self.path) as fresh:
-            fresh.write_bytes(b"".join(kept))
+        except OSError as error:
+            raise refused(self._path, error) from error
 
     def close(self) -> None:
-        """Close the file; a later ``write`` opens it again."""
-        file, self._file = self._file, None
-        if file is not None:
-            with self._writing():
-                file.close()
+        """Close the file."""
+        with suppress(OSError):  # a line that could not be written has been reported
+            self._file.close()
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path} cannot be written: {error.strerror}",
-                "free some space or choose another run.dir, then resume",
-            ) from error
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines after ``step``, and what a kill left unreadable, so that a resumed run goes on seamlessly.
+
+    The file is replaced in one move, also where all is kept: a kill in between leaves the old one whole.
+
+    Raises:
+        CmlError: the file cannot be written.
+    """
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
+        write_bytes(path, b"".join(line for line in lines if (record := _parse(line)) and record["step"] <= step))
 
 
 def read_metrics(path: str | os.PathLike[str], last_bytes: int | None = None) -> list[dict[str, Any]]:

@@ -21,26 +21,23 @@ class RankLog:
     cannot be written costs one warning on standard error, and not the run. Python's warnings and the messages of
     libraries are shown on the screen by rank 0 alone.
 
-    Args:
-        rank: this process.
+    Attributes:
+        file: the file once it is open, for what is written past ``logging``: stack dumps.
     """
 
     def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._root = logging.getLogger()
+        self._rank, self._root = rank, logging.getLogger()
+        self.file: TextIO | None = None
         self._early = MemoryHandler(capacity=1000, flushLevel=sys.maxsize)
-        self._handlers: list[logging.Handler] = [self._early]
-        self._file: _File | None = None
+        self._handlers: list[logging.Handler] = []
+        self._add(self._early)
         if rank == 0:
-            self._handlers.append(_Screen(logging.WARNING))
-        for handler in self._handlers:
-            self._root.addHandler(handler)
+            self._add(_Screen(logging.WARNING))
         logging.captureWarnings(True)
 
-    @property
-    def file(self) -> TextIO | None:
-        """The open file, for what is written past ``logging``: stack dumps."""
-        return None if self._file is None else self._file.stream
+    def _add(self, handler: logging.Handler) -> None:
+        self._handlers.append(handler)
+        self._root.addHandler(handler)
 
     def open(self, folder: Path, header: str) -> None:
         """From now on write to the file in ``folder``: the header of this start, then what has come up so far."""
@@ -50,16 +47,16 @@ class RankLog:
         path = folder / f"rank-{self._rank:05d}.log"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = _File(path, encoding="utf-8", errors="backslashreplace")
+            file = _File(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             _warn_not_written(path, error)
             return
-        self._file.setFormatter(FORMAT)
-        self._root.addHandler(self._file)
-        self._handlers.append(self._file)
-        self._file.handle(logging.makeLogRecord({"levelname": "INFO", "msg": header}))
-        self._early.setTarget(self._file)
+        file.setFormatter(FORMAT)
+        self._add(file)
+        file.handle(logging.makeLogRecord({"levelname": "INFO", "msg": header}))
+        self._early.setTarget(file)
         self._early.flush()
+        self.file = file.stream
 
     def failed(self, error: BaseException) -> None:
         """Keep how this start ended, with its traceback."""

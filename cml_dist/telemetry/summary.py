@@ -19,6 +19,9 @@ from rich.text import Text
 
 from cml_dist.telemetry import text
 
+Best = tuple[int, float]
+"""(step, score) of the best validation so far."""
+
 
 @dataclass
 class TrainingSummary:
@@ -29,15 +32,14 @@ class TrainingSummary:
         start_step: the last step that was done before this session (0 for a new run).
         window: losses and scores are means over so many steps.
         score_name: ``"accuracy"`` or ``"mse"``.
-        best: (step, score) of the best validation so far; None before the first.
-        clock: seconds from a monotonic clock.
+        clock: seconds, monotonic.
     """
 
     total_steps: int
     start_step: int = 0
     window: int = 50
     score_name: str = "accuracy"
-    best: tuple[int, float] | None = None
+    best: Best | None = None
     clock: Callable[[], float] = time.monotonic
     step: int = field(init=False)
     skipped: int = field(init=False, default=0)

@@ -20,16 +20,13 @@ from cml_dist.config.load import flatten
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
 from cml_dist.telemetry.console import Console
-from cml_dist.telemetry.metrics import StepMetrics, read_metrics
+from cml_dist.telemetry.metrics import StepMetrics
 
 START_S = 30.0
 """Seconds that W&B's server may take to answer when a run starts: its own 90 would be waited for at each restart."""
 
 CLOSE_S = 10.0
 """Seconds that a tracker may take to end: a run that is stopped has not many."""
-
-RESHOWN_BYTES = 1 << 16
-"""Of ``metrics.jsonl``: more than W&B may hold in memory (offline, it writes blocks of 32 KiB)."""
 
 
 def check_installed(config: RunConfig) -> None:
@@ -50,13 +47,11 @@ class Trackers:
     """The trackers of a run: rank 0's, which needs Accelerate's world for them.
 
     A resumed run goes on in the same TensorBoard folder and W&B run. TensorBoard forgets what it was shown of the steps
-    after the checkpoint; W&B, which cannot, is shown them again, with the same values. And as W&B loses what it held in
-    memory when the trainer is killed, it is shown the last lines of the run's files again, up to ``RESHOWN_BYTES``.
+    after the checkpoint; W&B, which cannot, is shown them again, with the same values.
 
     Args:
         config: ``run.trackers`` says which; all of it is shown as hyper-parameters.
         step: the last step that is done.
-        console: for the warning.
         active: whether there are any here.
     """
 
@@ -65,7 +60,8 @@ class Trackers:
         self._open: dict[str, GeneralTracker] = {}
         makers = {"tensorboard": _tensorboard, "wandb": _wandb}
         for name in config.run.trackers if active else ():
-            self._try(name, lambda name=name: self._open.update({name: makers[name](config, step)}))
+            if (tracker := self._try(name, makers[name], config, step)) is not None:
+                self._open[name] = tracker
         if "wandb" in self._open:
             run = self._open["wandb"].tracker
             where = f"offline; later: cd {config.run.dir}; wandb sync" if run.offline else run.url
@@ -74,7 +70,8 @@ class Trackers:
     def step(self, metrics: StepMetrics) -> None:
         """Show a meta-step: losses, scores, rate and the rest of its line in ``metrics.jsonl``."""
         if self._open:
-            self._show(metrics.step, _step(metrics.record()))
+            record = metrics.record()
+            self._show(record.pop("step"), _named("train", record))
 
     def validation(self, line: Mapping[str, Any], score_name: str) -> None:
         """Show a validation: a line of ``validation.jsonl``."""
@@ -101,26 +98,27 @@ class Trackers:
 
     def _show(self, step: int, values: dict[str, float]) -> None:
         for name, tracker in list(self._open.items()):
-            if name == "wandb":
-                self._try(name, lambda tracker=tracker: _log_to_wandb(tracker, step, values))
+            if name == "wandb":  # the step is one more value: W&B's own count can neither repeat nor go back
+                self._try(name, tracker.log, {**values, "step": step})
             else:
-                self._try(name, lambda tracker=tracker: tracker.log(values, step=step))
+                self._try(name, tracker.log, values, step=step)
 
-    def _try(self, name: str, work: Callable[[], None]) -> None:
+    def _try(self, name: str, work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """What the work returns; where it fails the tracker is left out."""
         try:
-            work()
+            return work(*arguments, **named)
         except Exception as error:
             self._open.pop(name, None)
             self._console.warn(f"{name} failed, and the run goes on without it: {' '.join(str(error).split())}")
-
-
-def _step(record: Mapping[str, Any]) -> dict[str, float]:
-    return {f"train/{key}": float(value) for key, value in record.items() if key != "step" and value is not None}
+            return None
 
 
 def _scored(group: str, name: str, line: Mapping[str, Any]) -> dict[str, float]:
     """A mean and its interval under the group's name."""
-    values = {name: line["mean"], f"{name}_ci95": line["ci95"]}
+    return _named(group, {name: line["mean"], f"{name}_ci95": line["ci95"]})
+
+
+def _named(group: str, values: Mapping[str, Any]) -> dict[str, float]:
     return {f"{group}/{key}": float(value) for key, value in values.items() if value is not None}
 
 
@@ -130,7 +128,7 @@ def _tensorboard(config: RunConfig, step: int) -> GeneralTracker:
     fresh = not folder.exists()
     tracker = TensorBoardTracker("", folder, purge_step=step + 1)
     tracker.start()
-    if fresh:  # each time makes one more entry
+    if fresh:  # each call makes one more entry
         tracker.store_init_configuration(_hyperparameters(config))
     return tracker
 
@@ -156,19 +154,7 @@ def _wandb(config: RunConfig, step: int) -> GeneralTracker:
     tracker.tracker.define_metric("step")
     tracker.tracker.define_metric("*", step_metric="step")
     tracker.store_init_configuration(_hyperparameters(config))
-    lines = read_metrics(folder / "metrics.jsonl", RESHOWN_BYTES)
-    shown = [(line["step"], _step(line)) for line in lines]
-    for line in read_metrics(folder / "validation.jsonl"):
-        if lines and line["step"] >= lines[0]["step"]:
-            shown.append((line["step"], _scored("validation", "mse" if "mse" in lines[0] else "accuracy", line)))
-    for at, values in sorted(shown, key=lambda one: one[0]):
-        _log_to_wandb(tracker, at, values)
     return tracker
-
-
-def _log_to_wandb(tracker: GeneralTracker, step: int, values: dict[str, float]) -> None:
-    """With the step as one more value: W&B's own count of steps can neither repeat nor go back."""
-    tracker.log({**values, "step": step})
 
 
 def _hyperparameters(config: RunConfig) -> dict[str, Any]:

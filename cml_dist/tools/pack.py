@@ -10,7 +10,7 @@ from cml_dist.data.base import Progress
 from cml_dist.data.pixels import MODES, Picture, in_threads
 from cml_dist.data.publish import refuse_existing
 from cml_dist.data.shard_cache import is_remote
-from cml_dist.data.shard_writer import ShardSetWriter
+from cml_dist.data.shard_writer import new_shard_set
 from cml_dist.data.shards import ShardSet
 from cml_dist.errors import DataError
 from cml_dist.tools.fit_image import fit_image, size_and_channels
@@ -86,7 +86,7 @@ def pack(
         return picture, picture.data is data
 
     num_kept, about = 0, {"name": name, "image_size": size, "channels": channels, "source": file}
-    with ShardSetWriter(dest, **about, shard_size_mib=shard_size_mib) as writer:
+    with new_shard_set(dest, **about, shard_size_mib=shard_size_mib) as writer:
         for done, (item, (picture, kept)) in enumerate(zip(items, in_threads(fit, items), strict=True), start=1):
             writer.add(item.split, item.class_name, item.key, picture)
             num_kept += kept

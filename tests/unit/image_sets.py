@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from cml_dist.data.pixels import as_png
-from cml_dist.data.shard_writer import ShardSetWriter
+from cml_dist.data.shard_writer import new_shard_set
 
 CLASSES = {"train": 6, "val": 4, "test": 4}
 
@@ -33,7 +33,7 @@ def png(array: np.ndarray) -> bytes:
 
 def write_set(dest: Path, *, images: int = 7, size: int = 8, channels: int = 3, shard_size_mib: float = 64) -> Path:
     """A set of ``CLASSES`` classes; image i of class c of split s has the pixels of ``seed_of(s, c, i)``."""
-    with ShardSetWriter(
+    with new_shard_set(
         dest, name="small", image_size=(size, size), channels=channels, source="made", shard_size_mib=shard_size_mib
     ) as writer:
         for split, count in CLASSES.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from image_sets import CLASSES, pixels, real_data, seed_of, write_set
 from torch.utils.data import DataLoader, Dataset
 
 from cml_dist.config.schema import AugmentConfig, ImagesConfig
+from cml_dist.data.build import build_domain
 from cml_dist.data.free_memory import available_bytes
 from cml_dist.data.images import ImageDomain
 from cml_dist.data.pixels import as_png
 from cml_dist.data.sampling import pad_and_crop
-from cml_dist.data.shard_writer import ShardSetWriter
+from cml_dist.data.shard_writer import new_shard_set
 from cml_dist.data.shards import ShardSet
 from cml_dist.errors import ConfigError, DataError
 from cml_dist.tools.pack import pack
@@ -31,10 +33,10 @@ def root(tmp_path_factory) -> Path:
     return write_set(tmp_path_factory.mktemp("sets") / "small", images=IMAGES)
 
 
-def make(root: Path, *, train_seed: int = 5, eval_seed: int = 9, splits=tuple(CLASSES), **settings) -> ImageDomain:
+def make(root: Path, *, train_seed: int = 5, eval_seed: int = 9, processes: int = 1, **settings) -> ImageDomain:
     defaults = {"name": "images", "root": str(root), "ways": WAYS, "shots": SHOTS, "queries": QUERIES}
     config = ImagesConfig(**{**defaults, **settings})
-    return ImageDomain.build(config, train_seed=train_seed, eval_seed=eval_seed, splits=splits)
+    return build_domain(config, train_seed=train_seed, eval_seed=eval_seed, processes=processes)
 
 
 def same(one: Episode, other: Episode) -> bool:
@@ -171,8 +173,7 @@ def test_a_split_above_the_limit_is_streamed_and_said_so(root):
 def test_half_of_the_free_memory_is_shared_by_the_processes_and_the_splits(root, monkeypatch):
     """val and test take 28 x 192 bytes each, train 42 x 192: with room for 70 images, train and val are kept."""
     monkeypatch.setattr("cml_dist.data.images.available_bytes", lambda: 2 * 3 * 70 * 192)
-    config = ImagesConfig(name="images", root=str(root), ways=WAYS, shots=SHOTS, queries=QUERIES)
-    built = ImageDomain.build(config, train_seed=5, eval_seed=9, processes=3)
+    built = make(root, processes=3)
     kept = {split: entry["kept"] for split, entry in built.describe()["splits"].items()}
     assert kept == {"train": "memory", "val": "memory", "test": "streamed"}
     assert same(built.episode("test", 1), make(root).episode("test", 1))
@@ -250,11 +251,11 @@ def test_turned_classes_are_whole_classes_turned(root):
     assert all(same(domain.episode(split, 0), plain.episode(split, 0)) for split in ("val", "test"))
 
 
-def test_turning_makes_up_for_few_classes_in_train_alone(tmp_path):
-    root = write_set(tmp_path / "set", images=IMAGES)
+def test_turning_makes_up_for_few_classes_in_train_alone(root, tmp_path):
+    few = _uneven(tmp_path, dict.fromkeys("abc", 2), dict.fromkeys("abcdefghij", 2))
     turned = AugmentConfig(rotate_classes=True)
-    domain = make(root, ways=20, queries=1, shots=1, augment=turned, splits=("train",))
-    assert domain.episode("train", 0).support.inputs.shape[0] == 20
+    domain = make(few, ways=10, queries=1, shots=1, augment=turned)
+    assert domain.episode("train", 0).support.inputs.shape[0] == 10
     with pytest.raises(DataError, match="domain.ways is 20, but split 'val' .* has 4 classes"):
         make(root, ways=20, queries=1, shots=1, augment=turned)
 
@@ -311,11 +312,16 @@ def test_loss_is_cross_entropy_with_two_derivatives_and_score_is_accuracy(root):
 # --------------------------------------------------------------------------- what is refused before training
 
 
-def _uneven(tmp_path: Path, counts: dict[str, int]) -> Path:
-    with ShardSetWriter(tmp_path / "set", name="own", image_size=(8, 8), channels=1) as writer:
-        for number, (name, count) in enumerate(counts.items()):
-            for image in range(count):
-                writer.add("train", name, f"{name}/{image}", as_png(pixels(100 * number + image, 8, 1)))
+def _uneven(
+    tmp_path: Path, train: dict[str, int], others: dict[str, int] | None = None, image=lambda seed: pixels(seed, 8, 1)
+) -> Path:
+    """A set whose classes have so many images."""
+    size = image(0).shape[1:]
+    with new_shard_set(tmp_path / "set", name="own", image_size=size, channels=1) as writer:
+        for split, counts in {"train": train, "val": others or train, "test": others or train}.items():
+            for number, (name, count) in enumerate(counts.items()):
+                for place in range(count):
+                    writer.add(split, name, f"{split}/{name}/{place}", as_png(image(100 * number + place)))
     return tmp_path / "set"
 
 
@@ -327,48 +333,39 @@ def test_a_split_with_too_few_classes_is_named(root):
 def test_classes_with_too_few_images_are_named_three_of_them(tmp_path):
     root = _uneven(tmp_path, {"ant": 4, "bee": 2, "cat": 3, "dog": 1, "eel": 2, "fox": 4})
     with pytest.raises(DataError) as refused:
-        make(root, ways=2, shots=1, queries=3, splits=("train",))
+        make(root, ways=2, shots=1, queries=3)
     assert "takes 1 + 3 images a class" in refused.value.what
     assert "class 'bee' has 2, 'cat' has 3, 'dog' has 1 and 1 more" in refused.value.what
     assert "at most 1" in refused.value.remedy
-    make(_uneven(tmp_path / "b", {"ant": 4, "bee": 4}), ways=2, shots=1, queries=3, splits=("train",))
+    make(_uneven(tmp_path / "b", {"ant": 4, "bee": 4}), ways=2, shots=1, queries=3)
 
 
-def test_a_missing_split_is_named_when_it_is_asked_for(tmp_path):
-    root = _uneven(tmp_path, {"ant": 4, "bee": 4})
+def test_a_missing_split_is_named(tmp_path):
+    with new_shard_set(tmp_path / "set", name="own", image_size=(8, 8), channels=1) as writer:
+        for seed in range(4):
+            writer.add("train", "ab"[seed % 2], f"{seed}", as_png(pixels(seed, 8, 1)))
     with pytest.raises(DataError, match="has no split 'val' .it has train"):
-        make(root, ways=2, shots=1, queries=3)
-    domain = make(root, ways=2, shots=1, queries=3, splits=("train",))
-    with pytest.raises(DataError, match="split 'test' was not prepared"):
-        domain.episode("test", 0)
+        make(tmp_path / "set", ways=2, shots=1, queries=1)
 
 
 def test_a_constant_channel_and_a_set_without_statistics_are_named(tmp_path):
-    with ShardSetWriter(tmp_path / "flat", name="flat", image_size=(8, 8), channels=1) as writer:
-        for name in "ab":
-            for image in range(2):
-                writer.add("train", name, f"{name}{image}", as_png(np.zeros((1, 8, 8), np.uint8)))
+    flat = _uneven(tmp_path, {"a": 2, "b": 2}, image=lambda seed: np.zeros((1, 8, 8), np.uint8))
     small = {"ways": 2, "shots": 1, "queries": 1}
-    with pytest.raises(ConfigError, match="measured std of flat is .*constant; set domain.std"):
-        make(tmp_path / "flat", splits=("train",), **small)
-    with ShardSetWriter(tmp_path / "test", name="only test", image_size=(8, 8), channels=1) as writer:
-        for seed, name in enumerate("ab"):
-            for image in range(2):
-                writer.add("test", name, f"{name}{image}", as_png(pixels(10 * seed + image, 8, 1)))
+    with pytest.raises(ConfigError, match="measured std of own is .*constant; set domain.std"):
+        make(flat, **small)
+    description = json.loads((flat / "dataset.json").read_text())
+    (flat / "dataset.json").write_text(json.dumps({**description, "mean": None, "std": None}))
     with pytest.raises(ConfigError, match="domain.mean is not set, and was not measured.*training split"):
-        make(tmp_path / "test", splits=("test",), **small)
-    make(tmp_path / "test", splits=("test",), mean=(0.5,), std=(0.5,), **small).episode("test", 0)
+        make(flat, **small)
+    make(flat, mean=(0.5,), std=(0.5,), **small).episode("test", 0)
 
 
 def test_turning_needs_square_images(tmp_path):
-    with ShardSetWriter(tmp_path / "set", name="wide", image_size=(4, 8), channels=1) as writer:
-        for seed, name in enumerate("ab"):
-            for image in range(2):
-                writer.add("train", name, f"{name}{image}", as_png(pixels(10 * seed + image, 8, 1)[:, :4]))
-    small = {"ways": 2, "shots": 1, "queries": 1, "splits": ("train",)}
-    assert make(tmp_path / "set", **small).episode("train", 0).support.inputs.shape == (2, 1, 4, 8)
-    with pytest.raises(ConfigError, match="rotate_classes needs square images, but those of wide are 4x8"):
-        make(tmp_path / "set", augment=AugmentConfig(rotate_classes=True), **small)
+    wide = _uneven(tmp_path, {"a": 2, "b": 2}, image=lambda seed: pixels(seed, 8, 1)[:, :4])
+    small = {"ways": 2, "shots": 1, "queries": 1}
+    assert make(wide, **small).episode("train", 0).support.inputs.shape == (2, 1, 4, 8)
+    with pytest.raises(ConfigError, match="rotate_classes needs square images, but those of own are 4x8"):
+        make(wide, augment=AugmentConfig(rotate_classes=True), **small)
 
 
 @pytest.mark.parametrize("memory_gib", [4.0, 0.0])

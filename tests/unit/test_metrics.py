@@ -10,20 +10,13 @@ from pathlib import Path
 import pytest
 
 from cml_dist.atomic import append_json_line
-from cml_dist.errors import CheckpointError
-from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics, read_metrics
+from cml_dist.errors import CmlError
+from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics, keep_until, read_metrics
 
-KEYS = [
-    "step",
-    "loss",
-    "outer_loss",
-    "accuracy",
-    "colearner_loss",
-    "colearner_accuracy",
-    "grad_norm",
-    "gradient_cosine",
-]
-KEYS += ["lr", "seconds", "episodes_per_s", "peak_memory_gib", "skipped"]
+KEYS = (
+    "step loss outer_loss accuracy colearner_loss colearner_accuracy grad_norm gradient_cosine lr seconds "
+    "episodes_per_s peak_memory_gib skipped"
+).split()
 
 
 def at(step: int, loss: float = 1.5) -> StepMetrics:
@@ -74,11 +67,9 @@ def test_truncating_keeps_the_lines_up_to_the_step_and_drops_a_torn_one(tmp_path
     path = written(tmp_path / "metrics.jsonl", range(1, 6))
     whole = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(whole) + whole[0][:20])
-    writer = MetricsWriter(path)
-    writer.truncate_after(3)
+    keep_until(path, 3)
     assert path.read_bytes() == b"".join(whole[:3])
-    writer.write(at(4))
-    writer.close()
+    written(path, range(4, 5))
     assert path.read_bytes() == b"".join(whole[:4])
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -87,18 +78,18 @@ def test_a_complete_record_without_line_end_is_torn_too(tmp_path):
     # Appending to it would give one line with two records.
     path = written(tmp_path / "metrics.jsonl", range(1, 3))
     path.write_bytes(path.read_bytes()[:-1])
-    MetricsWriter(path).truncate_after(9)
+    keep_until(path, 9)
     assert [r["step"] for r in read_metrics(path)] == [1]
 
 
 def test_a_writer_that_was_cut_off_does_not_go_on_in_the_new_ones_file(tmp_path):
     path = written(tmp_path / "metrics.jsonl", range(1, 4))
     before = path.read_bytes()
-    with open(path, "ab") as cut_off:
-        MetricsWriter(path).truncate_after(3)
-        cut_off.write(b"a line of another time\n")
+    with closing(MetricsWriter(path)) as cut_off:
+        keep_until(path, 3)
+        cut_off.write(at(4))
     assert path.read_bytes() == before
-    MetricsWriter(tmp_path / "none.jsonl").truncate_after(3)
+    keep_until(tmp_path / "none.jsonl", 3)
 
 
 def test_a_kill_while_truncating_loses_nothing(tmp_path, monkeypatch):
@@ -109,8 +100,8 @@ def test_a_kill_while_truncating_loses_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be written: No space left on device; free some"):
-        MetricsWriter(path).truncate_after(1)
+    with pytest.raises(CmlError, match=r"cannot write .*metrics\.jsonl: No space left on device; free space"):
+        keep_until(path, 1)
     assert path.read_bytes() == before
 
 
@@ -124,8 +115,10 @@ def test_reading_passes_over_what_is_torn_or_missing(tmp_path):
 
 
 def test_an_unwritable_file_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="no-folder.*cannot be written: No such file or directory"):
-        MetricsWriter(tmp_path / "no-folder" / "metrics.jsonl").write(at(1))
+    with pytest.raises(CmlError, match="cannot write .*no-folder.*: No such file or directory"):
+        MetricsWriter(tmp_path / "no-folder" / "metrics.jsonl")
+    with closing(MetricsWriter(Path("/dev/full"))) as full, pytest.raises(CmlError, match="No space left on device"):
+        full.write(at(1))
 
 
 def test_a_torn_line_does_not_swallow_the_next_record(tmp_path):

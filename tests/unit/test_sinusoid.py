@@ -17,7 +17,7 @@ from cml_dist.errors import ConfigError
 
 def make(train_seed: int = 1, eval_seed: int = 2, **settings: object) -> SinusoidDomain:
     config = SinusoidConfig(name="sinusoid", **settings)
-    return SinusoidDomain.build(config, train_seed=train_seed, eval_seed=eval_seed)
+    return build_domain(config, train_seed=train_seed, eval_seed=eval_seed)
 
 
 def wave(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
@@ -39,6 +39,7 @@ def same(first, second) -> bool:
 
 def test_shapes_and_meaning():
     domain = make(shots=5, queries=7)
+    assert isinstance(domain, SinusoidDomain)
     episode = domain.episode("train", 3)
     assert episode.support.inputs.shape == episode.support.targets.shape == (5, 1)
     assert episode.query.inputs.shape == episode.query.targets.shape == (7, 1)
@@ -140,9 +141,3 @@ def test_loss_and_score_are_the_mean_squared_error():
 def test_unknown_split_is_refused():
     with pytest.raises(ConfigError, match="'dev'"):
         make().episode("dev", 0)
-
-
-def test_build_domain_makes_it_by_name():
-    domain = build_domain(SinusoidConfig(name="sinusoid", shots=3), train_seed=1, eval_seed=2)
-    assert isinstance(domain, SinusoidDomain)
-    assert same(domain.episode("train", 0), make(1, 2, shots=3).episode("train", 0))

@@ -207,7 +207,7 @@ def check_data(case: Case) -> Iterator[Finding]:
         return
     domain, root = case.config.domain, getattr(case.config.domain, "root", None)
     if root is not None and is_remote(root):  # fetching the shards is the run's first step
-        yield Finding("data", "ok", f"{description(root).name} at {root} answers; it is fetched once a machine")
+        yield Finding("data", "ok", f"{description(root)[1].name} at {root} answers; it is fetched once a machine")
         return
     seeds = {"train_seed": case.config.run.seed, "eval_seed": case.config.eval.seed}
     made = build_domain(domain, **seeds, processes=case.here.local_size)
