@@ -97,5 +97,8 @@ def parse_index(data: bytes, info: DatasetInfo, where: str) -> dict[str, np.ndar
 
 def sha256_of(path: Path) -> str:
     """The checksum of a file."""
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
