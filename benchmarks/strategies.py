@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
@@ -43,7 +44,7 @@ def worker(strategy_name: str, offload: str, out: str) -> None:
     from cml_dist.distributed.exit import leave
     from cml_dist.distributed.world import join_world, set_arithmetic
     from cml_dist.distributed.zero import build_strategy
-    from cml_dist.memory.choose import Means, MemoryPlanner, Task
+    from cml_dist.memory.choose import MemoryPlanner
     from cml_dist.memory.strategies import Strategy
     from cml_dist.meta.model import MetaModel
     from cml_dist.meta.rule import Method
@@ -53,7 +54,7 @@ def worker(strategy_name: str, offload: str, out: str) -> None:
 
     config = parse_config(
         {
-            "domain": {"name": "images", "root": "unused", "ways": WAYS},
+            "domain": {"name": "images", "root": "unused", "ways": WAYS, "shots": 1, "queries": 5},
             "model": {"backbone": "vit_small_patch16_224", "colearner": {"depth": 1}},
             "method": {"inner_steps": 3},
             "engine": {"name": "adjoint", "micro_batch": 5},
@@ -82,8 +83,9 @@ def worker(strategy_name: str, offload: str, out: str) -> None:
         return Episode(batch(1), batch(5), "train", index)
 
     method = Method.sgd(3, 0.01, 0.01, 1.0)
-    planner = MemoryPlanner(config, plan, net, method, Task(episode(0), loss, score), on_gpu=False)
-    predicted = planner.bytes_needed(Strategy(strategy_name, offload), Means("adjoint", 5, "device"), world.size)
+    domain = SimpleNamespace(input_shape=SHAPE, output_dim=WAYS, loss=loss, score=score)
+    planner = MemoryPlanner(config, plan, net, method, domain, on_gpu=False)
+    predicted = planner.bytes_needed(Strategy(strategy_name, offload), plan, world.size)
     size = sum(p.numel() * p.element_size() for p in net.parameters())
     level = _resident_kib() - size // 1024  # the network's own values count as the strategy's parameters
     model = MetaModel(net, loss, score, method, "adjoint", micro_batch=5)

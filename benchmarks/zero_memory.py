@@ -71,12 +71,12 @@ def predict(stage: int) -> dict[str, float]:
     from cml_dist.memory import strategies
     from cml_dist.memory.footprint import Footprint
 
-    strategies.REDUCE_BUCKET_ELEMENTS = BUCKET_ELEMENTS
+    strategies.BUCKET_BYTES = 4 * BUCKET_ELEMENTS
     size = strategies.ModelSize(unit(), unit() // COUNT, constants=0, moments_per_parameter=2)
     # No inner loop here: the finished value alone.
     step = Footprint(episode=0, gradients=unit(), adapted=0, activations=0)
-    moments = strategies._moments(strategies.Strategy(f"zero{stage}"), size, step, WORLD)
-    return {moment: sum(parts.values()) / unit() for moment, parts in moments}
+    moments = strategies.rank_moments(strategies.Strategy(f"zero{stage}"), size, step, WORLD)
+    return {budget.moment: budget.total / unit() for budget in moments}
 
 
 def unit() -> int:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from cml_dist.config.plan import RunPlan
-from cml_dist.config.schema import DomainConfig, RunConfig
+from cml_dist.config.schema import RunConfig
+from cml_dist.data.base import Domain
 from cml_dist.errors import ConfigError
 from cml_dist.memory.footprint import Footprint, meta_step_footprint
+from cml_dist.memory.live_bytes import bytes_of
 from cml_dist.memory.strategies import ModelSize, RankBudget, Strategy, rank_budget
+from cml_dist.meta.gradient import Engine
 from cml_dist.meta.rule import Method
 from cml_dist.nets.guard import couples_examples
 from cml_dist.nets.network import CmlNet
@@ -30,67 +33,35 @@ Beyond, memory costs more than passes. Measured in benchmarks/2026-11-28-methods
 """
 
 
-@dataclass(frozen=True)
-class Means:
-    """How a meta-step is computed, as far as memory goes; the value is the same for all."""
+MEANS = ("engine", "micro_batch", "trajectory_device", "trajectory")
+"""What of a :class:`RunPlan` decides how much memory a meta-step takes; its value is the same for all."""
 
-    engine: str
-    micro_batch: int | None
-    trajectory_device: str
-    trajectory: str = "all"
 
-    def __str__(self) -> str:
-        pieces = "whole" if self.micro_batch is None else f"in micro-batches of {self.micro_batch}"
-        kept = ", copies on the CPU" if self.trajectory_device == "cpu" else ""
-        return f"{self.engine} {pieces}{kept}" + (", every sqrt(K)-th point kept" if self.trajectory == "sqrt" else "")
+def in_words(plan: RunPlan) -> str:
+    """The means of a plan, for people."""
+    pieces = "whole" if plan.micro_batch is None else f"in micro-batches of {plan.micro_batch}"
+    kept = ", copies on the CPU" if plan.trajectory_device == "cpu" else ""
+    return f"{plan.engine} {pieces}{kept}" + (", every sqrt(K)-th point kept" if plan.trajectory == "sqrt" else "")
 
-    def of(self, plan: RunPlan) -> RunPlan:
-        """The plan with these means."""
-        return replace(plan, **asdict(self))
+
+def engine_of(plan: RunPlan) -> Engine:
+    """The engine that a plan names."""
+    return Engine(plan.engine, plan.trajectory, torch.device("cpu") if plan.trajectory_device == "cpu" else None)
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a domain says about memory: an episode's shapes, how they are known, and how outputs become losses."""
+class KnownInputs:
+    """What memory asks of a :class:`Domain`, as far as it is known without its data; ``source`` says how."""
 
-    episode: Episode
+    input_shape: tuple[int, ...]
+    output_dim: int
     loss: Callable[[Tensor, Tensor], Tensor]
     score: Callable[[Tensor, Tensor], Tensor]
-    source: str = "the domain's"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one input."""
-        return tuple(self.episode.query.inputs.shape[1:])
-
-    @property
-    def output_dim(self) -> int:
-        """Of a learner: classes, or regression targets."""
-        return self.episode.ways or self.episode.query.targets.shape[1]
-
-
-def task_of(
-    domain: DomainConfig,
-    input_shape: tuple[int, ...],
-    output_dim: int,
-    dtype: torch.dtype,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    score: Callable[[Tensor, Tensor], Tensor],
-) -> Task:
-    """The task of a domain from its settings, on the meta device: no data is read. Shape and type: as prepared."""
-    ways = getattr(domain, "ways", 0)  # regression has none
-
-    def batch(each: int) -> Batch:
-        count = each * (ways or 1)
-        inputs = torch.empty(count, *input_shape, dtype=dtype, device="meta")
-        labels = torch.empty(count, dtype=torch.int64, device="meta")
-        return Batch(inputs, labels if ways else torch.empty(count, output_dim, dtype=dtype, device="meta"))
-
-    return Task(Episode(batch(domain.shots), batch(domain.queries), "train", 0, ways=ways), loss, score)
+    source: str
 
 
 class MemoryPlanner:
-    """What a rank needs with any means under any strategy, and the first means that a budget allows.
+    """What a rank needs by any means under any strategy, and the first means that a budget allows.
 
     Args:
         plan: the run's so far.
@@ -103,9 +74,17 @@ class MemoryPlanner:
     """
 
     def __init__(
-        self, config: RunConfig, plan: RunPlan, net: CmlNet, method: Method, task: Task, *, on_gpu: bool
+        self,
+        config: RunConfig,
+        plan: RunPlan,
+        net: CmlNet,
+        method: Method,
+        domain: Domain | KnownInputs,
+        *,
+        on_gpu: bool,
     ) -> None:
-        self.config, self.plan, self.net, self.method, self.task, self.on_gpu = config, plan, net, method, task, on_gpu
+        self.config, self.plan, self.net, self.method, self.domain = config, plan, net, method, domain
+        self.on_gpu, self.episode = on_gpu, _episode(config, domain)
         self.coupled = couples_examples(net)
         if plan.micro_batch is not None and self.coupled:
             raise ConfigError(
@@ -116,71 +95,76 @@ class MemoryPlanner:
             )
         self.footprint = lru_cache(maxsize=None)(self._footprint)
 
-    def need(self, strategy: Strategy, means: Means, world: int) -> RankBudget:
+    def need(self, strategy: Strategy, means: RunPlan, world: int) -> RankBudget:
         """What a rank needs."""
         return rank_budget(strategy, model_size(self.config, self.net), self.footprint(means), world)
 
-    def bytes_needed(self, strategy: Strategy, means: Means, world: int) -> int:
+    def bytes_needed(self, strategy: Strategy, means: RunPlan, world: int) -> int:
         """What counts against the budget."""
         need = self.need(strategy, means, world)
         return need.total + (0 if self.on_gpu else need.host)
 
-    def candidates(self) -> list[Means]:
-        """Every means that the configuration leaves open, from the fastest to the leanest."""
-        engine, plan = self.config.engine, self.plan
-        found = [Means(plan.engine, plan.micro_batch, plan.trajectory_device, plan.trajectory)]
-        if plan.engine == "graph" and engine.name != "auto":
-            return found
-        lean = "adjoint" if plan.engine == "graph" else plan.engine
-        copies = "cpu" if engine.trajectory_device == "cpu" and lean == "adjoint" else "device"
-        sizes = self._micro_batches() if engine.micro_batch == "auto" and not self.coupled else [plan.micro_batch]
-        kept = "sqrt" if engine.trajectory == "sqrt" and lean == "adjoint" else "all"
-        found += [Means(lean, size, copies, kept) for size in [plan.micro_batch, *sizes]]
-        if lean == "adjoint" and plan.inner_steps > 1:
-            if self.on_gpu and engine.trajectory_device == "auto":
-                found += [Means(lean, size, "cpu", kept) for size in sizes]
-            elif copies == "device" and engine.trajectory == "auto" and plan.inner_steps > 3:
-                found += [Means(lean, size, copies, "sqrt") for size in [plan.micro_batch, *sizes]]
+    def candidates(self) -> list[RunPlan]:
+        """The plan by every means that the configuration leaves open, from the fastest to the leanest."""
+        asked, plan = self.config.engine, self.plan
+        if plan.engine == "graph" and asked.name != "auto":
+            return [plan]
+        lean = replace(plan, engine="adjoint") if plan.engine == "graph" else plan
+        sizes = [plan.micro_batch]
+        if asked.micro_batch == "auto" and not self.coupled:  # halves of the larger set, down to one example
+            size, sizes = max(len(self.episode.support.targets), len(self.episode.query.targets)), []
+            while size > 1:
+                size = (size + 1) // 2
+                sizes.append(size)
+        found = [plan, lean, *(replace(lean, micro_batch=size) for size in sizes)]
+        if lean.engine == "adjoint" and plan.inner_steps > 1:
+            if self.on_gpu and asked.trajectory_device == "auto":
+                found += [replace(lean, micro_batch=size, trajectory_device="cpu") for size in sizes]
+            elif lean.trajectory_device == "device" and asked.trajectory == "auto" and plan.inner_steps > 3:
+                sqrt = replace(lean, trajectory="sqrt")
+                found += [sqrt, *(replace(sqrt, micro_batch=size) for size in sizes)]
         return list(dict.fromkeys(found))
 
-    def choose(self, strategy: Strategy, world: int, budget: int) -> tuple[Means | None, int]:
-        """The fastest means inside a budget of ``budget`` bytes, or None; and the bytes it (or the leanest) needs."""
+    def choose(self, strategy: Strategy, world: int, budget: int) -> RunPlan | None:
+        """The fastest candidate inside a budget of ``budget`` bytes, None where there is none."""
         found = self.candidates()
 
-        def fits(means: Means) -> bool:
+        def fits(means: RunPlan) -> bool:
             return self.bytes_needed(strategy, means, world) <= budget
 
         # Most runs fit as they are: that comes first. Of the rest each needs less than the one before, save where the
         # copies move to the CPU, and there the halving asks first.
         first = 0 if fits(found[0]) else bisect_left(found, True, lo=1, key=fits)
-        means = found[first] if first < len(found) else None
-        return means, self.bytes_needed(strategy, means or found[-1], world)
+        return found[first] if first < len(found) else None
 
-    def _micro_batches(self) -> list[int]:
-        """Halves of the larger set, down to one example."""
-        size = max(len(self.task.episode.support.targets), len(self.task.episode.query.targets))
-        sizes = []
-        while size > 1:
-            size = (size + 1) // 2
-            sizes.append(size)
-        return sizes
-
-    def _footprint(self, means: Means) -> Footprint:
-        if means.trajectory == "sqrt":
-            return self.footprint(replace(means, trajectory="all")).with_sqrt()
+    def _footprint(self, means: RunPlan) -> Footprint:
+        engine = engine_of(means)
         return meta_step_footprint(
             self.net,
-            self.task.loss,
-            self.task.score,
+            self.domain.loss,
+            self.domain.score,
             self.method,
-            means.engine,
-            self.task.episode,
+            engine if self.on_gpu else replace(engine, device=None),
+            self.episode,
             episodes=max(self.plan.episodes_by_rank),
             micro_batch=means.micro_batch,
             autocast=autocast_type(self.config),
-            offload_path=means.trajectory_device == "cpu" and self.on_gpu,
             scratch=not self.on_gpu,
         )
+
+
+def _episode(config: RunConfig, domain: Domain | KnownInputs) -> Episode:
+    """Shapes and types of an episode, as the domain prepares it, on the meta device: no data is read."""
+    ways = getattr(config.domain, "ways", 0)  # regression has none
+    dtype = getattr(torch, config.run.dtype)
+
+    def batch(each: int) -> Batch:
+        count = each * (ways or 1)
+        targets = torch.empty(count, dtype=torch.int64) if ways else torch.empty(count, domain.output_dim, dtype=dtype)
+        return Batch(torch.empty(count, *domain.input_shape, dtype=dtype), targets)
+
+    with torch.device("meta"):
+        return Episode(batch(config.domain.shots), batch(config.domain.queries), "train", 0, ways=ways)
 
 
 def fit_memory(
@@ -188,7 +172,7 @@ def fit_memory(
     plan: RunPlan,
     net: CmlNet,
     method: Method,
-    task: Task,
+    domain: Domain,
     device: torch.device,
     *,
     training: bool = True,
@@ -206,29 +190,30 @@ def fit_memory(
     Cost: nothing without a budget, else a few seconds for each means that is tried. Collective: none; every rank finds
     the same.
     """
-    planner = MemoryPlanner(config, plan, net, method, task, on_gpu=device.type == "cuda")
+    planner = MemoryPlanner(config, plan, net, method, domain, on_gpu=device.type == "cuda")
     budget = memory_budget(config, device)
     found = planner.candidates()
     if budget is None:
         asks = config.engine.name == "auto" and plan.engine == "graph" and plan.inner_steps > 1 and training
-        return found[1].of(plan) if asks and planner.footprint(found[0]).peak > GRAPH_ON_CPU else plan
+        return found[1] if asks and planner.footprint(plan).peak > GRAPH_ON_CPU else plan
     strategy = Strategy(plan.strategy, plan.offload)
-    means, need = planner.choose(strategy, plan.processes, budget)
+    means = planner.choose(strategy, plan.processes, budget)
     if means is None and not training:
-        return found[-1].of(plan)
+        return found[-1]
+    need = planner.bytes_needed(strategy, means or found[-1], plan.processes)
     if means is None:
         smallest = -(-need * 1000 // 2**30) / 1000  # GiB to three decimals, never too few
         raise ConfigError(
-            f"nothing fits into {budget / 2**30:.3f} GiB a process: the leanest, {found[-1]} under {strategy}, needs "
-            f"{smallest:.3f} GiB",
+            f"nothing fits into {budget / 2**30:.3f} GiB a process: the leanest, {in_words(found[-1])} under "
+            f"{strategy}, needs {smallest:.3f} GiB",
             f"set memory.budget_gib to {smallest:.3f} or more, or a ZeRO strategy, fewer trained or adapting "
             "parameters (model.trained, method.adapts)",
         )
-    words = f"{need / 2**30:.2f} of {budget / 2**30:.2f} GiB a process with {means}"
-    if means != found[0]:
-        whole = planner.bytes_needed(strategy, found[0], plan.processes)
-        words += f" ({found[0]} would need {whole / 2**30:.2f})"
-    return replace(means.of(plan), memory=words)
+    words = f"{need / 2**30:.2f} of {budget / 2**30:.2f} GiB a process with {in_words(means)}"
+    if means != plan:
+        whole = planner.bytes_needed(strategy, plan, plan.processes)
+        words += f" ({in_words(plan)} would need {whole / 2**30:.2f})"
+    return replace(means, memory=words)
 
 
 def memory_budget(config: RunConfig, device: torch.device) -> int | None:
@@ -248,13 +233,12 @@ def autocast_type(config: RunConfig) -> torch.dtype | None:
 
 def model_size(config: RunConfig, net: CmlNet) -> ModelSize:
     """What the strategies share out."""
-    dtype = getattr(torch, config.run.dtype)
-    sizes = [p.numel() * dtype.itemsize for p in net.parameters()]
+    itemsize = getattr(torch, config.run.dtype).itemsize
+    sizes = [p.numel() * itemsize for p in net.parameters()]
     sgd = config.optim.name == "sgd"
     return ModelSize(
         parameters=sum(sizes),
         largest=max(sizes),
-        constants=sum(b.numel() * b.element_size() for b in net.buffers()),
+        constants=sum(map(bytes_of, net.buffers())),
         moments_per_parameter=(1 if config.optim.momentum else 0) if sgd else 2,
-        element=dtype.itemsize,
     )

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,19 +32,12 @@ class Footprint:
         gradients: the accumulated meta-gradient (it becomes ``.grad``).
         adapted: adapted parameters along the inner loop, as far as they are kept on the computing device.
         activations: all the rest: saved tensors of first and second order, temporaries, kernels' scratch.
-        points: how many points of the inner loop ``adapted`` holds.
     """
 
     episode: int
     gradients: int
     adapted: int
     activations: int
-    points: int = 0
-
-    def with_sqrt(self) -> Footprint:
-        """The same with about every sqrt(K)-th point kept instead of all (see :class:`Engine`)."""
-        held = points_held(self.points, "sqrt")
-        return replace(self, adapted=self.adapted * held // max(self.points, 1), points=held)
 
     @property
     def peak(self) -> int:
@@ -57,13 +49,12 @@ def meta_step_footprint(
     loss: Callable[[Tensor, Tensor], Tensor],
     score: Callable[[Tensor, Tensor], Tensor],
     method: Method,
-    engine: str,
+    engine: Engine | str,
     episode: Episode,
     *,
     episodes: int = 1,
     micro_batch: int | None = None,
     autocast: torch.dtype | None = None,
-    offload_path: bool = False,
     scratch: bool = True,
 ) -> Footprint:
     """Peak memory of forward and backward of :class:`MetaModel`, without running it.
@@ -72,47 +63,48 @@ def meta_step_footprint(
 
     Args:
         loss, score: the domain's.
-        engine: ``graph`` or ``adjoint``.
+        engine: with a device of its own, the adapted copies do not count.
         episode: as the domain prepares it.
         episodes: of a meta-step on this rank.
         micro_batch, autocast: see :class:`cml_dist.meta.problem.Problem`.
-        offload_path: the adapted copies are kept off the computing device.
         scratch: count what convolutions of the CPU take besides (a GPU's own workspaces are not counted).
 
     Cost: seconds, whatever the number of inner steps, episodes and micro-batches, because the loops repeat themselves:
 
     - inner steps: save the first, which starts from the parameters themselves, every step needs the same. So the peak
-      is a straight line from 2 steps on: a step adds its copy of what adapts, with its moments, in ``adjoint`` (nothing
-      for SGD at first order, or with the copies elsewhere), and in ``graph`` what a third step shows.
+      is a straight line from 2 steps on: a point that is kept adds its copy of what adapts, with its moments, in
+      ``adjoint`` (SGD at first order keeps none), and a step in ``graph`` what a third one shows.
     - episodes: the second meets what the first left behind, the third the same again. So two stand for more.
     - micro-batches of ``adjoint``: likewise the second and a smaller last one stand for more; only their outputs (a few
       bytes an example) add up.
     """
+    engine = Engine(engine) if isinstance(engine, str) else engine
     # An unrolled graph keeps every micro-batch, so there none may be left out.
-    unrolled = engine == "graph" and method.order == 2
+    unrolled = engine.name == "graph" and method.order == 2
     seen = episode if unrolled else _shortened(episode, micro_batch)
-    bare = _without_values(net)
-    way = Engine(engine, device=ELSEWHERE if offload_path else None)
+    bare = copy.deepcopy(net).to("meta")
+    away = engine.device is not None
+    way = Engine(engine.name, device=ELSEWHERE if away else None)
 
     def peak(steps: int) -> int:
         method_then = replace(method, inner_steps=steps)
         model = MetaModel(bare, loss, score, method_then, way, micro_batch=micro_batch, autocast=autocast)
-        return _peak(model, seen, min(episodes, 2), scratch, fake=autocast is not None or offload_path)
+        return _peak(model, seen, min(episodes, 2), scratch, fake=autocast is not None or away)
 
     # What the inner loop moves, with its moments, and a head that the episode starts.
     problem = Problem(bare, loss, score, dict(bare.named_buffers()))
     here = episode.map(lambda tensor: torch.empty_like(tensor, device="meta"))
     adapts = sum(map(bytes_of, InnerLoop(dict(bare.named_parameters()), here, problem, method).fast.values()))
     steps = method.inner_steps
-    whole = peak(min(steps, STEPS))
-    keeps_path = not unrolled and not offload_path and not (method.order == 1 and method.rule.is_sgd)
-    held = steps if unrolled or keeps_path else min(steps, 1)
-    if steps > STEPS:
-        a_step = peak(STEPS + 1) - whole if unrolled else adapts if keeps_path else 0
-        whole += a_step * (steps - STEPS)
-    gradients, adapted = sum(map(bytes_of, bare.parameters())), adapts * held
-    activations = whole - _size(seen) - gradients - adapted
-    return Footprint(_size(episode), gradients, adapted, activations, points=held)
+    if not unrolled and (away or (method.order == 1 and method.rule.is_sgd)):
+        held = min(steps, 1)
+    else:
+        held = points_held(steps, engine.trajectory)
+    gradients, whole = sum(map(bytes_of, bare.parameters())), peak(min(steps, STEPS))
+    activations = whole - _size(seen) - gradients - adapts * min(held, STEPS)
+    if unrolled and steps > STEPS:
+        activations += (steps - STEPS) * (peak(STEPS + 1) - whole - adapts)
+    return Footprint(_size(episode), gradients, adapts * held, activations)
 
 
 def _peak(model: MetaModel, episode: Episode, episodes: int, scratch: bool, fake: bool) -> int:
@@ -137,14 +129,6 @@ def _peak(model: MetaModel, episode: Episode, episodes: int, scratch: bool, fake
             loss, _ = model(made, 1.0, frozenset({episodes - 1}))
             loss.backward()
     return live.peak
-
-
-def _without_values(net: nn.Module) -> nn.Module:
-    """A copy of a network on the ``meta`` device that never holds its values."""
-    stand_ins: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in net.buffers()}
-    for p in net.parameters():
-        stand_ins[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
-    return copy.deepcopy(net, stand_ins)
 
 
 def _shortened(episode: Episode, micro_batch: int | None) -> Episode:

@@ -80,13 +80,9 @@ def scratch_bytes(func: torch._ops.OpOverload, args: tuple, result: Any) -> int:
     operator, in benchmarks/2026-11-25-plan.md).
     """
     if func is torch.ops.aten.convolution.default:
-        inputs, weight = args[:2]
-        return _copy_of_maps(inputs) + bytes_of(weight) + bytes_of(result)
-    if func is torch.ops.aten.convolution_backward.default:
-        grad, inputs, weight = args[:3]
-        return bytes_of(grad) + _copy_of_maps(inputs) + bytes_of(weight)
-    return 0
-
-
-def _copy_of_maps(inputs: Tensor) -> int:
-    return bytes_of(inputs) if inputs.shape[1] > 4 else 0
+        outputs, (inputs, weight) = result, args[:2]
+    elif func is torch.ops.aten.convolution_backward.default:
+        outputs, inputs, weight = args[:3]
+    else:
+        return 0
+    return bytes_of(outputs) + bytes_of(weight) + (bytes_of(inputs) if inputs.shape[1] > 4 else 0)

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from cml_dist.distributed.deepspeed import BUCKET_ELEMENTS
 from cml_dist.memory.footprint import Footprint
 
-REDUCE_BUCKET_ELEMENTS = BUCKET_ELEMENTS
-"""Elements of a bucket, as the generated DeepSpeed dictionary sets it."""
+BUCKET_BYTES = 4 * BUCKET_ELEMENTS
+"""Of a bucket, as the generated DeepSpeed dictionary sets it; DeepSpeed reduces in float32."""
 
-ZERO0_BUCKET_ELEMENTS = 500_000_000
+ZERO0_BUCKET_BYTES = 4 * 500_000_000
 """DeepSpeed's fixed bucket where nothing is partitioned (``MEMORY_OPT_ALLREDUCE_SIZE``)."""
 
 
@@ -59,23 +60,21 @@ class ModelSize:
         largest: the largest single one.
         constants: buffers and frozen weights; each rank holds them all.
         moments_per_parameter: copies that the optimizer keeps: 2 for Adam, 1 for SGD with momentum, 0 without.
-        element: bytes of an element.
     """
 
     parameters: int
     largest: int
     constants: int
     moments_per_parameter: int
-    element: int = 4
 
 
 @dataclass(frozen=True)
 class RankBudget:
-    """Memory of one rank at its largest moment, and its traffic, in bytes.
+    """Memory of one rank at a moment of a meta-step, and its traffic, in bytes.
 
     Attributes:
         strategy, offload: as in the configuration.
-        moment: ``inner loop``, ``reduction`` or ``update``: when the rank needs most.
+        moment: ``inner loop``, ``reduction`` or ``update``.
         parameters: whole parameters, and under ZeRO-3 this rank's part of them besides.
         gradients: the accumulated meta-gradient, and what a strategy keeps of the reduced one.
         moments: the optimizer's, and the master copy of this rank's part that ZeRO-1 and 2 update.
@@ -91,11 +90,11 @@ class RankBudget:
     parameters: int
     gradients: int
     moments: int
-    adapted: int
-    activations: int
-    buffers: int
-    host: int
-    sent: int
+    adapted: int = 0
+    activations: int = 0
+    buffers: int = 0
+    host: int = 0
+    sent: int = 0
 
     @property
     def total(self) -> int:
@@ -103,7 +102,12 @@ class RankBudget:
 
 
 def rank_budget(strategy: Strategy, model: ModelSize, step: Footprint, world: int) -> RankBudget:
-    """What one of ``world`` ranks needs.
+    """What one of ``world`` ranks needs at the moment when it needs most."""
+    return max(rank_moments(strategy, model, step, world), key=lambda budget: budget.total)
+
+
+def rank_moments(strategy: Strategy, model: ModelSize, step: Footprint, world: int) -> Iterator[RankBudget]:
+    """What one of ``world`` ranks needs in the inner loop, in the reduction and in the update.
 
     Sent are two passes of a ring, (N - 1) / N of the parameters' bytes each, under every strategy. An all-reduce is a
     reduce-scatter and an all-gather (DDP, ZeRO-0). ZeRO-1 and 2 reduce each part of the gradient to its owner and
@@ -113,71 +117,47 @@ def rank_budget(strategy: Strategy, model: ModelSize, step: Footprint, world: in
 
     Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/engine.py; torch's DDP.
     """
-    moment, parts = max(_moments(strategy, model, step, world), key=lambda found: sum(found[1].values()))
-    parts = {"adapted": 0, "activations": 0, **parts}
-    sent = 2 * model.parameters * (world - 1) // world
-    return RankBudget(
-        strategy.name, strategy.offload, moment, **parts, host=_host(strategy, model, world), sent=sent
-    )
-
-
-def _moments(strategy: Strategy, model: ModelSize, step: Footprint, world: int) -> Iterator[tuple[str, dict[str, int]]]:
-    whole, stage = model.parameters, strategy.stage
+    whole, stage, offloads = model.parameters, strategy.stage, strategy.offload != "none"
     part = -(-whole // world)
-    partitioned = stage in (1, 2, 3)
-    owned = part if partitioned else whole
-    bucket = REDUCE_BUCKET_ELEMENTS * model.element
-
-    parameters, kept_gradients, buckets = whole, 0, 0
-    moments = model.moments_per_parameter * owned
-    if stage in (1, 2):
-        moments += part  # cloned from the flat parameters, also where these are float32 already
-    if stage == 3:
-        # The inner loop works on gathered, whole parameters; the part is updated in place (no master copy).
-        parameters = whole + (0 if strategy.offload == "all" else part)
-        kept_gradients, buckets = part, bucket  # the bucket is allocated for good
-    if strategy.offload != "none":
-        moments = kept_gradients = 0
+    owned = part if stage in (1, 2, 3) else whole
+    parameters, kept_gradients, constants = whole, 0, model.constants
+    moments, host = model.moments_per_parameter * owned, 0
     if strategy.name == "ddp":
         kept_gradients = whole  # DDP's buckets, which later are .grad
-
-    always = {"parameters": parameters, "moments": moments}
-    constant = model.constants + buckets
-    yield (
-        "inner loop",
-        {
-            **always,
-            "gradients": step.gradients + kept_gradients,
-            "adapted": step.adapted,
-            "activations": step.activations + step.episode,
-            "buffers": constant,
-        },
+    elif stage in (1, 2):
+        moments += part  # cloned from the flat parameters, also where these are float32 already
+    elif stage == 3:
+        # The inner loop works on gathered, whole parameters; the part is updated in place (no master copy).
+        parameters += 0 if strategy.offload == "all" else part
+        kept_gradients = part
+        constants += BUCKET_BYTES  # allocated for good
+    if offloads:
+        # Moments, the copy that is updated, its gradient, the buffer that gradients (3) or new values (2) pass through.
+        host = (model.moments_per_parameter + 3) * part
+        host += model.largest if stage == 2 else part if strategy.offload == "all" else 0
+        moments = kept_gradients = 0
+    sent = 2 * whole * (world - 1) // world
+    at = partial(
+        RankBudget, strategy.name, strategy.offload, parameters=parameters, moments=moments, host=host, sent=sent
     )
-
+    yield at(
+        "inner loop",
+        gradients=step.gradients + kept_gradients,
+        adapted=step.adapted,
+        activations=step.activations + step.episode,
+        buffers=constants,
+    )
     gradients, flattened = whole + kept_gradients, 0
     if stage == 0:
-        flattened = min(whole, ZERO0_BUCKET_ELEMENTS * model.element)
+        flattened = min(whole, ZERO0_BUCKET_BYTES)
     elif stage in (1, 2):
         # The bucket has its configured size, whatever the model's; gradients of its own part are copied out of it.
-        flattened = bucket + (0 if strategy.offload == "none" else model.largest)
-        gradients += part if strategy.offload == "none" else 0
+        flattened = BUCKET_BYTES + (model.largest if offloads else 0)
+        gradients += 0 if offloads else part
     elif stage == 3:
-        flattened = min(whole, buckets)  # for the reduce-scatter
-    yield "reduction", {**always, "gradients": gradients, "buffers": constant + flattened}
-
-    if strategy.offload == "none":
+        flattened = min(whole, BUCKET_BYTES)  # for the reduce-scatter
+    yield at("reduction", gradients=gradients, buffers=constants + flattened)
+    if not offloads:
         # Of Adam over lists of tensors: the square roots. ZeRO flattens the gradients of its part once more.
         temporary = owned if model.moments_per_parameter == 2 else 0
-        gradients = 2 * part if partitioned else whole
-        yield "update", {**always, "gradients": gradients, "buffers": constant + temporary}
-
-
-def _host(strategy: Strategy, model: ModelSize, world: int) -> int:
-    if strategy.offload == "none":
-        return 0
-    part = -(-model.parameters // world)
-    # Moments, the copy that is updated, its gradient, and the buffer that gradients (3) or new values (2) pass through.
-    host = (model.moments_per_parameter + 3) * part
-    if strategy.stage == 2:
-        host += model.largest
-    return host + (part if strategy.offload == "all" else 0)
+        yield at("update", gradients=2 * part if stage in (1, 2, 3) else whole, buffers=constants + temporary)

@@ -267,14 +267,11 @@ class _Queries:
         if weight:
             weights = {learner: weight * w for learner, w in self._weights.items()}
             terms = self._loop.query(fast, row, weights, into)
-            self._add(terms["loss"])
+            self.told["loss"] = self.told["loss"] + terms["loss"]
             if row == self._tells:
                 self.told = {**terms, **self.told}
         if k == self._loop.steps - 1 and penalty and (value := self._loop.add_penalty(fast, into)) is not None:
-            self._add(value)
-
-    def _add(self, loss: Tensor) -> None:
-        self.told["loss"] = self.told["loss"] + loss
+            self.told["loss"] = self.told["loss"] + value
 
 
 def _steps(loop: InnerLoop) -> range:

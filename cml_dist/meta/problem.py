@@ -33,6 +33,9 @@ class Problem:
             step below 0.4 % of it would vanish.
 
     Attributes:
+        starts_head: whether each episode starts the head's weight and bias.
+        head_reads_support: whether it does from features of the support set.
+        uses_prototypes: whether the co-learner compares embeddings with the classes' means of the support set.
         on_pass: called before each pass through the network, so between inner steps and micro-batches: a long episode
             can show that it gets on.
     """
@@ -47,14 +50,13 @@ class Problem:
         autocast: torch.dtype | None = None,
     ) -> None:
         self.structure = copy.deepcopy(net).to("meta").eval()
-        self.loss = loss
-        self.score = score
-        self.buffers = buffers
-        self.micro_batch = micro_batch
-        self.autocast = autocast
+        self.loss, self.score, self.buffers = loss, score, buffers
+        self.micro_batch, self.autocast = micro_batch, autocast
         self.on_pass: Callable[[], None] = lambda: None
         self.learners: tuple[Learner, ...] = ("meta",) if net.colearner is None else ("meta", "co")
         self.starts_head: bool = net.starts_head
+        self.head_reads_support: bool = net.starts_head and net.head.reads_support
+        self.uses_prototypes: bool = net.prototypes
 
     # ------------------------------------------------------------------ passes through the network
 
@@ -105,27 +107,11 @@ class Problem:
         started = self.structure.head.start(short, features, episode.support.targets, episode.ways)
         return {f"{HEAD}.{n}": value for n, value in started.items()}
 
-    @property
-    def head_reads_support(self) -> bool:
-        """Whether the head is started from features of the support set."""
-        return self.starts_head and self.structure.head.reads_support
-
-    @property
-    def uses_prototypes(self) -> bool:
-        """Whether the co-learner compares embeddings with the classes' mean embeddings of the support set."""
-        return self.structure.prototypes
-
     def against_prototypes(self, embedded: Tensor, prototypes: Tensor) -> Tensor:
         """Outputs ``[N, ways]`` of the prototypical co-learner: minus the squared distances to ``[ways, E]``."""
         return -(embedded[:, None, :] - prototypes[None]).square().sum(2)
 
     # ------------------------------------------------------------------ tests
-
-    def query_score(
-        self, params: Params, episode: Episode, learner: Learner, norm: Literal["batch", "support"] = "batch"
-    ) -> Tensor:
-        """The score of one learner on the query set, a scalar without gradient; see :meth:`answers`."""
-        return self.score(self.answers(params, episode, learner, norm), episode.query.targets)
 
     def answers(
         self, params: Params, episode: Episode, learner: Learner, norm: Literal["batch", "support"] = "batch"

@@ -51,11 +51,9 @@ def build_net(
         ModelError: the backbone is unknown, or does not take the image size or channels.
     """
     backbone = BACKBONES.get(model.backbone, TIMM)
-    dims, reads, others = {
-        "vectors": (1, "vectors", "conv4 or a timm model"),
-        "images": (3, "images (C, H, W)", "mlp"),
-    }[backbone.reads]
-    if len(input_shape) != dims:
+    images = backbone.reads == "images"
+    if len(input_shape) != (3 if images else 1):
+        reads, others = ("images (C, H, W)", "mlp") if images else ("vectors", "conv4 or a timm model")
         raise ConfigError(
             f"model.backbone {model.backbone} reads {reads}, but the domain's inputs have shape {tuple(input_shape)}",
             f"set model.backbone to {others}, or choose another domain",
@@ -65,8 +63,8 @@ def build_net(
             f"model.pretrained is {model.pretrained}, but model.backbone {model.backbone} has no pre-trained weights",
             "set model.pretrained=false, or choose a timm backbone",
         )
+    settings = model.model_copy(update={"pretrained": False}) if structure_only else model
     with _part_seed(seed, BODY):
-        settings = model.model_copy(update={"pretrained": False}) if structure_only else model
         body = backbone.load()(settings, input_shape)
     if model.norm == "frozen" and has_batch_norm(body) and not (model.pretrained or structure_only):
         raise ConfigError(
@@ -76,10 +74,9 @@ def build_net(
     prepare_for_second_order(body, model.norm)
     with _part_seed(seed, HEAD):
         head = build_head(model.head, body.pooled_dim, output_dim)
-    second = None
-    if colearner:
-        with _part_seed(seed, COLEARNER):
-            second = build_colearner(model, body, model.colearner.width if prototypes else output_dim)
+    with _part_seed(seed, COLEARNER):
+        outputs = model.colearner.width if prototypes else output_dim
+        second = build_colearner(model, body, outputs) if colearner else None
     net = CmlNet(body, head, second, prototypes=prototypes and colearner)
     prepare_for_second_order(net, model.norm)
     return net
@@ -125,8 +122,8 @@ def method_of(config: RunConfig, net: CmlNet) -> Method:
         ConfigError: ``method.adapts`` names what the network has not, has not as something trained, or what the method
             does not adapt; or nothing that is learned is left.
     """
-    method = config.method
-    adapts = None
+    method, adapts = config.method, None
+    both_adapt = method.colearner == "adapts"
     if method.adapts is not None:
         adapts = select(net, method.adapts, "method.adapts", adapting=True)
         only = METHODS[method.name].adapts_only
@@ -136,12 +133,6 @@ def method_of(config: RunConfig, net: CmlNet) -> Method:
                 f"method.adapts selects {strays[0]}, but method.name {method.name} adapts the {only} alone",
                 "leave method.adapts out, or set method.name=maml",
             )
-        adapts += [n for n in net.adaptable() if part_of(n) == COLEARNER and method.colearner == "adapts"]
-    parts = (BODY, HEAD, COLEARNER) if method.colearner == "adapts" else (BODY, HEAD)
-    return Method(
-        method.inner_steps,
-        rule_of(method, adapts=None if adapts is None else frozenset(adapts), parts=parts),
-        gamma=method.gamma or 0.0,
-        order=method.order or 2,
-        both_adapt=method.colearner == "adapts",
-    )
+        adapts = frozenset([*adapts, *(n for n in net.adaptable() if part_of(n) == COLEARNER and both_adapt)])
+    rule = rule_of(method, adapts=adapts, parts=PARTS if both_adapt else (BODY, HEAD))
+    return Method(method.inner_steps, rule, method.gamma or 0.0, method.order or 2, both_adapt)

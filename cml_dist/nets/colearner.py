@@ -5,13 +5,16 @@ Each has ``depth`` blocks and an output layer named ``out``; depth 0 is the outp
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cml_dist.config.schema import ModelConfig
-from cml_dist.nets.conv4 import ConvBlock, batch_norm
+from cml_dist.nets.conv4 import batch_norm, conv_block
 from cml_dist.nets.guard import couples_examples
 from cml_dist.registry import BACKBONES
 
@@ -45,16 +48,10 @@ class Colearner(nn.Module):
         return self.out(self.pool(tap))
 
 
-class TokenBlock(nn.Module):
+def token_block(in_width: int, out_width: int) -> nn.Module:
     """LayerNorm, Linear, GELU on each token."""
-
-    def __init__(self, in_width: int, out_width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(in_width)
-        self.linear = nn.Linear(in_width, out_width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.gelu(self.linear(self.norm(tokens)))
+    norm, linear = nn.LayerNorm(in_width), nn.Linear(in_width, out_width)
+    return nn.Sequential(OrderedDict(norm=norm, linear=linear, act=nn.GELU()))
 
 
 class VectorBlock(nn.Linear):
@@ -79,16 +76,16 @@ def build_colearner(model: ModelConfig, body: nn.Module, outputs: int) -> Colear
     sizes = [(channels if number == 0 else width, width) for number in range(depth)]
     features = width if depth else channels
     if model.backbone == "conv4":
-        flat = channels * (shape[1] // 2) * (shape[2] // 2)
-        return Colearner((ConvBlock(i, o, batch_norm(o)) for i, o in sizes), _pooled_and_flat, flat, outputs)
+        blocks, pool = (conv_block(i, o, batch_norm(o)) for i, o in sizes), nn.Sequential(nn.MaxPool2d(2), nn.Flatten())
+        return Colearner(blocks, pool, channels * (shape[1] // 2) * (shape[2] // 2), outputs)
     if len(shape) == 3:
         # A norm that couples examples only where the body already does: else they stay independent. It has a bias of
         # its own: a second one in front of it would have a true gradient of 0.
         norm = batch_norm if couples_examples(body) else _group_norm
-        blocks = (ConvBlock(i, o, norm(o), bias=False) for i, o in sizes)
-        return Colearner(blocks, _mean_of_map, features, outputs)
+        blocks = (conv_block(i, o, norm(o), bias=False) for i, o in sizes)
+        return Colearner(blocks, partial(torch.mean, dim=(2, 3)), features, outputs)
     if len(shape) == 2:
-        return Colearner((TokenBlock(i, o) for i, o in sizes), _mean_of_tokens, features, outputs)
+        return Colearner((token_block(i, o) for i, o in sizes), partial(torch.mean, dim=1), features, outputs)
     return Colearner((VectorBlock(i, o) for i, o in sizes), nn.Identity(), features, outputs, called="layers")
 
 
@@ -96,15 +93,3 @@ def _group_norm(channels: int) -> nn.Module:
     """GroupNorm in at most 8 groups of at least 8 channels: it couples no examples, and no group is a lone value."""
     groups = next((count for count in (8, 4, 2) if channels % count == 0 and channels // count >= 8), 1)
     return nn.GroupNorm(groups, channels)
-
-
-def _pooled_and_flat(maps: Tensor) -> Tensor:
-    return F.max_pool2d(maps, 2).flatten(1)
-
-
-def _mean_of_map(maps: Tensor) -> Tensor:
-    return maps.mean(dim=(2, 3))
-
-
-def _mean_of_tokens(tokens: Tensor) -> Tensor:
-    return tokens.mean(dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,23 +20,14 @@ def batch_norm(channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels, track_running_stats=False)
 
 
-class ConvBlock(nn.Module):
-    """3x3 convolution (same size), norm, ReLU.
+def conv_block(in_channels: int, out_channels: int, norm: nn.Module, bias: bool = True) -> nn.Module:
+    """3x3 convolution (same size), norm, ReLU: maps ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``.
 
     Args:
-        in_channels: channels of the input map ``[N, in_channels, H, W]``.
-        out_channels: channels of the output map ``[N, out_channels, H, W]``.
-        norm: the norm layer after the convolution; its bias is what ``bias`` would double.
-        bias: whether the convolution has a bias (Conv-4 of the paper has one).
+        bias: whether the convolution has a bias (Conv-4 of the paper has one); the norm's own is what it would double.
     """
-
-    def __init__(self, in_channels: int, out_channels: int, norm: nn.Module, bias: bool = True) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
-        self.norm = norm
-
-    def forward(self, maps: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(maps)))
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+    return nn.Sequential(OrderedDict(conv=conv, norm=norm, act=nn.ReLU()))
 
 
 class Conv4(nn.Module):
@@ -63,7 +56,7 @@ class Conv4(nn.Module):
             )
         for number in range(1, NUM_BLOCKS + 1):
             in_channels = channels if number == 1 else filters
-            self.add_module(f"block{number}", ConvBlock(in_channels, filters, batch_norm(filters)))
+            self.add_module(f"block{number}", conv_block(in_channels, filters, batch_norm(filters)))
         shrink = 2 ** (NUM_BLOCKS - 1)
         self.tap_shape = (filters, height // shrink, width // shrink)
         self.pooled_dim = filters * (height // MIN_SIDE) * (width // MIN_SIDE)

@@ -7,7 +7,7 @@ other parameters, and operators whose second derivative is missing or wrong.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import MethodType
 from typing import Literal
 
@@ -68,7 +68,6 @@ def prepare_for_second_order(net: nn.Module, norm: Norm) -> None:
     instead of a fused kernel, hardsigmoid by its parts, no cached functions of parameters, and BatchNorm by policy.
 
     Args:
-        net: the network.
         norm: ``"batch"``: BatchNorm uses the statistics of the examples at hand and has no running ones;
             ``"frozen"``: BatchNorm uses its running statistics as constants.
 
@@ -86,21 +85,14 @@ def prepare_for_second_order(net: nn.Module, norm: Norm) -> None:
         for child_name, child in module.named_children():
             if type(child) is nn.Hardsigmoid:
                 setattr(module, child_name, Hardsigmoid())
-        if norm == "batch":
-            _use_batch_statistics(name, module)
-
-
-def _use_batch_statistics(name: str, module: nn.Module) -> None:
-    if isinstance(module, _BatchNorm):
-        module.running_mean = None
-        module.running_var = None
-        module.num_batches_tracked = None
-        module.track_running_stats = False
-    elif getattr(module, "running_var", None) is not None:
-        raise ModelError(
-            f"{type(module).__name__} at {name} keeps running statistics and has no batch mode for evaluation",
-            "set model.norm=frozen with pre-trained weights, or choose another model.backbone",
-        )
+        if norm == "batch" and isinstance(module, _BatchNorm):
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+            module.track_running_stats = False
+        elif norm == "batch" and getattr(module, "running_var", None) is not None:
+            raise ModelError(
+                f"{type(module).__name__} at {name} keeps running statistics and has no batch mode for evaluation",
+                "set model.norm=frozen with pre-trained weights, or choose another model.backbone",
+            )
 
 
 # --------------------------------------------------------------------------- checking
@@ -115,8 +107,7 @@ def check_twice_differentiable(
 
     Args:
         net: the network, prepared by :func:`prepare_for_second_order`.
-        input_shape: shape of one input, without the batch axis.
-        output_dim: outputs of each learner.
+        input_shape, output_dim: of one input, and of each learner, without the batch axis.
         name: what messages call the network, e.g. its ``model.backbone``.
 
     Raises:
@@ -126,24 +117,33 @@ def check_twice_differentiable(
 
     Cost: a few first-order passes and one second-order pass on three examples, in float64.
     """
-    loss, params = _probe(net, input_shape, output_dim)
-    unused, _ = _probe(net, input_shape, output_dim)
+    values = [p.detach().double().flatten() for p in net.parameters()]
+    params, scale = torch.cat(values), torch.cat([v.square().mean().sqrt().expand(len(v)) for v in values])
+    loss, unused = (_smooth_loss(net, input_shape, output_dim) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
+
+    def noise() -> Tensor:
+        return torch.randn(len(params), generator=generator, dtype=params.dtype).to(params.device)
+
+    def gradient(at: Tensor) -> Tensor:
+        leaf = at.requires_grad_()
+        return torch.autograd.grad(loss(leaf), leaf)[0]
+
+    # Where a ResNet starts its last gain of a block at 0, half of the ReLUs behind it get exactly 0: a kink, at which
+    # differences mean nothing. So all move by a tenth.
+    params = params + 0.1 * (scale + 0.1) * noise()
     errors = []
     try:
         for _ in range(NUM_DIRECTIONS):
-            # Each parameter tensor moves by its own root mean square (1 where it is zero).
-            direction = _noise(params, generator, lambda rms: rms or 1.0)
+            direction = torch.where(scale > 0, scale, 1.0) * noise()
             # What has no graph (its backward ran outside autograd) counts as zero: the comparison finds it.
             _, exact = torch.autograd.functional.vhp(loss, params, direction)
-            moved = [p + d for p, d in zip(params, direction, strict=True)]
-            if not torch.allclose(loss(*moved), unused(*moved), rtol=1e-6):
+            if not torch.allclose(loss(params + direction), unused(params + direction), rtol=1e-6):
                 raise ModelError(f"{name} keeps values of other parameters", "choose another model.backbone")
             for step, tolerance in STEPS.items():
-                ahead, behind = (_gradient(loss, params, direction, sign * step) for sign in (1, -1))
-                differences = [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
-                distance = _norm([a - b for a, b in zip(exact, differences, strict=True)])
-                errors.append(distance / (_norm(differences) or 1.0))
+                ahead, behind = gradient(params + step * direction), gradient(params - step * direction)
+                differences = (ahead - behind) / (2 * step)
+                errors.append(float((exact - differences).norm() / (differences.norm() or 1.0)))
                 if errors[-1] < tolerance:
                     return
     except (RuntimeError, NotImplementedError) as error:
@@ -158,46 +158,25 @@ def check_twice_differentiable(
     )
 
 
-Values = tuple[Tensor, ...]
-
-
-def _probe(net: CmlNet, input_shape: tuple[int, ...], output_dim: int) -> tuple[Callable[..., Tensor], Values]:
-    """A smooth loss over all learners on random examples, as a function of parameters; and parameters in float64."""
+def _smooth_loss(net: CmlNet, input_shape: tuple[int, ...], output_dim: int) -> Callable[[Tensor], Tensor]:
+    """A smooth loss over all learners on random examples, as a function of all parameters in one float64 vector."""
     stateless = copy.deepcopy(net).to("meta")
-    names = [name for name, _ in net.named_parameters()]
-    params = tuple(p.detach().double() for p in net.parameters())
+    named = dict(net.named_parameters())
     buffers = {n: b.double() if b.is_floating_point() else b for n, b in net.named_buffers()}
     first = "pooled" if net.starts_head else "meta"  # an episode starts the head: it is linear
     learners = (first,) if net.colearner is None else (first, "co")
-    generator = torch.Generator().manual_seed(1)
+    generator, device = torch.Generator().manual_seed(1), next(net.parameters()).device
     inputs, targets = (
-        torch.randn(PROBE_EXAMPLES, *shape, generator=generator, dtype=torch.float64).to(params[0].device)
+        torch.randn(PROBE_EXAMPLES, *shape, generator=generator, dtype=torch.float64).to(device)
         for shape in (input_shape, (output_dim,))
     )
 
-    def loss(*values: Tensor) -> Tensor:
-        tensors = {**dict(zip(names, values, strict=True)), **buffers}
-        outputs = functional_call(stateless, tensors, (inputs,), {"learners": learners})
+    def loss(params: Tensor) -> Tensor:
+        pieces = params.split([p.numel() for p in named.values()])
+        tensors = {n: piece.view(p.shape) for (n, p), piece in zip(named.items(), pieces, strict=True)}
+        outputs = functional_call(stateless, {**tensors, **buffers}, (inputs,), {"learners": learners})
         # Each output is pulled to targets of its own size: embeddings and features are wider than classes.
         pairs = ((output, targets[:, torch.arange(output.shape[1]) % output_dim]) for output in outputs)
         return sum((output - target).square().mean() for output, target in pairs)
 
-    # Where a ResNet starts its last gain of a block at 0, half of the ReLUs behind it get exactly 0: a kink, at which
-    # differences mean nothing. So all move by a tenth.
-    away = _noise(params, torch.Generator().manual_seed(2), lambda rms: 0.1 * (rms + 0.1))
-    return loss, tuple(value + noise for value, noise in zip(params, away, strict=True))
-
-
-def _gradient(loss: Callable[..., Tensor], params: Values, direction: Values, step: float) -> Values:
-    leaves = [(p + step * d).requires_grad_() for p, d in zip(params, direction, strict=True)]
-    return torch.autograd.grad(loss(*leaves), leaves, allow_unused=True, materialize_grads=True)
-
-
-def _noise(params: Values, generator: torch.Generator, size: Callable[[float], float]) -> Values:
-    """Gaussian noise for each parameter, scaled by a function of its root mean square."""
-    drawn = (torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in params)
-    return tuple(size(float(p.square().mean().sqrt())) * noise for p, noise in zip(params, drawn, strict=True))
-
-
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return sum(float(tensor.square().sum()) for tensor in tensors) ** 0.5
+    return loss

@@ -19,19 +19,15 @@ from cml_dist.types import Params
 
 
 class StartedHead(nn.Module):
-    """A linear layer whose weight and bias an episode starts; a kind of head says how.
-
-    Args:
-        dim: features D that the head reads.
-    """
+    """A linear layer whose weight and bias an episode starts; a kind of head says how."""
 
     reads_support = True
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
-        for name in ("weight", "bias"):
-            self.register_parameter(name, None)
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
 
     def start(self, own: Params, features: Tensor | None, targets: Tensor, ways: int) -> Params:
         """Weight ``[ways, D]`` and bias ``[ways]``, from own meta-parameters and the support set's features."""

@@ -26,9 +26,7 @@ class CmlNet(nn.Module):
         self, body: nn.Module, head: nn.Module, colearner: nn.Module | None = None, *, prototypes: bool = False
     ) -> None:
         super().__init__()
-        self.body = body
-        self.head = head
-        self.colearner = colearner
+        self.body, self.head, self.colearner = body, head, colearner
         self.prototypes = prototypes
 
     def forward(self, inputs: Tensor, learners: Sequence[str] = ("meta",), **context: Tensor) -> tuple[Tensor, ...]:
@@ -41,7 +39,6 @@ class CmlNet(nn.Module):
             elif learner == "pooled":
                 outputs.append(features.pooled)
             else:
-                assert self.colearner is not None, "the co-learner was asked for, but this network has none"
                 outputs.append(self.colearner(features.tap))
         return tuple(outputs)
 

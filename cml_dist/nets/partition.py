@@ -11,8 +11,6 @@ from cml_dist.errors import ConfigError
 from cml_dist.nets.network import CmlNet
 from cml_dist.types import BODY, COLEARNER, HEAD, RULE
 
-_LAST = re.compile(r"last:(\d+)")
-
 
 def select(net: CmlNet, terms: Sequence[str], key: str, *, adapting: bool = False) -> list[str]:
     """Canonical names that a list of terms selects, in the network's own order.
@@ -45,7 +43,7 @@ def select(net: CmlNet, terms: Sequence[str], key: str, *, adapting: bool = Fals
 def _found(net: CmlNet, names: list[str], term: str, key: str) -> list[str]:
     if term in (BODY, HEAD):
         return [n for n in names if n.startswith(f"{term}.")]
-    last = _LAST.fullmatch(term)
+    last = re.fullmatch(r"last:(\d+)", term)
     if last is None:
         return [n for n in names if fnmatchcase(n, term)]
     blocks, count = net.body.blocks(), int(last.group(1))
@@ -66,11 +64,10 @@ def freeze(net: CmlNet, trained: Sequence[str], *, colearner: bool = False) -> N
     A constant has no gradient, no optimizer state and no fast weight; what lies below every parameter that is left
     builds no graph.
     """
-    kept = set(trained)
     for name, value in list(net.named_parameters()):
-        if name in kept or (name.startswith(f"{COLEARNER}.") and not colearner):
+        if name in trained or (name.startswith(f"{COLEARNER}.") and not colearner):
             continue
-        owner_name, _, own = name.rpartition(".")
-        owner = net.get_submodule(owner_name)
-        del owner._parameters[own]
+        path, _, own = name.rpartition(".")
+        owner = net.get_submodule(path)
+        delattr(owner, own)
         owner.register_buffer(own, value.detach().clone())

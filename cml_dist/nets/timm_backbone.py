@@ -6,6 +6,7 @@ import copy
 import difflib
 import os
 import sys
+import textwrap
 from typing import Any
 
 import timm
@@ -46,8 +47,7 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, name: str, input_shape: tuple[int, int, int], pretrained: bool | str = False) -> None:
         super().__init__()
-        self.name = name
-        self.input_shape = tuple(input_shape)
+        self.name, self.input_shape = name, tuple(input_shape)
         self.create_kwargs = _create_kwargs(name, input_shape)
         self.model = _create(name, pretrained is True, num_classes=0, **self.create_kwargs)
         if isinstance(pretrained, str):
@@ -58,9 +58,10 @@ class TimmBackbone(nn.Module):
                 stateless = copy.deepcopy(self.model).to("meta").eval()
                 features = self._features(stateless, torch.empty(2, *input_shape, device="meta"))
         except (AssertionError, RuntimeError, ValueError, TypeError, IndexError) as error:
-            made_for = "x".join(map(str, self.model.pretrained_cfg.get("input_size") or ())) or "other images"
+            usual = self.model.pretrained_cfg.get("input_size") or "?"
+            given, made_for = ("x".join(map(str, shape)) for shape in (input_shape, usual))
             raise ModelError(
-                f"model.backbone {name} cannot take images of {'x'.join(map(str, input_shape))}: {_reason(error)}",
+                f"model.backbone {name} cannot take images of {given}: {_reason(error)}",
                 f"use images it can take (it was made for {made_for}), or another model.backbone",
             ) from error
         self.tap_shape, self.pooled_dim = tuple(features.tap.shape[1:]), features.pooled.shape[1]
@@ -109,25 +110,20 @@ def _create_kwargs(name: str, input_shape: tuple[int, int, int]) -> dict[str, An
         hint = f"use one of the nearest names: {', '.join(near)}" if near else "timm.list_models() has the names"
         own = ", ".join(BACKBONES)
         raise ModelError(f"model.backbone {name!r} is neither {own} nor one of timm's {len(known)} models", hint)
-    channels, height, width = input_shape
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     fixed = config is not None and config.fixed_input_size
-    return {"in_chans": channels, **({"img_size": (height, width)} if fixed else {})}
+    return {"in_chans": input_shape[0], **({"img_size": tuple(input_shape[1:])} if fixed else {})}
 
 
 def _create(name: str, published: bool, **kwargs: Any) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=published, **kwargs)
     except Exception as error:  # timm and its download clients raise of every kind
+        what, remedy = f"timm cannot build model.backbone {name} with {kwargs}", "use images it can take"
         if published:
-            raise ModelError(
-                f"the published weights of {name} cannot be had: {_reason(error)}",
-                "check the network, or set model.pretrained to a local weight file or false",
-            ) from error
-        raise ModelError(
-            f"timm cannot build model.backbone {name} with {kwargs}: {_reason(error)}",
-            "use images it can take, or another model.backbone",
-        ) from error
+            what = f"the published weights of {name} cannot be had"
+            remedy = "check the network, set model.pretrained to a local weight file or false"
+        raise ModelError(f"{what}: {_reason(error)}", f"{remedy}, or another model.backbone") from error
 
 
 def _load_file(model: nn.Module, name: str, path: str, channels: int) -> None:
@@ -159,8 +155,7 @@ def _classifiers(model: nn.Module) -> tuple[str, ...]:
 
 
 def _reason(error: Exception) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return reason if len(reason) < 300 else f"{reason[:300]} ..."
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 
 # --------------------------------------------------------------------------- export
@@ -197,10 +192,12 @@ def timm_export(net: CmlNet, params: Params) -> tuple[dict[str, Tensor], dict[st
     ours = {name.removeprefix(PREFIX): value for name, value in params.items() if name.startswith(PREFIX)}
     for classifier in _classifiers(plain):
         ours |= {f"{classifier}.{kind}": params[f"head.{kind}"] for kind in ("weight", "bias")}
-    fits = all(value.numel() == state[key].numel() for key, value in ours.items() if key in state)
-    if fits:
+    try:
         state |= {k: v.detach().reshape(state[k].shape).clone() for k, v in ours.items() if k in state}
-    if not (fits and _same_logits(plain, state, net, params)):
+        fits = _same_logits(plain, state, net, params)
+    except RuntimeError:  # other sizes
+        fits = False
+    if not fits:
         raise ModelError(
             f"model.backbone {body.name} has a classifier of its own kind "
             f"({', '.join(_classifiers(plain)) or 'unnamed'}) that a linear head does not fit",
@@ -213,13 +210,10 @@ def _same_logits(plain: nn.Module, state: dict[str, Tensor], net: CmlNet, params
     """Whether the plain model, under the same norm policy, gives the network's own logits on random images."""
     plain.load_state_dict(state, strict=True)
     prepare_for_second_order(plain, "batch" if couples_examples(net.body) else "frozen")
-    weight = params["head.weight"]
-    generator = torch.Generator().manual_seed(0)
-    shape = (4, *net.body.input_shape)
-    inputs = torch.randn(shape, generator=generator, dtype=weight.dtype).to(weight.device)
+    weight, generator = params["head.weight"], torch.Generator().manual_seed(0)
+    inputs = torch.randn(4, *net.body.input_shape, generator=generator, dtype=weight.dtype).to(weight.device)
     plain.to(weight.device)
     with torch.no_grad():
-        (expected,) = functional_call(net, params, (inputs,))
-        logits = plain(inputs)
+        (expected,), logits = functional_call(net, params, (inputs,)), plain(inputs)
     tolerance = 1e-8 if weight.dtype == torch.float64 else 1e-3
     return logits.shape == expected.shape and bool(torch.allclose(logits, expected, rtol=tolerance, atol=tolerance))

@@ -13,8 +13,7 @@ from cml_dist.config.schema import RunConfig
 from cml_dist.data.base import Domain
 from cml_dist.data.build import build_domain
 from cml_dist.distributed.world import World, set_arithmetic
-from cml_dist.memory.choose import autocast_type, fit_memory, task_of
-from cml_dist.meta.gradient import Engine
+from cml_dist.memory.choose import autocast_type, engine_of, fit_memory
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import InnerRule, Method
@@ -98,12 +97,11 @@ def assemble(
         return method
 
     method = world.run_on_all_ranks(make_method)
-    task = task_of(config.domain, domain.input_shape, domain.output_dim, dtype, domain.loss, domain.score)
     world.heartbeat.beat("measuring memory")
-    plan = world.run_on_all_ranks(lambda: fit_memory(config, plan, net, method, task, world.device, training=training))
-    engine = Engine(plan.engine, plan.trajectory, torch.device("cpu") if plan.trajectory_device == "cpu" else None)
+    device = world.device
+    plan = world.run_on_all_ranks(lambda: fit_memory(config, plan, net, method, domain, device, training=training))
     means = {"micro_batch": plan.micro_batch, "autocast": autocast_type(config)}
-    model = MetaModel(net, domain.loss, domain.score, method, engine, **means)
+    model = MetaModel(net, domain.loss, domain.score, method, engine_of(plan), **means)
     # An episode of many inner steps and micro-batches may take longer than parallel.hang_timeout_s; a pass hardly can.
     model.problem.on_pass = world.heartbeat.touch
     return Parts(domain, net, model, dtype, plan, threads)

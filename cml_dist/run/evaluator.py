@@ -78,7 +78,7 @@ def score_episode(
             adapts psi and theta by the meta-learner's loss, as the authors' test script does.
     """
     adapted = adapt(params, episode, problem, method, "co" if learner == "co" and co_adapt == "eq9" else "meta")
-    return problem.query_score(adapted, episode, learner, norm)
+    return problem.score(problem.answers(adapted, episode, learner, norm), episode.query.targets)
 
 
 def evaluate(

@@ -12,7 +12,7 @@ import torch
 from test_memory_budget import made, settings
 
 from cml_dist.config.plan import make_plan
-from cml_dist.memory.choose import USABLE, Means, MemoryPlanner, fit_memory, memory_budget
+from cml_dist.memory.choose import USABLE, MemoryPlanner, fit_memory, memory_budget
 from cml_dist.memory.strategies import Strategy
 from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
@@ -78,7 +78,7 @@ def test_copies_on_the_cpu_take_their_memory_off_the_gpu(gpu, monkeypatch):
     found = {}
     for copies in ("device", "cpu"):
         plan = replace(make_plan(config, 1, {}), trajectory_device=copies)
-        said = planner.bytes_needed(Strategy("single"), Means("adjoint", 1, copies), 1)
+        said = planner.bytes_needed(Strategy("single"), plan, 1)
         found[copies] = peak(config, plan, gpu), said
     print(found)
     adapts = sum(p.nbytes for name, p in net.named_parameters() if not name.startswith("colearner."))

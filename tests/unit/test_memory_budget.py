@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,9 @@ import torch
 from cml_dist.config.load import parse_config
 from cml_dist.config.plan import make_plan
 from cml_dist.errors import ConfigError
-from cml_dist.memory.choose import Means, MemoryPlanner, Task, fit_memory, model_size
+from cml_dist.memory.choose import MemoryPlanner, engine_of, fit_memory, in_words, model_size
 from cml_dist.memory.live_bytes import LiveBytes
 from cml_dist.memory.strategies import Strategy
-from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.rule import Method
 from cml_dist.nets.build import build_net
@@ -27,7 +27,7 @@ CPU, SINGLE = torch.device("cpu"), Strategy("single")
 def settings(backbone="mlp", steps=1, engine="adjoint", micro_batch="auto", **sections):
     data = {
         "engine": {"name": engine, "micro_batch": micro_batch},
-        "domain": {"name": "images", "root": "unused", "ways": WAYS},
+        "domain": {"name": "images", "root": "unused", "ways": WAYS, "shots": SHOTS, "queries": QUERIES},
         # Narrower than the batch is long, so that activations count for more than parameters; few operators.
         "model": {"backbone": backbone, "hidden": [2] * 2, "filters": 2, "colearner": {"depth": 1, "width": 8}},
         "method": {"inner_steps": steps},
@@ -46,7 +46,13 @@ def made(config, dtype=torch.float32, shape=None):
         return Batch(inputs, torch.arange(WAYS).repeat_interleave(each))
 
     episode = Episode(batch(SHOTS), batch(QUERIES), "train", 0)
-    task = Task(episode, torch.nn.functional.cross_entropy, lambda o, t: (o.argmax(1) == t).float().mean())
+    task = SimpleNamespace(
+        episode=episode,
+        input_shape=shape,
+        output_dim=WAYS,
+        loss=torch.nn.functional.cross_entropy,
+        score=lambda o, t: (o.argmax(1) == t).to(dtype).mean(),
+    )
     return net, task, Method.sgd(config.method.inner_steps, 0.1, 0.1, gamma=0.7)
 
 
@@ -83,7 +89,7 @@ def test_each_candidate_needs_less_than_the_one_before():
     """What the search by halving rests on."""
     planner = planner_of(settings(steps=3), on_gpu=True)
     device, cpu = (
-        [gib(planner, Means("adjoint", size, copies)) for size in sizes]
+        [gib(planner, replace(planner.plan, micro_batch=size, trajectory_device=copies)) for size in sizes]
         for copies, sizes in (("device", (None, 8, 2, 1)), ("cpu", (8, 1)))
     )
     assert device == sorted(device, reverse=True) and cpu == sorted(cpu, reverse=True)
@@ -97,7 +103,7 @@ def planner():
 
 
 def test_the_largest_micro_batch_that_fits_is_taken_and_the_reason_said(planner):
-    needs = {size: gib(planner, Means("adjoint", size, "device")) for size in (4, 8)}
+    needs = {size: gib(planner, replace(planner.plan, micro_batch=size)) for size in (4, 8)}
     plan = fit(settings(), (needs[4] + needs[8]) / 2)
     assert (plan.engine, plan.micro_batch) == ("adjoint", 4)
     assert "in micro-batches of 4" in plan.memory and "adjoint whole would need" in plan.memory
@@ -148,16 +154,14 @@ def test_the_run_stays_inside_its_budget(part, planner):
 def test_any_means_gives_the_same_gradient(steps):
     config = settings(steps=steps, engine="auto", run={"precision": "fp64"})
     net, task, method = made(config, torch.float64)
-    task = replace(task, score=lambda o, t: (o.argmax(1) == t).double().mean())
     found = {}
     for means in planner_of(config, on_gpu=True).candidates():
-        engine = Engine(means.engine, means.trajectory, CPU if means.trajectory_device == "cpu" else None)
-        model = MetaModel(net, task.loss, task.score, method, engine, micro_batch=means.micro_batch)
+        model = MetaModel(net, task.loss, task.score, method, engine_of(means), micro_batch=means.micro_batch)
         model([task.episode], 1.0)[0].backward()
         found[means] = torch.cat([p.grad.flatten() for p in model.values])
-    reference = found[Means("graph", None, "device")]
+    reference = found[next(means for means in found if means.engine == "graph")]
     for means, grad in found.items():
-        assert (grad - reference).norm() / reference.norm() < 1e-12, str(means)
+        assert (grad - reference).norm() / reference.norm() < 1e-12, in_words(means)
 
 
 @pytest.mark.parametrize("engine", ["graph", "adjoint"])

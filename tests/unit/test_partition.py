@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from image_sets import write_set
 from safetensors.torch import load_file
 
 import cml_dist
@@ -68,6 +69,10 @@ def test_what_is_frozen_becomes_a_constant():
     assert not features.requires_grad
 
 
+def images_of(folder):
+    return {"name": "images", "root": str(write_set(folder / "set", size=32)), "ways": 3, "shots": 2, "queries": 2}
+
+
 SETTINGS = {
     "domain": {"name": "sinusoid", "shots": 5, "queries": 5},
     "model": {"backbone": "mlp", "hidden": [8, 8], "trained": ["head", "last:1"]},
@@ -110,23 +115,11 @@ def test_what_adapts_must_be_trained(tmp_path):
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_micro_batches_are_refused_where_a_norm_couples_examples(tmp_path):
-    config = parse_config(
-        {
-            "domain": {"name": "glyphs"},
-            "engine": {"name": "adjoint", "micro_batch": 5},
-            "run": {"dir": str(tmp_path / "run")},
-        }
-    )
-    with pytest.raises(ConfigError, match="couples examples"):
-        train(config, Console())
-
-
 def test_resume_refuses_other_frozen_weights(tmp_path):
     """Frozen weights are in no checkpoint, so the file that they come from must still be the same."""
     timm = pytest.importorskip("timm")
     settings = {
-        "domain": {"name": "glyphs", "ways": 3, "queries": 2},
+        "domain": images_of(tmp_path),
         "method": {"inner_steps": 1},
         "train": {"steps": 2, "episodes_per_step": 1},
         "eval": {"val_episodes": 1, "every": 0, "final": False},
@@ -178,7 +171,7 @@ def test_a_test_reads_no_training_images(tmp_path, monkeypatch):
     from cml_dist.run.report import evaluate_run
 
     settings = {
-        "domain": {"name": "glyphs", "ways": 3, "queries": 2},
+        "domain": images_of(tmp_path),
         "model": {"filters": 4},
         "train": {"steps": 1, "episodes_per_step": 1},
         "eval": {"val_episodes": 1, "episodes": 2, "every": 0, "untrained": False},

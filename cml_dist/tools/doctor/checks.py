@@ -187,13 +187,13 @@ def check_second_derivative(case: Case) -> Iterator[Finding]:
     if case.here.local_rank:
         return
     inputs, backbone = known_inputs(case.config), case.config.model.backbone
-    net = make_network(case.config, inputs.shape, inputs.output_dim)
+    net = make_network(case.config, inputs.input_shape, inputs.output_dim)
     size = f"{backbone}, {sum(p.numel() for p in net.parameters()):,} parameters"
     if case.config.method.order != 2:
         yield Finding("second derivative", "ok", f"{size}: not needed, method.order is 1")
         return
     device = "cpu" if case.world is None else case.world.device.type
-    check_twice_differentiable(net.to(device), inputs.shape, inputs.output_dim, backbone)
+    check_twice_differentiable(net.to(device), inputs.input_shape, inputs.output_dim, backbone)
     yield Finding("second derivative", "ok", f"right for {size}, on {device}")
 
 
