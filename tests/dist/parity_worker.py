@@ -44,6 +44,8 @@ NETS = {
 # At 32 px the last batch statistics are of 3 numbers: in float32 rounding alone moves the gradient severalfold.
 FLOAT32_NETS = NETS | {"resnet": (NETS["resnet"][0], (3, 64, 64))}
 ENGINES = ("graph", "adjoint")
+PAIRS = (("conv4", "graph"), ("resnet", "adjoint"), ("vit", "graph"), ("vit", "adjoint"))
+"""Of network and engine under ZeRO, which sees a list of parameters and finished gradients alone."""
 EPISODES = (1, 4, 5)
 """Of a meta-step over all ranks, in float64: fewer than ranks, as many, and numbers that no world size here divides."""
 PER_RANK = {2: (2, 4, 6, 5), 4: (4, 5)}
@@ -84,6 +86,16 @@ RESUMED = Case("", "float32", "conv4", "adjoint", (5,), "adamw")
 ADAMW = Case("", "float32", "conv4", "graph", (5, 5), "adamw")
 
 
+def zero_pairs(world: int) -> tuple[tuple[str, str], ...]:
+    """(network, engine) of each strategy of DeepSpeed's."""
+    return PAIRS if world == 2 else PAIRS[2:]
+
+
+def plain_nets(world: int) -> tuple[str, ...]:
+    """Networks under DDP, or of one process."""
+    return tuple(NETS) if world <= 2 else ("vit",)
+
+
 def cases(world: int, device: str | None = None) -> Iterator[Case]:
     """All of a world size, those of one strategy together (on 2 ranks, SAVED_BY first)."""
     if world == 1 and device == "cuda":  # plain ones first: DeepSpeed leaves a lone process in a world of one
@@ -92,11 +104,10 @@ def cases(world: int, device: str | None = None) -> Iterator[Case]:
         return
     plain = "single" if world == 1 else "ddp"
     for strategy in ZERO.get(world, ()):
-        nets = () if strategy == FURTHER else NETS if world == 2 else ("vit",)
-        for net, engine in itertools.product(nets, ENGINES):
+        for net, engine in zero_pairs(world) if strategy != FURTHER else ():
             yield Case(strategy, "float32", net, engine, PER_RANK[world])
         yield replace(ADAMW, strategy=strategy)
-    for net, engine, episodes in itertools.product(NETS, ENGINES, EPISODES):
+    for net, engine, episodes in itertools.product(plain_nets(world), ENGINES, EPISODES):
         yield Case(plain, "float64", net, engine, (episodes,) * STEPS)
     if world == 1:
         for net, engine, episodes in itertools.product(NETS, ENGINES, PER_RANK.values()):

@@ -9,7 +9,7 @@ import pytest
 from fault_cases import KINDS
 from fault_lab import References, Setup, differences, may_mount, play
 
-pytestmark = pytest.mark.timeout(900)  # two starts each, and whichever test comes first makes the undisturbed runs
+pytestmark = pytest.mark.timeout(3600)  # two starts each, and whichever test comes first makes the undisturbed runs
 CASES = (
     ("kill-rank", "ddp"),
     ("kill-writer-in-save", "single"),

@@ -17,7 +17,7 @@ from cml_dist.meta.gradient import meta_gradient
 from cml_dist.meta.problem import Problem
 from cml_dist.run.stream import rank_share
 
-pytestmark = pytest.mark.timeout(900)  # whichever test comes first waits for the workers
+pytestmark = pytest.mark.timeout(3600)  # whichever test comes first waits for the workers
 WORKER = str(Path(__file__).with_name("methods_worker.py"))
 TOLERANCE = {"float64": 1e-10, "float32": 1e-6}
 

@@ -130,7 +130,7 @@ def test_episodes_are_the_same_in_any_order_and_worker(root, memory_gib, loaded)
         if loaded:
             assert domain.load(split) is (memory_gib > 0)
         workers = DataLoader(
-            _Episodes(domain, split), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+            _Episodes(domain, split), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=600
         )
         assert all(same(*pair) for pair in zip(workers, expected[split], strict=True))
         for index in (5, 2, 7, 2):
@@ -144,7 +144,7 @@ def test_a_spawned_worker_gets_the_same_episodes_and_no_pixels(root):
     assert len(sent) < 20_000 < domain.describe()["splits"]["train"]["bytes"] * 10
     assert pixels(seed_of("train", 0, 0)).tobytes() not in sent
     loader = DataLoader(
-        _Episodes(domain, "train"), batch_size=None, num_workers=1, multiprocessing_context="spawn", timeout=120
+        _Episodes(domain, "train"), batch_size=None, num_workers=1, multiprocessing_context="spawn", timeout=600
     )
     for index, episode in enumerate(loader):
         assert same(episode, domain.episode("train", index))

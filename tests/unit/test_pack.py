@@ -419,7 +419,7 @@ def kill(done, total, what):
 pack({str(source)!r}, {str(tmp_path / "set")!r}, progress=kill)
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    killed = subprocess.run([sys.executable, "-c", script], env=environment, timeout=120, check=False)
+    killed = subprocess.run([sys.executable, "-c", script], env=environment, timeout=600, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "set").exists()
     pack(source, tmp_path / "set")

@@ -220,7 +220,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    killed = subprocess.run([sys.executable, "-c", script], env=environment, timeout=120, check=False)
+    killed = subprocess.run([sys.executable, "-c", script], env=environment, timeout=600, check=False)
     assert killed.returncode == -signal.SIGKILL
     leftover = list(tmp_path.iterdir())
     assert len(leftover) == 1 and leftover[0].name.startswith(".s.partial-")
