@@ -207,16 +207,25 @@ def choose(
     return found, how
 
 
-def on_all_ranks(world: World, look: Callable[[], tuple[Checkpoint | None, str]]) -> tuple[Checkpoint | None, str]:
+def on_all_ranks(
+    world: World, look: Callable[[Callable[[str], None]], tuple[Checkpoint | None, str]], warn: Callable[[str], None]
+) -> tuple[Checkpoint | None, str]:
     """What ``look`` finds on rank 0, which alone reads the file through, opened by all ranks; and what else it says.
+
+    Args:
+        look: told where to warn.
+        warn: hears those warnings on all ranks, so that each one's log has them.
 
     Raises:
         CheckpointError: ``look`` did. NetworkError: another machine does not see that file.
 
     Collective: all ranks.
     """
-    mine, said = world.run_on_all_ranks(look if world.is_main else lambda: (None, ""))
-    found, said = world.gather((mine and (str(mine.path), mine.sha256), said))[0]
+    faults: list[str] = []
+    mine, said = world.run_on_all_ranks((lambda: look(faults.append)) if world.is_main else lambda: (None, ""))
+    found, said, faults = world.gather((mine and (str(mine.path), mine.sha256), said, faults))[0]
+    for fault in faults:
+        warn(fault)
 
     def open_it() -> Checkpoint | None:
         if world.is_main or found is None:

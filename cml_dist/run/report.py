@@ -63,7 +63,7 @@ def score_run(
     """
     folder = RunFolder(config.run.dir)
     world.heartbeat.beat("looking for a checkpoint")
-    checkpoint, how = on_all_ranks(world, lambda: choose(folder.checkpoints, which, parts.net, console.warn))
+    checkpoint, how = on_all_ranks(world, lambda warn: choose(folder.checkpoints, which, parts.net, warn), console.warn)
     learners = ("meta",) if dagger_refusal(config) else ("meta", "co")
     parts.model.to(world.device)  # not while it trains: it would part gradients from the buckets that DDP reduces
 

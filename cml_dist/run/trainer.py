@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -136,14 +136,14 @@ class Trainer:
         """Load the newest whole checkpoint, if there is one; record and show what this start will do."""
         world, config, session = self.world, self.config, self.session
 
-        def look() -> tuple[checkpoints.Checkpoint | None, str]:
-            folder, warn = session.folder.checkpoints, session.console.warn
+        def look(warn: Callable[[str], None]) -> tuple[checkpoints.Checkpoint | None, str]:
+            folder = session.folder.checkpoints
             if not steps_in(folder):
                 return None, ""
             return checkpoints.choose(folder, "last", self.parts.net, warn, self.state["data"])
 
         world.heartbeat.beat("looking for a checkpoint")
-        found, _ = checkpoints.on_all_ranks(world, look)
+        found, _ = checkpoints.on_all_ranks(world, look, session.console.warn)
         if found is not None:
             world.heartbeat.beat(f"reading step {found.step}")
             self.strategy.load(found.read, found.layout)

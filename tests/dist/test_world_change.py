@@ -111,18 +111,3 @@ def test_zero_2_goes_on_as_ddp(tmp_path):
         assert also[:5] == lines[:5]
         assert_close(also, lines, 1e-6)
         assert largest_difference(elsewhere, there) < 1e-6, world
-
-
-def test_a_trajectory_through_zero_2_and_ddp_is_that_of_one_process(tmp_path):
-    """float32, SGD with momentum, which leaves rounding as small as it is (Adam divides by it)."""
-    moved, undisturbed = tmp_path / "moved", tmp_path / "undisturbed"
-    sgd = ("optim.name=sgd", "optim.momentum=0.9", "eval.every=4")
-    go(undisturbed, 1, 8, *sgd)
-    go(moved, 2, 4, *sgd, "eval.final=false", "parallel.strategy=zero2")
-    go(moved, 2, 8, *sgd, "parallel.strategy=ddp")
-    assert worlds(moved) == [(0, 2, "zero2"), (4, 2, "ddp")]
-    assert_close(curve(moved), curve(undisturbed), 1e-5)
-    assert largest_difference(newest(moved), newest(undisturbed)) < 1e-5
-    tests = [json.loads((folder / "eval.json").read_text()) for folder in (moved, undisturbed)]
-    assert tests[0]["step"] == tests[1]["step"]
-    assert tests[0]["meta"]["mean"] == pytest.approx(tests[1]["meta"]["mean"], rel=1e-5)

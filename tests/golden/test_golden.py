@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare import differences
-from launching import run
+from launching import run_ranks
 from runs import RUNS, SMOOTH, made_with, outcome, prepare, settings
 from runs import run as run_here
 
@@ -54,7 +54,9 @@ def test_a_run_ends_with_the_recorded_numbers(work, name):
     assert_as_recorded(name, "float64", run_here(name, "float64", work), SAME_RUN)
 
 
-@pytest.mark.parametrize("strategy", TWO_PROCESSES)
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(s, marks=[pytest.mark.slow] if s == "zero3" else []) for s in TWO_PROCESSES]
+)
 def test_two_processes_end_with_the_numbers_of_one(work, strategy):
     dtype, tolerance = TWO_PROCESSES[strategy]
     config = settings(SMOOTH, dtype, work, strategy)
@@ -62,6 +64,6 @@ def test_two_processes_end_with_the_numbers_of_one(work, strategy):
     file.write_text(json.dumps(config))
     # The package of this process, also where it is not that of the working folder.
     package = {"PYTHONPATH": str(Path(cml_dist.__file__).parents[1]), "PYTHONSAFEPATH": "1"}
-    code, out = run(2, "-m", "cml_dist", "train", str(file), **package)
+    code, out = run_ranks(2, "-m", "cml_dist", "train", str(file), **package)
     assert code == 0 and f"2 processes ({strategy})" in out, out
     assert_as_recorded(SMOOTH, dtype, outcome(Path(config["run"]["dir"])), tolerance)

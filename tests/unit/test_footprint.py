@@ -195,6 +195,7 @@ def test_autocast_takes_less_than_float32():
     assert predicted("adjoint", autocast=torch.bfloat16).activations < predicted("adjoint").activations
 
 
+@pytest.mark.slow
 def test_a_process_needs_what_was_predicted():
     """Conv-4 at 84 px: resident memory above the built model, in a process that gives freed memory back."""
 

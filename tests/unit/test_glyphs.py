@@ -203,6 +203,7 @@ def test_neither_trivial_nor_impossible(pixels):
 # ---------------------------------------------------------------------- the same each time
 
 
+@pytest.mark.slow
 def test_another_process_renders_the_same_bytes(whole):
     """Classes chosen and every eighth of them rendered anew, with other hash seeds and threads."""
     script = """

@@ -160,8 +160,9 @@ def test_every_command_starts_what_it_says(strategy):
     processes = 1 if strategy.name == "single" else 2
     words = shlex.split(launch_command(strategy, processes, typed))
     recipe, *overrides = words[words.index("train") + 1 :]
-    plan = make_plan(load_config(recipe, overrides), processes, {})
-    assert (plan.strategy, plan.offload, plan.steps) == (strategy.name, strategy.offload, 7)
+    config = load_config(recipe, overrides)
+    plan = make_plan(config, processes, {})
+    assert (plan.strategy, plan.offload, config.train.steps) == (strategy.name, strategy.offload, 7)
     assert processes == 1 or words[:5] == ["torchrun", "--standalone", "--nproc_per_node", "2", "-m"]
 
 

@@ -339,15 +339,17 @@ def test_another_machine_opens_the_checkpoint_that_rank_0_has_chosen_once_it_see
     target, rank_0 = tmp_path / source.path.name, []
     monkeypatch.setattr(World, "run_on_all_ranks", lambda self, work: work())
     monkeypatch.setattr(World, "gather", lambda self, value: rank_0 or [value])
-    rank_0.append(((str(target), source.sha256), "said"))
+    rank_0.append(((str(target), source.sha256), "said", ["step 13 is damaged"]))
+    warned: list[str] = []
     monkeypatch.setattr(folders, "SEEN_WITHIN_S", 60.0 if shared else 0.3)
     if shared:
         threading.Timer(0.3, lambda: shutil.copy(source.path, target)).start()
-        found, said = checkpoints.on_all_ranks(replace(ALONE, rank=1, size=2), failing(AssertionError))
+        found, said = checkpoints.on_all_ranks(replace(ALONE, rank=1, size=2), failing(AssertionError), warned.append)
         assert (found.path, found.step, said) == (target, 12, "said")
     else:
         with pytest.raises(NetworkError, match=rf"does not see {target}, which rank 0 has made; put run.dir on"):
-            checkpoints.on_all_ranks(replace(ALONE, rank=1, size=2), failing(AssertionError))
+            checkpoints.on_all_ranks(replace(ALONE, rank=1, size=2), failing(AssertionError), warned.append)
+    assert warned == ["step 13 is damaged"], "each rank's log has it"
 
 
 def test_a_truncated_checkpoint_is_passed_over_and_said(undisturbed, tmp_path):
