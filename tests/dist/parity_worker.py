@@ -81,7 +81,7 @@ class Case:
         return "/".join((self.strategy, self.dtype, self.net, self.engine, episodes, self.optimizer))
 
 
-COUNTED = Case("", "float32", "vit", "graph", (2,))
+COUNTED = Case("", "float32", "conv4", "graph", (2,))
 RESUMED = Case("", "float32", "conv4", "adjoint", (5,), "adamw")
 ADAMW = Case("", "float32", "conv4", "graph", (5, 5), "adamw")
 
