@@ -6,7 +6,6 @@ The machine is busy while tests run, so times are asserted with a wide margin; b
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import signal
 import socket
@@ -232,19 +231,3 @@ def test_the_first_rank_of_a_machine_verifies_for_all_and_all_fall_back_alike(tm
     assert lines(folder) == before
     # Rank 0: the damaged one, the good one, and what it trains with; rank 1: that alone.
     assert [out.count(f"rank {rank} reads ") for rank in (0, 1)] == [3 * tensors, tensors]
-
-
-def test_a_restart_in_place_leaves_no_trace_in_the_curve(tmp_path):
-    code, out = run_ranks(2, FAULTY, *command(tmp_path / "whole"))
-    assert code == 0, out
-    folder = tmp_path / "run"
-    process = start(2, "--max_restarts=2", FAULTY, *command(folder, "checkpoint.every=3"), FAULT="killed")
-    out = finish(process)
-    assert process.returncode == 0, out
-    assert "the launcher starts all again from the last checkpoint (restart 1 of 2)" in out, out
-    assert "Restart 1 of 2 in place" in out and "Resuming at step 3 of 20" in out, out
-    assert lines(folder) == lines(tmp_path / "whole")
-    reports = [json.loads((path / "eval.json").read_text()) for path in (folder, tmp_path / "whole")]
-    assert reports[0]["meta"] == reports[1]["meta"] and reports[0]["co"] == reports[1]["co"]
-    status = read_status(folder / "status.json")
-    assert (status.state, status.restart, status.starts) == ("finished", 1, 2)

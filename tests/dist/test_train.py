@@ -17,10 +17,11 @@ from cml_dist.telemetry.metrics import read_metrics
 
 FAULTY = str(Path(__file__).with_name("faulty_worker.py"))
 SETTINGS = (
-    "domain.shots=5", "domain.queries=5", "model.hidden=[8, 8]", "method.inner_steps=2", "train.steps=20",
+    "domain.shots=5", "domain.queries=5", "model.hidden=[8, 8]", "method.inner_steps=2", "engine.name=graph", "train.steps=20",
     "train.episodes_per_step=3", "eval.every=10", "eval.val_episodes=5", "eval.episodes=7", "checkpoint.every=10",
     "run.precision=fp64", "optim.name=sgd", "run.log_every=5", "parallel.threads=1",
 )  # fmt: skip
+BARE = ("eval.every=0", "eval.final=false", "checkpoint.every=100000")
 TIMES = ("seconds", "episodes_per_s", "peak_memory_gib")
 
 
@@ -39,6 +40,15 @@ def on_two(tmp_path_factory):
     code, out = run(2, "-m", "cml_dist", *command(folder))
     assert code == 0, out
     return folder, out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The lines of a longer run of two processes: under the constant schedule a run's length changes no step."""
+    folder = tmp_path_factory.mktemp("long") / "run"
+    code, out = run_ranks(2, "-m", "cml_dist", *command(folder, "train.steps=300", *BARE))
+    assert code == 0, out
+    return lines(folder)
 
 
 def test_two_processes_train_as_one(on_two, tmp_path):
@@ -75,9 +85,9 @@ def test_rank_0_alone_speaks(on_two):
     assert "Traceback" not in out and "Warning" not in out
 
 
-def test_interrupt_saves_and_resume_is_exact(on_two, tmp_path):
+def test_interrupt_saves_and_resume_is_exact(undisturbed, tmp_path):
     folder = tmp_path / "run"
-    process = start(2, "-m", "cml_dist", *command(folder, "train.steps=100000", "eval.every=0"))
+    process = start(2, "-m", "cml_dist", *command(folder, "train.steps=100000", *BARE))
     metrics = folder / "metrics.jsonl"
     until(lambda: metrics.is_file() and metrics.read_bytes().count(b"\n") >= 5)
     process.send_signal(signal.SIGINT)
@@ -85,20 +95,16 @@ def test_interrupt_saves_and_resume_is_exact(on_two, tmp_path):
     assert process.returncode != 0
     assert "everything is saved" in out and "Run the same command again" in out, out
     stopped_at = len(lines(folder))
-    code, out = run_ranks(2, "-m", "cml_dist", *command(folder, f"train.steps={stopped_at + 5}", "eval.every=0"))
+    code, out = run_ranks(2, "-m", "cml_dist", *command(folder, f"train.steps={stopped_at + 5}", *BARE))
     assert code == 0, out
     assert f"Resuming at step {stopped_at}" in out
-    whole = tmp_path / "whole"
-    code, out = run_ranks(2, "-m", "cml_dist", *command(whole, f"train.steps={stopped_at + 5}", "eval.every=0"))
-    assert code == 0, out
-    assert lines(folder) == lines(whole)
+    assert stopped_at + 5 <= len(undisturbed) and lines(folder) == undisturbed[: stopped_at + 5]
 
 
-def test_a_schedulers_signal_saves_whatever_else_comes_and_resume_is_exact(on_two, tmp_path):
+def test_a_schedulers_signal_saves_whatever_else_comes_and_resume_is_exact(undisturbed, tmp_path):
     """SIGUSR1 to one rank alone, then a storm on both and their loaders: every signal after the first is one too many."""
     folder = tmp_path / "run"
-    long = ("train.steps=100000", "eval.every=0", "checkpoint.every=100000", "domain.workers=1")
-    process = start(2, "-m", "cml_dist", *command(folder, *long))
+    process = start(2, "-m", "cml_dist", *command(folder, "train.steps=100000", "domain.workers=1", *BARE))
     until(lambda: (folder / "metrics.jsonl").is_file() and len(lines(folder)) >= 5)
     ranks = children(process.pid)
     everyone = [*ranks, *(loader for rank in ranks for loader in children(rank))]
@@ -116,12 +122,9 @@ def test_a_schedulers_signal_saves_whatever_else_comes_and_resume_is_exact(on_tw
     assert f"Stopped by {status.reason} after step {status.step} of 100000" in out, out
     assert "Traceback" not in out.split("ChildFailedError")[0].split("torch/distributed")[0], out
     assert len(lines(folder)) == status.step
-    code, out = run_ranks(2, "-m", "cml_dist", *command(folder, f"train.steps={status.step + 3}", "eval.every=0"))
+    code, out = run_ranks(2, "-m", "cml_dist", *command(folder, f"train.steps={status.step + 3}", *BARE))
     assert code == 0 and f"Resuming at step {status.step}" in out, out
-    whole = tmp_path / "whole"
-    code, out = run_ranks(2, "-m", "cml_dist", *command(whole, f"train.steps={status.step + 3}", "eval.every=0"))
-    assert code == 0, out
-    assert lines(folder) == lines(whole)
+    assert status.step + 3 <= len(undisturbed) and lines(folder) == undisturbed[: status.step + 3]
 
 
 def test_a_stopped_run_is_not_restarted_by_a_launcher_that_may(tmp_path):
@@ -194,3 +197,17 @@ def test_a_launcher_that_starts_one_process_of_two_is_refused(tmp_path):
     assert "error: several processes were asked for, but accelerate launch started one" in out, out
     assert "launch/accelerate/cpu.yaml" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_restart_in_place_leaves_no_trace_in_the_curve(on_two, tmp_path):
+    folder = tmp_path / "run"
+    process = start(2, "--max_restarts=2", FAULTY, *command(folder, "checkpoint.every=3"), FAULT="killed")
+    out = finish(process)
+    assert process.returncode == 0, out
+    assert "the launcher starts all again from the last checkpoint (restart 1 of 2)" in out, out
+    assert "Restart 1 of 2 in place" in out and "Resuming at step 3 of 20" in out, out
+    assert lines(folder) == lines(on_two[0])
+    reports = [json.loads((path / "eval.json").read_text()) for path in (folder, on_two[0])]
+    assert reports[0]["meta"] == reports[1]["meta"] and reports[0]["co"] == reports[1]["co"]
+    status = read_status(folder / "status.json")
+    assert (status.state, status.restart, status.starts) == ("finished", 1, 2)

@@ -19,7 +19,7 @@ from cml_dist.run import checkpoint as checkpoints
 from cml_dist.telemetry.metrics import read_metrics
 
 SETTINGS = (
-    "domain.shots=5", "domain.queries=5", "model.hidden=[8, 8]", "method.inner_steps=2", "eval.val_episodes=5",
+    "domain.shots=5", "domain.queries=5", "model.hidden=[8, 8]", "method.inner_steps=2", "engine.name=graph", "eval.val_episodes=5",
     "eval.episodes=7", "checkpoint.every=1000", "parallel.threads=1", "optim.lr=0.01", "optim.warmup_steps=6",
 )  # fmt: skip
 TIMES = ("seconds", "episodes_per_s", "peak_memory_gib")
@@ -93,13 +93,13 @@ def test_one_two_four_and_one_process_again_are_one_run(tmp_path):
     assert {state[name].item() for name in state if name.startswith("moment/step/")} == {16.0}
 
 
-def test_zero_2_goes_on_as_ddp(tmp_path):
-    """float32: Adam's moments out of DeepSpeed's partitions on 2 ranks, to 4 ranks and to one: the same next step."""
+def test_zero_2_goes_on_as_one_process(tmp_path):
+    """float32: Adam's moments out of DeepSpeed's partitions on 2 ranks, to one process: the same next step."""
     saved = tmp_path / "saved"
     go(saved, 2, 5, "eval.every=0", "eval.final=false", "parallel.strategy=zero2")
     before = newest(saved)
     further = {}
-    for processes, strategy in ((2, "zero2"), (4, "ddp"), (1, "single")):
+    for processes, strategy in ((2, "zero2"), (1, "single")):
         folder = tmp_path / f"{strategy}-{processes}"
         shutil.copytree(saved, folder)
         go(folder, processes, 6, "eval.every=0", "eval.final=false", f"parallel.strategy={strategy}")
