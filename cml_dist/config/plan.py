@@ -139,7 +139,7 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
             model.trained != ("body", "head") and f"trained: {', '.join(model.trained)}",
         ),
         "method": _listed(
-            f"{method_title(config)} of order {method.order}, inner steps: {plan.inner_steps} of {method.inner_lr:g}",
+            f"{method_title(config)}, order {method.order}, {_steps(plan.inner_steps)} of {method.inner_lr:g}",
             method.adapts and f"adapts: {', '.join(method.adapts)}",
             method.colearner and f"gamma {method.gamma:g}",
         ),
@@ -157,13 +157,17 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
         "training": f"{train.steps:,} meta-steps of {config.optim.name} at {config.optim.lr:g}, "
         f"{train.steps * train.episodes_per_step:,} episodes",
         "validation": f"{-(-train.steps // test.every) if test.every else 1} x {test.val_episodes} episodes; "
-        f"meta-steps between checkpoints: {config.checkpoint.every:,}",
+        f"a checkpoint every {config.checkpoint.every:,} meta-steps",
         "test": _listed(
-            f"{test.episodes} episodes of {test.split}, inner steps: {plan.test_inner_steps}",
+            f"{test.episodes} episodes of {test.split}, {_steps(plan.test_inner_steps)}",
             test.norm == "support" and "statistics of the support set",
             test.permutations > 1 and f"{test.permutations} label orders each",
         ),
     }
+
+
+def _steps(number: int) -> str:
+    return f"{number} inner step" + "s" * (number != 1)
 
 
 def _listed(*parts: Any) -> str:
