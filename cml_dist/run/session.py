@@ -205,10 +205,11 @@ class Session:
 
     def _open_log(self) -> None:
         world, start = self.world, self.start
+        job = f", job {start.job}" if start.job else ""
         self._log.open(
             self.folder.logs,
             f"-------- cml-dist {__version__}: rank {world.rank} of {world.size} (here {world.local_rank} of "
-            f"{world.local_size}), pid {start.pid} on {start.host}, job {start.job}, restart {start.restart}",
+            f"{world.local_size}), pid {start.pid} on {start.host}{job}, restart {start.restart}",
         )
         world.heartbeat.log = self._log.file
 
