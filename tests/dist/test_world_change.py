@@ -19,8 +19,8 @@ from cml_dist.run import checkpoint as checkpoints
 from cml_dist.telemetry.metrics import read_metrics
 
 SETTINGS = (
-    "domain.shots=5", "domain.queries=5", "model.hidden=[8, 8]", "method.inner_steps=2", "engine.name=graph", "eval.val_episodes=5",
-    "eval.episodes=7", "checkpoint.every=1000", "parallel.threads=1", "optim.lr=0.01", "optim.warmup_steps=6",
+    "domain.shots=5", "domain.queries=5", "model.hidden=[8, 8]", "method.inner_steps=2", "engine.name=graph",
+    "eval.val_episodes=5", "eval.episodes=7", "checkpoint.every=1000", "parallel.threads=1", "optim.lr=0.01", "optim.warmup_steps=6",
 )  # fmt: skip
 TIMES = ("seconds", "episodes_per_s", "peak_memory_gib")
 EPISODES = 3
@@ -93,13 +93,13 @@ def test_one_two_four_and_one_process_again_are_one_run(tmp_path):
     assert {state[name].item() for name in state if name.startswith("moment/step/")} == {16.0}
 
 
-def test_zero_2_goes_on_as_one_process(tmp_path):
-    """float32: Adam's moments out of DeepSpeed's partitions on 2 ranks, to one process: the same next step."""
+def test_zero_2_goes_on_as_ddp(tmp_path):
+    """float32: Adam's moments out of DeepSpeed's partitions on 2 ranks, to 4 ranks and to one: the same next step."""
     saved = tmp_path / "saved"
     go(saved, 2, 5, "eval.every=0", "eval.final=false", "parallel.strategy=zero2")
     before = newest(saved)
     further = {}
-    for processes, strategy in ((2, "zero2"), (1, "single")):
+    for processes, strategy in ((2, "zero2"), (4, "ddp"), (1, "single")):
         folder = tmp_path / f"{strategy}-{processes}"
         shutil.copytree(saved, folder)
         go(folder, processes, 6, "eval.every=0", "eval.final=false", f"parallel.strategy={strategy}")
@@ -111,3 +111,18 @@ def test_zero_2_goes_on_as_one_process(tmp_path):
         assert also[:5] == lines[:5]
         assert_close(also, lines, 1e-6)
         assert largest_difference(elsewhere, there) < 1e-6, world
+
+
+def test_a_trajectory_through_zero_2_and_ddp_is_that_of_one_process(tmp_path):
+    """float32, SGD with momentum, which leaves rounding as small as it is (Adam divides by it)."""
+    moved, undisturbed = tmp_path / "moved", tmp_path / "undisturbed"
+    sgd = ("optim.name=sgd", "optim.momentum=0.9", "eval.every=4")
+    go(undisturbed, 1, 8, *sgd)
+    go(moved, 2, 4, *sgd, "eval.final=false", "parallel.strategy=zero2")
+    go(moved, 2, 8, *sgd, "parallel.strategy=ddp")
+    assert worlds(moved) == [(0, 2, "zero2"), (4, 2, "ddp")]
+    assert_close(curve(moved), curve(undisturbed), 1e-5)
+    assert largest_difference(newest(moved), newest(undisturbed)) < 1e-5
+    tests = [json.loads((folder / "eval.json").read_text()) for folder in (moved, undisturbed)]
+    assert tests[0]["step"] == tests[1]["step"]
+    assert tests[0]["meta"]["mean"] == pytest.approx(tests[1]["meta"]["mean"], rel=1e-5)

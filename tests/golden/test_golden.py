@@ -54,9 +54,7 @@ def test_a_run_ends_with_the_recorded_numbers(work, name):
     assert_as_recorded(name, "float64", run_here(name, "float64", work), SAME_RUN)
 
 
-@pytest.mark.parametrize(
-    "strategy", [pytest.param(s, marks=[pytest.mark.slow] if s == "zero3" else []) for s in TWO_PROCESSES]
-)
+@pytest.mark.parametrize("strategy", TWO_PROCESSES)
 def test_two_processes_end_with_the_numbers_of_one(work, strategy):
     dtype, tolerance = TWO_PROCESSES[strategy]
     config = settings(SMOOTH, dtype, work, strategy)
