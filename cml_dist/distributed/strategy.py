@@ -74,15 +74,19 @@ class Carrier:
         return layout
 
     def saved_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters, then moments, each whole and on the CPU; made when it is asked for.
+        """Parameters, then moments, each whole and on the CPU at rank 0, which alone looks at them; made when asked for.
 
         Cost: one tensor. Collective: all ranks iterate to the end.
         """
+
+        def on_cpu(tensor: Tensor) -> Tensor:
+            return tensor.cpu() if self.world.is_main else tensor
+
         for name, value in self._named():
-            yield f"param/{name}", self._whole(value, None).cpu()
+            yield f"param/{name}", on_cpu(self._whole(value, None))
         for name, value in self._named():
             for key, moment in self._moments(value).items():
-                yield f"moment/{key}/{name}", (self._whole(value, key) if moment.ndim else moment).cpu()
+                yield f"moment/{key}/{name}", on_cpu(self._whole(value, key) if moment.ndim else moment)
 
     def load(self, read: Callable[[str], Tensor], names: Collection[str]) -> None:
         """Take over parameters and moments, to the bit.
@@ -123,7 +127,7 @@ class Carrier:
         return in_order(self.optimizer.state.get(value, {}))
 
     def _whole(self, value: Tensor, key: str | None) -> Tensor:
-        """A parameter, or its moment ``key``; collective where ranks hold parts of it."""
+        """A parameter, or its moment ``key`` (at rank 0); collective where ranks hold parts of it."""
         return (value if key is None else self.optimizer.state[value][key]).detach()
 
     def _put(self, value: Tensor, key: str | None, whole: Tensor) -> None:

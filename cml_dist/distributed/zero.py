@@ -77,7 +77,7 @@ class Zero(Carrier):
         at, part = self._part(value, key)
         whole[at] = part
         # Summed as whole numbers: each bit pattern meets zeros alone, so that -0.0 survives too.
-        torch.distributed.all_reduce(whole.view(torch.int32))
+        torch.distributed.reduce(whole.view(torch.int32), dst=0)
         return whole.view_as(value)
 
     def _put(self, value: Tensor, key: str | None, whole: Tensor) -> None:

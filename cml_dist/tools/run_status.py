@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cml_dist.run.folder import RunFolder
+from cml_dist.run.folder import RunFolder, path_of, steps_in
 from cml_dist.run.status import read_status
 from cml_dist.telemetry import text
 from cml_dist.telemetry.metrics import read_metrics
@@ -89,9 +89,9 @@ class RunView:
                 done, elapsed_s = data["step"] - sessions[-1]["step"], _mtime(folder.metrics_file) - began_s
                 if done > 0 and elapsed_s > 0:
                     data["left_s"] = (data["steps"] - data["step"]) * elapsed_s / done
-        if kept := sorted(folder.checkpoints.glob("step-????????.safetensors")):
-            data["checkpoint"] = int(kept[-1].name[5:13])
-            data["checkpoint_age_s"] = max(0.0, time.time() - _mtime(kept[-1]))
+        if kept := steps_in(folder.checkpoints):
+            data["checkpoint"] = kept[-1]
+            data["checkpoint_age_s"] = max(0.0, time.time() - _mtime(path_of(folder.checkpoints, kept[-1])))
         with suppress(OSError, ValueError):
             data["test"] = json.loads(folder.own_eval_file.read_text(encoding="utf-8"))
         if folder.logs.is_dir():

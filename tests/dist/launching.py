@@ -88,13 +88,18 @@ def run(
     return process.returncode, out
 
 
+def start_ranks(processes: int, *arguments: str, **environment: str) -> list[subprocess.Popen]:
+    """The ranks of a world on this machine, by plain python."""
+    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
+    return [start(1, *arguments, **world, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
+
+
 def run_ranks(processes: int, *arguments: str, **environment: str) -> tuple[int, str]:
     """As :func:`run` without a launcher, which takes its time too: (exit code, what each rank printed, in order)."""
     if processes == 1:
         return run(1, *arguments, **environment)
-    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [start(1, *arguments, **world, RANK=str(n), LOCAL_RANK=str(n), **environment) for n in range(processes)]
+    ranks = start_ranks(processes, *arguments, **environment)
     said = [finish(rank) for rank in ranks]
     return next((rank.returncode for rank in ranks if rank.returncode), 0), "".join(said)
 

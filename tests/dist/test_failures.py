@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import finish, free_port, run, run_ranks, slow_imports, start, until
+from launching import finish, run, run_ranks, slow_imports, start, start_ranks, until
 from test_train import command, lines
 
 from cml_dist.run import checkpoint as checkpoints
@@ -86,10 +86,9 @@ def test_a_rank_killed_before_there_is_a_process_group_is_named(tmp_path):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_rank_killed_in_its_imports_is_missed_without_any_launcher(tmp_path, killed):
     """Plain python, as on several machines: nobody else could know, and parallel.join_timeout_s ends the wait."""
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    world |= {"MARK": uuid.uuid4().hex, **slow_imports(tmp_path, killed)}
+    mark = uuid.uuid4().hex
     trains = ("-m", "cml_dist", *command(tmp_path / "run", "parallel.join_timeout_s=5"))
-    ranks = [start(1, *trains, **world, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    ranks = start_ranks(2, *trains, MARK=mark, **slow_imports(tmp_path, killed))
     other = ranks[1 - killed]
     assert "imports" in ranks[killed].stdout.readline()
     ranks[killed].kill()
@@ -97,7 +96,7 @@ def test_a_rank_killed_in_its_imports_is_missed_without_any_launcher(tmp_path, k
     said_once(f"error: {missed[killed]}", finish(other))
     assert other.returncode == 1
     finish(ranks[killed])
-    assert not left(world["MARK"])
+    assert not left(mark)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

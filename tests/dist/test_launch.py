@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import FROM_A_LAUNCHER, ROOT, finish, free_port, run, start
+from launching import FROM_A_LAUNCHER, ROOT, finish, free_port, run, start, start_ranks
 
 from cml_dist.telemetry.metrics import read_metrics
 
 pytestmark = pytest.mark.timeout(3600)  # whichever test comes first waits for by_accelerate
 SETTINGS = (
-    "domain.shots=5", "domain.queries=5", "model.hidden=[8, 8]", "method.inner_steps=2", "engine.name=graph", "train.steps=4",
-    "train.episodes_per_step=3", "eval.every=0", "eval.val_episodes=4", "eval.final=false", "optim.name=sgd",
+    "domain.shots=5", "domain.queries=5", "model.hidden=[8, 8]", "method.inner_steps=2", "engine.name=graph",
+    "train.steps=4", "train.episodes_per_step=3", "eval.every=0", "eval.val_episodes=4", "eval.final=false", "optim.name=sgd",
     "parallel.threads=1",
 )  # fmt: skip
 STRATEGIES = {"ddp": ("run.precision=fp64",), "zero2": ("parallel.strategy=zero2",)}
@@ -67,10 +67,7 @@ def test_torchrun_trains_to_the_bit_as_accelerate_launch(by_accelerate, tmp_path
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_processes_started_by_hand_train_to_the_bit_as_accelerate_launch(by_accelerate, tmp_path, strategy):
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        start(1, *command(tmp_path / "run", strategy), **world, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")
-    ]
+    processes = start_ranks(2, *command(tmp_path / "run", strategy))
     said = [finish(process) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert f"2 processes ({strategy})" in said[0] and said[1] == "", said

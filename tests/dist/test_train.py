@@ -17,8 +17,8 @@ from cml_dist.telemetry.metrics import read_metrics
 
 FAULTY = str(Path(__file__).with_name("faulty_worker.py"))
 SETTINGS = (
-    "domain.shots=5", "domain.queries=5", "model.hidden=[8, 8]", "method.inner_steps=2", "engine.name=graph", "train.steps=20",
-    "train.episodes_per_step=3", "eval.every=10", "eval.val_episodes=5", "eval.episodes=7", "checkpoint.every=10",
+    "domain.shots=5", "domain.queries=5", "model.hidden=[8, 8]", "method.inner_steps=2", "engine.name=graph",
+    "train.steps=20", "train.episodes_per_step=3", "eval.every=10", "eval.val_episodes=5", "eval.episodes=7", "checkpoint.every=10",
     "run.precision=fp64", "optim.name=sgd", "run.log_every=5", "parallel.threads=1",
 )  # fmt: skip
 BARE = ("eval.every=0", "eval.final=false", "checkpoint.every=100000")

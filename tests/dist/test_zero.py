@@ -12,8 +12,8 @@ from launching import ROOT, finish, run, start, until
 from cml_dist.telemetry.metrics import read_metrics
 
 SETTINGS = (
-    "domain.shots=5", "domain.queries=5", "model.hidden=[8, 8]", "method.inner_steps=2", "engine.name=graph", "train.episodes_per_step=3",
-    "eval.every=0", "eval.val_episodes=5", "eval.episodes=7", "checkpoint.every=10", "parallel.threads=1",
+    "domain.shots=5", "domain.queries=5", "model.hidden=[8, 8]", "method.inner_steps=2", "engine.name=graph",
+    "train.episodes_per_step=3", "eval.every=0", "eval.val_episodes=5", "eval.episodes=7", "checkpoint.every=10", "parallel.threads=1",
 )  # fmt: skip
 
 
