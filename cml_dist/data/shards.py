@@ -126,8 +126,12 @@ class ShardSet:
         Raises:
             DataError: naming key and shard, if the image is undecodable or of another size or mode.
         """
-        shape = self.channels, *self.image_size
-        pixels = to_array(open_image(self.read(image), self._where(image)))
+        data, shape = self.read(image), (self.channels, *self.image_size)
+        try:
+            pixels = to_array(open_image(data, "it"))
+        except DataError as error:
+            # The name is made here, and not for each image: this is the inner loop of loading.
+            raise DataError(f"{self._where(image)} {error.what.removeprefix('it ')}", error.remedy) from error
         if pixels.shape != shape:
             raise DataError(f"{self._where(image)} has pixels [C, H, W] {pixels.shape}, not {shape}", REPAIR)
         return pixels

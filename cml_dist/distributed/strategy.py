@@ -74,7 +74,7 @@ class Carrier:
         return layout
 
     def saved_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters, then moments, each whole and on the CPU at rank 0, which alone looks at them; made when asked for.
+        """Parameters, then moments, each whole and on the CPU of rank 0, which alone looks; made when asked for.
 
         Cost: one tensor. Collective: all ranks iterate to the end.
         """
