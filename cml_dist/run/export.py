@@ -53,7 +53,7 @@ A learner for {task} tasks: adapt it on a few labelled examples, then predict.
 import cml_dist
 
 learner = cml_dist.load("path/of/this/folder")
-predicted = learner.adapt(support_inputs, support_labels).predict(query_inputs)
+predicted = learner.adapt(support_{inputs}, support_{labels}).predict(query_{inputs})
 ```
 """
 
@@ -168,11 +168,13 @@ def _card(config: RunConfig, description: dict[str, Any], parameters: int) -> st
         meta = tested["meta"]
         figure = text.measured(tested["score"], meta["mean"], meta["ci95"], 2)
         figure += f" ({meta['episodes']:,} episodes of the {tested['split']} split)"
-    rule, shots = description["rule"], domain.shots
+    rule, shots, ways = description["rule"], domain.shots, getattr(domain, "ways", None)
     return CARD_TEXT.format(
         **{key: description[key] for key in ("backbone", "method", "inner_steps", "score", "step")},
         data=description["image_set"] or domain.name,
-        task=f"{domain.ways}-way {shots}-shot" if hasattr(domain, "ways") else f"{shots}-point regression",
+        task=f"{ways}-way {shots}-shot" if ways else f"{shots}-point regression",
+        inputs="images" if ways else "inputs",
+        labels="labels" if ways else "targets",
         parameters=parameters,
         input=" x ".join(map(str, description["input_shape"])),
         rates=f"body {rule['body_lr']:g}, head {rule['head_lr']:g}",

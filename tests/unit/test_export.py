@@ -65,7 +65,7 @@ def test_the_colearner_is_gone_and_the_rest_is_there(run):
     assert {name.partition(".")[0] for name in tensors} == {"body", "head", *learned}
     card = (folder / "export" / "README.md").read_text()
     assert f"{WAYS}-way {SHOTS}-shot" in card and "cml_dist.load" in card
-    assert "on small" in card and "adapt(support_inputs, support_labels)" in card
+    assert "on small" in card and "adapt(support_images, support_labels)" in card
     assert ("BatchNorm uses the statistics" in card) is (config.model.backbone != "test_vit")
     description = json.loads((folder / "export" / "model.json").read_text())
     report = json.loads((folder / "eval.json").read_text())

@@ -150,7 +150,7 @@ def test_a_run_leaves_what_was_promised(undisturbed):
     assert best["step"] in checkpoints.steps_in(undisturbed / "checkpoints")
     assert (undisturbed / "config.yaml").is_file()
     card = (undisturbed / "export" / "README.md").read_text()
-    assert "5-point regression" in card and "adapt(support_inputs, support_labels)" in card
+    assert "5-point regression" in card and "adapt(support_inputs, support_targets)" in card
     assert "image" not in card and "BatchNorm" not in card
     session = json.loads((undisturbed / "sessions.jsonl").read_text().splitlines()[0])
     assert session["versions"]["torch"] == torch.__version__.split("+")[0] or session["versions"]["torch"]
