@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import faulthandler
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_LAUNCH = ROOT / "launch" / "accelerate" / "cpu.yaml"
@@ -30,18 +36,21 @@ def start(
     return spawn([*command, *arguments], **environment)
 
 
+def alone_on_cpus() -> dict[str, str]:
+    """The environment outside of any launcher's world. Two cores carry all ranks: more threads would fight each other."""
+    env = {key: value for key, value in os.environ.items() if key not in FROM_A_LAUNCHER}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    return env | {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # as the command line sets it, for workers that import torch first
+
+
 def spawn(command: Sequence[str], **environment: str) -> subprocess.Popen:
     """Start a command outside of any launcher's world, with standard error in its output.
 
     Its processes form a group of their own, so that :func:`finish` can end all of them.
     """
-    env = {key: value for key, value in os.environ.items() if key not in FROM_A_LAUNCHER}
-    # Two cores carry all ranks: more threads than cores only fight each other.
-    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    env |= {"TORCH_CPP_LOG_LEVEL": "ERROR", **environment}  # as the command line sets it, for workers that import torch first
     return subprocess.Popen(
         command,
-        env=env,
+        env=alone_on_cpus() | environment,
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
@@ -88,20 +97,63 @@ def run(
     return process.returncode, out
 
 
+def world_of(processes: int) -> list[dict[str, str]]:
+    """The variables of each rank of a world on this machine."""
+    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
 def start_ranks(processes: int, *arguments: str, **environment: str) -> list[subprocess.Popen]:
     """The ranks of a world on this machine, by plain python."""
-    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
-    return [start(1, *arguments, **world, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
+    return [start(1, *arguments, **world, **environment) for world in world_of(processes)]
 
 
 def run_ranks(processes: int, *arguments: str, **environment: str) -> tuple[int, str]:
-    """As :func:`run` without a launcher, which takes its time too: (exit code, what each rank printed, in order)."""
-    if processes == 1:
-        return run(1, *arguments, **environment)
-    ranks = start_ranks(processes, *arguments, **environment)
-    said = [finish(rank) for rank in ranks]
-    return next((rank.returncode for rank in ranks if rank.returncode), 0), "".join(said)
+    """As :func:`run` by ranks off :data:`FORKS`, without a launcher: (exit code, what each rank printed, in order)."""
+    worlds: list[dict[str, str]] = [{}] if processes == 1 else world_of(processes)
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder, str(rank)) for rank in range(processes)]
+        ranks: list[BaseProcess] = []
+        for out, world in zip(said, worlds, strict=True):
+            ranks.append(FORKS.Process(target=become, args=(arguments, alone_on_cpus() | world | environment, out)))
+            with mock.patch.dict(os.environ, alone_on_cpus()):  # of the server too, which the first one starts
+                ranks[-1].start()
+        ends_s = time.monotonic() + HANGS_S
+        for rank in ranks:
+            rank.join(max(0.0, ends_s - time.monotonic()))
+        hang = [rank for rank in ranks if rank.is_alive()]
+        for rank in hang:
+            os.kill(rank.pid, signal.SIGABRT)  # faulthandler prints the stacks
+            rank.join(20)
+        out = "".join(path.read_text() for path in said)
+        assert not hang, f"still running after {HANGS_S} s:\n{out}"
+        return next((rank.exitcode for rank in ranks if rank.exitcode), 0), out
+
+
+FORKS = multiprocessing.get_context("forkserver")
+"""A process that has imported what every rank imports first, which takes seconds of CPU time each, and forks."""
+FORKS.set_forkserver_preload(["torch._dynamo", "torch._inductor.config", "accelerate", "deepspeed", "timm"])
+
+
+def become(arguments: Sequence[str], environment: dict[str, str], out: Path) -> None:
+    """What ``python ARGUMENTS`` would be, with its output in a file."""
+    os.setsid()
+    with open(out, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    multiprocessing.set_start_method(None, force=True)  # loaders by the platform's own method, as in any process
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    faulthandler.enable()
+    if arguments[0] == "-m":
+        sys.argv = list(arguments[1:])
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(arguments)
+        sys.path.insert(0, str(Path(arguments[0]).parent))
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def free_port() -> int:

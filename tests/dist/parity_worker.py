@@ -8,6 +8,8 @@ Starting processes costs most, so one launch runs all cases of its world size; b
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import itertools
 import math
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cml_dist.config.load import parse_config
 from cml_dist.config.plan import make_plan
@@ -29,6 +31,7 @@ from cml_dist.data.base import Domain, episode_rng
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.rule import Method
 from cml_dist.nets.build import build_net
+from cml_dist.nets.network import CmlNet
 from cml_dist.distributed.exit import leave
 from cml_dist.distributed.strategy import DataParallel
 from cml_dist.distributed.world import World, join_world, set_arithmetic
@@ -41,8 +44,8 @@ NETS = {
     "resnet": (ModelConfig(backbone="test_resnet", colearner={"depth": 1, "width": 8}), (3, 32, 32)),
     "vit": (ModelConfig(backbone="test_vit", colearner={"depth": 1, "width": 8}), (3, 32, 32)),
 }
-# At 32 px the last batch statistics are of 3 numbers: in float32 rounding alone moves the gradient severalfold.
-FLOAT32_NETS = NETS | {"resnet": (NETS["resnet"][0], (3, 64, 64))}
+# At 32 px the last batch statistics are of 3 numbers (at 40 of 12): in float32 rounding alone moves the gradient severalfold.
+FLOAT32_NETS = NETS | {"resnet": (NETS["resnet"][0], (3, 40, 40))}
 ENGINES = ("graph", "adjoint")
 EPISODES = (1, 4, 5)
 """Of a meta-step over all ranks, in float64: fewer than ranks, as many, and numbers that no world size here divides."""
@@ -150,14 +153,19 @@ def join(config: RunConfig) -> World:
     return join_world(config)
 
 
+@functools.cache
+def _net(name: str, double: bool) -> CmlNet:
+    """With its initial values; timm takes its time to make one."""
+    model_config, shape = (NETS if double else FLOAT32_NETS)[name]
+    return build_net(model_config, input_shape=shape, output_dim=WAYS, seed=0, colearner=True)
+
+
 def prepare(world: World, case: Case) -> tuple[RunConfig, RandomImages, DataParallel | Zero]:
     world.accelerator.free_memory()  # the engine of the case before
     gc.freeze()  # or each further collection, of which DeepSpeed asks for many, goes through all modules again
     config = config_of(case.strategy, case.dtype, case.optimizer)
-    model_config, shape = (NETS if case.dtype == "float64" else FLOAT32_NETS)[case.net]
-    domain = RandomImages(shape)
-    net = build_net(model_config, input_shape=shape, output_dim=WAYS, seed=0, colearner=True)
-    net = net.to(getattr(torch, case.dtype))
+    domain = RandomImages((NETS if case.dtype == "float64" else FLOAT32_NETS)[case.net][1])
+    net = copy.deepcopy(_net(case.net, case.dtype == "float64")).to(getattr(torch, case.dtype))
     # Small inner steps in float32: what rounding does to a meta-gradient grows with them.
     inner_lr = 0.1 if case.dtype == "float64" else 0.01
     model = MetaModel(net, domain.loss, domain.score, Method.sgd(2, inner_lr, 2 * inner_lr, gamma=0.7), case.engine)
@@ -248,25 +256,27 @@ def collectives(world: World, case: Case) -> dict[str, list[int]]:
     """
     _, domain, strategy = prepare(world, case)
     steps(world, case, domain, strategy, 0, 3)
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+    with _Counted() as counted:
         steps(world, case, domain, strategy, 3, 1)
-    found: dict[str, list[int]] = {}
-    for event in recorded.events():
-        kind, at = {
-            "gloo:all_reduce": ("all_reduce", 0),
-            "gloo:reduce": ("reduce", 0),
-            "c10d::_allgather_base_": ("all_gather", 0),
-            "c10d::_reduce_scatter_base_": ("reduce_scatter", 1),
-            "gloo:broadcast": ("broadcast", 0),
-            "gloo:send": ("send", 0),
-        }.get(event.name, ("", 0))
-        if kind:
-            shape = event.input_shapes[at] if event.input_shapes else []
-            found.setdefault(kind, []).append(torch.Size(shape).numel())
-    for numel in found.get("reduce_scatter", ()):
-        found["all_reduce"].remove(numel)  # by which gloo carries it out
+    found = counted.found
     found["elements"] = [sum(torch.Size(shape).numel() for _, shape in strategy.saved_layout().values())]
     return found
+
+
+class _Counted(TorchDispatchMode):
+    """Sees each collective as torch dispatches it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            name = func.name().partition("::")[2].strip("_").removesuffix("_base")
+            whole = args[1] if name == "reduce_scatter" else args[0]
+            tensors = [whole] if isinstance(whole, Tensor) else whole
+            self.found.setdefault(name, []).extend(tensor.numel() for tensor in tensors)
+        return func(*args, **(kwargs or {}))
 
 
 SAVED_BY = "zero3+all"

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 from pathlib import Path
 
-from launching import run
+from launching import run, run_ranks
 
 WORKER = str(Path(__file__).with_name("doctor_worker.py"))
 SETTINGS = ("run.device=cpu", "parallel.threads=1")
@@ -39,7 +39,7 @@ def test_a_rank_that_deviates_is_named(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     arguments = ("doctor", *SETTINGS, "run.dir=relative", "--json")
-    code, out = run(2, WORKER, *arguments, FAULT="deviant", ELSEWHERE=str(elsewhere))
+    code, out = run_ranks(2, WORKER, *arguments, FAULT="deviant", ELSEWHERE=str(elsewhere))
     assert code == 1, out
     found = findings(out)
     same, deviant = found["torch"]
@@ -55,13 +55,13 @@ def test_a_rank_that_deviates_is_named(tmp_path):
 
 def test_a_rank_that_does_not_come_is_named(tmp_path):
     few = "parallel.join_timeout_s=6"
-    code, out = run(2, WORKER, "doctor", *SETTINGS, few, f"run.dir={tmp_path}", FAULT="absent")
+    code, out = run_ranks(2, WORKER, "doctor", *SETTINGS, few, f"run.dir={tmp_path}", FAULT="absent")
     assert code == 1, out
     assert "fault    world: 1 of 2 processes did not come" in out and "  ok       torch: " in out, out
     assert out.count("\nNot ready: 1 fault") == 1, out
 
 
 def test_a_rank_that_is_killed_is_named(tmp_path):
-    code, out = run(2, WORKER, "doctor", *SETTINGS, f"run.dir={tmp_path}", FAULT="killed")
+    code, out = run_ranks(2, WORKER, "doctor", *SETTINGS, f"run.dir={tmp_path}", FAULT="killed")
     assert code == 1, out
     assert "error: rank 1 (host " in out and "ended without a word" in out, out

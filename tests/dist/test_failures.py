@@ -44,14 +44,16 @@ def left(mark: str) -> list[str]:
     return found
 
 
-def ends(processes: int, folder: Path, *overrides: str, fault: str, rank: int) -> tuple[str, float]:
+def ends(
+    processes: int, folder: Path, *overrides: str, fault: str, rank: int, launcher: bool = True
+) -> tuple[str, float]:
     """(what a launch with a fault printed, seconds from the fault to its last process's end)."""
     mark = uuid.uuid4().hex
-    process = start(processes, FAULTY, *command(folder, *overrides), FAULT=fault, FAULTY_RANK=str(rank), MARK=mark)
-    out = finish(process)  # open until the last of its processes has ended
+    how = run if launcher else run_ranks  # both wait for the last of the processes
+    code, out = how(processes, FAULTY, *command(folder, *overrides), FAULT=fault, FAULTY_RANK=str(rank), MARK=mark)
     seconds = time.time() - float(re.search(r"^fault at (\S+)$", out, re.MULTILINE).group(1))
     print(f"{fault} of rank {rank} of {processes}: all ended after {seconds:.1f} s")
-    assert process.returncode != 0, out
+    assert code != 0, out
     assert not left(mark)
     return out, seconds
 
@@ -108,7 +110,7 @@ def test_a_stopped_process_is_missed_and_does_not_stay(tmp_path, rank):
 
 def test_a_rank_that_hangs_is_named_and_every_rank_shows_its_stacks(tmp_path):
     folder = tmp_path / "run"
-    out, seconds = ends(2, folder, "parallel.hang_timeout_s=5", fault="hangs", rank=1)
+    out, seconds = ends(2, folder, "parallel.hang_timeout_s=5", fault="hangs", rank=1, launcher=False)
     said_once(HANGS.format(1), out)
     waiting, hanging = logs(folder, 2)
     assert re.search(f"^{NAME.format(1)}, at work in step 5, episode 1 of 1 for \\d+ s; its threads:$", hanging, re.M)
@@ -124,7 +126,7 @@ def test_a_rank_that_hangs_is_named_and_every_rank_shows_its_stacks(tmp_path):
 )
 def test_a_rank_that_hangs_after_everything_is_done_is_named(tmp_path, fault, rank, where):
     folder, short = tmp_path / "run", ("train.steps=2", "parallel.hang_timeout_s=5", "eval.final=false")
-    out, seconds = ends(2, folder, *short, fault=fault, rank=rank)
+    out, seconds = ends(2, folder, *short, fault=fault, rank=rank, launcher=False)
     said_once(f"error: {NAME.format(rank)} did not move for \\d+ s in {where}, and the others wait", out)
     assert checkpoints.steps_in(folder / "checkpoints")[-1] == 2
     assert seconds < SOON_S
@@ -133,7 +135,8 @@ def test_a_rank_that_hangs_after_everything_is_done_is_named(tmp_path, fault, ra
 def test_a_lone_process_whose_data_hangs_is_ended_with_its_stacks(tmp_path):
     folder = tmp_path / "run"
     # Longer than a busy machine takes for any part of the start.
-    out, seconds = ends(1, folder, "domain.workers=1", "parallel.hang_timeout_s=15", fault="data hangs", rank=0)
+    overrides = ("domain.workers=1", "parallel.hang_timeout_s=15")
+    out, seconds = ends(1, folder, *overrides, fault="data hangs", rank=0, launcher=False)
     here = "in step 5, episode 1 of 3"
     said_once(f"error: {NAME.format(0)} did not move for \\d+ s {here}; the log of each rank shows its threads; mend it, or", out)
     (log,) = logs(folder, 1)

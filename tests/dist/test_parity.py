@@ -126,8 +126,8 @@ def test_each_strategy_communicates_no_more_than_it_needs(results, strategy):
     """Elements per meta-step on 2 ranks: the gradient is reduced once, and parameters are gathered at most once."""
     found = {kind: sorted(numels) for kind, numels in results[2]["collectives"][strategy].items()}
     (elements,) = found.pop("elements")
-    gradient, norms = [n for n in found.pop("all_reduce", []) if n > 1], strategy not in ("ddp", "zero0")
-    reduced, scattered, gathered = (sum(found.pop(kind, [])) for kind in ("reduce", "reduce_scatter", "all_gather"))
+    gradient, norms = [n for n in found.pop("allreduce", []) if n > 1], strategy not in ("ddp", "zero0")
+    reduced, scattered, gathered = (sum(found.pop(kind, [])) for kind in ("reduce", "reduce_scatter", "allgather"))
     assert not found, "some other collective"
     stage = int(strategy[4]) if norms else 0
     padding = 100  # of partitions, up to an alignment each

@@ -35,9 +35,12 @@ def lines(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
-    """A run of two processes that nothing disturbed, and what it printed."""
+    """A run of two processes that nothing disturbed, and what it printed.
+
+    A success, though each interpreter aborts on its way down, as torch's gloo threads make it do now and then.
+    """
     folder = tmp_path_factory.mktemp("two") / "run"
-    code, out = run(2, "-m", "cml_dist", *command(folder))
+    code, out = run(2, FAULTY, *command(folder), FAULT="teardown")
     assert code == 0, out
     return folder, out
 
@@ -52,7 +55,7 @@ def undisturbed(tmp_path_factory):
 
 
 def test_two_processes_train_as_one(on_two, tmp_path):
-    code, out = run(1, "-m", "cml_dist", *command(tmp_path / "one"))
+    code, out = run_ranks(1, "-m", "cml_dist", *command(tmp_path / "one"))
     assert code == 0, out
     for one, two in zip(lines(tmp_path / "one"), lines(on_two[0]), strict=True):
         assert one.keys() == two.keys()
@@ -158,9 +161,9 @@ def test_a_signal_that_reached_one_rank_before_training_began_stops_all_for_good
 )
 def test_a_fault_on_one_rank_ends_all(tmp_path, fault, words):
     folder = tmp_path / "run"
-    process = start(2, FAULTY, *command(folder, "checkpoint.every=2"), FAULT=fault)
-    out = finish(process)  # starting takes most of it; the fault itself ends all within 30 s
-    assert process.returncode != 0, out
+    how = run if fault == "killed" else run_ranks
+    code, out = how(2, FAULTY, *command(folder, "checkpoint.every=2"), FAULT=fault)
+    assert code != 0, out
     assert words in out, out
     if fault in ("data", "setup"):
         assert 'cml_dist/cli.py", line' not in out, "a traceback of ours beside the clear line"
@@ -175,11 +178,6 @@ def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path):
     assert code == 0, out
     assert [line["step"] for line in lines(folder) if line["skipped"]] == [3]
     assert lines(folder)[-1]["loss"] is not None
-
-
-def test_a_finished_run_is_a_success_however_the_interpreter_goes_down(tmp_path):
-    code, out = run(2, FAULTY, *command(tmp_path / "run"), FAULT="teardown")
-    assert code == 0, out
 
 
 def test_another_world_than_asked_for_is_refused(tmp_path):
