@@ -36,12 +36,14 @@ class MethodEntry(Entry):
     Attributes:
         title: what people call it.
         settings: its published defaults (settings of ``method.*``): above the schema's, below a recipe's for it.
+        optim: the same of ``optim.*``.
         family: a recipe's ``method.*`` counts for all of the family that it names.
         adapts_only: the one part that adapts, where the method is defined by it.
     """
 
     title: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    optim: Mapping[str, Any] = field(default_factory=dict)
     family: str = ""
     adapts_only: str | None = None
 
@@ -64,6 +66,12 @@ METHODS: dict[str, MethodEntry] = {
     "meta_sgd": MethodEntry(
         "a learned step size for every element, which starts at inner_lr (Li et al., 1707.09835)",
         "cml_dist.methods.meta_sgd:MetaSgd", title="Meta-SGD", settings={"inner_steps": 1, "inner_lr": 0.1},
+    ),
+    "maml_pp": MethodEntry(
+        "MAML++: learned step sizes and norms a step, losses after all steps (Antoniou et al., 1810.09502)",
+        "cml_dist.methods.maml_pp:MamlPlusPlus", title="MAML++",
+        settings={"inner_steps": 5, "inner_lr": 0.1, "multi_step_loss": 15 * 500},
+        optim={"schedule": "cosine", "final_lr_factor": 0.01},
     ),
 }
 

@@ -20,6 +20,17 @@ def contradictions(config: Any) -> Iterator[str]:
         yield "method.colearner is false, but method.name is cml: set method.name=maml, or method.colearner=true"
     if name == "fomaml" and method.order != 1:
         yield "method.order is 2, but method.name fomaml is first order: set method.name=maml, or method.order=1"
+    if name == "maml_pp" and method.inner_steps == 0:
+        yield "method.inner_steps is 0, but method.name maml_pp learns rates for each step: set it to 1 or more"
+    if name != "maml_pp" and method.multi_step_loss:
+        remedy = "set method.name=maml_pp, or leave method.multi_step_loss out"
+        yield f"method.multi_step_loss is {method.multi_step_loss}, but method.name {name} has none: {remedy}"
+    if annealed := method.first_order_steps:
+        said = f"method.first_order_steps is {annealed}, but"
+        if method.order == 1:
+            yield f"{said} method.order is 1 in all meta-steps: set method.order=2, or method.first_order_steps=0"
+        elif annealed >= config.train.steps:
+            yield f"{said} train.steps is {config.train.steps}: order 2 never begins; set method.order=1, or fewer"
     other = {"head": "body_lr", "body": "head_lr"}.get(info.adapts_only)
     if other and (rate := getattr(method, other)):
         alone = f"but method.name {name} adapts the {info.adapts_only} alone"

@@ -117,7 +117,10 @@ def layered(recipe: Mapping[str, Any], overrides: Sequence[str], warn: Warn = si
     given = _renamed(flatten(recipe), warn)
     settings, chosen = _assigned(given, overrides, warn)
     then, now = (str(layer.get("method.name", "cml")) for layer in (given, settings))
-    defaults = {f"method.{key}": value for key, value in METHODS[now].settings.items()} if now in METHODS else {}
+    defaults: dict[str, Any] = {}
+    if now in METHODS:
+        sections = {"method": METHODS[now].settings, "optim": METHODS[now].optim}
+        defaults = {f"{section}.{key}": value for section, own in sections.items() for key, value in own.items()}
     yields: list[str] = []
     if then != now:
         decided = tuple(f"method.{key}" for key in NAME_DECIDES) if family(then) == family(now) else "method."

@@ -26,6 +26,14 @@ def method_title(config: RunConfig) -> str:
     return title + {True: with_it, "untrained": " + noise", "adapts": " + CL"}.get(method.colearner, "")
 
 
+def last_row_note(config: RunConfig) -> str | None:
+    """What steps use for which nothing was learned, where a test has more steps than training; None: it has not."""
+    trained, tested = config.method.inner_steps, config.eval.inner_steps or 0
+    if config.method.name != "maml_pp" or tested <= trained:
+        return None
+    return f"steps after {trained} go on with the rates and norms of step {trained}"
+
+
 def learner_title(config: RunConfig, learner: str) -> str:
     """The method's title, of the co-learner (eq. 9) with ``-dagger``."""
     return method_title(config) + ("-dagger" if learner == "co" else "")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cml_dist.config.launcher import deepspeed_request
-from cml_dist.config.methods import colearner_kind, method_title
+from cml_dist.config.methods import colearner_kind, last_row_note, method_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
 
@@ -125,6 +125,7 @@ def resolve_strategy(config: RunConfig, processes: int, environment: Mapping[str
 def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
     """The plan in words, for people."""
     model, method, domain, train, test = config.model, config.method, config.domain, config.train, config.eval
+    optim = config.optim
     examples = f"{domain.shots} support and {domain.queries} query points"
     if hasattr(domain, "ways"):
         examples = f"{domain.ways}-way {domain.shots}-shot, {domain.queries} queries a class"
@@ -142,6 +143,8 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
             f"{method_title(config)}, order {method.order}, {_steps(plan.inner_steps)} of {method.inner_lr:g}",
             method.adapts and f"adapts: {', '.join(method.adapts)}",
             method.colearner and f"gamma {method.gamma:g}",
+            method.multi_step_loss and f"multi-step loss for {method.multi_step_loss:,} meta-steps",
+            method.first_order_steps and f"first order for {method.first_order_steps:,} meta-steps",
         ),
         "engine": _listed(
             plan.engine,
@@ -154,12 +157,16 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
         "world": f"{plan.processes} process{'es' * (plan.processes != 1)} "
         f"({_listed(plan.strategy, on_cpu[plan.offload])}), "
         f"{train.episodes_per_step} episodes a meta-step: {each} a process",
-        "training": f"{train.steps:,} meta-steps of {config.optim.name} at {config.optim.lr:g}, "
-        f"{train.steps * train.episodes_per_step:,} episodes",
+        "training": _listed(
+            f"{train.steps:,} meta-steps of {optim.name} at {optim.lr:g}",
+            optim.schedule != "constant" and optim.schedule,
+            f"{train.steps * train.episodes_per_step:,} episodes",
+        ),
         "validation": f"{-(-train.steps // test.every) if test.every else 1} x {test.val_episodes} episodes; "
         f"a checkpoint every {config.checkpoint.every:,} meta-steps",
         "test": _listed(
             f"{test.episodes} episodes of {test.split}, {_steps(plan.test_inner_steps)}",
+            last_row_note(config),
             test.norm == "support" and "statistics of the support set",
             test.permutations > 1 and f"{test.permutations} label orders each",
         ),

@@ -132,6 +132,10 @@ class MethodConfig(Section):
     gamma: float | None = Field(None, ge=0, le=1000, description="weight of the co-learner's loss in the outer loss (eq. 6); null: 1 with a co-learner, else 0")
     order: Literal[1, 2] | None = Field(None, description="2: exact, through the inner loop; 1: first order; null: 1 for fomaml, else 2")
 
+    first_order_steps: int = Field(0, ge=0, description="meta-steps at the beginning that are of first order, before those of order 2 (MAML++'s order annealing; any method)")
+    multi_step_loss: int = Field(0, ge=0, description="maml_pp only: meta-steps in which the query losses after all inner steps count, with weights that move to the last; then, and with 0 from the start, the last alone does")
+    multi_step_every: int = Field(500, ge=1, description="maml_pp only: meta-steps between two changes of those weights (the paper's epoch)")
+
     @model_validator(mode="before")
     @classmethod
     def _published(cls, data: object) -> object:
@@ -271,6 +275,17 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
     run: RunSection = RunSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published(cls, data: object) -> object:
+        """What a method's name sets of the outer optimizer, where nothing else is said."""
+        if isinstance(data, dict) and isinstance(optim := data.get("optim", {}), dict):
+            method = data.get("method", {})
+            name = method.get("name") if isinstance(method, dict) else getattr(method, "name", None)
+            if isinstance(name, str) and name in METHODS:
+                data = {**data, "optim": {**METHODS[name].optim, **optim}}
+        return data
 
     @model_validator(mode="after")
     def _agrees(self) -> RunConfig:

@@ -87,7 +87,7 @@ def meta_step_footprint(
     way = Engine(engine.name, device=ELSEWHERE if away else None)
 
     def peak(steps: int) -> int:
-        method_then = replace(method, inner_steps=steps)
+        method_then = replace(method, inner_steps=steps, first_order_steps=0)  # the meta-steps that need most
         model = MetaModel(bare, loss, score, method_then, way, micro_batch=micro_batch, autocast=autocast)
         return _peak(model, seen, min(episodes, 2), scratch, fake=autocast is not None or away)
 

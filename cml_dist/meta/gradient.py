@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -80,6 +80,8 @@ def meta_gradient(
     Source: CML (UAI 2024), eq. 5-7.
     """
     engine = Engine(engine) if isinstance(engine, str) else engine
+    if meta_step < method.first_order_steps:
+        method = replace(method, order=1)
     loop = InnerLoop(params, episode, problem, method)
     grads, terms = _objective(loop, {"meta": 1.0, "co": method.gamma}, engine, meta_step)
     # A body that is all frozen has no gradient.

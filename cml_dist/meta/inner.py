@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cml_dist.meta.problem import Pass, Problem, class_means, detached
-from cml_dist.meta.rule import GradFn, Method, network_part, part_of
+from cml_dist.meta.rule import GradFn, Method, part_of
 from cml_dist.types import BODY, COLEARNER, HEAD, Batch, Episode, Learner, Params
 
 
@@ -112,7 +112,8 @@ class InnerLoop:
         """What the head is started from: ``[N, D]`` of the support set at the meta-parameters, as values."""
         if not (self.starts_head and self.problem.head_reads_support):
             return None
-        return self.problem.values(network_part(self.meta), self.episode.support, "pooled", self.episode.context)
+        net, episode = self.rule.network(self.meta, 0), self.episode
+        return self.problem.values(net, episode.support, "pooled", episode.context)
 
     def pull_back_start(self, back: Cotangent) -> None:
         """Turn a gradient at the start into one with respect to the meta-parameters alone, in ``back.meta``."""
@@ -133,7 +134,7 @@ class InnerLoop:
         accumulate(back.meta, dict(zip(leaves, grads, strict=False)))
         if made and grads[-1] is not None:
             here = Point(self.meta, {}, {})
-            self._pull_back_pass(here, lambda at: network_part(at.meta), "pooled", grads[-1], back)
+            self._pull_back_pass(here, lambda at: self.rule.network(dict(at.meta), 0), "pooled", grads[-1], back)
 
     # ------------------------------------------------------------------ a step
 

@@ -62,6 +62,11 @@ class InnerRule:
         """Whether a step is SGD's, at constant rates: its transpose is known, and needs no forward value."""
         return type(self).update is InnerRule.update
 
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        """Parameters of the network that become constants: the rule's own stand in their place in :meth:`network`."""
+        return ()
+
     def rates(self, names: Iterable[str]) -> dict[str, float]:
         """Step size by name, of the parameters that adapt."""
         by_part = {BODY: self.body_lr, HEAD: self.head_lr, COLEARNER: self.head_lr}
@@ -84,9 +89,13 @@ class InnerRule:
         """
         return {n: meta[n] for n in self.rates(meta)}, {}
 
+    def network(self, meta: Params, k: int) -> Params:
+        """What the network is in step k before anything adapts, by its own names."""
+        return network_part(meta)
+
     def view(self, meta: Params, fast: Params, const: Params, k: int) -> Params:
         """What the network sees in step k; the query after step k is seen with the same k."""
-        return network_part({**meta, **const, **fast})
+        return network_part({**self.network(meta, k), **const, **fast})
 
     def update(self, meta: Params, fast: Params, const: Params, grad: GradFn, k: int) -> Params:
         """fast_{k+1}, with the names, shapes and types of ``fast``.
@@ -121,6 +130,7 @@ class Method:
         order: 2 differentiates through the inner loop, 1 takes its gradients as constants.
         both_adapt: the inner loop descends the learner's loss and ``gamma`` times the co-learner's, and phi adapts too
             (the paper's control of two heads that both adapt).
+        first_order_steps: meta-steps at the beginning that are of order 1 all the same.
     """
 
     inner_steps: int
@@ -128,6 +138,7 @@ class Method:
     gamma: float = 0.0
     order: int = 2
     both_adapt: bool = False
+    first_order_steps: int = 0
 
     @classmethod
     def sgd(

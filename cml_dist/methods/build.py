@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,15 +11,29 @@ from cml_dist.meta.rule import InnerRule
 from cml_dist.registry import INNER_OPTIMS, METHODS
 
 
-def rule_of(method: MethodConfig, **more: Any) -> InnerRule:
-    """The rule that ``method`` names; ``more`` are members of :class:`InnerRule`."""
+def rule_of(method: MethodConfig, norms: Sequence[str] = (), **more: Any) -> InnerRule:
+    """The rule that ``method`` names.
+
+    Args:
+        norms: of the network, for a rule that learns them.
+        more: members of :class:`InnerRule`.
+    """
     rates = {
         "body_lr": method.inner_lr if method.body_lr is None else method.body_lr,
         "head_lr": method.inner_lr if method.head_lr is None else method.head_lr,
     }
-    own = {"momentum": {"momentum": method.inner_momentum}, "adam": {"betas": method.inner_betas}}
-    entry = METHODS[method.name] if METHODS[method.name].target else INNER_OPTIMS[method.inner_optim]
-    return entry.load()(**rates, **own.get(method.inner_optim, {}), **more)
+    own = {
+        "momentum": {"momentum": method.inner_momentum},
+        "adam": {"betas": method.inner_betas},
+        "maml_pp": {
+            "steps": method.inner_steps,
+            "norms": tuple(norms),
+            "multi_step_loss": method.multi_step_loss,
+            "multi_step_every": method.multi_step_every,
+        },
+    }
+    name, table = (method.name, METHODS) if METHODS[method.name].target else (method.inner_optim, INNER_OPTIMS)
+    return table[name].load()(**rates, **own.get(name, {}), **more)
 
 
 def describe_rule(rule: InnerRule, names: list[str]) -> dict[str, Any]:

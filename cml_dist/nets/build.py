@@ -17,7 +17,7 @@ from cml_dist.nets.colearner import build_colearner
 from cml_dist.nets.guard import has_batch_norm, prepare_for_second_order
 from cml_dist.nets.heads import build_head
 from cml_dist.nets.network import CmlNet
-from cml_dist.nets.partition import freeze, select
+from cml_dist.nets.partition import freeze, norms_a_step, select
 from cml_dist.registry import BACKBONES, METHODS, TIMM
 from cml_dist.types import BODY, COLEARNER, HEAD
 
@@ -111,7 +111,8 @@ def make_network(
         structure_only=structure_only,
     )
     freeze(net, select(net, config.model.trained, "model.trained"), colearner=config.method.colearner == "untrained")
-    net.add_rule(method_of(config, net).rule.init(net.adaptable()))
+    rule = method_of(config, net).rule
+    net.add_rule(rule.init(net.adaptable()), rule.replaces)
     return net
 
 
@@ -134,5 +135,7 @@ def method_of(config: RunConfig, net: CmlNet) -> Method:
                 "leave method.adapts out, or set method.name=maml",
             )
         adapts = frozenset([*adapts, *(n for n in net.adaptable() if part_of(n) == COLEARNER and both_adapt)])
-    rule = rule_of(method, adapts=adapts, parts=PARTS if both_adapt else (BODY, HEAD))
-    return Method(method.inner_steps, rule, method.gamma or 0.0, method.order or 2, both_adapt)
+    rule = rule_of(method, norms_a_step(net), adapts=adapts, parts=PARTS if both_adapt else (BODY, HEAD))
+    return Method(
+        method.inner_steps, rule, method.gamma or 0.0, method.order or 2, both_adapt, method.first_order_steps
+    )

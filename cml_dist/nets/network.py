@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -47,8 +47,23 @@ class CmlNet(nn.Module):
         """Whether each episode starts the head's weight and bias (see ``heads.py``)."""
         return hasattr(self.head, "start")
 
-    def add_rule(self, learned: Params) -> None:
-        """Take over initial values of what a rule learns, under their own names, which begin with ``rule.``."""
+    def make_constant(self, names: Iterable[str]) -> None:
+        """Turn parameters into constants (buffers) of the same values, in place."""
+        for name in names:
+            path, _, own = name.rpartition(".")
+            owner = self.get_submodule(path)
+            value = getattr(owner, own)
+            delattr(owner, own)
+            owner.register_buffer(own, value.detach().clone())
+
+    def add_rule(self, learned: Params, replaces: Sequence[str] = ()) -> None:
+        """Take over initial values of what a rule learns, under their own names, which begin with ``rule.``.
+
+        Args:
+            replaces: own parameters in whose place these stand: they become constants.
+        """
+        named = dict(self.named_parameters())
+        self.make_constant(n for n in replaces if n in named)
         for name, value in learned.items():
             path, _, own = name.rpartition(".")
             owner: nn.Module = self

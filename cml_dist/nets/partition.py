@@ -7,7 +7,10 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from cml_dist.errors import ConfigError
+from cml_dist.methods.maml_pp import ROWS
 from cml_dist.nets.network import CmlNet
 from cml_dist.types import BODY, COLEARNER, HEAD, RULE
 
@@ -64,10 +67,13 @@ def freeze(net: CmlNet, trained: Sequence[str], *, colearner: bool = False) -> N
     A constant has no gradient, no optimizer state and no fast weight; what lies below every parameter that is left
     builds no graph.
     """
-    for name, value in list(net.named_parameters()):
-        if name in trained or (name.startswith(f"{COLEARNER}.") and not colearner):
-            continue
-        path, _, own = name.rpartition(".")
-        owner = net.get_submodule(path)
-        delattr(owner, own)
-        owner.register_buffer(own, value.detach().clone())
+    names = [n for n, _ in net.named_parameters() if n not in trained]
+    net.make_constant(n for n in names if colearner or not n.startswith(f"{COLEARNER}."))
+
+
+def norms_a_step(net: CmlNet) -> tuple[str, ...]:
+    """Gains and biases of the body's BatchNorms that are trained, also where rows a step stand in their place."""
+    named = dict(net.named_parameters())
+    modules = ((n, m) for n, m in net.named_modules() if n.startswith(f"{BODY}.") and isinstance(m, _BatchNorm))
+    names = [f"{module}.{kind}" for module, _ in modules for kind in ("weight", "bias")]
+    return tuple(n for n in names if n in named or f"{ROWS}{n}" in named)

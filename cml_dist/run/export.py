@@ -71,6 +71,10 @@ timm.create_model({name!r}, checkpoint_path={file!r}, **{settings})
 ```
 """
 
+CARD_ROWS = """
+Norms have learned gains and biases for each inner step; under timm's names there are those of the first step alone.
+"""
+
 
 def export_again(config: RunConfig, which: str, to: str | None, console: Console) -> None:
     """Export a run's checkpoint by its configuration. Collective: all ranks (rank 0 writes)."""
@@ -96,18 +100,19 @@ def export_run(
     checkpoint, _ = choose(folder.checkpoints, which, parts.net, console.warn)
     params = checkpoint.params([n for n, _ in parts.net.named_parameters() if part_of(n) != COLEARNER])
     # Constants too: with frozen statistics the network is not whole without them.
-    files = {WEIGHTS: {**params, **{n: b for n, b in parts.net.named_buffers() if part_of(n) != COLEARNER}}}
+    rule = parts.model.method.rule
+    constants = {n: b for n, b in parts.net.named_buffers() if part_of(n) != COLEARNER and n not in rule.replaces}
+    files = {WEIGHTS: {**params, **constants}}
     timm = None
     # A head that each episode starts is no classifier by itself.
     if config.model.backbone not in BACKBONES and config.model.head == "linear":
         from cml_dist.nets.timm_backbone import timm_export
 
         try:
-            files[TIMM_WEIGHTS], settings = timm_export(parts.net, params)
+            files[TIMM_WEIGHTS], settings = timm_export(parts.net, rule.network(params, 0))
             timm = {"num_classes": parts.domain.output_dim, **settings}
         except ModelError:  # a few of timm's models have a classifier that a linear head does not fit
             pass
-    rule = parts.model.method.rule
     # What does not adapt by the method, or is frozen, does not adapt in use either.
     adapts = sorted(n for n in rule.rates(parts.net.adaptable()) if part_of(n) != COLEARNER)
     description = {
@@ -133,6 +138,7 @@ def export_run(
         card += CARD_NORM
     if timm is not None:
         card += CARD_TIMM.format(file=TIMM_WEIGHTS, name=config.model.backbone, settings=timm)
+        card += CARD_ROWS if rule.replaces else ""
     for name, tensors in files.items():
         _save_tensors(target / name, tensors)
     write_text(target / CARD, card)

@@ -59,7 +59,7 @@ class Learner:
             adapts = description.get("adapts", [n for n, _ in net.named_parameters()])
             rule = {"kind": "InnerRule", "adapts": adapts, **{k: description[k] for k in ("body_lr", "head_lr")}}
         self._rule = described_rule(rule)
-        net.add_rule(self._rule.init(net.adaptable()))
+        net.add_rule(self._rule.init(net.adaptable()), self._rule.replaces)
         self._params = {n: tensors[n].to(device) for n, _ in net.named_parameters()}
         buffers = {n: tensors.get(n, b).to(device) for n, b in net.named_buffers()}
         loss = torch.nn.functional.mse_loss if self.regression else torch.nn.functional.cross_entropy
@@ -72,7 +72,8 @@ class Learner:
             images: a sequence of file paths, PIL images or uint8 arrays ([H, W], [H, W, C] or [C, H, W]), which are
                 resized where needed; for regression inputs ``[N, D]``.
             labels: one label each, of any hashable kind; for regression targets ``[N, 1]`` or ``[N]``.
-            inner_steps: gradient steps; None: as it was tested.
+            inner_steps: gradient steps; None: as it was tested. Where steps have learned rates and norms of their own,
+                more steps than there are go on with the last ones.
 
         Raises:
             DataError: no examples, as many labels as images do not exist, or more classes than the head has outputs.

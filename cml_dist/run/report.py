@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 
 from cml_dist.atomic import write_bytes, write_json
-from cml_dist.config.methods import dagger_refusal, has_trained_colearner, learner_title, method_title
+from cml_dist.config.methods import (
+    dagger_refusal,
+    has_trained_colearner,
+    last_row_note,
+    learner_title,
+    method_title,
+)
 from cml_dist.config.schema import RunConfig
 from cml_dist.distributed.allocator import memory_explained
 from cml_dist.distributed.world import World, joined_world
@@ -125,6 +131,8 @@ def _show(config: RunConfig, parts: Parts, reports: Reports, floor: Reports, con
         spread = ", ".join(f"{names[one]} {r.summary()['label_order_sd']:.4f}" for one, r in reports.items())
         orders = config.eval.permutations
         console.note(f"Each episode under {orders} label orders; standard deviation over them: {spread}")
+    if (note := last_row_note(config)) is not None:
+        console.note(f"Inner {note}")
     refused = dagger_refusal(config)
     if config.method.colearner is not False and refused is not None:
         hint = " (eval.co_adapt=released tests the authors' variant)" if has_trained_colearner(config) else ""

@@ -25,6 +25,7 @@ from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.rule import InnerRule, Method, part_of
 from cml_dist.methods.inner_optim import Adam, Momentum
+from cml_dist.methods.maml_pp import MamlPlusPlus
 from cml_dist.methods.meta_sgd import MetaSgd
 from cml_dist.nets.heads import build_head
 from cml_dist.nets.network import CmlNet
@@ -77,12 +78,17 @@ class Case:
 
 RATES, SLOW = (0.4, 0.3), (0.08, 0.06)
 SGD = InnerRule(*RATES)
+PLUS_PLUS = MamlPlusPlus(
+    *RATES, steps=2, norms=("body.norm.weight", "body.norm.bias"), multi_step_loss=2, multi_step_every=1
+)
+"""A multi-step loss in two meta-steps of three, with other weights in each."""
 CASES = {
     "maml": Case("attention", SGD, diagnose=True),
     "fomaml": Case("attention", SGD, order=1),
     "anil": Case("vector", SGD, adapts=HEAD, colearner="prototypes"),
     "boil": Case("vector", SGD, adapts=BODY),
     "meta_sgd": Case("attention", MetaSgd(*RATES), micro_batch=2),
+    "maml_pp": Case("attention", PLUS_PLUS),
     "momentum": Case("vector", Momentum(*SLOW)),
     "adam": Case("attention", Adam(*SLOW)),
     "sqrt": Case("vector", Adam(*SLOW), steps=3, trajectory="sqrt"),
@@ -126,7 +132,7 @@ def make(case: Case) -> tuple[CmlNet, Method, Noise]:
         rule = replace(rule, adapts=frozenset(n for n in net.adaptable() if part_of(n) == case.adapts))
     if both_adapt:
         rule = replace(rule, parts=(BODY, HEAD, COLEARNER))
-    net.add_rule(rule.init(net.adaptable()))
+    net.add_rule(rule.init(net.adaptable()), rule.replaces)
     return net, Method(case.steps, rule, GAMMA, case.order, both_adapt), Noise(case)
 
 

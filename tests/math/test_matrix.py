@@ -17,13 +17,19 @@ from cml_dist.meta.gradient import Engine, MetaGradient, meta_gradient
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import InnerRule, Method
 from cml_dist.methods.inner_optim import Adam
+from cml_dist.methods.maml_pp import MamlPlusPlus
 from cml_dist.methods.meta_sgd import MetaSgd
 from cml_dist.nets.heads import build_head
 from cml_dist.nets.network import CmlNet
 from cml_dist.types import Batch, Episode
 
 STEPS, GAMMA = 4, 0.7
-RULES = {"sgd": InnerRule(0.4, 0.3), "meta_sgd": MetaSgd(0.4, 0.3), "adam": Adam(0.08, 0.06)}
+RULES = {
+    "sgd": InnerRule(0.4, 0.3),
+    "meta_sgd": MetaSgd(0.4, 0.3),
+    "maml_pp": MamlPlusPlus(0.4, 0.3, steps=STEPS, multi_step_loss=1),
+    "adam": Adam(0.08, 0.06),
+}
 COLEARNERS = ("none", "dense", "prototype")
 GRAPH, ALL, SQRT = Engine("graph"), Engine("adjoint"), Engine("adjoint", trajectory="sqrt")
 SIZES = (None, 1, 2, 4)

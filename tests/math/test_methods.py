@@ -34,6 +34,7 @@ from cml_dist.meta.inner import adapt
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import InnerRule, Method
 from cml_dist.methods.inner_optim import Adam, Momentum
+from cml_dist.methods.maml_pp import MamlPlusPlus
 from cml_dist.methods.meta_sgd import MetaSgd
 from cml_dist.nets.heads import build_head
 from cml_dist.nets.network import CmlNet
@@ -41,7 +42,7 @@ from cml_dist.nets.partition import freeze
 from cml_dist.types import BODY, COLEARNER, HEAD, Episode, Params
 
 RATES = {"body": 0.4, "head": 0.3, "colearner": 0.3}
-GAMMA, MOMENTUM, BETAS = 0.7, 0.8, (0.8, 0.95)
+GAMMA, MOMENTUM, BETAS, ROWS = 0.7, 0.8, (0.8, 0.95), 2
 ENGINES = ["graph", "adjoint"]
 LAYERS = [f"{layer}.{kind}" for layer in ("body.layers.0", "body.layers.2", "head") for kind in ("weight", "bias")]
 
@@ -63,6 +64,11 @@ def descend(p: Params, g: Params, state: Params, k: int) -> Params:
 def descend_by_learned_rates(p: Params, g: Params, state: Params, k: int) -> Params:
     """Meta-SGD: p <- p - rate * g, element by element; the classes of a started head share theirs."""
     return {n: p[n] - p[f"rule.lr.{n}"] * g[n] for n in g}
+
+
+def descend_by_rates_a_step(p: Params, g: Params, state: Params, k: int) -> Params:
+    """MAML++: p <- p - rate_k * g, a rate a tensor; steps after the last row go on with it."""
+    return {n: p[n] - p[f"rule.lr.{n}"][min(k, ROWS - 1)] * g[n] for n in g}
 
 
 def descend_with_momentum(p: Params, g: Params, state: Params, k: int) -> Params:
@@ -111,6 +117,7 @@ CASES = {
     "no_head_rate": Case(InnerRule(RATES["body"], 0.0), descend, (BODY,)),
     "meta_sgd": Case(MetaSgd(*LR), descend_by_learned_rates),
     "meta_sgd_on_the_body": Case(MetaSgd(*LR, frozenset(LAYERS[:4])), descend_by_learned_rates, (BODY,)),
+    "maml_pp": Case(MamlPlusPlus(*LR, steps=ROWS), descend_by_rates_a_step),
     "momentum": Case(Momentum(*LR, momentum=MOMENTUM), descend_with_momentum),
     "adam": Case(Adam(*SLOW, betas=BETAS), descend_by_adam(1e-8)),
     "smooth_adam": Case(Adam(*SLOW, betas=BETAS, eps=1e-3), descend_by_adam(1e-3)),
@@ -247,7 +254,7 @@ OF_METHODS = [
 OF_HEADS = [
     Setting(c, k, "dense", head, order=o)
     for head in ("shared", "centroid", "ridge")
-    for c in ("maml", "anil", "boil", "meta_sgd", "smooth_adam")
+    for c in ("maml", "anil", "boil", "meta_sgd", "maml_pp", "smooth_adam")
     for k, o in ((0, 2), (1, 2), (3, 2), (3, 1))
     if k or c in ("maml", "meta_sgd")
 ]
@@ -383,7 +390,7 @@ def test_no_order_of_the_labels_is_preferred(case, head):
 
 
 IN_PIECES = [
-    *(Setting(c, 3, "dense", order=o) for c in ("meta_sgd", "momentum", "smooth_adam") for o in (1, 2)),
+    *(Setting(c, 3, "dense", order=o) for c in ("meta_sgd", "maml_pp", "momentum", "smooth_adam") for o in (1, 2)),
     *(Setting(c, 3, "dense", h, order=o) for h in ("centroid", "ridge") for c in ("maml", "boil") for o in (1, 2)),
     *(Setting(c, 3, "dense", h) for h in ("centroid", "ridge") for c in ("meta_sgd", "smooth_adam")),
     *(Setting(c, 3, "prototypes", h) for c, h in (("maml", "linear"), ("boil", "centroid"), ("smooth_adam", "ridge"))),

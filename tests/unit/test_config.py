@@ -143,6 +143,16 @@ def test_plan_resolves_auto():
         make_plan(parse("parallel.strategy=single"), 2, {})
 
 
+def test_the_plan_says_what_changes_in_the_course_of_a_run_and_what_a_longer_test_uses():
+    config = parse("method.name=maml_pp", "method.first_order_steps=50", "eval.inner_steps=10")
+    rows = plan_rows(config, make_plan(config, 1, {}))
+    assert rows["method"] == (
+        "MAML++, order 2, 5 inner steps of 0.1, multi-step loss for 7,500 meta-steps, first order for 50 meta-steps"
+    )
+    assert "adam at 0.001, cosine, " in rows["training"]
+    assert rows["test"].endswith("10 inner steps, steps after 5 go on with the rates and norms of step 5")
+
+
 def test_settings_by_their_old_names_are_read_with_a_line_that_names_the_new_ones(tmp_path):
     path, told = tmp_path / "old.yaml", []
     path.write_text("domain: {name: sinusoid}\nmodel: {backbone: mlp}\nrun: {dtype: float64, compute: dtype}\n")

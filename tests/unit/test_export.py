@@ -34,7 +34,13 @@ MODELS = {
     "vit": {"backbone": "test_vit", "colearner": {"depth": 1, "width": 8}},
     "resnet": {"backbone": "test_resnet", "colearner": {"depth": 1, "width": 8}},
     "meta_sgd": {"backbone": "conv4", "filters": 8, "head": "ridge"},
+    "maml_pp": {"backbone": "test_resnet", "colearner": {"depth": 1, "width": 8}},
 }
+METHODS = {
+    "meta_sgd": ["method.name=meta_sgd", "method.colearner=true"],
+    "maml_pp": ["method.name=maml_pp", "method.colearner=true", "method.multi_step_loss=9", "eval.inner_steps=3"],
+}
+"""The last is tested with a step more than it has rows for."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,7 @@ def run(request, image_set, tmp_path_factory):
     """A short run of each kind of backbone: its folder and configuration."""
     folder = tmp_path_factory.mktemp("runs") / request.param
     domain = {"name": "images", "root": str(image_set), "ways": WAYS, "shots": SHOTS, "queries": QUERIES}
-    more = ["method.name=meta_sgd", "method.colearner=true"] if request.param == "meta_sgd" else []
+    more = METHODS.get(request.param, [])
     settings = {**SETTINGS, "domain": domain, "model": MODELS[request.param]}
     config = parse_config(merge(settings, [f"run.dir={folder}", *more]))
     threads = torch.get_num_threads()
@@ -61,7 +67,7 @@ def run(request, image_set, tmp_path_factory):
 def test_the_colearner_is_gone_and_the_rest_is_there(run):
     folder, config = run
     tensors = load_file(folder / "export" / "model.safetensors")
-    learned = {"rule"} if config.method.name == "meta_sgd" else set()
+    learned = {"rule"} if config.method.name in METHODS else set()
     assert {name.partition(".")[0] for name in tensors} == {"body", "head", *learned}
     card = (folder / "export" / "README.md").read_text()
     assert f"{WAYS}-way {SHOTS}-shot" in card and "cml_dist.load" in card
@@ -115,6 +121,11 @@ def test_plain_timm_reads_the_export(run):
         if name.startswith("body.model."):
             assert torch.equal(state[name.removeprefix("body.model.")], value), name
     assert torch.equal(model.get_classifier().weight, ours["head.weight"])
+    rows = {n.removeprefix("rule.norm.body.model."): rows for n, rows in ours.items() if n.startswith("rule.norm.")}
+    assert all(len(of) == 2 and torch.equal(state[name], of[0]) for name, of in rows.items())
+    card = (folder / "export" / "README.md").read_text()
+    assert bool(rows) == ("those of the first step alone" in card) == (config.method.name == "maml_pp")
+    assert bool(rows) == any(not torch.equal(of[0], of[1]) for of in rows.values())
 
 
 def test_export_elsewhere_and_of_another_step(run, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.rule import InnerRule, Method
 from cml_dist.methods.inner_optim import Adam
+from cml_dist.methods.maml_pp import MamlPlusPlus
 from cml_dist.methods.meta_sgd import MetaSgd
 from cml_dist.nets.mlp import MLP
 from cml_dist.nets.network import CmlNet
@@ -125,6 +127,8 @@ def test_equals_the_live_bytes_of_a_real_meta_step(engine, order, micro_batch):
         (InnerRule, 1, "adjoint", "all", 2, 13),
         (Adam, 3, "adjoint", "all", 2, 13),
         (MetaSgd, 1, "adjoint", "sqrt", 2, None),
+        (partial(MamlPlusPlus, steps=9, multi_step_loss=1), 1, "graph", "all", 2, None),
+        (partial(MamlPlusPlus, steps=9, multi_step_loss=1), 1, "adjoint", "all", 2, 13),
         (InnerRule, 1, "adjoint", "sqrt", 1, None),
         (Adam, 3, "adjoint", "sqrt", 1, None),
     ],

@@ -226,6 +226,24 @@ CONTRADICTIONS = [
         "method.name=fomaml method.order=2",
         "method.order is 2, but method.name fomaml is first order: set method.name=maml, or method.order=1",
     ),
+    (
+        "method.name=maml_pp method.inner_steps=0",
+        "method.inner_steps is 0, but method.name maml_pp learns rates for each step: set it to 1 or more",
+    ),
+    (
+        "method.multi_step_loss=9",
+        "method.multi_step_loss is 9, but method.name cml has none: set method.name=maml_pp, or leave "
+        "method.multi_step_loss out",
+    ),
+    (
+        "method.name=fomaml method.first_order_steps=9",
+        "method.first_order_steps is 9, but method.order is 1 in all meta-steps: set method.order=2, or "
+        "method.first_order_steps=0",
+    ),
+    (
+        "method.first_order_steps=9 train.steps=9",
+        "method.first_order_steps is 9, but train.steps is 9: order 2 never begins; set method.order=1, or fewer",
+    ),
     ("engine.name=graph engine.micro_batch=2", "engine.micro_batch is set, but engine.name graph keeps the whole loop"),
     (
         "method.name=anil method.colearner=true eval.learner=co",
@@ -353,6 +371,16 @@ def test_a_recipes_method_counts_for_its_family(name, order):
     assert (found.sources["method.name"], found.sources["method.inner_lr"]) == ("command line", "recipe")
     assert found.sources.get("method.order") == {"maml": None, "fomaml": "method fomaml"}[name]
     assert "method.gamma" not in found.sources
+
+
+def test_a_method_may_set_the_outer_optimizer_where_a_recipe_says_nothing():
+    found, config = layers("method.name=maml_pp")
+    assert (config.method.inner_steps, config.method.inner_lr, config.method.multi_step_loss) == (5, 0.1, 7500)
+    assert (config.optim.schedule, config.optim.final_lr_factor, config.optim.lr) == ("cosine", 0.01, 0.01)
+    assert found.sources["optim.schedule"] == "method maml_pp"
+    found, config = layers("method.name=maml_pp", recipe={**RECIPE, "optim": {"schedule": "constant"}})
+    assert (config.optim.schedule, found.sources["optim.schedule"]) == ("constant", "recipe")
+    assert parse_config(config.model_dump(mode="json")) == config
 
 
 def test_within_a_family_the_weight_stays_with_the_co_learner():
