@@ -160,6 +160,7 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
         "training": _listed(
             f"{train.steps:,} meta-steps of {optim.name} at {optim.lr:g}",
             optim.schedule != "constant" and optim.schedule,
+            optim.clip_value and f"elements clamped at {optim.clip_value:g}",
             f"{train.steps * train.episodes_per_step:,} episodes",
         ),
         "validation": f"{-(-train.steps // test.every) if test.every else 1} x {test.val_episodes} episodes; "

@@ -185,6 +185,7 @@ class OptimConfig(Section):
     final_lr_factor: float = Field(0.0, ge=0, le=1, description="cosine and linear: last step size as a fraction of lr")
     step_every: int = Field(10_000, ge=1, description="step: meta-steps between two decays")
     step_factor: float = Field(0.5, gt=0, le=1, description="step: factor of each decay")
+    clip_value: float | None = Field(None, gt=0, description="largest absolute value of an element of the meta-gradient over all processes, before clip_norm and the norm that is reported (MAML++: 10, on miniImageNet); costs a further all-reduce of it; null: no clipping")
     clip_norm: float | None = Field(None, gt=0, description="largest global L2 norm of the meta-gradient; null: no clipping")
 
 

@@ -49,7 +49,8 @@ class Carrier:
         Collective: all ranks.
         """
         self._clear()
-        loss, sums = self._wrapped(episodes, self.world.size / num_global, diagnose, meta_step)
+        weight = self.world.size / num_global
+        loss, sums = self._wrapped(episodes, weight, diagnose, meta_step, self.world.average)
         self._backward(loss)
         return sums
 

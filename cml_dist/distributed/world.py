@@ -68,6 +68,15 @@ class World:
             torch.distributed.all_reduce(values)
             return values.cpu()
 
+    def average(self, values: list[torch.Tensor]) -> None:
+        """Put the mean over all ranks in the place of each tensor. Collective: all ranks."""
+        if self.size > 1:
+            with self.heartbeat.waiting():
+                for sent in [torch.distributed.all_reduce(value, async_op=True) for value in values]:
+                    sent.wait()
+            for value in values:
+                value.div_(self.size)
+
     def max(self, value: float) -> float:
         """Largest value over all ranks. Collective: all ranks."""
         if self.size == 1:

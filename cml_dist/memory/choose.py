@@ -241,4 +241,5 @@ def model_size(config: RunConfig, net: CmlNet) -> ModelSize:
         largest=max(sizes),
         constants=sum(map(bytes_of, net.buffers())),
         moments_per_parameter=(1 if config.optim.momentum else 0) if sgd else 2,
+        reductions=1 + (config.optim.clip_value is not None),
     )

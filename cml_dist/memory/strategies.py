@@ -60,12 +60,14 @@ class ModelSize:
         largest: the largest single one.
         constants: buffers and frozen weights; each rank holds them all.
         moments_per_parameter: copies that the optimizer keeps: 2 for Adam, 1 for SGD with momentum, 0 without.
+        reductions: of the whole meta-gradient in a meta-step: the strategy's own, and those inside it.
     """
 
     parameters: int
     largest: int
     constants: int
     moments_per_parameter: int
+    reductions: int = 1
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def rank_budget(strategy: Strategy, model: ModelSize, step: Footprint, world: in
 def rank_moments(strategy: Strategy, model: ModelSize, step: Footprint, world: int) -> Iterator[RankBudget]:
     """What one of ``world`` ranks needs in the inner loop, in the reduction and in the update.
 
-    Sent are two passes of a ring, (N - 1) / N of the parameters' bytes each, under every strategy. An all-reduce is a
+    Sent are two passes of a ring, (N - 1) / N of the parameters' bytes each, under every strategy, and the same again
+    for each all-reduce inside the meta-step. An all-reduce is a
     reduce-scatter and an all-gather (DDP, ZeRO-0). ZeRO-1 and 2 reduce each part of the gradient to its owner and
     gather the new parameters; ZeRO-3 scatters the gradient and gathers parameters once, before the forward (counted in
     tests/dist/test_parity.py; it rests on ``use_multi_rank_bucket_allreduce`` and ``stage3_max_live_parameters`` of
@@ -136,7 +139,7 @@ def rank_moments(strategy: Strategy, model: ModelSize, step: Footprint, world: i
         host = (model.moments_per_parameter + 3) * part
         host += model.largest if stage == 2 else part if strategy.offload == "all" else 0
         moments = kept_gradients = 0
-    sent = 2 * whole * (world - 1) // world
+    sent = model.reductions * 2 * whole * (world - 1) // world
     at = partial(
         RankBudget, strategy.name, strategy.offload, parameters=parameters, moments=moments, host=host, sent=sent
     )

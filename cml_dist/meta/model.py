@@ -12,6 +12,9 @@ from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
 from cml_dist.types import Episode, Params
 
+Average = Callable[[list[Tensor]], None]
+"""Puts the mean over all ranks in the place of each tensor."""
+
 
 class MetaModel(nn.Module):
     """Owns all meta-parameters (psi, theta, phi, and what a rule learns), and streams a rank's episodes through
@@ -26,6 +29,7 @@ class MetaModel(nn.Module):
         method: what the meta-gradient is.
         engine: how it is computed.
         micro_batch, autocast: see :class:`Problem`.
+        clip_value: the largest element of the meta-gradient over all ranks; None: it is not clamped.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class MetaModel(nn.Module):
         *,
         micro_batch: int | None = None,
         autocast: torch.dtype | None = None,
+        clip_value: float | None = None,
     ) -> None:
         super().__init__()
         named = dict(net.named_parameters())
@@ -48,7 +53,7 @@ class MetaModel(nn.Module):
         for number, (_, buffer) in enumerate(net.named_buffers()):
             self.register_buffer(f"constant_{number}", buffer.detach().clone())
         self._problem = (Problem(net, loss, score, {}, micro_batch, autocast),)
-        self.method = method
+        self.method, self.clip_value = method, clip_value
         self.engine = Engine(engine) if isinstance(engine, str) else engine
 
     @property
@@ -63,7 +68,12 @@ class MetaModel(nn.Module):
         return {n: p.detach() for n, p in zip(self.names, self.values, strict=True)}
 
     def forward(
-        self, episodes: Iterable[Episode], weight: float, diagnose: frozenset[int] = frozenset(), meta_step: int = 0
+        self,
+        episodes: Iterable[Episode],
+        weight: float,
+        diagnose: frozenset[int] = frozenset(),
+        meta_step: int = 0,
+        average: Average = lambda values: None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the episodes' outer losses, whose backward delivers the weighted sum of meta-gradients.
 
@@ -72,16 +82,30 @@ class MetaModel(nn.Module):
             weight: of each episode (for a mean over B episodes reduced by averaging over N ranks: N / B).
             diagnose: indices of the episodes of which the cosine of the learners' meta-gradients is wanted.
             meta_step: the number of the meta-step, for methods with a schedule.
+            average: the mean over the ranks, in place.
 
         Returns:
             (loss, sums): a scalar; and by term the ``[2]`` float64 tensor of its sum over the episodes and its count.
 
-        Cost: memory of one episode, whatever their number. Collective: none (the wrapper's backward reduces).
+        Cost: memory of one episode, whatever their number. Collective: none (the wrapper's backward reduces), save with
+        ``clip_value``: ``average``, once, by which all ranks deliver the same.
         """
-        problem, params = self.problem, self.params()
-        totals = [torch.zeros_like(p) for p in self.values]
+        params = self.params()
+        totals, sums = self._stream(params, episodes, weight, diagnose, meta_step)
+        if self.clip_value is not None:
+            average(totals)
+            _clamp(totals, self.clip_value)
         loss = torch.zeros((), dtype=torch.float64, device=totals[0].device)
-        sums: dict[str, Tensor] = {}
+        if "loss" in sums:
+            loss = loss + weight * sums["loss"][0]
+        return _Deliver.apply(loss.to(totals[0]), totals, *self.values), sums
+
+    def _stream(
+        self, params: Params, episodes: Iterable[Episode], weight: float, diagnose: frozenset[int], meta_step: int
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The weighted sum of the episodes' meta-gradients at ``params``, and the sums of their terms."""
+        problem, sums = self.problem, {}
+        totals = [torch.zeros_like(p) for p in self.values]
         for episode in episodes:
             one = meta_gradient(
                 params,
@@ -98,9 +122,13 @@ class MetaModel(nn.Module):
                 now = torch.stack([value.double(), torch.ones_like(value, dtype=torch.float64)])
                 sums[term] = sums[term] + now if term in sums else now
             del one  # or its gradients would stay while the next episode is at its peak
-        if "loss" in sums:
-            loss = loss + weight * sums["loss"][0]
-        return _Deliver.apply(loss.to(totals[0]), totals, *self.values), sums
+        return totals, sums
+
+
+def _clamp(values: list[Tensor], most: float) -> None:
+    """Each element to -most .. most, in place, but for inf and NaN: they say that the step is to be left out."""
+    for value in values:
+        value.copy_(torch.where(value.isfinite(), value.clamp(-most, most), value))
 
 
 class _Deliver(torch.autograd.Function):

@@ -100,7 +100,7 @@ def assemble(
     world.heartbeat.beat("measuring memory")
     device = world.device
     plan = world.run_on_all_ranks(lambda: fit_memory(config, plan, net, method, domain, device, training=training))
-    means = {"micro_batch": plan.micro_batch, "autocast": autocast_type(config)}
+    means = {"micro_batch": plan.micro_batch, "autocast": autocast_type(config), "clip_value": config.optim.clip_value}
     model = MetaModel(net, domain.loss, domain.score, method, engine_of(plan), **means)
     # An episode of many inner steps and micro-batches may take longer than parallel.hang_timeout_s; a pass hardly can.
     model.problem.on_pass = world.heartbeat.touch

@@ -74,6 +74,7 @@ class Case:
     micro_batch: int | None = None
     diagnose: bool = False
     squares: bool = False
+    clip_value: float | None = None
 
 
 RATES, SLOW = (0.4, 0.3), (0.08, 0.06)
@@ -89,6 +90,7 @@ CASES = {
     "boil": Case("vector", SGD, adapts=BODY),
     "meta_sgd": Case("attention", MetaSgd(*RATES), micro_batch=2),
     "maml_pp": Case("attention", PLUS_PLUS),
+    "clip_value": Case("vector", SGD, clip_value=0.02),
     "momentum": Case("vector", Momentum(*SLOW)),
     "adam": Case("attention", Adam(*SLOW)),
     "sqrt": Case("vector", Adam(*SLOW), steps=3, trajectory="sqrt"),
@@ -148,7 +150,8 @@ def train(world: World, case: Case, strategy_name: str, dtype_name: str) -> dict
     config, dtype = config_of(strategy_name, dtype_name, "sgd", "cpu"), getattr(torch, dtype_name)
     net, method, domain = make(case)
     engine = Engine("adjoint", case.trajectory)
-    model = MetaModel(net.to(dtype), domain.loss, domain.score, method, engine, micro_batch=case.micro_batch)
+    how = {"micro_batch": case.micro_batch, "clip_value": case.clip_value}
+    model = MetaModel(net.to(dtype), domain.loss, domain.score, method, engine, **how)
     strategy = build_strategy(config, make_plan(config, world.size, os.environ), world, model)
     found: dict[str, Any] = {"terms": {}}
     norms = []

@@ -63,6 +63,10 @@ def test_one_process_has_the_mean_of_its_episodes(results, name):
     episodes = [domain.prepare(domain.episode("train", i), torch.device("cpu"), torch.float64) for i in indices]
     all_grads = [meta_gradient(params, episode, problem, method, "graph").grads for episode in episodes]
     mean = {n: sum(grads[n] for grads in all_grads) / len(episodes) for n in params}
+    if (most := CASES[name].clip_value) is not None:
+        each = [{n: g.clamp(-most, most) for n, g in grads.items()} for grads in (mean, *all_grads)]
+        mean, apart = each[0], {n: sum(grads[n] for grads in each[1:]) / len(episodes) for n in params}
+        assert largest_difference(mean, apart) > 1e-3, "a clamp of parts would not be seen"
     found = results["single/float64"][name]
     assert largest_difference(found["grads"], mean) < 1e-12
     norm = torch.cat([g.flatten() for g in mean.values()]).norm()

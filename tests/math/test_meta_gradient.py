@@ -225,6 +225,21 @@ def test_model_delivers_the_mean_over_episodes(engine):
     assert sums["outer_loss"][1] == 3
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_clamp_leaves_what_is_not_finite(bad):
+    """Or a step that is to be skipped would be taken. All else is at most what was asked for."""
+    model = MetaModel(make_net("vector"), cross_entropy, accuracy, METHODS["cml"], "adjoint", clip_value=0.02)
+
+    def average(values):
+        values[0][0] = bad
+
+    loss, _ = model([make_episode("vector")], 1.0, average=average)
+    loss.backward()
+    first, *others = (p.grad for p in model.values)
+    assert not first[0].isfinite().any()
+    assert max(g.abs().max() for g in (first[1:], *others)) == 0.02
+
+
 def test_no_graph_outlives_an_episode():
     net = make_net("map")
     problem, params = make_problem(net)

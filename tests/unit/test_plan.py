@@ -75,6 +75,7 @@ def test_memory_where_the_reduction_is_the_largest_moment():
 def test_bytes_that_a_rank_sends(strategy):
     assert budget(strategy.name, strategy.offload, world=1).sent == 0
     assert budget(strategy.name, strategy.offload).sent == 2 * P * 3 // 4
+    assert budget(strategy.name, strategy.offload, replace(ADAM, reductions=3)).sent == 3 * 2 * P * 3 // 4
 
 
 def test_deepspeed_is_configured_as_the_arithmetic_says():
