@@ -169,6 +169,7 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
             f"{test.episodes} episodes of {test.split}, {_steps(plan.test_inner_steps)}",
             last_row_note(config),
             test.norm == "support" and "statistics of the support set",
+            test.ensemble > 1 and f"an ensemble of the best {test.ensemble} validations besides",
             test.permutations > 1 and f"{test.permutations} label orders each",
         ),
     }

@@ -209,6 +209,7 @@ class EvalConfig(Section):
     inner_steps: int | None = Field(None, ge=0, le=1000, description="inner steps at test; null: method.inner_steps")
     norm: Literal["batch", "support"] = Field("batch", description="norms by batch statistics: those of the query images (batch, as in the paper: an answer depends on its neighbours), or those of the support images")
     permutations: int = Field(1, ge=1, le=1000, description="label orders under which each test episode is tested; above 1 the spread over them is reported")
+    ensemble: int = Field(1, ge=1, le=100, description="test besides the mean of the outputs of the best N validations' checkpoints, each adapted by itself, as a row of its own; all N are kept while the run trains; 1: no ensemble")
     seed: int = Field(0, ge=0, lt=2**32, description="chooses the val and test episodes, whatever run.seed is")
     untrained: bool = Field(True, description="also test the untrained network, as a floor to compare with")
     final: bool = Field(True, description="test the best step and export it when training ends")

@@ -245,15 +245,15 @@ def set_aside(folder: Path, after: int) -> None:
             os.replace(path, path.with_name(f"{path.name}.damaged"))
 
 
-def prune(folder: Path, keep_last: int, keep: int | None) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints and that of step ``keep``.
+def prune(folder: Path, keep_last: int, keep: Collection[int]) -> None:
+    """Delete all but the newest ``keep_last`` checkpoints and those of the steps ``keep``.
 
     Also what killed writers left half-written: only the one trainer of a run folder writes there, and it is here now.
     """
     for leftover in folder.glob(LEFTOVERS):
         leftover.unlink(missing_ok=True)
     for step in steps_in(folder)[:-keep_last]:
-        if step != keep:
+        if step not in keep:
             path_of(folder, step).unlink(missing_ok=True)
 
 

@@ -68,17 +68,21 @@ def score_episode(
     learner: Learner,
     co_adapt: str = "eq9",
     norm: str = "batch",
+    others: Sequence[Params] = (),
 ) -> Tensor:
     """Adapt on the support set, score on the query set; no second-order graph is built.
 
     Args:
+        others: of an ensemble: each adapts by itself, and the mean of the outputs is scored.
         norm: see :meth:`Problem.answers`.
         learner: ``meta`` adapts psi and theta and scores f_m (eq. 8); ``co`` scores f_c = (psi', phi).
         co_adapt: for ``co``: ``eq9`` adapts psi by the co-learner's own support loss with phi frozen; ``released``
             adapts psi and theta by the meta-learner's loss, as the authors' test script does.
     """
-    adapted = adapt(params, episode, problem, method, "co" if learner == "co" and co_adapt == "eq9" else "meta")
-    return problem.score(problem.answers(adapted, episode, learner, norm), episode.query.targets)
+    by: Learner = "co" if learner == "co" and co_adapt == "eq9" else "meta"
+    adapted = (adapt(one, episode, problem, method, by) for one in (params, *others))
+    outputs = torch.stack([problem.answers(one, episode, learner, norm) for one in adapted])
+    return problem.score(outputs.mean(0), episode.query.targets)
 
 
 def evaluate(
@@ -91,6 +95,7 @@ def evaluate(
     split: str,
     num_episodes: int,
     permutations: int = 1,
+    others: Sequence[Params] = (),
     progress: Callable[[int], None] = lambda done: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, EvalReport]:
@@ -102,11 +107,11 @@ def evaluate(
     Args:
         params: on the device where ``parts.model`` is.
         permutations: label orders (:func:`label_orders`) under which each episode is tested.
+        others: of an ensemble, see :func:`score_episode`.
         stop: asked before each episode: whether to break off, and raise Stopped on all ranks.
     """
-    problem = parts.model.problem
+    problem, how = parts.model.problem, (config.eval.co_adapt, config.eval.norm, others)
     method = replace(parts.model.method, inner_steps=parts.plan.test_inner_steps)
-    co_adapt, norm = config.eval.co_adapt, config.eval.norm
     # Mean and spread over label orders of each learner, and a row that is not 0 where a rank broke off.
     table = torch.zeros(2 * len(learners) + 1, num_episodes, dtype=torch.float64)
     mine, workers = range(world.rank, num_episodes, world.size), config.domain.workers
@@ -118,7 +123,7 @@ def evaluate(
             break
         orders = label_orders(episode, permutations)
         for number, learner in enumerate(learners):
-            scores = [score_episode(params, one, problem, method, learner, co_adapt, norm).double() for one in orders]
+            scores = [score_episode(params, one, problem, method, learner, *how).double() for one in orders]
             table[2 * number, episode.index] = sum(scores) / len(scores)
             if permutations > 1:
                 table[2 * number + 1, episode.index] = torch.stack(scores).std(correction=1)

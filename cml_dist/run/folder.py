@@ -22,7 +22,7 @@ NEUTRAL_KEYS = (
 )
 """Settings that change no value that is computed, but for rounding."""
 
-FREE_KEYS = (*NEUTRAL_KEYS, "eval.episodes", "eval.split", "eval.untrained")
+FREE_KEYS = (*NEUTRAL_KEYS, "eval.episodes", "eval.split", "eval.untrained", "eval.ensemble")
 """Settings that a resumed run may change: no step of its training depends on them."""
 
 PER_MACHINE_KEYS = ("domain.root", "domain.cache")

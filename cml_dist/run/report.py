@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from cml_dist.config.methods import (
 from cml_dist.config.schema import RunConfig
 from cml_dist.distributed.allocator import memory_explained
 from cml_dist.distributed.world import World, joined_world
+from cml_dist.errors import CheckpointError
 from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.checkpoint import Checkpoint, choose, on_all_ranks
 from cml_dist.run.evaluator import EvalReport, evaluate
@@ -73,20 +74,27 @@ def score_run(
     learners = ("meta",) if dagger_refusal(config) else ("meta", "co")
     parts.model.to(world.device)  # not while it trains: it would part gradients from the buckets that DDP reduces
 
-    def test(params: Params, what: str) -> Reports:
-        params = {n: p.to(world.device, parts.dtype) for n, p in params.items()}
+    def test(members: Sequence[Params], what: str) -> Reports:
+        params, *others = ({n: p.to(world.device, parts.dtype) for n, p in one.items()} for one in members)
         with console.progress(what, config.eval.episodes) as view:
             return evaluate(
                 config, parts, world, params, learners, split=config.eval.split, num_episodes=config.eval.episodes,
-                permutations=config.eval.permutations, progress=view.update, stop=stop,
+                permutations=config.eval.permutations, others=others, progress=view.update, stop=stop,
             )  # fmt: skip
 
-    reports, floor = test(world.run_on_all_ranks(checkpoint.params), "Testing"), {}
+    reports, together, floor = test([world.run_on_all_ranks(checkpoint.params)], "Testing"), {}, {}
+    members = best_validations(config, parts, world, console) if how == "best" and config.eval.ensemble > 1 else []
+    if members:
+        params = [world.run_on_all_ranks(member.params) for member in members]
+        together = test(params, f"Testing an ensemble of {len(members)}")
+        del params
     if config.eval.untrained:
-        floor = test({n: p.detach() for n, p in parts.net.named_parameters()}, "Testing untrained")
+        floor = test([{n: p.detach() for n, p in parts.net.named_parameters()}], "Testing untrained")
     summary: dict[str, Any] = {learner: report.summary() for learner, report in reports.items()}
     summary |= {
         "untrained": {learner: report.summary() for learner, report in floor.items()},
+        **({"ensemble": {one: report.summary() for one, report in together.items()}} if together else {}),
+        **({"ensemble_steps": [member.step for member in members]} if together else {}),
         "chance": parts.domain.chance,
         "score": parts.domain.score_name,
         "split": config.eval.split,
@@ -104,14 +112,16 @@ def score_run(
     def write() -> None:
         summary_file, scores_file = folder.eval_files(summary["overrides"], which)
         scores = io.BytesIO()
-        named = reports | {f"untrained_{learner}": report for learner, report in floor.items()}
+        further = {"ensemble": together, "untrained": floor}
+        named = reports | {f"{kind}_{one}": report for kind, own in further.items() for one, report in own.items()}
         np.savez(scores, **{name: report.scores.numpy() for name, report in named.items()})
         fence()
         for path in (scores_file, folder.scores_file):
             write_bytes(path, scores.getvalue())
         for path in (summary_file, folder.eval_file):
             write_json(path, summary)
-        _show(config, parts, reports, floor, console, f"{config.eval.split} split, step {checkpoint.step} ({how})")
+        rows = {"{}": reports, f"{{}} (ensemble of {len(members)})": together, "untrained {}": floor}
+        _show(config, parts, rows, console, f"{config.eval.split} split, step {checkpoint.step} ({how})")
         if summary_file != folder.own_eval_file:
             console.note(f"Scores: {folder.eval_file}, kept as {summary_file}")
 
@@ -119,11 +129,35 @@ def score_run(
     return summary
 
 
-def _show(config: RunConfig, parts: Parts, reports: Reports, floor: Reports, console: Console, title: str) -> None:
-    """The table of results, and what explains it."""
+def best_validations(config: RunConfig, parts: Parts, world: World, console: Console) -> list[Checkpoint]:
+    """Checkpoints of the best ``eval.ensemble`` validations, the best first; a warning where fewer are there and whole.
+
+    Collective: all ranks.
+    """
+    folder, found = RunFolder(config.run.dir).checkpoints, []
+    newest, _ = on_all_ranks(world, lambda warn: choose(folder, "last", parts.net, warn), console.warn)
+    for line in newest.state.get("top", [])[: config.eval.ensemble]:
+
+        def look(warn: Callable[[str], None], step: int = line["step"]) -> tuple[Checkpoint | None, str]:
+            try:
+                return choose(folder, str(step), parts.net, warn)
+            except CheckpointError as error:
+                warn(f"{error.what}: the ensemble goes without it")
+                return None, ""
+
+        member, _ = on_all_ranks(world, look, console.warn)
+        found += [member] if member is not None else []
+    if len(found) < config.eval.ensemble:
+        kept = f"{len(found)} of these checkpoints were kept"
+        console.warn(f"eval.ensemble is {config.eval.ensemble}, but {kept}; train with it set to keep as many")
+    return found
+
+
+def _show(config: RunConfig, parts: Parts, kinds: dict[str, Reports], console: Console, title: str) -> None:
+    """The table of results, and what explains it; ``kinds`` of reports by what their rows are called."""
+    reports = kinds["{}"]
     names = {learner: learner_title(config, learner) for learner in reports}
-    rows = [report.row(names[learner]) for learner, report in reports.items()]
-    rows += [report.row(f"untrained {names[learner]}") for learner, report in floor.items()]
+    rows = [report.row(kind.format(names[one])) for kind, own in kinds.items() for one, report in own.items()]
     if parts.domain.chance is not None:
         rows.append(ResultRow("chance", parts.domain.chance))
     console.results(rows, title=title, score_name=parts.domain.score_name)

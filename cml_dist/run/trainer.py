@@ -284,6 +284,12 @@ class Trainer:
         return None if best is None else (best["step"], best["mean"])
 
     @property
+    def kept(self) -> set[int]:
+        """Steps whose checkpoints the test will use."""
+        lines = [line for line in (self.state["best"], *self.state.get("top", ())) if line is not None]
+        return {line["step"] for line in lines}
+
+    @property
     def validation_due(self) -> bool:
         every, is_last = self.config.eval.every, self.step == self.config.train.steps
         return self.state["validated"] != self.step and (is_last or (every > 0 and self.step % every == 0))
@@ -306,6 +312,10 @@ class Trainer:
         self.state["validated"] = self.step
         if math.isfinite(report.mean) and (best is None or sign * report.mean > sign * best["mean"]):
             self.state["best"] = line
+        if (most := config.eval.ensemble) > 1:
+            lines = [*self.state.get("top", [best] if best else []), line]
+            lines = [one for one in lines if one["mean"] is not None]  # a diverged learner's
+            self.state["top"] = sorted(lines, key=lambda one: -sign * one["mean"])[:most]
         self.session.record_validation(line, domain.score_name)
         row = report.row(learner_title(config, learner))
         console.validation(self.step, [row], score_name=domain.score_name, best=self.best)
@@ -323,7 +333,7 @@ class Trainer:
 
         def prune() -> None:
             session.fence()  # again: the write may have hung for as long as a requeue takes
-            checkpoints.prune(folder, self.config.checkpoint.keep_last, keep=self.best[0] if self.best else None)
+            checkpoints.prune(folder, self.config.checkpoint.keep_last, self.kept)
 
         self.world.run_on_main(prune)
         self.saved_s = time.monotonic()

@@ -80,7 +80,8 @@ class Trackers:
     def test(self, summary: Mapping[str, Any], step: int) -> None:
         """Show the final test: what ``eval.json`` holds."""
         values: dict[str, float] = {}
-        for origin, learners in (("", summary), ("untrained_", summary["untrained"])):
+        further = (("ensemble_", summary.get("ensemble", {})), ("untrained_", summary["untrained"]))
+        for origin, learners in (("", summary), *further):
             for learner, who in (("meta", ""), ("co", "colearner_")):
                 if learner in learners:
                     values |= _scored("test", f"{origin}{who}{summary['score']}", learners[learner])

@@ -363,7 +363,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step in range(1, 7):
         save(tmp_path, step)
     (tmp_path / ".step-00000007.safetensors.writing-n01-7-7").write_bytes(b"killed")
-    checkpoints.prune(tmp_path, 2, 3)
+    checkpoints.prune(tmp_path, 2, [3])
     assert checkpoints.steps_in(tmp_path) == [3, 5, 6]
     assert len(os.listdir(tmp_path)) == 3
 

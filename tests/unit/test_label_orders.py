@@ -70,6 +70,16 @@ def test_scores_are_means_over_label_orders_and_the_spread_is_told():
     assert "label_order_sd" not in report(net, 1).summary()
 
 
+def test_an_ensemble_is_scored_by_the_mean_of_its_outputs():
+    nets = [make_net("vector", colearner=False, seed=seed) for seed in range(3)]
+    (first, problem), *rest = [parts(net) for net in nets]
+    others, episode = [params for params, _ in rest], Noise().episode("test", 0)
+    outputs = [problem.answers(adapt(p, episode, problem, METHOD), episode, "meta") for p in (first, *others)]
+    problem.score = cross_entropy  # which no rounding hides
+    found = score_episode(first, episode, problem, METHOD, "meta", others=others)
+    assert found.item() == pytest.approx(cross_entropy(sum(outputs) / 3, episode.query.targets).item(), rel=1e-12)
+
+
 def test_orders_are_the_episodes_own():
     """The first is that of the episode; the others are a pure function of split and index, the same for both sets."""
     episode = Noise().episode("test", 3)

@@ -244,6 +244,10 @@ CONTRADICTIONS = [
         "method.first_order_steps=9 train.steps=9",
         "method.first_order_steps is 9, but train.steps is 9: order 2 never begins; set method.order=1, or fewer",
     ),
+    (
+        "eval.ensemble=5 train.steps=2000",
+        "eval.ensemble is 5, but the run has 4 validations: lower it, or eval.every",
+    ),
     ("engine.name=graph engine.micro_batch=2", "engine.micro_batch is set, but engine.name graph keeps the whole loop"),
     (
         "method.name=anil method.colearner=true eval.learner=co",

@@ -581,6 +581,32 @@ def test_testing_again_gives_the_same_figures(undisturbed, tmp_path):
     assert json.loads((folder / "evals" / "own.json").read_text()) == before
 
 
+def test_an_ensemble_is_of_the_best_validations_and_a_row_of_its_own(tmp_path):
+    """Their checkpoints are kept; one that is lost is said, and the others are averaged."""
+    folder = tmp_path / "run"
+    few = ("eval.every=2", "eval.ensemble=3", "checkpoint.keep_last=1")
+    go(folder, *few)
+    report, scores = json.loads((folder / "eval.json").read_text()), np.load(folder / "eval_scores.npz")
+    validated = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    best = [line["step"] for line in sorted(validated, key=lambda line: line["mean"])[:3]]
+    assert report["ensemble_steps"] == best and report["step"] == best[0]
+    assert set(checkpoints.steps_in(folder / "checkpoints")) == {*best, 12}
+    for learner in ("meta", "co"):
+        assert report["ensemble"][learner]["mean"] == pytest.approx(scores[f"ensemble_{learner}"].mean())
+    # A mean of outputs has no larger squared error than its members have in the mean; ours differ.
+    members = []
+    for step in best:
+        evaluate_run(run_config(str(folder), []), str(step), Console(quiet=True))
+        members.append(json.loads((folder / "eval.json").read_text()))
+        assert "ensemble" not in members[-1]
+    assert 0 < report["ensemble"]["meta"]["mean"] < sum(one["meta"]["mean"] for one in members) / 3
+    checkpoints.path_of(folder / "checkpoints", best[1]).unlink()
+    console = Listening()
+    evaluate_run(run_config(str(folder), []), "best", console)
+    assert json.loads((folder / "eval.json").read_text())["ensemble_steps"] == [best[0], best[2]]
+    assert any("eval.ensemble is 3, but 2 of these checkpoints were kept" in line for line in console.warnings)
+
+
 def test_a_test_with_other_settings_leaves_the_runs_own_figures(undisturbed, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
