@@ -73,6 +73,11 @@ METHODS: dict[str, MethodEntry] = {
         settings={"inner_steps": 5, "inner_lr": 0.1, "multi_step_loss": 15 * 500},
         optim={"schedule": "cosine", "final_lr_factor": 0.01},
     ),
+    "sharp_maml": MethodEntry(
+        "gradients are taken where the loss has risen, inside, outside or both (Abbas et al., 2206.03996)",
+        "cml_dist.methods.sharp:SharpSgd", title="Sharp-MAML",
+        settings={"inner_steps": 5, "inner_lr": 0.1, "sharp": "both"},
+    ),
 }
 
 NAME_DECIDES = ("colearner", "order")

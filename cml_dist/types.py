@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -66,6 +66,16 @@ class Episode:
 
     def to(self, device: torch.device) -> Episode:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class EachTime:
+    """Episodes that are made anew each time one goes through them, so that no pass has to keep them for the next."""
+
+    make: Callable[[], Iterator[Episode]]
+
+    def __iter__(self) -> Iterator[Episode]:
+        return self.make()
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ COLUMNS = {
 
 def plan(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.config.load import load_config
+    from cml_dist.config.methods import has_upper_ascent
 
     config = load_config(args.config, args.overrides, console.warn)
     from cml_dist.memory.forecast import forecast
@@ -42,6 +43,7 @@ def plan(args: argparse.Namespace, console: Console) -> None:
         f"{found['num_constants']:,} constants",
         "inputs": f"{'x'.join(map(str, found['inputs']))} ({found['input_source']})",
         "meta-step": f"inner steps: {config.method.inner_steps}; episodes a rank: {found['episodes_per_rank']}"
+        + (", each twice" if has_upper_ascent(config) else "")
         + (f"; {min(ways)}" if len(ways) == 1 else ""),
         "GPUs": f"{args.gpus} of {args.gpu_memory_gib:g} GiB, of which {found['usable_gib']:.4g} GiB may be used",
     }

@@ -25,6 +25,12 @@ def contradictions(config: Any) -> Iterator[str]:
     if name != "maml_pp" and method.multi_step_loss:
         remedy = "set method.name=maml_pp, or leave method.multi_step_loss out"
         yield f"method.multi_step_loss is {method.multi_step_loss}, but method.name {name} has none: {remedy}"
+    if name != "sharp_maml" and method.sharp:
+        remedy = "set method.name=sharp_maml, or leave method.sharp out"
+        yield f"method.sharp is {method.sharp}, but method.name {name} has no ascent: {remedy}"
+    if method.sharp in ("lower", "both") and method.inner_steps == 0:
+        remedy = "set method.sharp=upper, or method.inner_steps to 1 or more"
+        yield f"method.sharp is {method.sharp}, but method.inner_steps is 0: no step can ascend; {remedy}"
     if annealed := method.first_order_steps:
         said = f"method.first_order_steps is {annealed}, but"
         if method.order == 1:

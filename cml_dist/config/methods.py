@@ -19,11 +19,18 @@ def method_title(config: RunConfig) -> str:
         notes.append(f"{head} head")
     if method.inner_optim != "sgd":
         notes.append(f"inner {method.inner_optim.capitalize()}")
+    if method.sharp in ("lower", "upper"):
+        notes.append(f"{method.sharp} level")
     if not notes and title == "MAML" and method.colearner is True:
         return "CML"
     title += f" ({', '.join(notes)})" if notes else ""
     with_it = " + CML" if noise_warning(config) is None else " + CML (guessing)"
     return title + {True: with_it, "untrained": " + noise", "adapts": " + CL"}.get(method.colearner, "")
+
+
+def has_upper_ascent(config: RunConfig) -> bool:
+    """Whether a meta-step goes through its episodes twice (Sharp-MAML's upper level)."""
+    return config.method.sharp in ("upper", "both")
 
 
 def last_row_note(config: RunConfig) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cml_dist.config.launcher import deepspeed_request
-from cml_dist.config.methods import colearner_kind, last_row_note, method_title
+from cml_dist.config.methods import colearner_kind, has_upper_ascent, last_row_note, method_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
 
@@ -143,6 +143,8 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
             f"{method_title(config)}, order {method.order}, {_steps(plan.inner_steps)} of {method.inner_lr:g}",
             method.adapts and f"adapts: {', '.join(method.adapts)}",
             method.colearner and f"gamma {method.gamma:g}",
+            method.sharp and f"ascents of {method.radius:g} ({method.sharp})",
+            has_upper_ascent(config) and "each episode twice",
             method.multi_step_loss and f"multi-step loss for {method.multi_step_loss:,} meta-steps",
             method.first_order_steps and f"first order for {method.first_order_steps:,} meta-steps",
         ),

@@ -136,6 +136,10 @@ class MethodConfig(Section):
     multi_step_loss: int = Field(0, ge=0, description="maml_pp only: meta-steps in which the query losses after all inner steps count, with weights that move to the last; then, and with 0 from the start, the last alone does")
     multi_step_every: int = Field(500, ge=1, description="maml_pp only: meta-steps between two changes of those weights (the paper's epoch)")
 
+    sharp: Literal["lower", "upper", "both"] | None = Field(None, description="sharp_maml only: which gradients are taken where the loss has risen: lower (each inner step's, also at test), upper (the meta-gradient of all processes, at twice the cost), both; null: both for sharp_maml")
+    radius: float = Field(0.05, gt=0, le=100, description="sharp_maml only: how far parameters go up the normalised gradient before it is taken again, in L2 norm")
+    ascent: Literal["exact", "detached"] = Field("exact", description="sharp_maml only, lower level: exact differentiates through the way up too; detached takes it as a constant, which is cheaper")
+
     @model_validator(mode="before")
     @classmethod
     def _published(cls, data: object) -> object:

@@ -41,7 +41,7 @@ class Carrier:
         """Put the mean meta-gradient of all ranks' episodes where ``apply`` finds it; return this rank's sums of terms.
 
         Args:
-            episodes: this rank's share (may be empty).
+            episodes: this rank's share (may be empty), gone through as often as the method says.
             num_global: episodes of the meta-step over all ranks. The wrapper averages over ranks, so each episode
                 weighs N / num_global: exact also where N does not divide num_global.
             diagnose, meta_step: see :class:`MetaModel`.

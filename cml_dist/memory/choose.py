@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from cml_dist.config.methods import has_upper_ascent
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import RunConfig
 from cml_dist.data.base import Domain
@@ -241,5 +242,5 @@ def model_size(config: RunConfig, net: CmlNet) -> ModelSize:
         largest=max(sizes),
         constants=sum(map(bytes_of, net.buffers())),
         moments_per_parameter=(1 if config.optim.momentum else 0) if sgd else 2,
-        reductions=1 + (config.optim.clip_value is not None),
+        reductions=1 + (config.optim.clip_value is not None) + has_upper_ascent(config),
     )

@@ -17,7 +17,7 @@ from cml_dist.meta.inner import InnerLoop
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
-from cml_dist.types import Batch, Episode
+from cml_dist.types import Batch, EachTime, Episode
 
 STEPS = 2
 """Inner steps that are simulated; from there the peak is a straight line (see `meta_step_footprint`)."""
@@ -29,7 +29,7 @@ class Footprint:
 
     Attributes:
         episode: inputs and targets of one episode.
-        gradients: the accumulated meta-gradient (it becomes ``.grad``).
+        gradients: the accumulated meta-gradient (it becomes ``.grad``), and the point of an upper ascent.
         adapted: adapted parameters along the inner loop, as far as they are kept on the computing device.
         activations: all the rest: saved tensors of first and second order, temporaries, kernels' scratch.
     """
@@ -100,7 +100,7 @@ def meta_step_footprint(
         held = min(steps, 1)
     else:
         held = points_held(steps, engine.trajectory)
-    gradients, whole = sum(map(bytes_of, bare.parameters())), peak(min(steps, STEPS))
+    gradients, whole = method.passes * sum(map(bytes_of, bare.parameters())), peak(min(steps, STEPS))
     activations = whole - _size(seen) - gradients - adapts * min(held, STEPS)
     if unrolled and steps > STEPS:
         activations += (steps - STEPS) * (peak(STEPS + 1) - whole - adapts)
@@ -124,7 +124,7 @@ def _peak(model: MetaModel, episode: Episode, episodes: int, scratch: bool, fake
             setattr(model, name, storageless(buffer))
         with LiveBytes(scratch, elsewhere=ELSEWHERE if fake else None) as live:
             live.standing([*model.parameters(), *model.buffers()])
-            made = (replace(episode.map(storageless), index=n) for n in range(episodes))
+            made = EachTime(lambda: (replace(episode.map(storageless), index=n) for n in range(episodes)))
             # The trainer measures the cosine in all episodes of some steps; the last one shows what it takes.
             loss, _ = model(made, 1.0, frozenset({episodes - 1}))
             loss.backward()

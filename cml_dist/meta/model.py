@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class MetaModel(nn.Module):
         """The weighted sum of the episodes' outer losses, whose backward delivers the weighted sum of meta-gradients.
 
         Args:
-            episodes: this rank's, prepared, on this module's device; may be empty.
+            episodes: this rank's, prepared, on this module's device; may be empty. Asked for ``method.passes`` times.
             weight: of each episode (for a mean over B episodes reduced by averaging over N ranks: N / B).
             diagnose: indices of the episodes of which the cosine of the learners' meta-gradients is wanted.
             meta_step: the number of the meta-step, for methods with a schedule.
@@ -86,12 +86,24 @@ class MetaModel(nn.Module):
 
         Returns:
             (loss, sums): a scalar; and by term the ``[2]`` float64 tensor of its sum over the episodes and its count.
+            Both at the parameters themselves, also where the meta-gradient is taken above them (``method.ascent``).
 
-        Cost: memory of one episode, whatever their number. Collective: none (the wrapper's backward reduces), save with
-        ``clip_value``: ``average``, once, by which all ranks deliver the same.
+        Raises:
+            TypeError: several passes over an iterator: give a list, or :class:`cml_dist.types.EachTime`.
+
+        Cost: memory of one episode, whatever their number; with ``method.ascent`` all passes twice, and a copy of the
+        parameters. Collective: none (the wrapper's backward reduces), save ``average``, once for ``method.ascent`` and
+        once for ``clip_value``: ranks without episodes join.
         """
+        if self.method.passes > 1 and isinstance(episodes, Iterator):
+            raise TypeError("an iterator gives its episodes once, and they are needed twice: give a list or EachTime")
         params = self.params()
         totals, sums = self._stream(params, episodes, weight, diagnose, meta_step)
+        if self.method.ascent:
+            average(totals)
+            above = _ascended(params, totals, self.method.ascent)
+            totals, _ = self._stream(above, episodes, weight, frozenset(), meta_step)
+            del above
         if self.clip_value is not None:
             average(totals)
             _clamp(totals, self.clip_value)
@@ -123,6 +135,13 @@ class MetaModel(nn.Module):
                 sums[term] = sums[term] + now if term in sums else now
             del one  # or its gradients would stay while the next episode is at its peak
         return totals, sums
+
+
+def _ascended(params: Params, gradient: list[Tensor], radius: float) -> Params:
+    """params + radius gradient / |gradient|, one norm over all; in the memory of ``gradient``."""
+    norm = torch.stack([torch.linalg.vector_norm(g) for g in gradient]).norm().clamp_min(1e-12)
+    pairs = zip(params.items(), gradient, strict=True)
+    return {name: g.mul_(radius / norm).add_(value) for (name, value), g in pairs}
 
 
 def _clamp(values: list[Tensor], most: float) -> None:

@@ -131,6 +131,8 @@ class Method:
         both_adapt: the inner loop descends the learner's loss and ``gamma`` times the co-learner's, and phi adapts too
             (the paper's control of two heads that both adapt).
         first_order_steps: meta-steps at the beginning that are of order 1 all the same.
+        ascent: the meta-gradient is taken at theta + ascent h / |h|, with h the one at theta over all episodes of the
+            meta-step and all meta-parameters (Sharp-MAML's upper level, 2206.03996, algorithm 1); 0: at theta.
     """
 
     inner_steps: int
@@ -139,6 +141,12 @@ class Method:
     order: int = 2
     both_adapt: bool = False
     first_order_steps: int = 0
+    ascent: float = 0.0
+
+    @property
+    def passes(self) -> int:
+        """How often a meta-step goes through its episodes."""
+        return 2 if self.ascent else 1
 
     @classmethod
     def sgd(

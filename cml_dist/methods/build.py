@@ -31,8 +31,10 @@ def rule_of(method: MethodConfig, norms: Sequence[str] = (), **more: Any) -> Inn
             "multi_step_loss": method.multi_step_loss,
             "multi_step_every": method.multi_step_every,
         },
+        "sharp_maml": {"radius": method.radius, "exact": method.ascent == "exact"},
     }
-    name, table = (method.name, METHODS) if METHODS[method.name].target else (method.inner_optim, INNER_OPTIMS)
+    named = METHODS[method.name].target and method.sharp != "upper"  # whose inner steps are plain ones
+    name, table = (method.name, METHODS) if named else (method.inner_optim, INNER_OPTIMS)
     return table[name].load()(**rates, **own.get(name, {}), **more)
 
 

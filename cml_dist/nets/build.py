@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from cml_dist.config.methods import colearner_kind
+from cml_dist.config.methods import colearner_kind, has_upper_ascent
 from cml_dist.config.schema import ModelConfig, RunConfig
 from cml_dist.errors import ConfigError
 from cml_dist.meta.rule import Method, part_of
@@ -136,6 +136,7 @@ def method_of(config: RunConfig, net: CmlNet) -> Method:
             )
         adapts = frozenset([*adapts, *(n for n in net.adaptable() if part_of(n) == COLEARNER and both_adapt)])
     rule = rule_of(method, norms_a_step(net), adapts=adapts, parts=PARTS if both_adapt else (BODY, HEAD))
+    ascent = method.radius if has_upper_ascent(config) else 0.0
     return Method(
-        method.inner_steps, rule, method.gamma or 0.0, method.order or 2, both_adapt, method.first_order_steps
+        method.inner_steps, rule, method.gamma or 0.0, method.order or 2, both_adapt, method.first_order_steps, ascent
     )

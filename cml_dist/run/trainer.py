@@ -39,7 +39,7 @@ from cml_dist.run.session import Session
 from cml_dist.run.stream import episode_stream, rank_share
 from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.metrics import StepMetrics
-from cml_dist.types import Episode
+from cml_dist.types import EachTime, Episode
 
 TERMS = ("loss", "outer_loss", "score", "colearner_loss", "colearner_score", "gradient_cosine")
 
@@ -161,7 +161,9 @@ class Trainer:
         """All meta-steps that are left. Raises Stopped where someone asked to stop, once it is saved."""
         config, parts, world = self.config, self.parts, self.world
         left, batch = range(self.step, config.train.steps), config.train.episodes_per_step
-        indices = (index for step in left for index in rank_share(step, batch, world.rank, world.size))
+        shares = (rank_share(step, batch, world.rank, world.size) for step in left)
+        # A second pass asks for the same episodes again: to keep them would take memory for all of a meta-step.
+        indices = (index for share in shares for _ in range(parts.model.method.passes) for index in share)
         how = {"device": world.device, "dtype": parts.dtype, "workers": config.domain.workers}
         stream = episode_stream(parts.domain, "train", indices, **how)
         shown = {"score_name": parts.domain.score_name, "log_every": config.run.log_every, "best": self.best}
@@ -216,7 +218,8 @@ class Trainer:
         is_logged = (self.step + 1) % config.run.log_every == 0
         diagnose = frozenset(range(self.step * num_episodes, (self.step + 1) * num_episodes) if is_logged else ())
         world.heartbeat.wait(f"the start of step {self.step + 1}")  # where ZeRO-3 gathers the parameters
-        sums = self.strategy.gradient(self.episodes(stream), num_episodes, diagnose, self.step)
+        episodes = EachTime(lambda: self.episodes(stream))
+        sums = self.strategy.gradient(episodes, num_episodes, diagnose, self.step)
         lr = learning_rate(config.optim, self.step, config.train.steps)
         norm, taken = self.strategy.apply(lr, config.optim.clip_norm)
         world.heartbeat.beat(f"the end of step {self.step + 1}")
@@ -261,7 +264,7 @@ class Trainer:
         return {term: total / count if count else None for term, total, count in pairs}, stop > 0, save > 0
 
     def episodes(self, stream: Iterator[Episode]) -> Iterator[Episode]:
-        """This rank's episodes of the next meta-step; after the last one the reduction brings the ranks together."""
+        """A pass over this rank's episodes of the next meta-step; after it a reduction brings the ranks together."""
         heartbeat, step = self.world.heartbeat, self.step + 1
         count = self.parts.plan.episodes_by_rank[self.world.rank]
         for number in range(1, count + 1):

@@ -12,6 +12,7 @@ import gc
 import os
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from cml_dist.meta.rule import InnerRule, Method, part_of
 from cml_dist.methods.inner_optim import Adam, Momentum
 from cml_dist.methods.maml_pp import MamlPlusPlus
 from cml_dist.methods.meta_sgd import MetaSgd
+from cml_dist.methods.sharp import SharpSgd
 from cml_dist.nets.heads import build_head
 from cml_dist.nets.network import CmlNet
 from cml_dist.nets.partition import freeze
@@ -35,12 +37,14 @@ from cml_dist.distributed.strategy import DataParallel
 from cml_dist.distributed.world import World
 from cml_dist.distributed.zero import build_strategy
 from cml_dist.run.stream import episode_stream, rank_share
-from cml_dist.types import BODY, COLEARNER, HEAD, Episode, Params
+from cml_dist.types import BODY, COLEARNER, HEAD, EachTime, Episode, Params
 
 ZERO = ("zero1", "zero2", "zero3")
+FURTHER = ("zero0", "zero2+optimizer", "zero3+optimizer", "zero3+all")
+"""Of the cases that reduce inside the meta-step alone."""
 RUNS = {
     1: (("single", "float64"), ("single", "float32")),
-    2: (*((strategy, "float32") for strategy in ZERO), ("ddp", "float64")),
+    2: (*((strategy, "float32") for strategy in (*ZERO, *FURTHER)), ("ddp", "float64")),
 }
 """(strategy, type) by world size."""
 EPISODES = (3, 1, 3)
@@ -75,6 +79,7 @@ class Case:
     diagnose: bool = False
     squares: bool = False
     clip_value: float | None = None
+    ascent: float = 0.0
 
 
 RATES, SLOW = (0.4, 0.3), (0.08, 0.06)
@@ -83,6 +88,7 @@ PLUS_PLUS = MamlPlusPlus(
     *RATES, steps=2, norms=("body.norm.weight", "body.norm.bias"), multi_step_loss=2, multi_step_every=1
 )
 """A multi-step loss in two meta-steps of three, with other weights in each."""
+SHARP = SharpSgd(*RATES, radius=0.3)
 CASES = {
     "maml": Case("attention", SGD, diagnose=True),
     "fomaml": Case("attention", SGD, order=1),
@@ -91,6 +97,9 @@ CASES = {
     "meta_sgd": Case("attention", MetaSgd(*RATES), micro_batch=2),
     "maml_pp": Case("attention", PLUS_PLUS),
     "clip_value": Case("vector", SGD, clip_value=0.02),
+    "sharp_lower": Case("vector", SHARP),
+    "sharp_upper": Case("vector", SGD, ascent=0.3),
+    "sharp_both": Case("attention", SHARP, micro_batch=2, ascent=0.3, clip_value=0.05),
     "momentum": Case("vector", Momentum(*SLOW)),
     "adam": Case("attention", Adam(*SLOW)),
     "sqrt": Case("vector", Adam(*SLOW), steps=3, trajectory="sqrt"),
@@ -101,6 +110,9 @@ CASES = {
     "untrained": Case("vector", SGD, colearner="untrained"),
     "both_adapt": Case("vector", SGD, colearner="adapts"),
 }
+
+
+REDUCED_INSIDE = [name for name, case in CASES.items() if case.ascent or case.clip_value is not None]
 
 
 class Noise(RandomImages):
@@ -135,7 +147,7 @@ def make(case: Case) -> tuple[CmlNet, Method, Noise]:
     if both_adapt:
         rule = replace(rule, parts=(BODY, HEAD, COLEARNER))
     net.add_rule(rule.init(net.adaptable()), rule.replaces)
-    return net, Method(case.steps, rule, GAMMA, case.order, both_adapt), Noise(case)
+    return net, Method(case.steps, rule, GAMMA, case.order, both_adapt, ascent=case.ascent), Noise(case)
 
 
 def train(world: World, case: Case, strategy_name: str, dtype_name: str) -> dict[str, Any]:
@@ -158,8 +170,8 @@ def train(world: World, case: Case, strategy_name: str, dtype_name: str) -> dict
     for step, episodes in enumerate(EPISODES):
         indices = list(rank_share(step, episodes, world.rank, world.size))
         diagnose = frozenset(indices if case.diagnose else ())
-        stream = episode_stream(domain, "train", indices, device=world.device, dtype=dtype)
-        for sums in world.gather(strategy.gradient(stream, episodes, diagnose, step)):
+        stream = partial(episode_stream, domain, "train", indices, device=world.device, dtype=dtype)
+        for sums in world.gather(strategy.gradient(EachTime(stream), episodes, diagnose, step)):
             for term, value in sums.items():
                 found["terms"][term] = found["terms"].get(term, 0.0) + value
         if step == 0 and isinstance(strategy, DataParallel):
@@ -188,7 +200,8 @@ def main(out: Path) -> None:
     found: dict[str, Any] = {}
     for strategy, dtype in RUNS[int(os.environ.get("WORLD_SIZE", 1))]:
         world = join(config_of(strategy, dtype, "sgd", "cpu"))
-        found[f"{strategy}/{dtype}"] = {name: train(world, case, strategy, dtype) for name, case in CASES.items()}
+        names = REDUCED_INSIDE if strategy in FURTHER else CASES
+        found[f"{strategy}/{dtype}"] = {name: train(world, CASES[name], strategy, dtype) for name in names}
     if world.is_main:
         torch.save({"world": world.size, "found": found}, out)
     world.close()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import ROOT, run_ranks
-from methods_worker import CASES, EPISODES, RUNS, ZERO, make
+from methods_worker import CASES, EPISODES, FURTHER, REDUCED_INSIDE, RUNS, ZERO, make
 
 from cml_dist.meta.gradient import meta_gradient
 from cml_dist.meta.problem import Problem
@@ -53,24 +53,47 @@ def assert_same(found, expected, dtype):
         assert found["terms"][term][0].item() == pytest.approx(total.item(), rel=tolerance), term
 
 
+def by_graph(name, alone=False):
+    """The first meta-gradient of a case, made here by ``graph``.
+
+    Args:
+        alone: as if each of two ranks clamped and ascended by its own share, and the wrapper took the mean.
+    """
+    case = CASES[name]
+    net, method, domain = make(case)
+    problem = Problem(net, domain.loss, domain.score, dict(net.named_buffers()))
+    params = {n: p.detach() for n, p in net.named_parameters()}
+
+    def mean_at(point, indices):
+        episodes = [domain.prepare(domain.episode("train", i), torch.device("cpu"), torch.float64) for i in indices]
+        each = [meta_gradient(point, episode, problem, method, "graph").grads for episode in episodes]
+        return {n: sum(grads[n] for grads in each) / len(episodes) for n in params}
+
+    shares, mean = [rank_share(0, EPISODES[0], rank, 1 + alone) for rank in range(1 + alone)], {}
+    for indices in shares:
+        grads = mean_at(params, indices)
+        if case.ascent:
+            norm = torch.cat([g.flatten() for g in grads.values()]).norm()
+            grads = mean_at({n: p + case.ascent * grads[n] / norm for n, p in params.items()}, indices)
+        if case.clip_value is not None:
+            grads = {n: g.clamp(-case.clip_value, case.clip_value) for n, g in grads.items()}
+        mean = {n: mean.get(n, 0.0) + g * (len(indices) / EPISODES[0]) for n, g in grads.items()}
+    return mean
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_one_process_has_the_mean_of_its_episodes(results, name):
     """The reference itself: its first meta-gradient is the mean of those of ``graph``, made here."""
-    net, method, domain = make(CASES[name])
-    problem = Problem(net, domain.loss, domain.score, dict(net.named_buffers()))
-    params = {n: p.detach() for n, p in net.named_parameters()}
-    indices = rank_share(0, EPISODES[0], 0, 1)
-    episodes = [domain.prepare(domain.episode("train", i), torch.device("cpu"), torch.float64) for i in indices]
-    all_grads = [meta_gradient(params, episode, problem, method, "graph").grads for episode in episodes]
-    mean = {n: sum(grads[n] for grads in all_grads) / len(episodes) for n in params}
-    if (most := CASES[name].clip_value) is not None:
-        each = [{n: g.clamp(-most, most) for n, g in grads.items()} for grads in (mean, *all_grads)]
-        mean, apart = each[0], {n: sum(grads[n] for grads in each[1:]) / len(episodes) for n in params}
-        assert largest_difference(mean, apart) > 1e-3, "a clamp of parts would not be seen"
-    found = results["single/float64"][name]
+    mean, found = by_graph(name), results["single/float64"][name]
     assert largest_difference(found["grads"], mean) < 1e-12
     norm = torch.cat([g.flatten() for g in mean.values()]).norm()
     assert found["norms"][0].item() == pytest.approx(norm.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", REDUCED_INSIDE)
+def test_what_each_rank_would_do_alone_is_another_method(results, name):
+    """An ascent by a rank's own share, or a clamp of it: two ranks have the gradient of one, and not that."""
+    assert largest_difference(results["ddp/float64"][name]["grads"], by_graph(name, alone=True)) > 1e-3
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -83,6 +106,12 @@ def test_ddp_is_one_process(results, name):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("strategy", ZERO)
 def test_zero_is_one_process(results, strategy, name):
+    assert_same(results[f"{strategy}/float32"][name], results["single/float32"][name], "float32")
+
+
+@pytest.mark.parametrize("name", REDUCED_INSIDE)
+@pytest.mark.parametrize("strategy", FURTHER)
+def test_what_is_reduced_inside_a_meta_step_is_so_under_any_other_strategy(results, strategy, name):
     assert_same(results[f"{strategy}/float32"][name], results["single/float32"][name], "float32")
 
 

@@ -19,6 +19,7 @@ from cml_dist.meta.rule import InnerRule, Method
 from cml_dist.methods.inner_optim import Adam
 from cml_dist.methods.maml_pp import MamlPlusPlus
 from cml_dist.methods.meta_sgd import MetaSgd
+from cml_dist.methods.sharp import SharpSgd
 from cml_dist.nets.heads import build_head
 from cml_dist.nets.network import CmlNet
 from cml_dist.types import Batch, Episode
@@ -28,6 +29,7 @@ RULES = {
     "sgd": InnerRule(0.4, 0.3),
     "meta_sgd": MetaSgd(0.4, 0.3),
     "maml_pp": MamlPlusPlus(0.4, 0.3, steps=STEPS, multi_step_loss=1),
+    "sharp": SharpSgd(0.4, 0.3, radius=0.3),
     "adam": Adam(0.08, 0.06),
 }
 COLEARNERS = ("none", "dense", "prototype")

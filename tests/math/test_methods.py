@@ -36,6 +36,7 @@ from cml_dist.meta.rule import InnerRule, Method
 from cml_dist.methods.inner_optim import Adam, Momentum
 from cml_dist.methods.maml_pp import MamlPlusPlus
 from cml_dist.methods.meta_sgd import MetaSgd
+from cml_dist.methods.sharp import SharpSgd
 from cml_dist.nets.heads import build_head
 from cml_dist.nets.network import CmlNet
 from cml_dist.nets.partition import freeze
@@ -99,12 +100,16 @@ class Case:
     Attributes:
         parts: what adapts, by hand.
         both_adapt: the paper's control of two heads that both adapt.
+        radius, detached: each step takes its gradient at the end of an ascent of this length (Sharp-MAML's lower
+            level), which may be taken as a constant.
     """
 
     rule: InnerRule
     by_hand: Update
     parts: tuple[str, ...] = (BODY, HEAD)
     both_adapt: bool = False
+    radius: float = 0.0
+    detached: bool = False
 
 
 LR = (RATES["body"], RATES["head"])
@@ -118,6 +123,8 @@ CASES = {
     "meta_sgd": Case(MetaSgd(*LR), descend_by_learned_rates),
     "meta_sgd_on_the_body": Case(MetaSgd(*LR, frozenset(LAYERS[:4])), descend_by_learned_rates, (BODY,)),
     "maml_pp": Case(MamlPlusPlus(*LR, steps=ROWS), descend_by_rates_a_step),
+    "sharp": Case(SharpSgd(*LR, radius=0.3), descend, radius=0.3),
+    "sharp_detached": Case(SharpSgd(*LR, radius=0.3, exact=False), descend, radius=0.3, detached=True),
     "momentum": Case(Momentum(*LR, momentum=MOMENTUM), descend_with_momentum),
     "adam": Case(Adam(*SLOW, betas=BETAS), descend_by_adam(1e-8)),
     "smooth_adam": Case(Adam(*SLOW, betas=BETAS, eps=1e-3), descend_by_adam(1e-3)),
@@ -202,7 +209,12 @@ def adapted(p: Params, episode: Episode, setting: Setting) -> Params:
     p = {**p, **started(p, setting.head, episode)}
     names = [n for n in p if n.endswith(("weight", "bias")) and n.split(".")[0] in case.parts]
     for k in range(setting.steps):
-        p = {**p, **case.by_hand(p, partial(support_loss, p, names, setting.order), state, k)}
+        g = partial(support_loss, p, names, setting.order)
+        if case.radius:
+            up = {n: v.detach() if case.detached else v for n, v in g.items()}
+            norm = torch.cat([v.flatten() for v in up.values()]).norm() + 1e-12
+            g = partial(support_loss, {**p, **{n: p[n] + case.radius * up[n] / norm for n in up}}, names, setting.order)
+        p = {**p, **case.by_hand(p, g, state, k)}
     return p
 
 
@@ -273,7 +285,10 @@ def test_the_meta_gradient_equals_the_equation_written_out(setting, engine):
 
 
 # By sqrt(v + 1e-8) a step bends within 1e-4 of a gradient of zero, which a difference of 1e-5 is too coarse for.
-SMOOTH = [s for s in [*OF_METHODS, *OF_HEADS, *OF_PROTOTYPES] if s.order == 2 and s.case != "adam" and s.co != "none"]
+# A detached ascent is not the derivative of anything.
+ROUGH = ("adam", "sharp_detached")
+ALL = [*OF_METHODS, *OF_HEADS, *OF_PROTOTYPES]
+SMOOTH = [s for s in ALL if s.order == 2 and s.case not in ROUGH and s.co != "none"]
 
 
 @pytest.mark.parametrize("setting", SMOOTH, ids=str)
@@ -390,7 +405,8 @@ def test_no_order_of_the_labels_is_preferred(case, head):
 
 
 IN_PIECES = [
-    *(Setting(c, 3, "dense", order=o) for c in ("meta_sgd", "maml_pp", "momentum", "smooth_adam") for o in (1, 2)),
+    *(Setting(c, 3, "dense", order=o) for c in ("meta_sgd", "maml_pp", "sharp", "momentum") for o in (1, 2)),
+    *(Setting(c, 3, "dense", order=o) for c in ("sharp_detached", "smooth_adam") for o in (1, 2)),
     *(Setting(c, 3, "dense", h, order=o) for h in ("centroid", "ridge") for c in ("maml", "boil") for o in (1, 2)),
     *(Setting(c, 3, "dense", h) for h in ("centroid", "ridge") for c in ("meta_sgd", "smooth_adam")),
     *(Setting(c, 3, "prototypes", h) for c, h in (("maml", "linear"), ("boil", "centroid"), ("smooth_adam", "ridge"))),

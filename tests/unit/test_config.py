@@ -150,6 +150,9 @@ def test_the_plan_says_what_changes_in_the_course_of_a_run_and_what_a_longer_tes
         "MAML++, order 2, 5 inner steps of 0.1, multi-step loss for 7,500 meta-steps, first order for 50 meta-steps"
     )
     assert "adam at 0.001, cosine, " in rows["training"]
+    sharp = parse("method.name=sharp_maml")
+    ascents = plan_rows(sharp, make_plan(sharp, 1, {}))["method"].partition("0.1, ")[2]
+    assert ascents == "ascents of 0.05 (both), each episode twice"
     assert rows["test"].endswith("10 inner steps, steps after 5 go on with the rates and norms of step 5")
 
 

@@ -245,6 +245,16 @@ CONTRADICTIONS = [
         "method.first_order_steps is 9, but train.steps is 9: order 2 never begins; set method.order=1, or fewer",
     ),
     (
+        "method.sharp=both",
+        "method.sharp is both, but method.name cml has no ascent: set method.name=sharp_maml, or leave method.sharp "
+        "out",
+    ),
+    (
+        "method.name=sharp_maml method.inner_steps=0",
+        "method.sharp is both, but method.inner_steps is 0: no step can ascend; set method.sharp=upper, or "
+        "method.inner_steps to 1 or more",
+    ),
+    (
         "eval.ensemble=5 train.steps=2000",
         "eval.ensemble is 5, but the run has 4 validations: lower it, or eval.every",
     ),

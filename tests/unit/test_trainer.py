@@ -24,6 +24,7 @@ from cml_dist.data.sinusoid import SinusoidDomain
 from cml_dist.distributed import strategy as strategies
 from cml_dist.distributed.failure import Failure
 from cml_dist.distributed.heartbeat import Heartbeat, this_heartbeat
+from cml_dist.distributed.optim import build_optimizer
 from cml_dist.distributed.world import World
 from cml_dist.errors import (
     CheckpointError,
@@ -36,6 +37,7 @@ from cml_dist.errors import (
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run import folder as folders
 from cml_dist.run import session as sessions
+from cml_dist.run.assemble import assemble
 from cml_dist.run.export import export_again
 from cml_dist.run.folder import run_config
 from cml_dist.run.hooks import nothing
@@ -570,6 +572,34 @@ def test_engines_train_alike(undisturbed, tmp_path):
 def test_workers_change_nothing(undisturbed, tmp_path):
     go(tmp_path / "run", "domain.workers=1")
     assert losses(tmp_path / "run") == losses(undisturbed)
+
+
+def test_a_second_pass_asks_for_the_same_episodes_again_by_index(tmp_path, monkeypatch):
+    """Sharp-MAML's upper level: each step's share twice, also after a resume; the outer steps by hand."""
+    sharp = ("method.name=sharp_maml", "method.colearner=true", "method.radius=0.3", "train.steps=4")
+    asked: list[int] = []
+    episode = SinusoidDomain.episode
+
+    def counted(self, split, index):
+        asked.extend([index] * (split == "train"))
+        return episode(self, split, index)
+
+    config = configure(tmp_path / "run", *sharp)
+    parts = assemble(config, ALONE, Console(quiet=True))
+    model, optimizer = parts.model, build_optimizer(config.optim, parts.model)
+    for step in range(4):
+        indices = range(3 * step, 3 * step + 3)
+        made = [parts.domain.prepare(parts.domain.episode("train", n), ALONE.device, parts.dtype) for n in indices]
+        optimizer.zero_grad()
+        model(made, 1 / 3, meta_step=step)[0].backward()
+        optimizer.step()
+    monkeypatch.setattr(SinusoidDomain, "episode", counted)
+    go(tmp_path / "run", *sharp, on_step=stop_after(2))
+    go(tmp_path / "run", *sharp)
+    assert asked[: 3 * 4] == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
+    assert asked[-3 * 4 :] == [6, 7, 8, 6, 7, 8, 9, 10, 11, 9, 10, 11]
+    found = checkpoints.load(checkpoints.path_of(tmp_path / "run" / "checkpoints", 4)).params()
+    assert all(torch.equal(found[name], value) for name, value in model.params().items())
 
 
 def test_testing_again_gives_the_same_figures(undisturbed, tmp_path):
