@@ -16,7 +16,9 @@ from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import GradFn, InnerRule, Method
 from cml_dist.methods.check import check_rule, made_up_episode
 from cml_dist.methods.inner_optim import Adam, Momentum
+from cml_dist.methods.maml_pp import MamlPlusPlus
 from cml_dist.methods.meta_sgd import MetaSgd
+from cml_dist.methods.sharp import SharpSgd
 from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.network import CmlNet
 from cml_dist.types import Episode, Features, Params
@@ -170,7 +172,7 @@ class ByView(InnerRule):
         return {**seen, "head.bias": seen["head.bias"] * meta["rule.gain"]}
 
 
-@pytest.mark.parametrize("rule", [InnerRule, MetaSgd, Momentum, Adam, ByView])
+@pytest.mark.parametrize("rule", [InnerRule, MetaSgd, MamlPlusPlus, SharpSgd, Momentum, Adam, ByView])
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("ways", [0, WAYS])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
