@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from cml_dist.user_code import is_code, name_in
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ METHODS: dict[str, MethodEntry] = {
     ),
 }
 
+OWN_METHOD = MethodEntry("an inner rule of your own, FILE.py:NAME or MODULE:NAME", "cml_dist.methods.own:own_rule")
+
 NAME_DECIDES = ("colearner", "order")
 """Settings that a name within a family decides: a recipe's give way to another name."""
 
@@ -90,6 +94,11 @@ INNER_OPTIMS: dict[str, Entry] = {
 }
 
 
+def method_entry(name: str) -> MethodEntry:
+    """What a valid ``method.name`` means."""
+    return METHODS[name] if name in METHODS else replace(OWN_METHOD, title=name_in(name))
+
+
 def family(name: str) -> str:
     """The family of a method; a method that is none's is its own."""
     return (METHODS[name].family if name in METHODS else "") or name
@@ -97,7 +106,7 @@ def family(name: str) -> str:
 
 @dataclass(frozen=True)
 class BackboneEntry(Entry):
-    """A backbone, which reads ``images`` or ``vectors``. Its target is ``build(model: ModelConfig, input_shape)``."""
+    """A backbone, which reads ``images``, ``vectors`` or ``all``. Its target is ``build(model, input_shape)``."""
 
     reads: str = "images"
 
@@ -108,6 +117,13 @@ BACKBONES: dict[str, BackboneEntry] = {
 }
 TIMM = BackboneEntry("any timm model by name, e.g. resnet18", "cml_dist.nets.timm_backbone:build")
 """What every other name of ``model.backbone`` is."""
+OWN_BACKBONE = BackboneEntry("a body of your own, FILE.py:NAME or MODULE:NAME", "cml_dist.nets.own:build", reads="all")
+
+
+def backbone_entry(name: str) -> BackboneEntry:
+    """What a ``model.backbone`` means."""
+    return BACKBONES.get(name, OWN_BACKBONE if is_code(name) else TIMM)
+
 
 HEADS: dict[str, Entry] = {
     "linear": Entry("a linear layer", "torch.nn:Linear"),
@@ -148,3 +164,6 @@ DOMAINS: dict[str, DomainEntry] = {
         "regression on sine curves", "cml_dist.data.sinusoid:SinusoidDomain", settings="SinusoidConfig"
     ),
 }
+OWN_DOMAIN = DomainEntry(
+    "a domain of your own, FILE.py:NAME or MODULE:NAME", "cml_dist.data.own:build", settings="OwnDomainConfig"
+)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from cml_dist.config.methods import dagger_refusal, has_trained_colearner
-from cml_dist.registry import METHODS
+from cml_dist.config.methods import dagger_refusal, has_classes, has_trained_colearner
+from cml_dist.registry import method_entry
+from cml_dist.user_code import is_code
 
 
 def contradictions(config: Any) -> Iterator[str]:
     """Every contradiction in a :class:`~cml_dist.config.schema.RunConfig`, in words."""
     model, method, engine, test = config.model, config.method, config.engine, config.eval
-    name, info, prototype = method.name, METHODS[method.name], model.colearner.kind == "prototype"
+    name, info, prototype = method.name, method_entry(method.name), model.colearner.kind == "prototype"
     if method.colearner is False and method.gamma:
         remedy = "set method.colearner=true, or leave method.gamma out"
         yield f"method.gamma is {method.gamma:g}, but method.name {name} has no co-learner: {remedy}"
@@ -53,7 +54,7 @@ def contradictions(config: Any) -> Iterator[str]:
     if prototype and method.colearner == "adapts":
         without = "which has nothing that adapts by a support loss, but method.colearner is adapts"
         yield f"model.colearner.kind is prototype, {without}: set model.colearner.kind=dense"
-    if not hasattr(config.domain, "ways"):
+    if not has_classes(config):
         without = f"but domain {config.domain.name} has no"
         if model.head != "linear":
             yield f"model.head is {model.head}, {without} classes: set model.head=linear"
@@ -61,6 +62,12 @@ def contradictions(config: Any) -> Iterator[str]:
             yield f"model.colearner.kind is prototype, {without} classes: set model.colearner.kind=dense"
         if test.permutations > 1:
             yield f"eval.permutations is {test.permutations}, {without} labels: set eval.permutations=1"
+    for key, options, named in (
+        ("method.options", method.options, method.name),
+        ("model.options", model.options, model.backbone),
+    ):
+        if options and not is_code(named):
+            yield f"{key} are {options}, but {named} has none: leave them out, or name code of your own (FILE.py:NAME)"
     if model.head == "shared" and method.inner_steps == 0:
         remedy = "set method.inner_steps to 1 or more, or model.head=centroid or ridge"
         yield f"model.head is shared, but method.inner_steps is 0: all classes keep the same vector; {remedy}"

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ValidationError
 from cml_dist.config import schema
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
-from cml_dist.registry import DOMAINS, METHODS, NAME_DECIDES, family
+from cml_dist.registry import DOMAINS, METHODS, NAME_DECIDES, OWN_DOMAIN, family
+from cml_dist.user_code import check_named
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _RECIPES = (_PACKAGE / "recipes", _PACKAGE.parent / "configs" / "recipes")
@@ -116,6 +117,7 @@ def layered(recipe: Mapping[str, Any], overrides: Sequence[str], warn: Warn = si
     """
     given = _renamed(flatten(recipe), warn)
     settings, chosen = _assigned(given, overrides, warn)
+    check_named(settings, chosen)
     then, now = (str(layer.get("method.name", "cml")) for layer in (given, settings))
     defaults: dict[str, Any] = {}
     if now in METHODS:
@@ -137,7 +139,9 @@ def layered(recipe: Mapping[str, Any], overrides: Sequence[str], warn: Warn = si
 
 def merge(data: Mapping[str, Any], overrides: Iterable[str], warn: Warn = silently) -> dict[str, Any]:
     """``data`` with ``section.key=value`` assignments applied; values are read as YAML."""
-    return _nested(_assigned(_renamed(flatten(data)), overrides, warn)[0])
+    settings, chosen = _assigned(_renamed(flatten(data)), overrides, warn)
+    check_named(settings, chosen)
+    return _nested(settings)
 
 
 def _assigned(given: Mapping[str, Any], overrides: Iterable[str], warn: Warn) -> tuple[dict[str, Any], set[str]]:
@@ -230,7 +234,7 @@ def _fault(error: Mapping[str, Any]) -> tuple[str, str]:
     """(what, remedy) of one pydantic error."""
     location = [str(part) for part in error["loc"]]
     domain = None
-    if location[:1] == ["domain"] and location[1:2] and location[1] in DOMAINS:
+    if location[:1] == ["domain"] and location[1:2] and location[1] in (*DOMAINS, schema.OWN):
         domain = location.pop(1)  # the tag of the union, which users never wrote
     key, value, kind = ".".join(location), error.get("input"), error["type"]
     if kind == "extra_forbidden":
@@ -241,9 +245,9 @@ def _fault(error: Mapping[str, Any]) -> tuple[str, str]:
         return f"{key} is not set", f"add {key}=..."
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = value.get("name") if isinstance(value, Mapping) else value
-        return f"domain.name is {name!r}", f"use one of {', '.join(DOMAINS)}"
+        return f"domain.name is {name!r}", f"use one of {', '.join(DOMAINS)}, or {OWN_DOMAIN.help}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        example = next(name for name in valid_keys() if name.startswith(f"{key}."))
+        example = next((name for name in valid_keys() if name.startswith(f"{key}.")), f"{key}.NAME")
         return f"{key} is {value!r}, but it is a section", f"set its keys, e.g. {example}=..."
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
@@ -253,8 +257,9 @@ def _fault(error: Mapping[str, Any]) -> tuple[str, str]:
 
 def valid_keys(domain: str | None = None) -> dict[str, str]:
     """Every setting as ``section.key`` -> its description, with those of one domain (default: of all)."""
-    keys = {"domain.name": " | ".join(DOMAINS) + "; required"}
-    models = [("domain", getattr(schema, entry.settings)) for name, entry in DOMAINS.items() if domain in (None, name)]
+    keys = {"domain.name": " | ".join(DOMAINS) + f", or {OWN_DOMAIN.help}; required"}
+    domains = {**DOMAINS, schema.OWN: OWN_DOMAIN}
+    models = [("domain", getattr(schema, entry.settings)) for name, entry in domains.items() if domain in (None, name)]
     models += [(name, info.annotation) for name, info in RunConfig.model_fields.items() if name != "domain"]
     for section, model in models:
         for key, meaning in _meanings(model, f"{section}."):

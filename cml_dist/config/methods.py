@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cml_dist.registry import METHODS
+from cml_dist.registry import method_entry
 
 RunConfig = Any  # schema.RunConfig, which imports from here
 
@@ -12,7 +12,7 @@ RunConfig = Any  # schema.RunConfig, which imports from here
 def method_title(config: RunConfig) -> str:
     """What ran, as tables, status and cards name it: ``CML``, ``BOIL + CML``, ``ANIL (ridge head)``."""
     method, head = config.method, config.model.head
-    title, notes = METHODS[method.name].title, []
+    title, notes = method_entry(method.name).title, []
     if method.inner_steps == 0 and head in ("centroid", "ridge"):
         title = {"centroid": "ProtoNet", "ridge": "R2-D2"}[head]
     elif head != "linear":
@@ -46,6 +46,11 @@ def learner_title(config: RunConfig, learner: str) -> str:
     return method_title(config) + ("-dagger" if learner == "co" else "")
 
 
+def has_classes(config: RunConfig) -> bool:
+    """Whether the domain is of classes, and not of regression."""
+    return getattr(config.domain, "ways", 0) > 0
+
+
 def _body_adapts(config: RunConfig) -> bool:
     method = config.method
     rate = method.inner_lr if method.body_lr is None else method.body_lr
@@ -70,7 +75,7 @@ def colearner_kind(config: RunConfig) -> str:
     kind = config.model.colearner.kind
     if kind != "auto":
         return kind
-    can = hasattr(config.domain, "ways") and config.method.colearner != "adapts"
+    can = has_classes(config) and config.method.colearner != "adapts"
     return "prototype" if can and _task_blind(config) else "dense"
 
 
@@ -80,7 +85,7 @@ def noise_warning(config: RunConfig) -> str | None:
     if reason is None or config.method.colearner in (False, "untrained") or colearner_kind(config) == "prototype":
         return None
     said = f"the dense co-learner can only guess, since {reason}: what it adds to the meta-gradient is noise"
-    if not hasattr(config.domain, "ways"):
+    if not has_classes(config):
         return said
     return f"{said} (labels are shuffled in each episode); model.colearner.kind=prototype can do better"
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cml_dist.config.launcher import deepspeed_request
-from cml_dist.config.methods import colearner_kind, has_upper_ascent, last_row_note, method_title
+from cml_dist.config.methods import colearner_kind, has_classes, has_upper_ascent, last_row_note, method_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
 
@@ -127,7 +127,7 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
     model, method, domain, train, test = config.model, config.method, config.domain, config.train, config.eval
     optim = config.optim
     examples = f"{domain.shots} support and {domain.queries} query points"
-    if hasattr(domain, "ways"):
+    if has_classes(config):
         examples = f"{domain.ways}-way {domain.shots}-shot, {domain.queries} queries a class"
     on_cpu = {"none": "", "optimizer": "optimizer on the CPU", "all": "optimizer and parameters on the CPU"}
     each = " or ".join(map(str, sorted(set(plan.episodes_by_rank), reverse=True)))

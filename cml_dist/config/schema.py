@@ -6,14 +6,45 @@ Names come from ``registry.py``; what cannot be together is refused in ``checks.
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Union
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from cml_dist.config.checks import contradictions
-from cml_dist.registry import BACKBONES, DOMAINS, HEADS, INNER_OPTIMS, METHODS, TIMM, in_words
+from cml_dist.registry import (
+    BACKBONES,
+    DOMAINS,
+    HEADS,
+    INNER_OPTIMS,
+    METHODS,
+    OWN_BACKBONE,
+    OWN_DOMAIN,
+    OWN_METHOD,
+    TIMM,
+    in_words,
+)
+from cml_dist.user_code import is_code, sealed
 
-MethodName = Literal[tuple(METHODS)]
+
+def _code_or_name(value: object, name: Callable[[object], Any]) -> Any:
+    """Code of the user's own with its checksum; anything else must be one of the names."""
+    return sealed(value) if is_code(value) else name(value)
+
+
+MethodName = Annotated[Literal[tuple(METHODS)], WrapValidator(_code_or_name), PlainSerializer(str)]
 InnerOptim = Literal[tuple(INNER_OPTIMS)]
 HeadName = Literal[tuple(HEADS)]
 ImageSet = Literal[tuple(name for name, entry in DOMAINS.items() if entry.settings == "ImagesConfig")]
@@ -92,7 +123,30 @@ class SinusoidConfig(Section):
     workers: int | None = Field(None, ge=0, le=64, description="processes a rank that prepare episodes ahead; null: 0")
 
 
-DomainConfig = Annotated[GlyphsConfig | ImagesConfig | SinusoidConfig, Field(discriminator="name")]
+class OwnDomainConfig(Section):
+    """A domain of the user's own (docs/how-to/extending.md)."""
+
+    name: Annotated[str, AfterValidator(sealed)]
+    ways: int = Field(5, ge=0, le=1000, description="classes in an episode (N); 0: regression")
+    shots: int = Field(1, ge=1, le=10_000, description="support examples a class (K), or in all in regression")
+    queries: int = Field(15, ge=1, le=10_000, description="query examples a class, or in all in regression")
+    workers: int | None = Field(None, ge=0, le=64, description="processes a rank that prepare episodes ahead; null: as the domain suggests")
+    options: dict[str, Any] = Field({}, description=f"keyword arguments of {OWN_DOMAIN.help} (there domain.ways=0 is regression)")
+
+
+OWN = "own"
+
+
+def _domain_tag(value: object) -> str | None:
+    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
+    return OWN if is_code(name) else name if name in tuple(DOMAINS) else None
+
+
+_SECTIONS = {**{name: entry.settings for name, entry in DOMAINS.items()}, OWN: OWN_DOMAIN.settings}
+DomainConfig = Annotated[
+    Union[tuple(Annotated[globals()[section], Tag(name)] for name, section in _SECTIONS.items())],  # noqa: UP007
+    Discriminator(_domain_tag),
+]
 
 
 class ColearnerConfig(Section):
@@ -106,9 +160,10 @@ class ColearnerConfig(Section):
 class ModelConfig(Section):
     """The network: backbone (psi) + head (theta) + co-learner (phi)."""
 
-    backbone: str = Field("conv4", min_length=1, description=f"{', '.join(BACKBONES)}, or {TIMM.help}")
+    backbone: Annotated[str, AfterValidator(sealed)] = Field("conv4", min_length=1, description=f"{', '.join(BACKBONES)}, {TIMM.help}, or {OWN_BACKBONE.help}")
     pretrained: Annotated[bool | str, AfterValidator(_at_home)] = Field(False, description="timm backbones: true for the published weights, or the path of a local weight file")
     filters: int = Field(64, ge=1, le=4096, description="conv4: channels of each block")
+    options: dict[str, Any] = Field({}, description=f"keyword arguments of {OWN_BACKBONE.help}")
     hidden: tuple[int, ...] = Field((40, 40), min_length=1, description="mlp: units of each hidden layer")
     head: HeadName = Field("linear", description=f"{in_words(HEADS)}; all but linear take any number of classes at test, and with method.inner_steps=0 centroid is a prototypical network, ridge R2-D2")
     norm: Literal["batch", "frozen"] = Field("batch", description="BatchNorm: 'batch' statistics of the examples at hand (transductive, as in the paper), or the 'frozen' running statistics of pre-trained weights")
@@ -119,7 +174,8 @@ class ModelConfig(Section):
 class MethodConfig(Section):
     """What a meta-gradient is (paper, eq. 5-7). What is not set is as the method's name says (``registry.METHODS``)."""
 
-    name: MethodName = Field("cml", description=in_words(METHODS))
+    name: MethodName = Field("cml", description=f"{in_words(METHODS)}; or {OWN_METHOD.help}")
+    options: dict[str, Any] = Field({}, description=f"keyword arguments of {OWN_METHOD.help}")
     colearner: bool | Literal["untrained", "adapts"] | None = Field(None, description="true; false; untrained: a co-learner that is never trained (the paper's noise); adapts: it adapts in the inner loop as well (the paper's CL); null: true for cml, else false")
     inner_steps: int = Field(1, ge=0, le=1000, description="gradient steps on the support set (M)")
     inner_lr: float = Field(0.01, gt=0, le=100, description="step size of the inner loop for body and head (alpha)")

@@ -6,7 +6,8 @@ from typing import Any
 
 from cml_dist.data.base import Domain, Progress
 from cml_dist.errors import ConfigError
-from cml_dist.registry import DOMAINS
+from cml_dist.registry import DOMAINS, OWN_DOMAIN
+from cml_dist.user_code import is_code
 
 
 def build_domain(
@@ -27,7 +28,8 @@ def build_domain(
 
     *Collective*: none; processes that build at once share what is cached.
     """
-    if config.name not in DOMAINS:
+    entry = OWN_DOMAIN if is_code(config.name) else DOMAINS.get(config.name)
+    if entry is None:
         raise ConfigError(f"domain.name is {config.name!r}", f"use one of {', '.join(DOMAINS)}")
     seeds = {"train": train_seed, "val": eval_seed, "test": eval_seed}
-    return DOMAINS[config.name].load()(config, seeds, processes, progress)
+    return entry.load()(config, seeds, processes, progress)

@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 
+from cml_dist.config.methods import has_classes
 from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
+from cml_dist.data.build import build_domain
 from cml_dist.errors import ConfigError
 from cml_dist.memory.choose import MEANS, USABLE, KnownInputs, MemoryPlanner, in_words
 from cml_dist.memory.strategies import STRATEGIES, Strategy
 from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.network import CmlNet
 from cml_dist.registry import DOMAINS
+from cml_dist.user_code import is_code
 
 
 def forecast(
@@ -131,7 +134,10 @@ def known_inputs(config: RunConfig, image_size: int | None = None, channels: int
         ConfigError: the size of the images is not known.
     """
     domain = config.domain
-    if not hasattr(domain, "ways"):
+    if is_code(domain.name):
+        made = build_domain(domain, train_seed=config.run.seed, eval_seed=config.eval.seed)
+        return KnownInputs(made.input_shape, made.output_dim, made.loss, made.score, "the domain's")
+    if not has_classes(config):
         from cml_dist.data.sinusoid import SinusoidDomain as Domain
 
         return KnownInputs(Domain.input_shape, Domain.output_dim, Domain.loss, Domain.score, "the domain's")

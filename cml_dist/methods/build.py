@@ -8,7 +8,9 @@ from typing import Any
 
 from cml_dist.config.schema import MethodConfig
 from cml_dist.meta.rule import InnerRule
+from cml_dist.methods.own import own_class, own_rule
 from cml_dist.registry import INNER_OPTIMS, METHODS
+from cml_dist.user_code import is_code
 
 
 def rule_of(method: MethodConfig, norms: Sequence[str] = (), **more: Any) -> InnerRule:
@@ -22,6 +24,8 @@ def rule_of(method: MethodConfig, norms: Sequence[str] = (), **more: Any) -> Inn
         "body_lr": method.inner_lr if method.body_lr is None else method.body_lr,
         "head_lr": method.inner_lr if method.head_lr is None else method.head_lr,
     }
+    if is_code(method.name):
+        return own_rule(method, **rates, **more)
     own = {
         "momentum": {"momentum": method.inner_momentum},
         "adam": {"betas": method.inner_betas},
@@ -38,15 +42,21 @@ def rule_of(method: MethodConfig, norms: Sequence[str] = (), **more: Any) -> Inn
     return table[name].load()(**rates, **own.get(name, {}), **more)
 
 
-def describe_rule(rule: InnerRule, names: list[str]) -> dict[str, Any]:
-    """A rule as JSON, from which :func:`described_rule` makes it again; ``names`` are what adapts."""
-    return {"kind": type(rule).__name__, **asdict(rule), "adapts": names}
+def describe_rule(rule: InnerRule, method: str, names: list[str]) -> dict[str, Any]:
+    """A rule as JSON, from which :func:`described_rule` makes it again.
+
+    Args:
+        method: ``method.name``.
+        names: what adapts.
+    """
+    return {"kind": method if is_code(method) else type(rule).__name__, **asdict(rule), "adapts": names}
 
 
 def described_rule(described: Mapping[str, Any]) -> InnerRule:
     """The rule of an exported model."""
     members = dict(described)
     rules = (entry.load() for entry in (*INNER_OPTIMS.values(), *METHODS.values()) if entry.target)
-    cls = {rule.__name__: rule for rule in rules}[members.pop("kind")]
+    kind = members.pop("kind")
+    cls = own_class(kind) if is_code(kind) else {rule.__name__: rule for rule in rules}[kind]
     adapts = frozenset(members.pop("adapts"))
     return cls(adapts=adapts, **{k: tuple(v) if isinstance(v, list) else v for k, v in members.items()})

@@ -17,9 +17,11 @@ from cml_dist.nets.colearner import build_colearner
 from cml_dist.nets.guard import has_batch_norm, prepare_for_second_order
 from cml_dist.nets.heads import build_head
 from cml_dist.nets.network import CmlNet
+from cml_dist.nets.own import check_body
 from cml_dist.nets.partition import freeze, norms_a_step, select
-from cml_dist.registry import BACKBONES, METHODS, TIMM
+from cml_dist.registry import TIMM, backbone_entry, method_entry
 from cml_dist.types import BODY, COLEARNER, HEAD
+from cml_dist.user_code import blamed, is_code
 
 PARTS = (BODY, HEAD, COLEARNER)
 
@@ -50,9 +52,9 @@ def build_net(
         ConfigError: the backbone does not read such inputs, or ``model.norm=frozen`` has no statistics to freeze.
         ModelError: the backbone is unknown, or does not take the image size or channels.
     """
-    backbone = BACKBONES.get(model.backbone, TIMM)
+    backbone, own = backbone_entry(model.backbone), is_code(model.backbone)
     images = backbone.reads == "images"
-    if len(input_shape) != (3 if images else 1):
+    if not own and len(input_shape) != (3 if images else 1):
         reads, others = ("images (C, H, W)", "mlp") if images else ("vectors", "conv4 or a timm model")
         raise ConfigError(
             f"model.backbone {model.backbone} reads {reads}, but the domain's inputs have shape {tuple(input_shape)}",
@@ -66,12 +68,14 @@ def build_net(
     settings = model.model_copy(update={"pretrained": False}) if structure_only else model
     with _part_seed(seed, BODY):
         body = backbone.load()(settings, input_shape)
-    if model.norm == "frozen" and has_batch_norm(body) and not (model.pretrained or structure_only):
+    if model.norm == "frozen" and has_batch_norm(body) and not (model.pretrained or structure_only or own):
         raise ConfigError(
             f"model.norm is frozen, but model.backbone {model.backbone} has no pre-trained statistics to freeze",
             "set model.norm=batch, or model.pretrained to true or a weight file (timm backbones)",
         )
     prepare_for_second_order(body, model.norm)
+    if own:
+        check_body(body, model.backbone, input_shape)
     with _part_seed(seed, HEAD):
         head = build_head(model.head, body.pooled_dim, output_dim)
     with _part_seed(seed, COLEARNER):
@@ -112,7 +116,8 @@ def make_network(
     )
     freeze(net, select(net, config.model.trained, "model.trained"), colearner=config.method.colearner == "untrained")
     rule = method_of(config, net).rule
-    net.add_rule(rule.init(net.adaptable()), rule.replaces)
+    with blamed(config.method.name, "fails in init"):
+        net.add_rule(rule.init(net.adaptable()), rule.replaces)
     return net
 
 
@@ -127,7 +132,7 @@ def method_of(config: RunConfig, net: CmlNet) -> Method:
     both_adapt = method.colearner == "adapts"
     if method.adapts is not None:
         adapts = select(net, method.adapts, "method.adapts", adapting=True)
-        only = METHODS[method.name].adapts_only
+        only = method_entry(method.name).adapts_only
         strays = [n for n in adapts if only is not None and part_of(n) != only]
         if strays:
             raise ConfigError(

@@ -49,6 +49,8 @@ def _found(net: CmlNet, names: list[str], term: str, key: str) -> list[str]:
     last = re.fullmatch(r"last:(\d+)", term)
     if last is None:
         return [n for n in names if fnmatchcase(n, term)]
+    if not hasattr(net.body, "blocks"):
+        raise ConfigError(f"{key} has {term}, but the body has no method blocks", "add it, or use globs over names")
     blocks, count = net.body.blocks(), int(last.group(1))
     if not 1 <= count <= len(blocks):
         raise ConfigError(

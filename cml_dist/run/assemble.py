@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cml_dist import user_code
 from cml_dist.config.plan import RunPlan, make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.data.base import Domain
@@ -22,6 +23,7 @@ from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.guard import check_twice_differentiable
 from cml_dist.nets.network import CmlNet
 from cml_dist.telemetry.console import Console, preparing
+from cml_dist.user_code import blamed, is_code
 
 DOWNLOAD_S = 3600.0
 """Published weights come over any link; the library that fetches them gives up by itself where nothing comes."""
@@ -44,6 +46,13 @@ class Parts:
     dtype: torch.dtype
     plan: RunPlan
     threads: int
+
+
+def import_own(config: RunConfig) -> None:
+    """Import code of the user's own that settings name: a fault in it is to be found before anything else."""
+    for value in (config.method.name, config.model.backbone, config.domain.name):
+        if is_code(value):
+            user_code.load(value)
 
 
 def assemble(
@@ -82,9 +91,9 @@ def assemble(
         return net.to(dtype)
 
     world.heartbeat.beat("looking for the data")
+    world.run_on_all_ranks(lambda: import_own(config))
     with preparing(console) as progress:
         domain = world.local_main_process_first(find_data)  # fills the cache of embedded or remote data
-        world.run_on_all_ranks(load)  # every rank decodes at once
     net = world.local_main_process_first(make)  # fills the cache of pre-trained weights
 
     def make_method() -> Method:
@@ -93,10 +102,13 @@ def assemble(
             params = {n: p.detach() for n, p in net.named_parameters()}
             problem = Problem(net, domain.loss, domain.score, dict(net.named_buffers()))
             ways, like = getattr(config.domain, "ways", 0), next(net.parameters())
-            check_rule(problem, method, params, made_up_episode(domain.input_shape, ways, domain.output_dim, like))
+            with blamed(config.method.name, "fails in a trial"):
+                check_rule(problem, method, params, made_up_episode(domain.input_shape, ways, domain.output_dim, like))
         return method
 
     method = world.run_on_all_ranks(make_method)
+    with preparing(console) as progress:  # once network and method are known to be sound
+        world.run_on_all_ranks(load)  # every rank decodes at once
     world.heartbeat.beat("measuring memory")
     device = world.device
     plan = world.run_on_all_ranks(lambda: fit_memory(config, plan, net, method, domain, device, training=training))

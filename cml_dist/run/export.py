@@ -19,7 +19,7 @@ from cml_dist.errors import CheckpointError, ModelError
 from cml_dist.meta.rule import part_of
 from cml_dist.methods.build import describe_rule
 from cml_dist.nets.guard import has_batch_norm
-from cml_dist.registry import BACKBONES
+from cml_dist.registry import TIMM, backbone_entry
 from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.checkpoint import choose
 from cml_dist.run.folder import RunFolder
@@ -105,7 +105,7 @@ def export_run(
     files = {WEIGHTS: {**params, **constants}}
     timm = None
     # A head that each episode starts is no classifier by itself.
-    if config.model.backbone not in BACKBONES and config.model.head == "linear":
+    if backbone_entry(config.model.backbone) is TIMM and config.model.head == "linear":
         from cml_dist.nets.timm_backbone import timm_export
 
         try:
@@ -126,7 +126,7 @@ def export_run(
         "preprocessing": parts.domain.preprocessing(),
         "inner_steps": parts.plan.test_inner_steps,
         "method": method_title(config),
-        "rule": describe_rule(rule, adapts),
+        "rule": describe_rule(rule, config.method.name, adapts),
         "model": config.model.model_dump(mode="json"),
         "step": checkpoint.step,
         "trained_on": config.domain.model_dump(mode="json"),

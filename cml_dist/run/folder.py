@@ -14,6 +14,7 @@ from typing import Any
 from cml_dist.config.load import Warn, flatten, merge, parse_config, read_yaml, silently
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, NetworkError
+from cml_dist.user_code import without_folder
 
 NEUTRAL_KEYS = (
     *("run.dir", "run.device", "run.log_every", "run.stop_signals", "run.tracker", "train.max_nonfinite", "eval.final"),
@@ -111,8 +112,11 @@ def wait_until_seen(what: str, there: Callable[[], bool]) -> None:
 
 def same_everywhere(config: RunConfig) -> dict[str, Any]:
     """The settings that every process of a world must have alike, by key."""
-    settings = flatten(config.model_dump(mode="json"))
-    return {key: value for key, value in settings.items() if key not in PER_MACHINE_KEYS}
+    return {key: value for key, value in _settings(config).items() if key not in PER_MACHINE_KEYS}
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    return {key: without_folder(value) for key, value in flatten(config.model_dump(mode="json")).items()}
 
 
 def differences(then: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -125,7 +129,7 @@ def differences(then: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 def changes(then: RunConfig, now: RunConfig, free: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
     """Settings that differ, as key -> (then, now), without those that begin with one of ``free``."""
-    old, new = flatten(then.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
+    old, new = _settings(then), _settings(now)
     return {
         key: (old.get(key), new.get(key))
         for key in {**old, **new}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from cml_dist.config.schema import ModelConfig
-from cml_dist.errors import DataError
+from cml_dist.data.own import own_class
+from cml_dist.errors import CheckpointError, ConfigError, DataError
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
@@ -20,23 +22,51 @@ from cml_dist.methods.build import described_rule
 from cml_dist.nets.build import build_net
 from cml_dist.run.export import DESCRIPTION, read_description, read_weights
 from cml_dist.types import Batch, Episode, Params
+from cml_dist.user_code import is_code, sealed, unsealed
+
+CODE = {"method.name": ("rule", "kind"), "model.backbone": ("model", "backbone"), "domain.name": ("trained_on", "name")}
+"""Settings that may name code, and where an export keeps them."""
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Learner:
+def load(path: str | Path, device: str | torch.device = "cpu", code: Sequence[str] = ()) -> Learner:
     """The learner in an export folder, or in a run folder that holds one.
 
     Args:
         path: the folder that ``cml-dist export`` or the end of training wrote, or its run folder.
         device: where to compute, e.g. ``"cuda"``.
+        code: of a model that needs code which is not the package's, the settings that name it, e.g.
+            ``["method.name=my_rules.py:MyRule"]``. Nothing else is imported, whatever the folder says.
 
     Raises:
-        CheckpointError: no exported model is there, or it is damaged.
+        CheckpointError: no exported model is there, or it is damaged, or ``code`` is not what it was trained with.
+        ConfigError: it needs code that is not named.
     """
     folder = Path(path)
     if (folder / "export" / DESCRIPTION).is_file():
         folder = folder / "export"
-    description = read_description(folder)
+    description = _with_code(read_description(folder), code, folder)
     return Learner(description, read_weights(folder), torch.device(device))
+
+
+def _with_code(description: dict[str, Any], code: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The description with the user's own places of the code that it names; see :func:`load`."""
+    given, description = dict(setting.split("=", 1) for setting in code), copy.deepcopy(description)
+    for key, (section, name) in CODE.items():
+        recorded = (description.get(section) or {}).get(name)
+        if not is_code(recorded):
+            continue
+        if key not in given:
+            raise ConfigError(
+                f"{folder} needs code that it may not import by itself: {key} is {unsealed(recorded)}",
+                f"if you trust that code, name it: cml_dist.load(path, code=['{key}={unsealed(recorded)}'])",
+            )
+        now = sealed(given[key])
+        if now.partition("@")[2] != recorded.partition("@")[2]:
+            raise CheckpointError(
+                f"{folder} was trained with {recorded}, but {key} is given as {now}", "give the source of that checksum"
+            )
+        description[section][name] = now
+    return description
 
 
 class Learner:
@@ -49,7 +79,9 @@ class Learner:
 
     def __init__(self, description: dict[str, Any], tensors: Params, device: torch.device) -> None:
         self.description, self.device = description, device
-        self.regression: bool = description["score"] == "mse"
+        domain = description.get("trained_on") or {}
+        own = own_class(domain["name"]) if is_code(domain.get("name")) else None
+        self.regression: bool = description["score"] == "mse" if own is None else not domain["ways"]
         model = ModelConfig.model_validate(description["model"])
         self.ways: int | None = description["output_dim"] if model.head == "linear" else None
         shapes = {"input_shape": tuple(description["input_shape"]), "output_dim": description["output_dim"]}
@@ -62,7 +94,8 @@ class Learner:
         net.add_rule(self._rule.init(net.adaptable()), self._rule.replaces)
         self._params = {n: tensors[n].to(device) for n, _ in net.named_parameters()}
         buffers = {n: tensors.get(n, b).to(device) for n, b in net.named_buffers()}
-        loss = torch.nn.functional.mse_loss if self.regression else torch.nn.functional.cross_entropy
+        usual = torch.nn.functional.mse_loss if self.regression else torch.nn.functional.cross_entropy
+        loss = usual if own is None else own.loss
         self.problem = Problem(net, loss, lambda outputs, targets: outputs.new_zeros(()), buffers)
 
     def adapt(self, images: Any, labels: Sequence[Hashable], inner_steps: int | None = None) -> AdaptedLearner:
@@ -101,7 +134,7 @@ class Learner:
     def inputs(self, images: Any) -> Tensor:
         """Examples as the network reads them: ``[N, *input_shape]`` float32, normalised as in training."""
         shape = tuple(self.description["input_shape"])
-        if len(shape) != 3:
+        if len(shape) != 3 or "mean" not in self.description["preprocessing"]:
             return torch.as_tensor(np.asarray(images), dtype=torch.float32, device=self.device).reshape(-1, *shape)
         if isinstance(images, (str, Path)):
             raise DataError(f"images is one path ({images})", "give a sequence of images, e.g. [path]")

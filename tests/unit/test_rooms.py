@@ -12,8 +12,8 @@ import cml_dist
 
 PACKAGE = Path(cml_dist.__file__).parent
 ROOMS = (
-    "types", "errors", "atomic", "registry", "config", "telemetry", "meta", "methods", "nets", "data", "distributed",
-    "memory", "run", "tools", "commands", "cli",
+    "types", "errors", "atomic", "user_code", "registry", "config", "telemetry", "meta", "methods", "nets", "data",
+    "distributed", "memory", "run", "tools", "commands", "cli",
 )  # fmt: skip
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
