@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from cml_dist.config.methods import dagger_refusal, has_classes, has_trained_colearner
+from cml_dist.config.methods import dagger_refusal, has_classes, has_trained_colearner, lora_rank
 from cml_dist.registry import method_entry
 from cml_dist.user_code import is_code
 
@@ -62,6 +62,15 @@ def contradictions(config: Any) -> Iterator[str]:
             yield f"model.colearner.kind is prototype, {without} classes: set model.colearner.kind=dense"
         if test.permutations > 1:
             yield f"eval.permutations is {test.permutations}, {without} labels: set eval.permutations=1"
+    if rank := lora_rank(method.adapts):
+        lora = f"method.adapts has lora:{rank}"
+        if info.target or is_code(name) or method.inner_optim != "sgd":
+            yield f"{lora}, whose factors move by plain SGD: set method.name=maml and method.inner_optim=sgd"
+        if info.adapts_only == "head":
+            yield f"{lora}, but method.name {name} adapts the head alone: set method.name=maml"
+        if model.head in ("centroid", "ridge"):
+            reads = "starts from features of the network without its factors"
+            yield f"{lora}, but model.head {model.head} {reads}: set model.head=linear or shared"
     for key, options, named in (
         ("method.options", method.options, method.name),
         ("model.options", model.options, model.backbone),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from cml_dist.registry import method_entry
@@ -44,6 +46,12 @@ def last_row_note(config: RunConfig) -> str | None:
 def learner_title(config: RunConfig, learner: str) -> str:
     """The method's title, of the co-learner (eq. 9) with ``-dagger``."""
     return method_title(config) + ("-dagger" if learner == "co" else "")
+
+
+def lora_rank(adapts: Sequence[str] | None) -> int:
+    """The rank in the term ``lora:RANK`` of ``method.adapts``; 0 without one."""
+    found = [re.fullmatch(r"lora:([1-9]\d*)", term) for term in adapts or ()]
+    return max((int(match[1]) for match in found if match), default=0)
 
 
 def has_classes(config: RunConfig) -> bool:

@@ -62,7 +62,7 @@ def _as_list(value: object) -> object:
 
 
 Terms = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_list)]
-"""Which parameters: ``body``, ``head``, ``last:N`` or globs over canonical names (``nets/partition.py``)."""
+"""Which parameters: ``body``, ``head``, ``norms``, ``biases``, ``last:N`` or globs over canonical names (``nets/partition.py``)."""
 
 
 def _at_home(path: str | bool) -> str | bool:
@@ -167,7 +167,7 @@ class ModelConfig(Section):
     hidden: tuple[int, ...] = Field((40, 40), min_length=1, description="mlp: units of each hidden layer")
     head: HeadName = Field("linear", description=f"{in_words(HEADS)}; all but linear take any number of classes at test, and with method.inner_steps=0 centroid is a prototypical network, ridge R2-D2")
     norm: Literal["batch", "frozen"] = Field("batch", description="BatchNorm: 'batch' statistics of the examples at hand (transductive, as in the paper), or the 'frozen' running statistics of pre-trained weights")
-    trained: Terms = Field(("body", "head"), description="what is meta-trained besides the co-learner: body, head, last:N (the last N blocks of the body) or globs over parameter names; the rest is frozen: constants without gradient, moments or second-order work")
+    trained: Terms = Field(("body", "head"), description="what is meta-trained besides the co-learner: body, head, norms, biases, last:N (the last N blocks of the body) or globs over parameter names; the rest is frozen: constants without gradient, moments or second-order work")
     colearner: ColearnerConfig = ColearnerConfig()
 
 
@@ -181,7 +181,7 @@ class MethodConfig(Section):
     inner_lr: float = Field(0.01, gt=0, le=100, description="step size of the inner loop for body and head (alpha)")
     head_lr: float | None = Field(None, ge=0, le=100, description="step size of the inner loop for the head alone; null: inner_lr")
     body_lr: float | None = Field(None, ge=0, le=100, description="step size of the inner loop for the body alone; null: inner_lr")
-    adapts: Terms | None = Field(None, description="what adapts in the inner loop, in the words of model.trained (e.g. [head, last:2]); null: all of body and head that is trained, or what the method says")
+    adapts: Terms | None = Field(None, description="what adapts in the inner loop, in the words of model.trained (e.g. [head, last:2]), and lora:RANK: low-rank factors beside the linear weights of the body; null: all of body and head that is trained, or what the method says")
     inner_optim: InnerOptim = Field("sgd", description="optimizer of the inner loop, differentiated exactly; moments start at zero in each episode")
     inner_momentum: float = Field(0.9, ge=0, lt=1, description="inner_optim momentum only")
     inner_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="inner_optim adam only")

@@ -221,7 +221,8 @@ class InnerLoop:
             yield loss
 
     def _view(self, at: Point, k: int) -> Params:
-        return self.rule.view(dict(at.meta), dict(at.fast), dict(at.const), k)
+        # A rule may show the network a frozen weight changed: constants come with the meta-parameters.
+        return self.rule.view({**self.problem.buffers, **at.meta}, dict(at.fast), dict(at.const), k)
 
     # ------------------------------------------------------------------ the query
 
@@ -339,7 +340,7 @@ def adapt(meta: Params, episode: Episode, problem: Problem, method: Method, lear
     fast = loop.fast
     for k in range(loop.steps):
         fast = loop.step(fast, k)
-    return rule.view(loop.meta, fast, loop.const, max(loop.steps - 1, 0))
+    return loop._view(Point(loop.meta, fast, loop.const), max(loop.steps - 1, 0))
 
 
 # --------------------------------------------------------------------------- small things

@@ -94,7 +94,11 @@ class InnerRule:
         return network_part(meta)
 
     def view(self, meta: Params, fast: Params, const: Params, k: int) -> Params:
-        """What the network sees in step k; the query after step k is seen with the same k."""
+        """What the network sees in step k; the query after step k is seen with the same k.
+
+        Args:
+            meta: all meta-parameters, and the network's constants (frozen parameters).
+        """
         return network_part({**self.network(meta, k), **const, **fast})
 
     def update(self, meta: Params, fast: Params, const: Params, grad: GradFn, k: int) -> Params:

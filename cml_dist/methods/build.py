@@ -8,6 +8,7 @@ from typing import Any
 
 from cml_dist.config.schema import MethodConfig
 from cml_dist.meta.rule import InnerRule
+from cml_dist.methods.lora import Lora
 from cml_dist.methods.own import own_class, own_rule
 from cml_dist.registry import INNER_OPTIMS, METHODS
 from cml_dist.user_code import is_code
@@ -18,12 +19,14 @@ def rule_of(method: MethodConfig, norms: Sequence[str] = (), **more: Any) -> Inn
 
     Args:
         norms: of the network, for a rule that learns them.
-        more: members of :class:`InnerRule`.
+        more: members of :class:`InnerRule`, or of :class:`Lora` with its rank.
     """
     rates = {
         "body_lr": method.inner_lr if method.body_lr is None else method.body_lr,
         "head_lr": method.inner_lr if method.head_lr is None else method.head_lr,
     }
+    if "rank" in more:
+        return Lora(**rates, **more)
     if is_code(method.name):
         return own_rule(method, **rates, **more)
     own = {
@@ -57,6 +60,6 @@ def described_rule(described: Mapping[str, Any]) -> InnerRule:
     members = dict(described)
     rules = (entry.load() for entry in (*INNER_OPTIMS.values(), *METHODS.values()) if entry.target)
     kind = members.pop("kind")
-    cls = own_class(kind) if is_code(kind) else {rule.__name__: rule for rule in rules}[kind]
+    cls = own_class(kind) if is_code(kind) else {rule.__name__: rule for rule in (*rules, Lora)}[kind]
     adapts = frozenset(members.pop("adapts"))
     return cls(adapts=adapts, **{k: tuple(v) if isinstance(v, list) else v for k, v in members.items()})

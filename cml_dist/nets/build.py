@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from cml_dist.config.methods import colearner_kind, has_upper_ascent
+from cml_dist.config.methods import colearner_kind, has_upper_ascent, lora_rank
 from cml_dist.config.schema import ModelConfig, RunConfig
 from cml_dist.errors import ConfigError
 from cml_dist.meta.rule import Method, part_of
@@ -18,7 +18,7 @@ from cml_dist.nets.guard import has_batch_norm, prepare_for_second_order
 from cml_dist.nets.heads import build_head
 from cml_dist.nets.network import CmlNet
 from cml_dist.nets.own import check_body
-from cml_dist.nets.partition import freeze, norms_a_step, select
+from cml_dist.nets.partition import freeze, linear_weights, norms_a_step, select
 from cml_dist.registry import TIMM, backbone_entry, method_entry
 from cml_dist.types import BODY, COLEARNER, HEAD
 from cml_dist.user_code import blamed, is_code
@@ -128,10 +128,11 @@ def method_of(config: RunConfig, net: CmlNet) -> Method:
         ConfigError: ``method.adapts`` names what the network has not, has not as something trained, or what the method
             does not adapt; or nothing that is learned is left.
     """
-    method, adapts = config.method, None
+    method, adapts, rank = config.method, None, lora_rank(config.method.adapts)
     both_adapt = method.colearner == "adapts"
     if method.adapts is not None:
-        adapts = select(net, method.adapts, "method.adapts", adapting=True)
+        terms = [term for term in method.adapts if not lora_rank([term])]
+        adapts = select(net, terms, "method.adapts", adapting=True)
         only = method_entry(method.name).adapts_only
         strays = [n for n in adapts if only is not None and part_of(n) != only]
         if strays:
@@ -140,7 +141,8 @@ def method_of(config: RunConfig, net: CmlNet) -> Method:
                 "leave method.adapts out, or set method.name=maml",
             )
         adapts = frozenset([*adapts, *(n for n in net.adaptable() if part_of(n) == COLEARNER and both_adapt)])
-    rule = rule_of(method, norms_a_step(net), adapts=adapts, parts=PARTS if both_adapt else (BODY, HEAD))
+    lora = {"rank": rank, "beside": linear_weights(net), "seed": config.run.seed} if rank else {}
+    rule = rule_of(method, norms_a_step(net), adapts=adapts, parts=PARTS if both_adapt else (BODY, HEAD), **lora)
     ascent = method.radius if has_upper_ascent(config) else 0.0
     return Method(
         method.inner_steps, rule, method.gamma or 0.0, method.order or 2, both_adapt, method.first_order_steps, ascent

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cml_dist.errors import ConfigError
@@ -14,14 +15,17 @@ from cml_dist.methods.maml_pp import ROWS
 from cml_dist.nets.network import CmlNet
 from cml_dist.types import BODY, COLEARNER, HEAD, RULE
 
+WORDS = "body, head, norms, biases, last:N"
+
 
 def select(net: CmlNet, terms: Sequence[str], key: str, *, adapting: bool = False) -> list[str]:
     """Canonical names that a list of terms selects, in the network's own order.
 
     Args:
         net: the network.
-        terms: each ``body``, ``head``, ``last:N`` (the last N blocks of the body, with what follows them) or a glob
-            over canonical names, e.g. ``body.model.blocks.1?.*``. The co-learner is never selected.
+        terms: each ``body``, ``head``, ``norms``, ``biases``, ``last:N`` (the last N blocks of the body, with what
+            follows them) or a glob over canonical names, e.g. ``body.model.blocks.1?.*``. The co-learner is never
+            selected.
         key: the setting that holds the terms, for messages.
         adapting: of what may adapt in the inner loop (:meth:`CmlNet.adaptable`), instead of all meta-parameters.
 
@@ -35,9 +39,10 @@ def select(net: CmlNet, terms: Sequence[str], key: str, *, adapting: bool = Fals
         found = _found(net, names, term, key)
         if not found and not (term == HEAD and not adapting):  # a head may have no parameters of its own
             near = difflib.get_close_matches(term, [BODY, HEAD, *names], n=3, cutoff=0.3)
+            words = f"{WORDS}{', lora:RANK' * adapting} or a glob over names"
             raise ConfigError(
                 f"{key} has {term!r}, which selects no parameter of the network",
-                f"use body, head, last:N or a glob over names such as {', '.join(near or names[:3])}",
+                f"use {words} such as {', '.join(near or names[:3])}",
             )
         chosen.update(found)
     return [n for n in names if n in chosen]
@@ -46,6 +51,11 @@ def select(net: CmlNet, terms: Sequence[str], key: str, *, adapting: bool = Fals
 def _found(net: CmlNet, names: list[str], term: str, key: str) -> list[str]:
     if term in (BODY, HEAD):
         return [n for n in names if n.startswith(f"{term}.")]
+    if term == "norms":  # by the class's name: timm has norms of its own
+        owners = {name for name, module in net.named_modules() if "Norm" in type(module).__name__}
+        return [n for n in names if n.rpartition(".")[0] in owners]
+    if term == "biases":
+        return [n for n in names if n.endswith("bias")]
     last = re.fullmatch(r"last:(\d+)", term)
     if last is None:
         return [n for n in names if fnmatchcase(n, term)]
@@ -58,6 +68,20 @@ def _found(net: CmlNet, names: list[str], term: str, key: str) -> list[str]:
         )
     wanted = {f"{BODY}.{n}" for block in blocks[-count:] for n in block}
     return [n for n in names if n in wanted]  # without what is frozen, and no parameter
+
+
+def linear_weights(net: CmlNet) -> tuple[tuple[str, int, int], ...]:
+    """Name, outputs and inputs of each linear layer's weight in the body, frozen ones too.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    layers = [(n, m) for n, m in net.body.named_modules(prefix=BODY) if isinstance(m, nn.Linear)]
+    if not layers:
+        raise ConfigError(
+            "method.adapts has lora, but the body has no linear layers", "choose a transformer, or use last:N or norms"
+        )
+    return tuple((f"{name}.weight", layer.out_features, layer.in_features) for name, layer in layers)
 
 
 def freeze(net: CmlNet, trained: Sequence[str], *, colearner: bool = False) -> None:

@@ -109,7 +109,7 @@ def export_run(
         from cml_dist.nets.timm_backbone import timm_export
 
         try:
-            files[TIMM_WEIGHTS], settings = timm_export(parts.net, rule.network(params, 0))
+            files[TIMM_WEIGHTS], settings = timm_export(parts.net, rule.network(files[WEIGHTS], 0))
             timm = {"num_classes": parts.domain.output_dim, **settings}
         except ModelError:  # a few of timm's models have a classifier that a linear head does not fit
             pass

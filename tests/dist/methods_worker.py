@@ -26,6 +26,7 @@ from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.rule import InnerRule, Method, part_of
 from cml_dist.methods.inner_optim import Adam, Momentum
+from cml_dist.methods.lora import Lora
 from cml_dist.methods.maml_pp import MamlPlusPlus
 from cml_dist.methods.meta_sgd import MetaSgd
 from cml_dist.methods.sharp import SharpSgd
@@ -63,6 +64,7 @@ class Case:
         adapts: the one part that does; None: body and head.
         colearner: ``dense``, ``prototypes``, ``untrained`` (frozen) or ``adapts`` (both heads do).
         diagnose: the cosine of the learners' meta-gradients is asked for.
+        frozen: the body is constant.
         squares: the loss is that of one-hot labels: under cross-entropy what all classes share, such as a shared
             head's vector and a ridge head's offset, has a gradient of zero.
     """
@@ -77,6 +79,7 @@ class Case:
     trajectory: str = "all"
     micro_batch: int | None = None
     diagnose: bool = False
+    frozen: bool = False
     squares: bool = False
     clip_value: float | None = None
     ascent: float = 0.0
@@ -89,6 +92,7 @@ PLUS_PLUS = MamlPlusPlus(
 )
 """A multi-step loss in two meta-steps of three, with other weights in each."""
 SHARP = SharpSgd(*RATES, radius=0.3)
+LORA = Lora(*RATES, rank=2, beside=(("body.qkv.weight", 18, 6),))
 CASES = {
     "maml": Case("attention", SGD, diagnose=True),
     "fomaml": Case("attention", SGD, order=1),
@@ -109,6 +113,8 @@ CASES = {
     "protonet": Case("attention", SGD, steps=0, head="centroid", colearner="prototypes"),
     "untrained": Case("vector", SGD, colearner="untrained"),
     "both_adapt": Case("vector", SGD, colearner="adapts"),
+    "lora": Case("attention", LORA, adapts=HEAD, micro_batch=2),
+    "lora_frozen": Case("attention", LORA, adapts=HEAD, frozen=True),
 }
 
 
@@ -141,6 +147,8 @@ def make(case: Case) -> tuple[CmlNet, Method, Noise]:
     net = CmlNet(made.body, head, made.colearner, prototypes=case.colearner == "prototypes")
     if case.colearner == "untrained":
         freeze(net, [n for n, _ in net.named_parameters() if part_of(n) != COLEARNER], colearner=True)
+    if case.frozen:
+        freeze(net, [n for n, _ in net.named_parameters() if part_of(n) != BODY])
     rule, both_adapt = case.rule, case.colearner == "adapts"
     if case.adapts is not None:
         rule = replace(rule, adapts=frozenset(n for n in net.adaptable() if part_of(n) == case.adapts))

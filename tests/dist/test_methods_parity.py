@@ -138,16 +138,19 @@ def test_the_matrix_would_notice_a_lost_gradient(results, name):
         assert moved.pop("colearner.bias" if "colearner.bias" in moved else "colearner.1.bias") < 1e-10  # cancels out
     assert min(moved.values()) > 1e-4, moved
     assert {"head.log_lambda", "head.scale", "head.offset"} <= moved.keys() or name != "ridge"
-    assert any(n.startswith("rule.") for n in moved) == (name in ("meta_sgd", "maml_pp"))
+    assert any(n.startswith("rule.") for n in moved) == (name in ("meta_sgd", "maml_pp", "lora", "lora_frozen"))
     assert any(n.startswith("colearner.") for n in moved) == (name != "untrained")
 
 
 def test_the_matrix_can_tell_methods_apart(results):
-    """Any two on one body, which begins alike, end with another body."""
+    """Any two on one body, which begins alike, end with another body (with another head, where the body is frozen)."""
     for dtype in TOLERANCE:
         params = {name: found["params"] for name, found in results[f"single/{dtype}"].items()}
         for one, two in itertools.combinations(CASES, 2):
             if CASES[one].body == CASES[two].body:
-                names = [n for n in params[one].keys() & params[two].keys() if n.startswith("body.")]
+                part = "head." if CASES[one].frozen or CASES[two].frozen else "body."
+                names = [n for n in params[one].keys() & params[two].keys() if n.startswith(part)]
+                if not names:
+                    continue  # heads of other kinds
                 first, second = ({n: params[c][n] for n in names} for c in (one, two))
                 assert largest_difference(first, second) > 1e-5, (one, two)

@@ -17,6 +17,7 @@ from cml_dist.meta.gradient import Engine, MetaGradient, meta_gradient
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import InnerRule, Method
 from cml_dist.methods.inner_optim import Adam
+from cml_dist.methods.lora import Lora
 from cml_dist.methods.maml_pp import MamlPlusPlus
 from cml_dist.methods.meta_sgd import MetaSgd
 from cml_dist.methods.sharp import SharpSgd
@@ -31,6 +32,7 @@ RULES = {
     "maml_pp": MamlPlusPlus(0.4, 0.3, steps=STEPS, multi_step_loss=1),
     "sharp": SharpSgd(0.4, 0.3, radius=0.3),
     "adam": Adam(0.08, 0.06),
+    "lora": Lora(0.4, 0.3, frozenset(["head.weight"]), rank=2, beside=(("body.layers.2.weight", 6, 8),)),
 }
 COLEARNERS = ("none", "dense", "prototype")
 GRAPH, ALL, SQRT = Engine("graph"), Engine("adjoint"), Engine("adjoint", trajectory="sqrt")

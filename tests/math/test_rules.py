@@ -31,7 +31,9 @@ from cml_dist.meta.gradient import MetaGradient, meta_gradient
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import GradFn, InnerRule, Method, Term
 from cml_dist.methods.inner_optim import Adam
+from cml_dist.methods.lora import Lora
 from cml_dist.nets.network import CmlNet
+from cml_dist.nets.partition import freeze
 from cml_dist.types import Episode, Params
 
 RATE, HEAD_RATE, GAMMA, STEPS = 0.4, 0.3, 0.7, 3
@@ -170,6 +172,23 @@ def low_rank(p: Params, world: World) -> Tensor:
     return world.query(seen(p))
 
 
+LORA = Lora(RATE, HEAD_RATE, frozenset(HEAD), rank=2, beside=((FIRST[0], 8, 5), (SECOND[0], 6, 8)))
+
+
+def lora(p: Params, world: World) -> Tensor:
+    """LoRA (Hu et al., eq. 3): A and B of two weights adapt, which the network sees as W + B A; W may be frozen."""
+    weights = {n: {**dict(world.net.named_buffers()), **p}[n] for n in (FIRST[0], SECOND[0])}
+    names = [f"rule.lora.{n}.{factor}" for n in weights for factor in "AB"]
+
+    def seen(q: Params) -> Params:
+        return {**q, **{n: w + q[f"rule.lora.{n}.B"] @ q[f"rule.lora.{n}.A"] for n, w in weights.items()}}
+
+    for _ in range(STEPS):
+        g = partial(lambda q: world.support(seen(q)), p, [*names, *HEAD])
+        p = {**p, **{n: p[n] - rate_of(n) * g[n] for n in g}}
+    return world.query(seen(p))
+
+
 def mask_of(episode: Episode, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(1000 + episode.index)
     return (torch.rand(like.shape, generator=generator, dtype=like.dtype) < 0.6).to(like)
@@ -292,12 +311,15 @@ class Case:
     rule: InnerRule
     plain: Callable[[Params, World], Tensor]
     family: str = "vector"
+    frozen: tuple[str, ...] = ()
 
 
 CASES = {
     "sharp_lower": Case(SharpLower(RATE, HEAD_RATE), sharp_lower),
     "plus_plus": Case(PlusPlus(RATE, HEAD_RATE, frozenset(PLUS_ADAPTS)), plus_plus, "attention"),
     "low_rank": Case(LowRank(RATE, HEAD_RATE), low_rank),
+    "lora": Case(LORA, lora),
+    "lora_beside_frozen_weights": Case(LORA, lora, frozen=(*FIRST, SECOND[0])),
     "masked": Case(Masked(RATE, HEAD_RATE), masked),
     "warp": Case(Warp(RATE, HEAD_RATE, frozenset([*FIRST, *HEAD])), warp),
     "proximal": Case(Proximal(RATE, HEAD_RATE), proximal),
@@ -305,9 +327,10 @@ CASES = {
 }
 
 
-def make(family: str, rule: InnerRule) -> tuple[Problem, Params, World]:
+def make(family: str, rule: InnerRule, frozen: tuple[str, ...] = ()) -> tuple[Problem, Params, World]:
     """What a rule learns is moved off its initial values."""
     net = make_net(family)
+    freeze(net, [n for n, _ in net.named_parameters() if n not in frozen])
     net.add_rule(rule.init(net.adaptable()))
     params = {n: p.detach().clone() for n, p in net.named_parameters()}
     generator = torch.Generator().manual_seed(7)
@@ -316,11 +339,11 @@ def make(family: str, rule: InnerRule) -> tuple[Problem, Params, World]:
             noise = torch.randn(params[name].shape, generator=generator, dtype=torch.float64)
             params[name] = params[name] + 0.2 * noise
     episode = make_episode(family, 1) if family != "vector" else uneven_episode(index=1)
-    return Problem(net, cross_entropy, accuracy, {}), params, World(net, episode)
+    return Problem(net, cross_entropy, accuracy, dict(net.named_buffers())), params, World(net, episode)
 
 
 def ours(case: Case, engine: str, micro_batch: int | None = None) -> MetaGradient:
-    problem, params, world = make(case.family, case.rule)
+    problem, params, world = make(case.family, case.rule, case.frozen)
     problem.micro_batch = micro_batch
     return meta_gradient(params, world.episode, problem, Method(STEPS, case.rule, GAMMA), engine)
 
@@ -328,7 +351,7 @@ def ours(case: Case, engine: str, micro_batch: int | None = None) -> MetaGradien
 @cache
 def by_plain_loop(name: str) -> tuple[float, Params]:
     case = CASES[name]
-    _, params, world = make(case.family, case.rule)
+    _, params, world = make(case.family, case.rule, case.frozen)
     return total_gradient(lambda p: case.plain(p, world), params)
 
 
@@ -345,7 +368,7 @@ def test_a_rule_equals_its_plain_loop(name, size, engine):
 @cache
 def differences(name: str) -> dict:
     case = CASES[name]
-    _, params, world = make(case.family, case.rule)
+    _, params, world = make(case.family, case.rule, case.frozen)
     return slopes(lambda p: case.plain(p, world), params)
 
 
@@ -360,7 +383,7 @@ def test_warp_layers_equal_central_differences_at_points_held_constant(engine):
     """The points are visited once, at the warp as it is; then the warp alone moves, in one step from each of them. The
     rest: the ordinary objective with the warp held."""
     grads, case = ours(CASES["warp"], engine).grads, CASES["warp"]
-    _, params, world = make(case.family, case.rule)
+    _, params, world = make(case.family, case.rule, case.frozen)
     names, visited = [*FIRST, *HEAD], []
 
     def step(q: Params) -> Params:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from image_sets import write_set
 from safetensors.torch import load_file
 
 import cml_dist
-from cml_dist.config.load import parse_config
-from cml_dist.config.schema import ModelConfig
+from cml_dist.config.load import load_config, parse_config
+from cml_dist.config.schema import ModelConfig, RunConfig
 from cml_dist.errors import CmlError, ConfigError
-from cml_dist.nets.build import build_net
+from cml_dist.memory.forecast import forecast
+from cml_dist.nets.build import build_net, make_network
 from cml_dist.nets.partition import freeze, select
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import Console
@@ -182,3 +184,72 @@ def test_a_test_reads_no_training_images(tmp_path, monkeypatch):
     monkeypatch.setattr(ImageDomain, "load", lambda self, split, *rest: read.append(split) or load(self, split, *rest))
     evaluate_run(run_config(str(tmp_path / "run"), ["memory.budget_gib=1"]), "best", Console())
     assert set(read) == {"test"}
+
+
+def test_norms_and_biases_are_terms():
+    net = net_of("test_vit")
+    names = [n for n, _ in net.named_parameters() if not n.startswith("colearner.")]
+    norms, biases = select(net, ("norms",), "x"), select(net, ("biases",), "x")
+    assert norms == [n for n in names if "norm" in n] and "body.model.norm.weight" in norms
+    assert biases == [n for n in names if n.endswith(".bias")] and "head.bias" in biases
+    assert select(net_of("conv4"), ("norms",), "x") == [
+        f"body.block{block}.norm.{kind}" for block in range(1, 5) for kind in ("weight", "bias")
+    ]
+
+
+def lora_of(folder: Path, *, rank: int, **more: dict) -> RunConfig:
+    """A small ViT whose frozen body adapts by factors."""
+    return parse_config(
+        {
+            "domain": images_of(folder),
+            "model": {"backbone": "test_vit", "trained": ["head"]},
+            "method": {"inner_steps": 3, "inner_lr": 0.1, "adapts": ["head", f"lora:{rank}"]},
+            "train": {"steps": 2, "episodes_per_step": 1},
+            "eval": {"val_episodes": 1, "episodes": 2, "every": 0},
+            "run": {"dir": str(folder / "run")},
+            **more,
+        }
+    )
+
+
+def test_low_rank_factors_beside_a_frozen_body(tmp_path):
+    """Trained and exported: W is as it was, the factors adapt in use, and timm's own file has W + B A."""
+    config = lora_of(tmp_path, rank=2)
+    assert train(config, Console()).finished
+    start = dict(net_of("test_vit").named_parameters())
+    exported, plain = (load_file(tmp_path / "run" / "export" / f"{name}.safetensors") for name in ("model", "timm"))
+    weight = "body.model.blocks.0.attn.qkv.weight"
+    assert torch.equal(exported[weight], start[weight])
+    b, a = (exported[f"rule.lora.{weight}.{factor}"] for factor in "BA")
+    assert b.shape == (start[weight].shape[0], 2) and a.shape == (2, start[weight].shape[1]) and b.any()
+    assert torch.allclose(plain["blocks.0.attn.qkv.weight"], start[weight] + b @ a)
+    learner = cml_dist.load(tmp_path / "run")
+    images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8).numpy()
+    adapted = learner.adapt(list(images), ["a", "b", "c"])
+    assert not torch.equal(adapted._params[weight], start[weight] + b @ a)
+    assert adapted._params["body.model.blocks.0.norm1.weight"].equal(exported["body.model.blocks.0.norm1.weight"])
+
+
+def test_a_plan_counts_the_factors_as_what_adapts(tmp_path):
+    config = lora_of(tmp_path, rank=4, engine={"name": "adjoint", "trajectory": "all"})
+    found = forecast(config, 1, 8.0)
+    net = make_network(config, (3, 32, 32), 3)
+    factors = sum(p.numel() for n, p in net.named_parameters() if n.startswith(("rule.lora.", "head.")))
+    assert 0 < factors < sum(b.numel() for b in net.buffers()) / 4
+    assert found["rows"][0]["adapted"] == 3 * 4 * factors
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("method.adapts=lora:2",), "the body has no linear layers"),
+        (("method.adapts=lora:0",), "which selects no parameter"),
+        (("method.adapts=lora:2", "method.name=anil"), "anil adapts the head alone: set method.name=maml"),
+        (("method.adapts=lora:2", "method.name=meta_sgd"), "whose factors move by plain SGD: set method.name=maml"),
+        (("method.adapts=lora:2", "method.inner_optim=adam"), "and method.inner_optim=sgd"),
+        (("method.adapts=lora:2", "model.head=ridge"), "set model.head=linear or shared"),
+    ],
+)
+def test_where_factors_make_no_sense_they_are_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        make_network(load_config("glyphs", settings), (1, 28, 28), 5)
