@@ -55,6 +55,13 @@ HALF = {"inner_steps": 1, "inner_lr": 0.5}
 
 METHODS: dict[str, MethodEntry] = {
     "cml": MethodEntry("MAML with the co-learner", title="MAML", settings={"colearner": True}, family="maml"),
+    "cl": MethodEntry(
+        "the paper's control: both heads adapt", title="MAML", settings={"colearner": "adapts"}, family="maml"
+    ),
+    "noise": MethodEntry(
+        "the paper's control: the co-learner is never trained",
+        title="MAML", settings={"colearner": "untrained"}, family="maml",
+    ),
     "maml": MethodEntry("all adapts, second order", title="MAML", family="maml"),
     "fomaml": MethodEntry("MAML of first order", title="FOMAML", settings={"order": 1}, family="maml"),
     "anil": MethodEntry(

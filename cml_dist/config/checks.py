@@ -19,6 +19,10 @@ def contradictions(config: Any) -> Iterator[str]:
         yield f"method.gamma is {method.gamma:g}, but method.name {name} has no co-learner: {remedy}"
     if name == "cml" and method.colearner is False:
         yield "method.colearner is false, but method.name is cml: set method.name=maml, or method.colearner=true"
+    control = info.settings.get("colearner")
+    if control in ("adapts", "untrained") and method.colearner != control:
+        said, other = str(method.colearner).lower(), "leave it out, or set method.name=cml or maml"
+        yield f"method.colearner is {said}, but method.name {name} sets it to {control}: {other}"
     if name == "fomaml" and method.order != 1:
         yield "method.order is 2, but method.name fomaml is first order: set method.name=maml, or method.order=1"
     if name == "maml_pp" and method.inner_steps == 0:
@@ -64,13 +68,16 @@ def contradictions(config: Any) -> Iterator[str]:
             yield f"eval.permutations is {test.permutations}, {without} labels: set eval.permutations=1"
     if rank := lora_rank(method.adapts):
         lora = f"method.adapts has lora:{rank}"
-        if info.target or is_code(name) or method.inner_optim != "sgd":
+        if info.target or method.inner_optim != "sgd":
             yield f"{lora}, whose factors move by plain SGD: set method.name=maml and method.inner_optim=sgd"
         if info.adapts_only == "head":
             yield f"{lora}, but method.name {name} adapts the head alone: set method.name=maml"
         if model.head in ("centroid", "ridge"):
             reads = "starts from features of the network without its factors"
             yield f"{lora}, but model.head {model.head} {reads}: set model.head=linear or shared"
+    if model.extra_blocks and model.backbone != "conv4":
+        none = f"but model.backbone {model.backbone} has none: leave it out, or set model.backbone=conv4"
+        yield f"model.extra_blocks is {model.extra_blocks}, {none}"
     for key, options, named in (
         ("method.options", method.options, method.name),
         ("model.options", model.options, model.backbone),

@@ -31,14 +31,15 @@ def conv_block(in_channels: int, out_channels: int, norm: nn.Module, bias: bool 
 
 
 class Conv4(nn.Module):
-    """Four times [3x3 conv with bias, BatchNorm, ReLU, 2x2 max-pool].
+    """Four times [3x3 conv with bias, BatchNorm, ReLU, 2x2 max-pool]; more blocks may precede the last max-pool.
 
-    ``tap`` is the fourth block's map before its max-pool (``[N, 64, 10, 10]`` at 84 px), ``pooled`` the same map
+    ``tap`` is the last block's map before the max-pool (``[N, 64, 10, 10]`` at 84 px), ``pooled`` the same map
     max-pooled and flattened (``[N, 1600]`` at 84 px, ``[N, 64]`` at 28 px). Initial values are PyTorch's own.
 
     Args:
         input_shape: ``(channels, height, width)`` of one image.
         filters: channels of each block.
+        extra_blocks: how many more; they keep the map's size, so that head and co-learner stay as they are.
 
     Raises:
         ModelError: an image side is below 16 px, so nothing is left after four poolings: use larger images.
@@ -46,7 +47,7 @@ class Conv4(nn.Module):
     Source: CML (UAI 2024), section 5, "4 x [conv, BN, ReLU, max-pool]".
     """
 
-    def __init__(self, input_shape: tuple[int, int, int], filters: int = 64) -> None:
+    def __init__(self, input_shape: tuple[int, int, int], filters: int = 64, extra_blocks: int = 0) -> None:
         super().__init__()
         channels, height, width = input_shape
         if min(height, width) < MIN_SIDE:
@@ -54,7 +55,8 @@ class Conv4(nn.Module):
                 f"images are {height}x{width} px, too small for the four poolings of model.backbone conv4",
                 f"use images of at least {MIN_SIDE}x{MIN_SIDE} px, or another model.backbone",
             )
-        for number in range(1, NUM_BLOCKS + 1):
+        self.num_blocks = NUM_BLOCKS + extra_blocks
+        for number in range(1, self.num_blocks + 1):
             in_channels = channels if number == 1 else filters
             self.add_module(f"block{number}", conv_block(in_channels, filters, batch_norm(filters)))
         shrink = 2 ** (NUM_BLOCKS - 1)
@@ -70,8 +72,10 @@ class Conv4(nn.Module):
         maps = self.block1(inputs)
         for block in (self.block2, self.block3, self.block4):
             maps = block(F.max_pool2d(maps, 2))
+        for number in range(NUM_BLOCKS + 1, self.num_blocks + 1):
+            maps = getattr(self, f"block{number}")(maps)
         return Features(tap=maps, pooled=F.max_pool2d(maps, 2).flatten(1))
 
 
 def build(model: ModelConfig, input_shape: tuple[int, ...]) -> Conv4:
-    return Conv4(input_shape, model.filters)
+    return Conv4(input_shape, model.filters, model.extra_blocks)

@@ -34,11 +34,17 @@ def test_conv4_has_the_papers_parameter_counts() -> None:
     net = _net(RGB84)
     assert _count(net.body) + _count(net.head) == 121_093
     assert _count(net.colearner) == 82_117
+    control = _net(RGB84, extra_blocks=3)
+    assert _count(control.body) + _count(control.head) == 232_261
+    assert _count(control.colearner) == 82_117 and len(control.body.blocks()) == 7
+    for name, value in net.body.named_parameters():
+        assert torch.equal(control.body.get_parameter(name), value), "the first blocks start as they do without"
 
 
 @pytest.mark.parametrize(("shape", "tap", "pooled"), [(RGB84, (64, 10, 10), 1600), (GREY28, (64, 3, 3), 64)])
-def test_conv4_features(shape: tuple[int, ...], tap: tuple[int, ...], pooled: int) -> None:
-    net = _net(shape)
+@pytest.mark.parametrize("extra_blocks", [0, 2])
+def test_conv4_features(shape: tuple[int, ...], tap: tuple[int, ...], pooled: int, extra_blocks: int) -> None:
+    net = _net(shape, extra_blocks=extra_blocks)
     features = net.body(torch.randn(2, *shape))
     assert tuple(features.tap.shape) == (2, *tap) == (2, *net.body.tap_shape)
     assert tuple(features.pooled.shape) == (2, pooled) == (2, net.body.pooled_dim)

@@ -10,6 +10,7 @@ import yaml
 from torch import Tensor, nn
 
 from cml_dist.config.load import Layers, annotated, find_recipe, layered, merge, parse_config, read_yaml, recipes
+from cml_dist.config.methods import method_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
 from cml_dist.meta.problem import Problem
@@ -260,6 +261,14 @@ CONTRADICTIONS = [
         "eval.ensemble=5 train.steps=2000",
         "eval.ensemble is 5, but the run has 4 validations: lower it, or eval.every",
     ),
+    (
+        "method.name=cl method.colearner=true",
+        "method.colearner is true, but method.name cl sets it to adapts: leave it out, or set method.name=cml or maml",
+    ),
+    (
+        "model.backbone=resnet18 model.extra_blocks=3",
+        "model.extra_blocks is 3, but model.backbone resnet18 has none: leave it out, or set model.backbone=conv4",
+    ),
     ("engine.name=graph engine.micro_batch=2", "engine.micro_batch is set, but engine.name graph keeps the whole loop"),
     (
         "method.name=anil method.colearner=true eval.learner=co",
@@ -397,6 +406,20 @@ def test_a_method_may_set_the_outer_optimizer_where_a_recipe_says_nothing():
     found, config = layers("method.name=maml_pp", recipe={**RECIPE, "optim": {"schedule": "constant"}})
     assert (config.optim.schedule, found.sources["optim.schedule"]) == ("constant", "recipe")
     assert parse_config(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "colearner", "title"), [("cl", "adapts", "MAML + CL"), ("noise", "untrained", "MAML + noise")]
+)
+def test_the_papers_controls_have_names(name, colearner, title):
+    """With the recipe's steps and rates, and the weight of the co-learner's loss."""
+    found, config = layers(f"method.name={name}")
+    method = config.method
+    assert (method.colearner, method.inner_steps, method.gamma) == (colearner, 5, 0.3)
+    assert method_title(config) == title and found.gave_way == {"method.order": 2}
+    assert config.method.model_copy(update={"name": "maml"}) == layers(
+        "method.name=maml", f"method.colearner={colearner}"
+    )[1].method
 
 
 def test_within_a_family_the_weight_stays_with_the_co_learner():
