@@ -129,15 +129,17 @@ def test_the_table_has_every_strategy_and_ends_in_a_command_that_trains_it(plan)
 
 
 def test_an_upper_ascent_costs_a_copy_and_each_reduction_inside_a_meta_step_an_all_reduce(plan):
+    sharp = ("sinusoid", "--gpus", "2", "--gpu-memory-gib", "24", "method.name=sharp_maml", "method.inner_steps=1")
+
     def ddp(*words: str) -> dict:
-        found = forecast(plan, "omniglot", "--gpus", "2", "--gpu-memory-gib", "24", "method.name=sharp_maml", *words)
+        found = forecast(plan, *sharp, *words)
         return next(row for row in found["rows"] if row["strategy"] == "ddp")
 
     lower, both, clamped = ddp("method.sharp=lower"), ddp(), ddp("optim.clip_value=10")
     assert both["gradients"] - lower["gradients"] == lower["parameters"]
     assert both["activations"] == pytest.approx(lower["activations"], rel=0.01)
     assert both["sent"] == 2 * lower["sent"] and clamped["sent"] == 3 * lower["sent"]
-    assert ", each twice" in plan("omniglot", "--gpus", "2", "--gpu-memory-gib", "24", "method.name=sharp_maml")[1]
+    assert ", each twice" in plan(*sharp)[1]
 
 
 def test_one_gpu_is_no_world(plan):
