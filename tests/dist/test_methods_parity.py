@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, run_ranks
+from launching import run_ranks
 from methods_worker import CASES, EPISODES, FURTHER, REDUCED_INSIDE, RUNS, ZERO, make
 
 from cml_dist.meta.gradient import meta_gradient
@@ -28,7 +28,7 @@ def results(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("methods"), {}
     for world in RUNS:
         path = folder / f"world-{world}.pt"
-        code, out = run_ranks(world, WORKER, str(path), PYTHONPATH=str(ROOT / "tests" / "math"))
+        code, out = run_ranks(world, WORKER, str(path))
         assert code == 0, out
         saved = torch.load(path)
         assert saved["world"] == world, "another world than the one that was launched"

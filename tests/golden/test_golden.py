@@ -16,8 +16,6 @@ from launching import run_ranks
 from runs import RUNS, SMOOTH, made_with, outcome, prepare, settings
 from runs import run as run_here
 
-import cml_dist
-
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 SAME_RUN = 1e-9
 """float64, relative: machines differ in the last bits."""
@@ -60,8 +58,6 @@ def test_two_processes_end_with_the_numbers_of_one(work, strategy):
     config = settings(SMOOTH, dtype, work, strategy)
     file = work / f"{strategy}.yaml"
     file.write_text(json.dumps(config))
-    # The package of this process, also where it is not that of the working folder.
-    package = {"PYTHONPATH": str(Path(cml_dist.__file__).parents[1]), "PYTHONSAFEPATH": "1"}
-    code, out = run_ranks(2, "-m", "cml_dist", "train", str(file), **package)
+    code, out = run_ranks(2, "-m", "cml_dist", "train", str(file))
     assert code == 0 and f"2 processes ({strategy})" in out, out
     assert_as_recorded(SMOOTH, dtype, outcome(Path(config["run"]["dir"])), tolerance)
