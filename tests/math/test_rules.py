@@ -1,7 +1,7 @@
 """The shape of a method carries any rule: rules of the literature as small subclasses, in float64.
 
 Each is held against the same method as a plain loop written here (differentiated by autograd, and by central
-differences), on both engines; the package knows none of them.
+differences), on both engines; two of them are the package's own.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import GradFn, InnerRule, Method, Term
 from cml_dist.methods.inner_optim import Adam
 from cml_dist.methods.lora import Lora
+from cml_dist.methods.sharp import SharpSgd
 from cml_dist.nets.network import CmlNet
 from cml_dist.nets.partition import freeze
 from cml_dist.types import Episode, Params
@@ -80,20 +81,6 @@ def held(p: Params) -> Params:
 
 
 # --------------------------------------------------------------------------- the rules, and each as a plain loop
-
-
-@dataclass(frozen=True)
-class SharpLower(InnerRule):
-    """Sharp-MAML's lower ascent: the gradient is taken at fast + alpha g / |g|, and g is differentiated too."""
-
-    alpha: float = 0.3
-
-    def update(self, meta: Params, fast: Params, const: Params, grad: GradFn, k: int) -> Params:
-        g = grad(fast)
-        norm = torch.sqrt(sum(v.square().sum() for v in g.values())) + 1e-12
-        sharp = grad({n: v + self.alpha * g[n] / norm for n, v in fast.items()})
-        rates = self.rates(fast)
-        return {n: v - rates[n] * sharp[n] for n, v in fast.items()}
 
 
 def sharp_lower(p: Params, world: World) -> Tensor:
@@ -315,7 +302,7 @@ class Case:
 
 
 CASES = {
-    "sharp_lower": Case(SharpLower(RATE, HEAD_RATE), sharp_lower),
+    "sharp_lower": Case(SharpSgd(RATE, HEAD_RATE, radius=0.3), sharp_lower),
     "plus_plus": Case(PlusPlus(RATE, HEAD_RATE, frozenset(PLUS_ADAPTS)), plus_plus, "attention"),
     "low_rank": Case(LowRank(RATE, HEAD_RATE), low_rank),
     "lora": Case(LORA, lora),
