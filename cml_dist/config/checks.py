@@ -52,9 +52,8 @@ def contradictions(config: Any) -> Iterator[str]:
     if test.learner == "co" and (reason := dagger_refusal(config)) is not None:
         remedy = ", or eval.co_adapt=released" if has_trained_colearner(config) else ""
         yield f"eval.learner is co, but {reason}: set eval.learner=meta{remedy}"
-    validations = -(-config.train.steps // test.every) if test.every else 1
-    if test.ensemble > validations:
-        yield f"eval.ensemble is {test.ensemble}, but the run has {validations} validations: lower it, or eval.every"
+    if test.ensemble > (most := config.num_validations):
+        yield f"eval.ensemble is {test.ensemble}, but the run has {most} validations: lower it, or eval.every"
     if prototype and method.colearner == "adapts":
         without = "which has nothing that adapts by a support loss, but method.colearner is adapts"
         yield f"model.colearner.kind is prototype, {without}: set model.colearner.kind=dense"

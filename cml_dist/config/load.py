@@ -117,7 +117,6 @@ def layered(recipe: Mapping[str, Any], overrides: Sequence[str], warn: Warn = si
     """
     given = _renamed(flatten(recipe), warn)
     settings, chosen = _assigned(given, overrides, warn)
-    check_named(settings, chosen)
     then, now = (str(layer.get("method.name", "cml")) for layer in (given, settings))
     defaults: dict[str, Any] = {}
     if now in METHODS:
@@ -139,13 +138,11 @@ def layered(recipe: Mapping[str, Any], overrides: Sequence[str], warn: Warn = si
 
 def merge(data: Mapping[str, Any], overrides: Iterable[str], warn: Warn = silently) -> dict[str, Any]:
     """``data`` with ``section.key=value`` assignments applied; values are read as YAML."""
-    settings, chosen = _assigned(_renamed(flatten(data)), overrides, warn)
-    check_named(settings, chosen)
-    return _nested(settings)
+    return _nested(_assigned(_renamed(flatten(data)), overrides, warn)[0])
 
 
 def _assigned(given: Mapping[str, Any], overrides: Iterable[str], warn: Warn) -> tuple[dict[str, Any], set[str]]:
-    """Flat settings with overrides applied, and which ones those set."""
+    """Flat settings with overrides applied, and which ones those set: they alone may name code."""
     settings, chosen = dict(given), set()
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -161,6 +158,7 @@ def _assigned(given: Mapping[str, Any], overrides: Iterable[str], warn: Warn) ->
         new = _renamed(flatten({key: value}), warn)
         settings |= new
         chosen |= new.keys()
+    check_named(settings, chosen)
     return settings, chosen
 
 

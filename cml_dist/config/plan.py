@@ -165,7 +165,7 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
             optim.clip_value and f"elements clamped at {optim.clip_value:g}",
             f"{train.steps * train.episodes_per_step:,} episodes",
         ),
-        "validation": f"{-(-train.steps // test.every) if test.every else 1} x {test.val_episodes} episodes; "
+        "validation": f"{config.num_validations} x {test.val_episodes} episodes; "
         f"a checkpoint every {config.checkpoint.every:,} meta-steps",
         "test": _listed(
             f"{test.episodes} episodes of {test.split}, {_steps(plan.test_inner_steps)}",

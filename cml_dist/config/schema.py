@@ -350,6 +350,11 @@ class RunConfig(Section):
                 data = {**data, "optim": {**METHODS[name].optim, **optim}}
         return data
 
+    @property
+    def num_validations(self) -> int:
+        """Of the whole run; the last meta-step is always validated."""
+        return -(-self.train.steps // self.eval.every) if self.eval.every else 1
+
     @model_validator(mode="after")
     def _agrees(self) -> RunConfig:
         for contradiction in contradictions(self):

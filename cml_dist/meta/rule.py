@@ -99,7 +99,7 @@ class InnerRule:
         Args:
             meta: all meta-parameters, and the network's constants (frozen parameters).
         """
-        return network_part({**self.network(meta, k), **const, **fast})
+        return {**self.network(meta, k), **network_part({**const, **fast})}
 
     def update(self, meta: Params, fast: Params, const: Params, grad: GradFn, k: int) -> Params:
         """fast_{k+1}, with the names, shapes and types of ``fast``.

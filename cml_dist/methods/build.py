@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -14,12 +14,11 @@ from cml_dist.registry import INNER_OPTIMS, METHODS
 from cml_dist.user_code import is_code
 
 
-def rule_of(method: MethodConfig, norms: Sequence[str] = (), **more: Any) -> InnerRule:
+def rule_of(method: MethodConfig, **more: Any) -> InnerRule:
     """The rule that ``method`` names.
 
     Args:
-        norms: of the network, for a rule that learns them.
-        more: members of :class:`InnerRule`, or of :class:`Lora` with its rank.
+        more: members that depend on the network; with a rank, of :class:`Lora`.
     """
     rates = {
         "body_lr": method.inner_lr if method.body_lr is None else method.body_lr,
@@ -34,7 +33,6 @@ def rule_of(method: MethodConfig, norms: Sequence[str] = (), **more: Any) -> Inn
         "adam": {"betas": method.inner_betas},
         "maml_pp": {
             "steps": method.inner_steps,
-            "norms": tuple(norms),
             "multi_step_loss": method.multi_step_loss,
             "multi_step_every": method.multi_step_every,
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,8 +142,12 @@ def method_of(config: RunConfig, net: CmlNet) -> Method:
                 "leave method.adapts out, or set method.name=maml",
             )
         adapts = frozenset([*adapts, *(n for n in net.adaptable() if part_of(n) == COLEARNER and both_adapt)])
-    lora = {"rank": rank, "beside": linear_weights(net), "seed": config.run.seed} if rank else {}
-    rule = rule_of(method, norms_a_step(net), adapts=adapts, parts=PARTS if both_adapt else (BODY, HEAD), **lora)
+    further: dict[str, Any] = {}
+    if rank:
+        further = {"rank": rank, "beside": linear_weights(net), "seed": config.run.seed}
+    elif method.name == "maml_pp":
+        further = {"norms": norms_a_step(net)}
+    rule = rule_of(method, adapts=adapts, parts=PARTS if both_adapt else (BODY, HEAD), **further)
     ascent = method.radius if has_upper_ascent(config) else 0.0
     return Method(
         method.inner_steps, rule, method.gamma or 0.0, method.order or 2, both_adapt, method.first_order_steps, ascent

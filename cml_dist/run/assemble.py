@@ -75,6 +75,7 @@ def assemble(
             progress(done, total, what)
 
     def find_data() -> Domain:
+        import_own(config)
         seeds = {"train_seed": config.run.seed, "eval_seed": config.eval.seed}
         return build_domain(config.domain, **seeds, processes=world.local_size, progress=tell)
 
@@ -91,7 +92,6 @@ def assemble(
         return net.to(dtype)
 
     world.heartbeat.beat("looking for the data")
-    world.run_on_all_ranks(lambda: import_own(config))
     with preparing(console) as progress:
         domain = world.local_main_process_first(find_data)  # fills the cache of embedded or remote data
     net = world.local_main_process_first(make)  # fills the cache of pre-trained weights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,8 +48,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", code: Sequence[st
 
 
 def _with_code(description: dict[str, Any], code: Sequence[str], folder: Path) -> dict[str, Any]:
-    """The description with the user's own places of the code that it names; see :func:`load`."""
-    given, description = dict(setting.split("=", 1) for setting in code), copy.deepcopy(description)
+    """The description, in which the code that it names stands where the user has it; see :func:`load`."""
+    given = dict(setting.split("=", 1) for setting in code)
     for key, (section, name) in CODE.items():
         recorded = (description.get(section) or {}).get(name)
         if not is_code(recorded):
