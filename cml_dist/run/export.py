@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,7 +17,7 @@ from cml_dist.config.methods import method_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.distributed.world import joined_world
 from cml_dist.errors import CheckpointError, ModelError
-from cml_dist.meta.rule import part_of
+from cml_dist.meta.rule import LEARNED_RATES, part_of
 from cml_dist.methods.build import describe_rule
 from cml_dist.nets.guard import has_batch_norm
 from cml_dist.registry import TIMM, backbone_entry
@@ -133,7 +134,9 @@ def export_run(
         "image_set": parts.domain.describe().get("name"),
         "eval": _tested(folder, checkpoint.step, overrides_of(config, parts, checkpoint)),
     }
-    card = _card(config, description, sum(p.numel() for p in params.values()))
+    learned = [value.flatten() for name, value in params.items() if name.startswith(LEARNED_RATES)]
+    rates = _rates(description["rule"], torch.cat(learned) if learned else None)
+    card = _card(config, description, rates, sum(p.numel() for p in params.values()))
     if has_batch_norm(parts.net) and config.model.norm == "batch":
         card += CARD_NORM
     if timm is not None:
@@ -166,7 +169,16 @@ def _tested(folder: RunFolder, step: int, overrides: dict[str, Any]) -> dict[str
     return {key: tested[key] for key in ("meta", "split", "score")}
 
 
-def _card(config: RunConfig, description: dict[str, Any], parameters: int) -> str:
+def _rates(rule: dict[str, Any], learned: Tensor | None) -> str:
+    """The step sizes of the inner loop in words; those that were learned by their range."""
+    body, head = rule["body_lr"], rule["head_lr"]
+    if learned is None:
+        return f"body {body:g}, head {head:g}"
+    low, middle, high = (value.item() for value in (learned.min(), learned.median(), learned.max()))
+    return f"learned: {low:.3g} to {high:.3g}, median {middle:.3g} (they began at: body {body:g}, head {head:g})"
+
+
+def _card(config: RunConfig, description: dict[str, Any], rates: str, parameters: int) -> str:
     """The model card."""
     domain, tested = config.domain, description["eval"]
     figure = "not tested"
@@ -174,7 +186,7 @@ def _card(config: RunConfig, description: dict[str, Any], parameters: int) -> st
         meta = tested["meta"]
         figure = text.measured(tested["score"], meta["mean"], meta["ci95"], 2)
         figure += f" ({meta['episodes']:,} episodes of the {tested['split']} split)"
-    rule, shots, ways = description["rule"], domain.shots, getattr(domain, "ways", None)
+    shots, ways = domain.shots, getattr(domain, "ways", None)
     return CARD_TEXT.format(
         **{key: description[key] for key in ("backbone", "method", "inner_steps", "score", "step")},
         data=description["image_set"] or domain.name,
@@ -183,7 +195,7 @@ def _card(config: RunConfig, description: dict[str, Any], parameters: int) -> st
         labels="labels" if ways else "targets",
         parameters=parameters,
         input=" x ".join(map(str, description["input_shape"])),
-        rates=f"body {rule['body_lr']:g}, head {rule['head_lr']:g}",
+        rates=rates,
         head=config.model.head,
         figure=figure,
         episodes=config.train.episodes_per_step,
