@@ -38,7 +38,7 @@ test: $(INSTALLED)
 	@$(BIN)/ruff check --output-format concise; lint=$$?; \
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) && exit $$lint
 
-test-all: PYTEST_ARGS += -m ""
+test-all: override PYTEST_ARGS += -m ""
 test-all: test
 
 golden: $(INSTALLED)

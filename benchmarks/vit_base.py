@@ -2,6 +2,7 @@
 
     python benchmarks/vit_base.py            # the step: largest resident memory of the process, seconds
     python benchmarks/vit_base.py --check    # in float64, cut down to two blocks and 20 images: directional differences
+    python benchmarks/vit_base.py --inner-steps 20 --shots 1 --queries 5 --set method.adapts=[head,lora:8]
 
 5-way 5-shot, 15 queries a class, 224 px, adjoint in micro-batches of 5, SGD as the outer optimizer, on the CPU.
 """
@@ -14,14 +15,15 @@ import time
 
 import torch
 
-from cml_dist.config.schema import ModelConfig
+from cml_dist.config.load import merge, parse_config
+from cml_dist.config.schema import ModelConfig, RunConfig
 from cml_dist.distributed.allocator import keep_freed_memory
 from cml_dist.meta.gradient import meta_gradient
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
-from cml_dist.nets.build import build_net
+from cml_dist.nets.build import build_net, make_network, method_of
 from cml_dist.types import Batch, Episode
 
 WAYS, SHOTS, QUERIES, STEPS, MICRO_BATCH = 5, 5, 15, 5, 5
@@ -32,7 +34,7 @@ def score(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (outputs.argmax(1) == targets).float().mean()
 
 
-def episode(dtype: torch.dtype, shots: int = SHOTS, queries: int = QUERIES) -> Episode:
+def episode(dtype: torch.dtype, shots: int, queries: int) -> Episode:
     generator = torch.Generator().manual_seed(0)
 
     def batch(count: int) -> Batch:
@@ -42,32 +44,40 @@ def episode(dtype: torch.dtype, shots: int = SHOTS, queries: int = QUERIES) -> E
     return Episode(batch(shots), batch(queries), "train", 0)
 
 
-def network():
-    config = ModelConfig(backbone="vit_base_patch16_224", colearner={"depth": 1})
-    return build_net(config, input_shape=SHAPE, output_dim=WAYS, seed=0, colearner=True)
+def configured(inner_steps: int, overrides: list[str]) -> RunConfig:
+    settings = {
+        "domain": {"name": "mini_imagenet", "root": "unused"},
+        "model": {"backbone": "vit_base_patch16_224", "colearner": {"depth": 1}},
+        "method": {"name": "cml", "inner_steps": inner_steps, "inner_lr": 0.01, "gamma": 1.0},
+    }
+    return parse_config(merge(settings, overrides))
 
 
-def step() -> None:
-    net = network()
+def step(inner_steps: int, shots: int, queries: int, overrides: list[str]) -> None:
+    config = configured(inner_steps, overrides)
+    net = make_network(config, SHAPE, WAYS)
     loss = torch.nn.functional.cross_entropy
-    model = MetaModel(net, loss, score, Method.sgd(STEPS, 0.01, 0.01, 1.0), "adjoint", micro_batch=MICRO_BATCH)
+    model = MetaModel(net, loss, score, method_of(config, net), "adjoint", micro_batch=MICRO_BATCH)
+    names = [n for n, _ in net.named_parameters()]
+    adapting = sum(p.numel() for n, p in net.named_parameters() if n in model.method.rule.rates(names))
     del net
     optimizer = torch.optim.SGD(model.values, lr=1e-3)
     level = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
-    value, sums = model([episode(torch.float32)], 1.0)
+    value, sums = model([episode(torch.float32, shots, queries)], 1.0)
     value.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.values])
     optimizer.step()
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     count = sum(p.numel() for p in model.values)
-    print(f"parameters {count:,}; outer loss {sums['outer_loss'][0]:.4f}; gradient norm {norm:.4f}")
+    print(f"meta-trained {count:,}, adapting {adapting:,}; loss {sums['outer_loss'][0]:.4f}; gradient norm {norm:.4f}")
     print(f"resident: {level / 2**20:.2f} GiB after building, {peak / 2**20:.2f} GiB at most; {seconds:.0f} s")
 
 
 def check() -> None:
-    net = network()
+    model = ModelConfig(backbone="vit_base_patch16_224", colearner={"depth": 1})
+    net = build_net(model, input_shape=SHAPE, output_dim=WAYS, seed=0, colearner=True)
     net.body.model.blocks = net.body.model.blocks[:2]
     net = net.double()
     problem = Problem(net, torch.nn.functional.cross_entropy, score, dict(net.named_buffers()), micro_batch=2)
@@ -95,8 +105,12 @@ def check() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--inner-steps", type=int, default=STEPS)
+    parser.add_argument("--shots", type=int, default=SHOTS)
+    parser.add_argument("--queries", type=int, default=QUERIES)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of model and method")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    check() if args.check else step()
+    check() if args.check else step(args.inner_steps, args.shots, args.queries, args.set)
