@@ -7,6 +7,8 @@ import difflib
 import os
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -117,13 +119,26 @@ def _create_kwargs(name: str, input_shape: tuple[int, int, int]) -> dict[str, An
 
 def _create(name: str, published: bool, **kwargs: Any) -> nn.Module:
     try:
-        return timm.create_model(name, pretrained=published, **kwargs)
+        with _tensors_alone():
+            return timm.create_model(name, pretrained=published, **kwargs)
     except Exception as error:  # timm and its download clients raise of every kind
         what, remedy = f"timm cannot build model.backbone {name} with {kwargs}", "use images it can take"
         if published:
             what = f"the published weights of {name} cannot be had"
             remedy = "check the network, set model.pretrained to a local weight file or false"
         raise ModelError(f"{what}: {_reason(error)}", f"{remedy}, or another model.backbone") from error
+
+
+@contextmanager
+def _tensors_alone() -> Iterator[None]:
+    """Inside, no weight file is unpickled into anything but tensors, whatever the version of timm asks torch for."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before, os.environ[name] = os.environ.get(name), "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ.update({name: before} if before is not None else {})
 
 
 def _load_file(model: nn.Module, name: str, path: str, channels: int) -> None:
@@ -134,7 +149,7 @@ def _load_file(model: nn.Module, name: str, path: str, channels: int) -> None:
         )
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        state = load_state_dict(path)
+        state = load_state_dict(path, weights_only=True)
         state = adapt(state, model) if adapt else state
         # Without its classifiers, and the norms that belong to them (e.g. LeViT's ``head.bn``).
         own, stems = model.state_dict(), {classifier.split(".")[0] for classifier in _classifiers(model)}

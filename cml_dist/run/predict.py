@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cml_dist.config.schema import ModelConfig
 from cml_dist.data.own import own_class
-from cml_dist.errors import CheckpointError, ConfigError, DataError
+from cml_dist.errors import CheckpointError, CmlError, ConfigError, DataError
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
@@ -43,8 +43,14 @@ def load(path: str | Path, device: str | torch.device = "cpu", code: Sequence[st
     folder = Path(path)
     if (folder / "export" / DESCRIPTION).is_file():
         folder = folder / "export"
-    description = _with_code(read_description(folder), code, folder)
-    return Learner(description, read_weights(folder), torch.device(device))
+    description, weights = _with_code(read_description(folder), code, folder), read_weights(folder)
+    try:
+        return Learner(description, weights, torch.device(device))
+    except CmlError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        what = f"{folder / DESCRIPTION} and the weights beside it make no learner ({type(error).__name__}: {error})"
+        raise CheckpointError(what[:500], "export the run again") from error
 
 
 def _with_code(description: dict[str, Any], code: Sequence[str], folder: Path) -> dict[str, Any]:
