@@ -3,11 +3,12 @@
     python benchmarks/methods.py run --dir runs/methods --at-once 2     # trains what is missing, then prints the table
     python benchmarks/methods.py table --dir runs/methods
     python benchmarks/methods.py cost                        # seconds and bytes of a meta-step, in one process
+    python benchmarks/methods.py run --only "K = 2" MAML++   # variants whose names contain one of these words
 
 5-way 1-shot, Conv-4 with 32 filters, 5 queries a class in training and test, 4 episodes a meta-step, each method with
-its own published defaults (K <= 2). All variants are tested on the same 500 episodes, so that a difference is paired:
-its mean with the 95 % interval over episodes, of each seed. A run that was stopped goes on; one that is finished is not
-run again.
+its own published defaults (K <= 2; MAML++ and Sharp-MAML, which have 5 steps in their papers, with 2). All variants are
+tested on the same 500 episodes, so that a difference is paired: its mean with the 95 % interval over episodes, of each
+seed. A run that was stopped goes on; one that is finished is not run again.
 """
 
 from __future__ import annotations
@@ -38,17 +39,32 @@ BASES = {
     "MAML, ridge head": ("method.name=maml", "model.head=ridge"),
     "ProtoNet": ("method.name=maml", "model.head=centroid", "method.inner_steps=0"),
     "R2-D2": ("method.name=maml", "model.head=ridge", "method.inner_steps=0"),
+    # Multi-step losses in the first half, in 15 epochs as in the paper.
+    "MAML++": tuple(
+        f"method.{word}" for word in "name=maml_pp inner_steps=2 multi_step_loss=150 multi_step_every=10".split()
+    ),
+    "Sharp-MAML": ("method.name=sharp_maml", "method.inner_steps=2", "method.inner_lr=0.5"),
 }
 CONTROLS = {
     "MAML, untrained co-learner": ("method.name=maml", "method.colearner=untrained"),
     "MAML, two adapting heads": ("method.name=maml", "method.colearner=adapts"),
     "MAML, K = 2": ("method.name=maml", "method.inner_steps=2"),
     "MAML, K = 2, with": ("method.name=maml", "method.inner_steps=2", *CO),
+    "MAML, three more blocks": ("method.name=maml", "model.extra_blocks=3"),
 }
+AGAINST = {"MAML++": "MAML, K = 2", "Sharp-MAML": "MAML, K = 2", "MAML, K = 2, with": "MAML, K = 2"}
+"""With what a variant is compared that is neither a control of MAML nor a method with its co-learner."""
 VARIANTS = {
     **{name: words for base, words in BASES.items() for name, words in ((base, words), (f"{base}, with", words + CO))},
     **CONTROLS,
 }
+MORE_COSTS = {
+    "Sharp-MAML, detached ascent": (*BASES["Sharp-MAML"], "method.ascent=detached"),
+    "Sharp-MAML, lower": (*BASES["Sharp-MAML"], "method.sharp=lower"),
+    "Sharp-MAML, upper": (*BASES["Sharp-MAML"], "method.sharp=upper"),
+    "MAML, K = 2, norms adapt": ("method.name=maml", "method.inner_steps=2", "method.adapts=[head,norms]"),
+}
+"""Variants whose cost alone is measured."""
 
 
 def folder(root: Path, name: str, seed: int) -> Path:
@@ -78,13 +94,12 @@ def interval(values: np.ndarray) -> str:
     return f"{100 * values.mean():+.2f} ± {196 * values.std(ddof=1) / math.sqrt(len(values)):.2f}"
 
 
-def table(root: Path) -> None:
+def table(root: Path, names: list[str]) -> None:
     seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
     rows = " | ".join(f"difference, seed {seed}" for seed in SEEDS)
     print(f"| variant | {seeds} | against | {rows} |\n|---|" + "---|" * (2 * len(SEEDS) + 1))
-    for name in VARIANTS:
-        base = "MAML" if name in CONTROLS else name.removesuffix(", with")
-        base = "MAML, K = 2" if name == "MAML, K = 2, with" else base
+    for name in names:
+        base = AGAINST.get(name) or ("MAML" if name in CONTROLS else name.removesuffix(", with"))
         own, theirs = ([scores(root, which, seed) for seed in SEEDS] for which in (name, base))
         shown = [interval(s).removeprefix("+") if s is not None else "-" for s in own]
         pairs = zip(own, theirs, strict=True)
@@ -92,7 +107,7 @@ def table(root: Path) -> None:
         print(f"| {name} | {' | '.join(shown)} | {'' if base == name else base} | {' | '.join(gains)} |")
 
 
-def cost(repeats: int) -> None:
+def cost(repeats: int, names: list[str]) -> None:
     """Seconds of a meta-step of each variant in turn, and the bytes of its live tensors at their peak."""
     import torch
 
@@ -114,7 +129,8 @@ def cost(repeats: int) -> None:
     torch.manual_seed(0)
     episodes = [Episode(batch(1), batch(5), "train", index, ways=5) for index in range(4)]
     models = {}
-    for name, words in VARIANTS.items():
+    for name in dict.fromkeys(["MAML", *names]):
+        words = {**VARIANTS, **MORE_COSTS}[name]
         config = parse_config(layered(recipe, [*SETTINGS, *words]).data)
         net = make_network(config, (1, 28, 28), 5)
         models[name] = MetaModel(net, ImageDomain.loss, ImageDomain.score, method_of(config, net), "graph")
@@ -122,7 +138,7 @@ def cost(repeats: int) -> None:
     for _ in range(repeats + 1):
         for name, model in models.items():
             began = time.perf_counter()
-            model(iter(episodes), 0.25)[0].backward()
+            model(episodes, 0.25)[0].backward()
             seconds[name].append(time.perf_counter() - began)
             model.zero_grad(set_to_none=True)
     print("| variant | s a meta-step (median) | in MAML's | peak of live tensors, MiB |\n|---|---|---|---|")
@@ -130,7 +146,7 @@ def cost(repeats: int) -> None:
     for name, model in models.items():
         with LiveBytes() as live:
             live.standing([*model.parameters(), *model.buffers()])
-            model(iter(episodes), 0.25)[0].backward()
+            model(episodes, 0.25)[0].backward()
         model.zero_grad(set_to_none=True)
         ratio = float(np.median(np.array(seconds[name][1:]) / np.array(seconds["MAML"][1:])))
         print(f"| {name} | {medians[name]:.3f} | {ratio:.2f} | {live.peak / 2**20:.1f} |")
@@ -141,18 +157,19 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "table", "cost"])
     parser.add_argument("--dir", type=Path, default=Path("runs/methods"))
     parser.add_argument("--at-once", type=int, default=1)
-    parser.add_argument("--only", help="variants whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="variants whose names contain one of these words")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
+    known = [*VARIANTS, *(MORE_COSTS if args.what == "cost" else ())]
+    names = [name for name in known if any(word in name for word in args.only)]
     if args.what == "cost":
-        cost(args.repeats)
+        cost(args.repeats, names)
         return
     if args.what == "run":
-        names = [name for name in VARIANTS if not args.only or args.only in name]
         jobs = [(name, seed) for seed in SEEDS for name in names]
         with ThreadPoolExecutor(args.at_once) as pool:
             list(pool.map(lambda job: train(args.dir, *job), jobs))
-    table(args.dir)
+    table(args.dir, names)
 
 
 if __name__ == "__main__":

@@ -302,7 +302,9 @@ CONFIG: list[Any] = []
 
 
 def mutate_checkpoint(rng: random.Random, folder: Path) -> bool:
-    step = steps_in(folder / "checkpoints")[-1]
+    *others, step = steps_in(folder / "checkpoints")
+    for other in others:  # which would be used in its place
+        checkpoints.path_of(folder / "checkpoints", other).unlink()
     file = checkpoints.path_of(folder / "checkpoints", step)
     if rng.random() < 0.5:
         data = file.read_bytes()

@@ -12,6 +12,9 @@ from cml_dist.types import BODY, COLEARNER, HEAD, Episode, Params
 GradFn = Callable[[Params], Params]
 """The gradient of the support loss at a point of the fast space: d loss(view(point)) / d point, by its names."""
 
+LEARNED_RATES = "rule.lr."
+"""Prefix of learned step sizes, before the name of the tensor that they move."""
+
 
 def part_of(name: str) -> str:
     """The part a canonical parameter name belongs to: ``body``, ``head``, ``colearner`` or ``rule``."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cml_dist.meta.rule import GradFn, InnerRule, Term
+from cml_dist.meta.rule import LEARNED_RATES, GradFn, InnerRule, Term
 from cml_dist.types import Params
 
-RATES, ROWS = "rule.lr.", "rule.norm."
-"""Prefixes of what is learned: a step size a tensor ``[K]``, a norm's gains or biases ``[K, C]``; one row a step."""
+ROWS = "rule.norm."
+"""Prefix of a norm's learned gains or biases ``[K, C]``, one row a step; the step sizes are ``[K]`` a tensor."""
 
 LEAST = 0.03
 """Least weight of an early step's loss while there is a multi-step loss, as a part of an equal share."""
@@ -46,8 +46,9 @@ class MamlPlusPlus(InnerRule):
         return super().rates(n for n in names if n not in self.norms)
 
     def init(self, params: Params) -> Params:
-        rates = {f"{RATES}{n}": params[n].new_full((self.steps,), rate) for n, rate in self.rates(params).items()}
-        return rates | {f"{ROWS}{n}": params[n].repeat(self.steps, 1) for n in self.norms if n in params}
+        rates = {n: params[n].new_full((self.steps,), rate) for n, rate in self.rates(params).items()}
+        rows = {f"{ROWS}{n}": params[n].repeat(self.steps, 1) for n in self.norms if n in params}
+        return {f"{LEARNED_RATES}{n}": rate for n, rate in rates.items()} | rows
 
     def network(self, meta: Params, k: int) -> Params:
         own = {n.removeprefix(ROWS): _row(rows, k) for n, rows in meta.items() if n.startswith(ROWS)}
@@ -55,7 +56,7 @@ class MamlPlusPlus(InnerRule):
 
     def update(self, meta: Params, fast: Params, const: Params, grad: GradFn, k: int) -> Params:
         grads = grad(fast)
-        return {n: value - _row(meta[f"{RATES}{n}"], k) * grads[n] for n, value in fast.items()}
+        return {n: value - _row(meta[f"{LEARNED_RATES}{n}"], k) * grads[n] for n, value in fast.items()}
 
     def terms(self, meta_step: int, steps: int) -> tuple[Term, ...]:
         if steps < 2 or meta_step >= self.multi_step_loss:

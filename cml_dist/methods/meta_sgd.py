@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from cml_dist.meta.rule import GradFn, InnerRule
+from cml_dist.meta.rule import LEARNED_RATES, GradFn, InnerRule
 from cml_dist.types import Params
-
-PREFIX = "rule.lr."
 
 
 @dataclass(frozen=True)
@@ -22,8 +20,8 @@ class MetaSgd(InnerRule):
     """
 
     def init(self, params: Params) -> Params:
-        return {f"{PREFIX}{n}": torch.full_like(params[n], rate) for n, rate in self.rates(params).items()}
+        return {f"{LEARNED_RATES}{n}": torch.full_like(params[n], rate) for n, rate in self.rates(params).items()}
 
     def update(self, meta: Params, fast: Params, const: Params, grad: GradFn, k: int) -> Params:
         grads = grad(fast)
-        return {n: value - meta[f"{PREFIX}{n}"] * grads[n] for n, value in fast.items()}
+        return {n: value - meta[f"{LEARNED_RATES}{n}"] * grads[n] for n, value in fast.items()}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -14,9 +17,10 @@ from cml_dist import __version__
 from cml_dist.atomic import atomic_file, refused, write_json, write_text
 from cml_dist.config.methods import method_title
 from cml_dist.config.schema import RunConfig
+from cml_dist.distributed.allocator import memory_explained
 from cml_dist.distributed.world import joined_world
 from cml_dist.errors import CheckpointError, ModelError
-from cml_dist.meta.rule import part_of
+from cml_dist.meta.rule import LEARNED_RATES, part_of
 from cml_dist.methods.build import describe_rule
 from cml_dist.nets.guard import has_batch_norm
 from cml_dist.registry import TIMM, backbone_entry
@@ -79,7 +83,7 @@ Norms have learned gains and biases for each inner step; under timm's names ther
 
 def export_again(config: RunConfig, which: str, to: str | None, console: Console) -> None:
     """Export a run's checkpoint by its configuration. Collective: all ranks (rank 0 writes)."""
-    with joined_world(config) as world:
+    with joined_world(config) as world, memory_explained(world.device):
         parts = assemble(config, world, console, training=False)
         world.heartbeat.beat("the export")
         world.run_on_main(lambda: export_run(config, parts, console, which, to))
@@ -134,7 +138,9 @@ def export_run(
         "image_set": parts.domain.describe().get("name"),
         "eval": _tested(folder, checkpoint.step, overrides_of(config, parts, checkpoint)),
     }
-    card = _card(config, description, sum(p.numel() for p in params.values()))
+    learned = [value.flatten() for name, value in params.items() if name.startswith(LEARNED_RATES)]
+    rates = _rates(description["rule"], torch.cat(learned) if learned else None)
+    card = _card(config, description, rates, sum(p.numel() for p in params.values()))
     if has_batch_norm(parts.net) and config.model.norm == "batch":
         card += CARD_NORM
     if timm is not None:
@@ -181,11 +187,20 @@ def _figure(tested: dict[str, Any]) -> str:
     return f"{shown} ({meta['episodes']:,} episodes of the {tested['split']} split)"
 
 
-def _card(config: RunConfig, description: dict[str, Any], parameters: int) -> str:
+def _rates(rule: dict[str, Any], learned: Tensor | None) -> str:
+    """The step sizes of the inner loop in words; those that were learned by their range."""
+    body, head = rule["body_lr"], rule["head_lr"]
+    if learned is None:
+        return f"body {body:g}, head {head:g}"
+    low, middle, high = (value.item() for value in (learned.min(), learned.median(), learned.max()))
+    return f"learned: {low:.3g} to {high:.3g}, median {middle:.3g} (they began at: body {body:g}, head {head:g})"
+
+
+def _card(config: RunConfig, description: dict[str, Any], rates: str, parameters: int) -> str:
     """The model card."""
     domain, tested = config.domain, description["eval"]
     figure = "not tested" if tested is None else text.markdown(_figure(tested))
-    rule, shots, ways = description["rule"], domain.shots, getattr(domain, "ways", None)
+    shots, ways = domain.shots, getattr(domain, "ways", None)
     return CARD_TEXT.format(
         **{key: text.markdown(description[key]) for key in ("backbone", "method", "inner_steps", "score")},
         step=description["step"],
@@ -195,12 +210,34 @@ def _card(config: RunConfig, description: dict[str, Any], parameters: int) -> st
         labels="labels" if ways else "targets",
         parameters=parameters,
         input=" x ".join(map(str, description["input_shape"])),
-        rates=f"body {rule['body_lr']:g}, head {rule['head_lr']:g}",
+        rates=rates,
         head=config.model.head,
         figure=figure,
         episodes=config.train.episodes_per_step,
         seed=config.run.seed,
     )
+
+
+class _Description(BaseModel):
+    """What is read of ``model.json``, which may hold more: whoever made it may have written anything."""
+
+    input_shape: list[Annotated[int, Field(ge=1, le=2**16)]] = Field(min_length=1, max_length=3)
+    output_dim: int = Field(ge=1, le=2**16)
+    score: str
+    inner_steps: int = Field(ge=0, le=1000)
+    preprocessing: dict[str, Any]
+    model: dict[str, Any]
+    trained_on: dict[str, Any] | None = None
+    rule: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> _Description:
+        for name in {"mean", "std"} & self.preprocessing.keys():
+            values = np.array(self.preprocessing[name], dtype=np.float64)
+            usable = np.isfinite(values).all() and (name == "mean" or (values > 0).all())
+            if values.shape != (self.input_shape[0],) or not usable:
+                raise ValueError(f"preprocessing.{name} does not fit the input")
+        return self
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -210,8 +247,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         if file.exists() and (not file.is_file() or file.stat().st_size > MOST_DESCRIPTION):
             raise ValueError(f"{DESCRIPTION} is no file of at most {MOST_DESCRIPTION:,} bytes")
         description = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(description, dict):
-            raise ValueError(f"{DESCRIPTION} holds no mapping")
+        _Description.model_validate(description, strict=True)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} holds no exported model ({error})", "give a run folder, or what cml-dist export RUN_DIR wrote"

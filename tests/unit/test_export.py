@@ -72,6 +72,9 @@ def test_the_colearner_is_gone_and_the_rest_is_there(run):
     card = (folder / "export" / "README.md").read_text()
     assert f"{WAYS}-way {SHOTS}-shot" in card and "cml_dist.load" in card
     assert "on small" in card and "adapt(support_images, support_labels)" in card
+    rates = [value for name, value in tensors.items() if name.startswith("rule.lr.")]
+    said = f"step size learned: {min(v.min() for v in rates):.3g} to" if rates else "step size body 0.1, head 0.1;"
+    assert said in card
     assert ("BatchNorm uses the statistics" in card) is (config.model.backbone != "test_vit")
     description = json.loads((folder / "export" / "model.json").read_text())
     report = json.loads((folder / "eval.json").read_text())
