@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -84,6 +85,10 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
     return bytes(out)
 
 
+def evil(rng: random.Random) -> Any:
+    return copy.deepcopy(rng.choice(EVIL))
+
+
 def changed(rng: random.Random, data: Any) -> Any:
     """A nested value with one to three of its parts replaced, removed, renamed or doubled."""
     data = json.loads(json.dumps(data))
@@ -97,7 +102,7 @@ def changed(rng: random.Random, data: Any) -> Any:
                     walk(part[key])
 
         if not isinstance(data, (dict, list)) or not data or rng.random() < 0.02:
-            return rng.choice(EVIL)
+            return evil(rng)
         walk(data)
         part, key = rng.choice(places)
         how = rng.randrange(6)
@@ -110,7 +115,7 @@ def changed(rng: random.Random, data: Any) -> Any:
         elif how == 3:
             part[key] = [part[key], part[key]]
         else:
-            part[key] = rng.choice(EVIL)
+            part[key] = evil(rng)
     return data
 
 

@@ -221,7 +221,7 @@ def _card(config: RunConfig, description: dict[str, Any], rates: str, parameters
 class _Description(BaseModel):
     """What is read of ``model.json``, which may hold more: whoever made it may have written anything."""
 
-    input_shape: list[Annotated[int, Field(ge=1, le=2**16)]] = Field(min_length=1, max_length=3)
+    input_shape: list[Annotated[int, Field(ge=1, le=2**16)]] = Field(min_length=1, max_length=8)
     output_dim: int = Field(ge=1, le=2**16)
     score: str
     inner_steps: int = Field(ge=0, le=1000)
