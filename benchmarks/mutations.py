@@ -673,8 +673,8 @@ def main() -> None:
                 kinds = Counter(fault.partition(": ")[2][:160] for fault in found.faults)
                 for fault, times in kinds.most_common(12):
                     print(f"    {times} x {fault}", flush=True)
-    if asked.json:
-        asked.json.write_text(json.dumps({"rows": rows, "faults": all_faults}, indent=1) + "\n")
+                if asked.json:  # so far
+                    asked.json.write_text(json.dumps({"rows": rows, "faults": all_faults}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
