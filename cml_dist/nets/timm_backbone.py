@@ -7,8 +7,6 @@ import difflib
 import os
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -119,26 +117,13 @@ def _create_kwargs(name: str, input_shape: tuple[int, int, int]) -> dict[str, An
 
 def _create(name: str, published: bool, **kwargs: Any) -> nn.Module:
     try:
-        with _tensors_alone():
-            return timm.create_model(name, pretrained=published, **kwargs)
+        return timm.create_model(name, pretrained=published, **kwargs)
     except Exception as error:  # timm and its download clients raise of every kind
         what, remedy = f"timm cannot build model.backbone {name} with {kwargs}", "use images it can take"
         if published:
             what = f"the published weights of {name} cannot be had"
             remedy = "check the network, set model.pretrained to a local weight file or false"
         raise ModelError(f"{what}: {_reason(error)}", f"{remedy}, or another model.backbone") from error
-
-
-@contextmanager
-def _tensors_alone() -> Iterator[None]:
-    """Inside, no weight file is unpickled into anything but tensors, whatever the version of timm asks torch for."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before, os.environ[name] = os.environ.get(name), "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        os.environ.update({name: before} if before is not None else {})
 
 
 def _load_file(model: nn.Module, name: str, path: str, channels: int) -> None:
