@@ -282,7 +282,7 @@ def test_a_run_folder_does_not_say_where_to_write(run, tmp_path):
         "a: &a {b: *a}\n", "a: &a [*a]\n", "[" * 5000, "a: !!bool x\n", "a: 2001-99-99\n", "a: !!timestamp x\n",
         "a: !!python/object/apply:os.system ['touch made']\n", "a: " + "9" * 5000 + "\n", "x" * 2**21, "\xff",
     ],
-    ids=str,
+    ids=lambda content: content[:20].strip(),
 )  # fmt: skip
 def test_a_configuration_that_is_a_trap_is_one_line(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
