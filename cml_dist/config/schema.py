@@ -44,7 +44,8 @@ def _code_or_name(value: object, name: Callable[[object], Any]) -> Any:
     return sealed(value) if is_code(value) else name(value)
 
 
-MethodName = Annotated[Literal[tuple(METHODS)], WrapValidator(_code_or_name), PlainSerializer(str)]
+# Not str itself, which has no signature for pydantic 2.7 to look at.
+MethodName = Annotated[Literal[tuple(METHODS)], WrapValidator(_code_or_name), PlainSerializer(lambda name: str(name))]
 InnerOptim = Literal[tuple(INNER_OPTIMS)]
 HeadName = Literal[tuple(HEADS)]
 ImageSet = Literal[tuple(name for name, entry in DOMAINS.items() if entry.settings == "ImagesConfig")]
