@@ -293,11 +293,18 @@ def check_same_run(checkpoint: Checkpoint, net: nn.Module, data: str | None = No
     path, state = checkpoint.path, checkpoint.state
     expected = {f"param/{name}": tuple(p.shape) for name, p in net.named_parameters()}
     stored = {name: shape for name, (_, shape) in checkpoint.layout.items() if name.startswith("param/")}
-    for name, (_, shape) in checkpoint.layout.items():  # a moment is a number, or has its parameter's shape
-        kind, _, owner = name.partition("/")
-        owner = f"param/{owner.partition('/')[2]}"
-        if kind != "param" and (kind != "moment" or owner not in stored or shape not in ((), stored[owner])):
-            raise CheckpointError(f"{path} is damaged: it holds {name} of shape {shape}", "use another checkpoint")
+    moments: dict[str, set[str]] = {}
+    for name, (dtype, shape) in checkpoint.layout.items():
+        kind, _, rest = name.partition("/")
+        key, _, owner = rest.partition("/")
+        if kind != "param":
+            moments.setdefault(owner, set()).add(key)
+            owned = kind == "moment" and shape == (() if key == "step" else stored.get(f"param/{owner}"))
+            if not owned or not dtype.is_floating_point:
+                raise CheckpointError(f"{path} is damaged: it holds {name} of shape {shape}", "use another checkpoint")
+    for owner, keys in moments.items():
+        if keys != set().union(*moments.values()):
+            raise CheckpointError(f"{path} is damaged: moments of {owner} are missing", "use another checkpoint")
     for name in {**expected, **stored}:
         have, want = stored.get(name, "none"), expected.get(name, "none")
         if have != want:
