@@ -32,6 +32,9 @@ def atomic_file(path: Path, before: Callable[[], None] = lambda: None) -> Iterat
     temporary = path.with_name(f".{path.name}.writing-{writer}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        # Made here, and never found: a link that somebody put in its place would be written through.
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         yield temporary
         fsync(temporary)
         before()

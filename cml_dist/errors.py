@@ -6,6 +6,9 @@ faults of ours. Raise the nearest subclass; never print and exit from the inside
 
 from __future__ import annotations
 
+MOST = 1500
+"""Characters of what is wrong, and of the remedy."""
+
 
 class CmlError(Exception):
     """A fault with a known remedy.
@@ -20,12 +23,17 @@ class CmlError(Exception):
     """Whether every rank raises it alike, so that rank 0 alone needs to speak."""
 
     def __init__(self, what: str, remedy: str = "") -> None:
-        self.what = " ".join(str(what).split())
-        self.remedy = " ".join(str(remedy).split())
+        self.what, self.remedy = _line(what), _line(remedy)
         super().__init__(f"{self.what}; {self.remedy}" if self.remedy else self.what)
 
     def __reduce__(self) -> tuple:
         return type(self), (self.what, self.remedy)
+
+
+def _line(text: object) -> str:
+    """On one line, and of a length that is read: a value from a damaged file may have any."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= MOST else f"{line[: MOST // 2]} ... {line[-MOST // 2 :]}"
 
 
 class ConfigError(CmlError):

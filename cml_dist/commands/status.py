@@ -45,12 +45,13 @@ def status(args: argparse.Namespace, console: Console) -> int:
 
 def _check(run_dirs: Sequence[str]) -> int:
     """A line a run, e.g. ``runs/a: stopped, step 120/500 (SIGUSR1)``, and the exit code of the worst."""
+    from cml_dist.telemetry.text import line
     from cml_dist.tools.run_status import EXIT_CODES, state_of
 
     found = [state_of(run_dir) for run_dir in run_dirs]
     for run in found:
         step = f", step {run['step']}/{run['steps']}" if "step" in run else ""
-        print(f"{run['run_dir']}: {run['state']}{step}" + (f" ({run['reason']})" if run["reason"] else ""))
+        print(line(f"{run['run_dir']}: {run['state']}{step}" + (f" ({run['reason']})" if run["reason"] else "")))
     return EXIT_CODES[max((run["state"] for run in found), key=list(EXIT_CODES).index)]
 
 

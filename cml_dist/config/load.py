@@ -33,6 +33,12 @@ RENAMED: dict[str, tuple[str, dict[str, str]]] = {
 }
 """Settings by their names in 0.1, which are read until 0.3: their names now, and the values that changed with them."""
 
+RUN_CONFIG = "config.yaml"
+"""Of a run, in its folder."""
+
+MOST_BYTES, MOST_SETTINGS, MOST_DEPTH = 2**20, 10_000, 32
+"""Of a configuration: a short YAML file may stand for one that fills the memory."""
+
 Warn = Callable[[str], object]
 """Is told, a line each, of settings that have another name by now."""
 
@@ -44,10 +50,27 @@ def silently(line: str) -> None:
 def load_config(path: str, overrides: Sequence[str] = (), warn: Warn = silently) -> RunConfig:
     """Read a recipe by path or short name and apply ``key=value`` overrides.
 
+    The ``config.yaml`` of a run folder means the run in that folder, wherever it was made (:func:`in_folder`).
+
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest valid one), or a value out of range.
     """
-    return parse_config(layered(read_yaml(find_recipe(path)), overrides, warn).data, source=str(path))
+    recipe = find_recipe(path)
+    data = read_yaml(recipe)
+    if recipe.name == RUN_CONFIG and any((recipe.parent / name).exists() for name in ("sessions.jsonl", "checkpoints")):
+        data = in_folder(data, recipe.parent)
+    return parse_config(layered(data, overrides, warn).data, source=str(path))
+
+
+def in_folder(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A run folder's settings, of which none says where to write: in that folder, and data in the user's cache.
+
+    Who sent the folder has no say in that; another place is given on the command line.
+    """
+    flat = {key: value for key, value in flatten(_renamed(flatten(data))).items() if key != "domain.cache"}
+    if flat.get("domain.name") == "glyphs":  # there it is where they are rendered to
+        flat.pop("domain.root", None)
+    return _nested({**flat, "run.dir": str(folder)})
 
 
 # --------------------------------------------------------------------------- files
@@ -80,14 +103,35 @@ def find_recipe(name_or_path: str) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise ConfigError(f"{path} is larger than {MOST_BYTES:,} bytes", "start from a file in configs/recipes")
+        data = yaml.safe_load(text.decode("utf-8"))
+        _count(data)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no valid YAML: {error}", "correct the file at that place") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # PyYAML's constructors raise of many kinds besides its own, RecursionError too
+        reason = str(error) if isinstance(error, (yaml.YAMLError, ValueError)) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{path} is no valid YAML: {reason[:500]}", "correct the file at that place") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds no mapping of sections", "start from a file in configs/recipes")
     return data
+
+
+def _count(data: Any, depth: int = 0) -> int:
+    """How many values there are, anchors followed as everything here follows them; ValueError where too many."""
+    parts = [*data.keys(), *data.values()] if isinstance(data, dict) else data if isinstance(data, list) else ()
+    if depth > MOST_DEPTH:
+        raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
+    total = 1
+    for part in parts:
+        total += _count(part, depth + 1)
+        if total > MOST_SETTINGS:
+            raise ValueError(f"it has more than {MOST_SETTINGS:,} values")
+    return total
 
 
 # --------------------------------------------------------------------------- layers

@@ -44,7 +44,8 @@ def _code_or_name(value: object, name: Callable[[object], Any]) -> Any:
     return sealed(value) if is_code(value) else name(value)
 
 
-MethodName = Annotated[Literal[tuple(METHODS)], WrapValidator(_code_or_name), PlainSerializer(str)]
+# Not str itself, which has no signature for pydantic 2.7 to look at.
+MethodName = Annotated[Literal[tuple(METHODS)], WrapValidator(_code_or_name), PlainSerializer(lambda name: str(name))]
 InnerOptim = Literal[tuple(INNER_OPTIMS)]
 HeadName = Literal[tuple(HEADS)]
 ImageSet = Literal[tuple(name for name, entry in DOMAINS.items() if entry.settings == "ImagesConfig")]
@@ -165,7 +166,7 @@ class ModelConfig(Section):
     filters: int = Field(64, ge=1, le=4096, description="conv4: channels of each block")
     options: dict[str, Any] = Field({}, description=f"keyword arguments of {OWN_BACKBONE.help}")
     extra_blocks: int = Field(0, ge=0, le=64, description="conv4: further blocks behind the fourth, without a max-pool of their own (3: the paper's MAML with as many parameters, 232K)")
-    hidden: tuple[int, ...] = Field((40, 40), min_length=1, description="mlp: units of each hidden layer")
+    hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field((40, 40), min_length=1, description="mlp: units of each hidden layer")
     head: HeadName = Field("linear", description=f"{in_words(HEADS)}; all but linear take any number of classes at test, and with method.inner_steps=0 centroid is a prototypical network, ridge R2-D2")
     norm: Literal["batch", "frozen"] = Field("batch", description="BatchNorm: 'batch' statistics of the examples at hand (transductive, as in the paper), or the 'frozen' running statistics of pre-trained weights")
     trained: Terms = Field(("body", "head"), description="what is meta-trained besides the co-learner: body, head, norms, biases, last:N (the last N blocks of the body) or globs over parameter names; the rest is frozen: constants without gradient, moments or second-order work")

@@ -40,7 +40,7 @@ def new_folder(dest: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         for path in dest.parent.glob(f"{glob.escape(prefix)}*"):
-            if time.time() - path.stat().st_mtime > _ABANDONED_S:
+            if time.time() - path.lstat().st_mtime > _ABANDONED_S:
                 shutil.rmtree(path, ignore_errors=True)
         beside = tempfile.TemporaryDirectory(prefix=prefix, dir=dest.parent, ignore_cleanup_errors=True)
     except OSError as error:

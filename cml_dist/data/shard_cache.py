@@ -9,20 +9,43 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from cml_dist.data.base import Progress
 from cml_dist.data.publish import make_once, new_folder, user_cache
-from cml_dist.data.shard_format import DATASET_FILE, DatasetInfo, parse_dataset, sha256_of
+from cml_dist.data.shard_format import DATASET_BYTES, DATASET_FILE, DatasetInfo, parse_dataset, sha256_of
 from cml_dist.errors import DataError
+
+PROTOCOLS = ("http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory")
+"""What a remote set may lie behind. fsspec knows more: some start a process, render templates, read local files."""
+
+SILENT_S, GRACE_S, SLOWEST = 60, 60, 1024
+"""Seconds without a byte from a server, seconds before its pace counts, and the bytes a second that are then asked."""
 
 
 def is_remote(root: str) -> bool:
-    """Whether ``root`` is a URL of something else than a local folder."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)", root) is not None and not root.startswith("file:")
+    """Whether ``root`` is an address of one of ``PROTOCOLS``, and not a local folder (a path or ``file:`` URL).
+
+    The only reader of such addresses: a set, a configuration and a run folder may bring one from anybody.
+
+    Raises:
+        DataError: it is neither, e.g. ``pipe:COMMAND`` or a chain of file systems (``::``).
+    """
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)(://|::?)", root)
+    if scheme is None or root.startswith("file:"):
+        return False
+    if scheme[1] not in PROTOCOLS or scheme[2] != "://" or "::" in root:
+        raise DataError(
+            f"{root[:200]!r} is neither a folder nor an address of a protocol that is opened here",
+            f"give a folder (one whose name has a colon as ./NAME), or {'://, '.join(PROTOCOLS[:-2])}://",
+        )
+    return True
 
 
 def local_folder(root: str, cache: str | os.PathLike[str] | None = None, progress: Progress | None = None) -> Path:
@@ -34,10 +57,8 @@ def local_folder(root: str, cache: str | os.PathLike[str] | None = None, progres
     Raises:
         DataError: if the remote set cannot be fetched, or a file arrives damaged.
     """
-    if root.startswith("file:"):
-        return Path(unquote(urlsplit(root).path))
     if not is_remote(root):
-        return Path(root).expanduser()
+        return Path(unquote(urlsplit(root).path) if root.startswith("file:") else root).expanduser()
     data, info = description(root)
     # Named by content: a set that changed at its source gets another folder, and never mixes with the old one.
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", info.name)[:60]
@@ -61,25 +82,27 @@ def description(root: str) -> tuple[bytes, DatasetInfo]:
     Raises:
         DataError: it cannot be fetched, or describes no set.
     """
-    with _remote(root, DATASET_FILE) as (system, path, url):
-        data = system.cat_file(path)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, DATASET_FILE)
+        url = _fetch(root, DATASET_FILE, file, DATASET_BYTES)
+        data = file.read_bytes()
     return data, parse_dataset(data, url)
 
 
 def _download(root: str, info: DatasetInfo, folder: Path, progress: Progress | None) -> None:
-    from fsspec.callbacks import Callback
-
     files = (info.index, *info.shards)
     done, total = 0, sum(file.size for file in files)
+    if total > (free := shutil.disk_usage(folder).free):
+        what = f"the set {root} has {total / 2**30:,.1f} GiB, but {free / 2**30:,.1f} GiB are free in its cache"
+        raise DataError(what, "set domain.cache to a folder with more space")
     for file in files:
 
-        def tell(_: int, received: int, before: int = done, name: str = file.name, **__: object) -> None:
+        def tell(received: int, before: int = done, name: str = file.name) -> None:
             if progress is not None:
                 progress(before + received, total, f"downloading {name}")
 
         path = folder / file.name
-        with _remote(root, file.name) as (system, source, url):
-            system.get_file(source, str(path), callback=Callback(hooks={"progress": tell}))
+        url = _fetch(root, file.name, path, file.size, tell)
         size = path.stat().st_size
         if size != file.size or sha256_of(path) != file.sha256:
             kind = f"{size} bytes, not {file.size}" if size != file.size else "its checksum differs"
@@ -87,18 +110,44 @@ def _download(root: str, info: DatasetInfo, folder: Path, progress: Progress | N
         done += file.size
 
 
-@contextmanager
-def _remote(root: str, name: str) -> Iterator[tuple]:
-    """(file system, path in it, URL) of a file of the set; what fails with them is an error that says what to do."""
+def _fetch(root: str, name: str, path: Path, most: int, tell: Callable[[int], object] = lambda received: None) -> str:
+    """Fetches a file of the set, of ``most`` bytes at most, and returns its URL; ``tell`` hears of bytes received.
+
+    Raises:
+        DataError: it is not there, too large, too slow, or something else fails, which says what to do.
+    """
+    from fsspec.callbacks import Callback
     from fsspec.core import url_to_fs
 
-    url = f"{root.rstrip('/')}/{name}"
+    url, began_s = f"{root.rstrip('/')}/{name}", time.monotonic()
+
+    def watch(_: int | None, received: int, **__: object) -> None:
+        if received > most:
+            raise DataError(f"{url} is larger than the {most:,} bytes it may have", "repair the set at its source")
+        if time.monotonic() - began_s > GRACE_S + received / SLOWEST:
+            raise DataError(f"{url} comes too slowly ({received:,} bytes so far)", "try again, or copy the set by hand")
+        tell(received)
+
     try:
-        yield (*url_to_fs(url), url)
+        system, source = url_to_fs(url, **_patience(url))
+        system.get_file(source, str(path), callback=Callback(hooks={"watch": watch}))
+    except DataError:
+        raise
     except FileNotFoundError as error:
         raise DataError(f"{url} does not exist", "check domain.root, or pack and upload the set again") from error
     except Exception as error:  # each protocol has its own errors; fsspec says which package it lacks
         raise DataError(
-            f"{url} cannot be fetched ({type(error).__name__}: {error})",
+            f"{url} cannot be fetched ({type(error).__name__}: {str(error)[:300] or 'no answer in time'})",
             "check the address, access, network and free space, or pip install the package that is named",
         ) from error
+    return url
+
+
+def _patience(url: str) -> dict[str, Any]:
+    """What http is opened with: time limits for an answer, not for all of a large file; bytes as they are stored."""
+    if not url.startswith("http"):
+        return {}
+    from aiohttp import ClientTimeout
+
+    limits = ClientTimeout(total=None, sock_connect=SILENT_S, sock_read=SILENT_S)
+    return {"client_kwargs": {"timeout": limits, "headers": {"Accept-Encoding": "identity"}}}

@@ -12,53 +12,91 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zipfile
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cml_dist.data.base import SPLITS
 from cml_dist.errors import DataError
 
 DATASET_FILE = "dataset.json"
 INDEX_FILE = "index.npz"
+DATASET_BYTES = 2**26
+"""Most that ``dataset.json`` may have: of a million classes it has 30 MB."""
+IMAGE_BYTES = 2**28
+"""Most that the file of one packed image may have."""
 REPAIR = "copy the set again whole, or pack it again (cml-dist data pack); remove a cached copy, and it is fetched anew"
 
 
-class SplitInfo(BaseModel, frozen=True):
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+Count = Annotated[int, Field(ge=1, lt=2**53)]
+
+
+class SplitInfo(_Strict):
     """Classes of a split in their order, and how many images each has."""
 
-    classes: tuple[str, ...]
-    images: tuple[int, ...]
+    classes: tuple[str, ...] = Field(min_length=1)
+    images: tuple[Count, ...]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> SplitInfo:
+        if len(self.classes) != len(self.images):
+            raise ValueError(f"{len(self.classes)} classes have {len(self.images)} counts")
+        return self
 
 
-class FileInfo(BaseModel, frozen=True):
+class FileInfo(_Strict):
     """A file of the set: name within the folder, size in bytes, checksum; for a shard also its split and images."""
 
-    # A set may come from a URL: a name must never lead out of its folder.
-    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
-    size: int
-    sha256: str
+    # A set may come from anybody: a name never leads out of its folder, and no tool takes it for an option or pattern.
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)
+    size: Count
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     split: str = ""
     images: int = 0
 
 
-class DatasetInfo(BaseModel, frozen=True):
+class DatasetInfo(_Strict):
     """The content of ``dataset.json``; mean and std are per channel, of pixels in 0..1 of the training split."""
 
     format: Literal["cml_dist shard set"] = "cml_dist shard set"
     format_version: Literal[1] = 1
     name: str
-    image_size: tuple[int, int]
+    image_size: tuple[Annotated[int, Field(ge=1, le=2**15)], Annotated[int, Field(ge=1, le=2**15)]]
     channels: Literal[1, 3]
     source: str
-    splits: dict[Literal[SPLITS], SplitInfo]
+    splits: dict[Literal[SPLITS], SplitInfo] = Field(min_length=1)
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     index: FileInfo
     shards: tuple[FileInfo, ...]
     versions: dict[str, str]
+
+    @property
+    def num_images(self) -> int:
+        return sum(sum(split.images) for split in self.splits.values())
+
+    @property
+    def index_bytes(self) -> int:
+        """Most that the index may have, packed or not: a row has about 125 bytes."""
+        return 512 * self.num_images + 2**16
+
+    @model_validator(mode="after")
+    def _agrees(self) -> DatasetInfo:
+        names = [DATASET_FILE, self.index.name, *(shard.name for shard in self.shards)]
+        if len(set(names)) < len(names):
+            raise ValueError("two files have one name")
+        if self.num_images * 2048 > sum(shard.size for shard in self.shards):  # two members of a tar each
+            raise ValueError("the shards are too small for so many images")
+        if self.index.size > self.index_bytes:
+            raise ValueError("the index is too large for so few images")
+        return self
 
 
 def parse_dataset(data: bytes, where: str) -> DatasetInfo:
@@ -72,7 +110,7 @@ def parse_dataset(data: bytes, where: str) -> DatasetInfo:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        what = f"{where} is damaged, or of another version ({place}: {first['msg']})"
+        what = f"{where} is damaged, or of another version ({f'{place}: ' if place else ''}{first['msg']})"
         raise DataError(what, f"{REPAIR}, or update cml_dist") from error
 
 
@@ -85,11 +123,21 @@ def parse_index(data: bytes, info: DatasetInfo, where: str) -> dict[str, np.ndar
     try:
         if hashlib.sha256(data).hexdigest() != info.index.sha256:
             raise ValueError("its checksum differs")
+        with zipfile.ZipFile(io.BytesIO(data)) as file:  # before anything is unpacked
+            if sum(member.file_size for member in file.infolist()) > info.index_bytes:
+                raise ValueError("it unpacks to more than an index of so many images")
         with np.load(io.BytesIO(data), allow_pickle=False) as stored:
             index = {name: stored[name] for name in ("shard", "offset", "size", "key")}
-        num_images = sum(sum(split.images) for split in info.splits.values())
-        if len(index["shard"]) != num_images or index["shard"].max() >= len(info.shards):
+        shard, offset, size, key = index.values()
+        if any(column.shape != (info.num_images,) for column in index.values()):
             raise ValueError(f"it does not belong to the {DATASET_FILE} beside it")
+        if "".join(column.dtype.kind for column in index.values()) != "iiiS":
+            raise ValueError("its columns are of other types")
+        if shard.min() < 0 or shard.max() >= len(info.shards) or offset.min() < 0 or not 0 < size.min():
+            raise ValueError(f"it does not belong to the {DATASET_FILE} beside it")
+        ends = np.array([file.size for file in info.shards])[shard]
+        if size.max() > IMAGE_BYTES or (size > ends).any() or (offset > ends - size).any():
+            raise ValueError("an image lies outside of its shard")
     except Exception as error:  # zip and npy readers raise many kinds for damaged files
         raise DataError(f"{where} is damaged ({error})", REPAIR) from error
     return index

@@ -12,6 +12,7 @@ from cml_dist.data import shard_cache
 from cml_dist.data.base import SPLITS, Progress
 from cml_dist.data.pixels import open_image, to_array
 from cml_dist.data.shard_format import (
+    DATASET_BYTES,
     DATASET_FILE,
     REPAIR,
     DatasetInfo,
@@ -59,16 +60,18 @@ class ShardSet:
         folder = shard_cache.local_folder(root, cache, progress)
         file = folder / DATASET_FILE
         try:
-            if not file.exists():
+            if not file.is_file():
                 kind = f"{DATASET_FILE} is missing" if folder.is_dir() else "no such folder"
                 raise DataError(
                     f"there is no packed image set at {root} ({kind})",
                     "check the path (domain.root), or make it: cml-dist data pack SOURCE DEST",
                 )
+            if (size := file.stat().st_size) > DATASET_BYTES:
+                raise DataError(f"{file} has {size:,} bytes, which is no description of an image set", REPAIR)
             info = parse_dataset(file.read_bytes(), str(file))
             for part in (*info.shards, info.index):
                 file = folder / part.name
-                if not file.exists():
+                if not file.is_file():
                     raise DataError(f"{file} is missing", REPAIR)
                 if (size := file.stat().st_size) != part.size:
                     raise DataError(f"{file} is truncated or damaged: {size} bytes, not {part.size}", REPAIR)
@@ -102,7 +105,7 @@ class ShardSet:
 
     def key(self, image: int) -> str:
         """The name of an image, as WebDataset gives it in ``__key__``."""
-        return self._index["key"][image].decode()
+        return self._index["key"][image].decode(errors="replace")
 
     def read(self, image: int) -> bytes:
         """The bytes of an image's file.

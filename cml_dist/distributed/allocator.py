@@ -48,10 +48,11 @@ def _advise(settings: dict[int, int]) -> bool:
 
 @contextmanager
 def memory_explained(device: torch.device) -> Iterator[None]:
-    """Turn the GPU allocator's error, a paragraph about its own settings, into one line with this package's remedies.
+    """Turn the allocators' errors, paragraphs about their own settings, into one line with this package's remedies.
 
     Raises:
-        DeviceMemoryError: in the place of ``torch.OutOfMemoryError``, by the rank that it happened to.
+        DeviceMemoryError: in the place of ``torch.OutOfMemoryError``, and of that of the CPU, by the rank that it
+            happened to.
     """
     try:
         yield
@@ -63,4 +64,13 @@ def memory_explained(device: torch.device) -> Iterator[None]:
             f"the GPU's memory ran out ({device}){numbers}",
             "see nvidia-smi for other processes on it; set memory.budget_gib below what is free, so that engine, "
             "micro-batch and copies are chosen to fit, or take a ZeRO strategy (cml-dist plan says what each needs)",
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        asked = re.search(r"allocate (\d+) bytes", str(error))
+        amount = f": {int(asked[1]) / 2**30:,.1f} GiB were asked for" if asked else ""
+        raise DeviceMemoryError(
+            f"the memory of this machine ran out{amount}",
+            "take a smaller network, fewer examples in an episode, or set memory.budget_gib",
         ) from error

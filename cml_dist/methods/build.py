@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from cml_dist.config.schema import MethodConfig
 from cml_dist.meta.rule import InnerRule
 from cml_dist.methods.lora import Lora
@@ -60,4 +62,6 @@ def described_rule(described: Mapping[str, Any]) -> InnerRule:
     kind = members.pop("kind")
     cls = own_class(kind) if is_code(kind) else {rule.__name__: rule for rule in (*rules, Lora)}[kind]
     adapts = frozenset(members.pop("adapts"))
-    return cls(adapts=adapts, **{k: tuple(v) if isinstance(v, list) else v for k, v in members.items()})
+    rule = cls(adapts=adapts, **{k: tuple(v) if isinstance(v, list) else v for k, v in members.items()})
+    # Whoever made the export may have written anything.
+    return rule if is_code(kind) else TypeAdapter(cls).validate_python(vars(rule))

@@ -134,7 +134,7 @@ def _load_file(model: nn.Module, name: str, path: str, channels: int) -> None:
         )
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        state = load_state_dict(path)
+        state = load_state_dict(path, weights_only=True)
         state = adapt(state, model) if adapt else state
         # Without its classifiers, and the norms that belong to them (e.g. LeViT's ``head.bn``).
         own, stems = model.state_dict(), {classifier.split(".")[0] for classifier in _classifiers(model)}

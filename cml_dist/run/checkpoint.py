@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from cml_dist.atomic import LEFTOVERS, atomic_file
@@ -28,6 +29,31 @@ from cml_dist.types import RULE, Layout, Params
 
 FORMAT = 2
 """Format 1, still read, differs in its SHA-256 alone: there it ran over the tensors' bytes, and not their digests."""
+
+
+class _Line(BaseModel):
+    step: int = Field(ge=0, lt=10**8)
+    mean: float | None
+
+
+class _State(BaseModel):
+    """What is read of a run's state; it may hold more."""
+
+    best: _Line | None = None
+    top: list[_Line] = []
+    validated: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    data: str = ""
+    constants: str = ""
+
+
+class _Meta(BaseModel):
+    """What is read of a checkpoint's metadata: whoever made the file may have written anything."""
+
+    format: int
+    step: int = Field(ge=0, lt=10**8)
+    state: _State
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -144,6 +170,7 @@ def load(path: str | Path, verified: str | None = None) -> Checkpoint:
     with _damage_named(path):
         file = StreamReader(path)
         meta = json.loads(file.metadata["cml_dist"])
+        _Meta.model_validate(meta, strict=True)
         version, expected = meta["format"], meta.pop("sha256", None)
         if version not in (1, FORMAT):
             raise CheckpointError(
@@ -266,6 +293,18 @@ def check_same_run(checkpoint: Checkpoint, net: nn.Module, data: str | None = No
     path, state = checkpoint.path, checkpoint.state
     expected = {f"param/{name}": tuple(p.shape) for name, p in net.named_parameters()}
     stored = {name: shape for name, (_, shape) in checkpoint.layout.items() if name.startswith("param/")}
+    moments: dict[str, set[str]] = {}
+    for name, (dtype, shape) in checkpoint.layout.items():
+        kind, _, rest = name.partition("/")
+        key, _, owner = rest.partition("/")
+        if kind != "param":
+            moments.setdefault(owner, set()).add(key)
+            owned = kind == "moment" and shape == (() if key == "step" else stored.get(f"param/{owner}"))
+            if not owned or not dtype.is_floating_point:
+                raise CheckpointError(f"{path} is damaged: it holds {name} of shape {shape}", "use another checkpoint")
+    for owner, keys in moments.items():
+        if keys != set().union(*moments.values()):
+            raise CheckpointError(f"{path} is damaged: moments of {owner} are missing", "use another checkpoint")
     for name in {**expected, **stored}:
         have, want = stored.get(name, "none"), expected.get(name, "none")
         if have != want:
@@ -277,9 +316,9 @@ def check_same_run(checkpoint: Checkpoint, net: nn.Module, data: str | None = No
             raise CheckpointError(
                 f"{path} {whose}: {name} has shape {have} in the file, {want} in the configuration", remedy
             )
-    if data is not None and state["data"] != data:
+    if data is not None and (then := state.get("data", "none")) != data:
         raise CheckpointError(
-            f"the data is not that of the run of {path} (checksum {state['data'][:12]}, now {data[:12]})",
+            f"the data is not that of the run of {path} (checksum {then[:12]}, now {data[:12]})",
             "point domain.root at the same packed set, or choose another run.dir",
         )
     # Frozen weights and statistics are in no checkpoint, and earlier versions did not say which they were.
@@ -323,7 +362,7 @@ def _damage_named(path: Path) -> Iterator[None]:
             f"checkpoint {path} cannot be read: {error.strerror}",
             "mend that, then run the same command; without the file, the one before it is used",
         ) from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise DamagedCheckpoint(
-            f"checkpoint {path} is damaged ({error})", "delete it; the one before it is used"
+            f"checkpoint {path} is damaged ({str(error)[:500]})", "delete it; the one before it is used"
         ) from error

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import torch
+from pydantic import BaseModel, Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,6 +17,7 @@ from cml_dist import __version__
 from cml_dist.atomic import atomic_file, refused, write_json, write_text
 from cml_dist.config.methods import method_title
 from cml_dist.config.schema import RunConfig
+from cml_dist.distributed.allocator import memory_explained
 from cml_dist.distributed.world import joined_world
 from cml_dist.errors import CheckpointError, ModelError
 from cml_dist.meta.rule import LEARNED_RATES, part_of
@@ -31,6 +34,7 @@ from cml_dist.telemetry.console import Console
 from cml_dist.types import COLEARNER
 
 WEIGHTS, TIMM_WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "timm.safetensors", "model.json", "README.md"
+MOST_DESCRIPTION = 2**24
 FORMAT = 2
 """Format 1, still read, has the rates of plain SGD and what adapts, and no ``rule``."""
 
@@ -79,7 +83,7 @@ Norms have learned gains and biases for each inner step; under timm's names ther
 
 def export_again(config: RunConfig, which: str, to: str | None, console: Console) -> None:
     """Export a run's checkpoint by its configuration. Collective: all ranks (rank 0 writes)."""
-    with joined_world(config) as world:
+    with joined_world(config) as world, memory_explained(world.device):
         parts = assemble(config, world, console, training=False)
         world.heartbeat.beat("the export")
         world.run_on_main(lambda: export_run(config, parts, console, which, to))
@@ -163,10 +167,24 @@ def _tested(folder: RunFolder, step: int, overrides: dict[str, Any]) -> dict[str
     """The run's own figures; None where they are of another step or task, which would be a lie."""
     # Runs of earlier versions have no folder of tests.
     file = folder.own_eval_file if folder.own_eval_file.is_file() else folder.eval_file
-    tested = json.loads(file.read_text()) if file.is_file() else None
-    if tested is None or tested["step"] != step or tested.get("overrides") or overrides:
+    if not file.is_file():
         return None
-    return {key: tested[key] for key in ("meta", "split", "score")}
+    try:
+        tested = json.loads(file.read_text())
+        if tested["step"] != step or tested.get("overrides") or overrides:
+            return None
+        _figure(tested)
+        return {key: tested[key] for key in ("meta", "split", "score")}
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        what = f"{file} is damaged ({type(error).__name__}: {str(error)[:200]})"
+        raise CheckpointError(what, "test the run again: cml-dist eval RUN_DIR") from error
+
+
+def _figure(tested: dict[str, Any]) -> str:
+    """The score on the card."""
+    meta = tested["meta"]
+    shown = text.measured(tested["score"], meta["mean"], meta["ci95"], 2)
+    return f"{shown} ({meta['episodes']:,} episodes of the {tested['split']} split)"
 
 
 def _rates(rule: dict[str, Any], learned: Tensor | None) -> str:
@@ -181,15 +199,12 @@ def _rates(rule: dict[str, Any], learned: Tensor | None) -> str:
 def _card(config: RunConfig, description: dict[str, Any], rates: str, parameters: int) -> str:
     """The model card."""
     domain, tested = config.domain, description["eval"]
-    figure = "not tested"
-    if tested is not None:
-        meta = tested["meta"]
-        figure = text.measured(tested["score"], meta["mean"], meta["ci95"], 2)
-        figure += f" ({meta['episodes']:,} episodes of the {tested['split']} split)"
+    figure = "not tested" if tested is None else text.markdown(_figure(tested))
     shots, ways = domain.shots, getattr(domain, "ways", None)
     return CARD_TEXT.format(
-        **{key: description[key] for key in ("backbone", "method", "inner_steps", "score", "step")},
-        data=description["image_set"] or domain.name,
+        **{key: text.markdown(description[key]) for key in ("backbone", "method", "inner_steps", "score")},
+        step=description["step"],
+        data=text.markdown(description["image_set"] or domain.name),
         task=f"{ways}-way {shots}-shot" if ways else f"{shots}-point regression",
         inputs="images" if ways else "inputs",
         labels="labels" if ways else "targets",
@@ -203,11 +218,37 @@ def _card(config: RunConfig, description: dict[str, Any], rates: str, parameters
     )
 
 
+class _Description(BaseModel):
+    """What is read of ``model.json``, which may hold more: whoever made it may have written anything."""
+
+    input_shape: list[Annotated[int, Field(ge=1, le=2**16)]] = Field(min_length=1, max_length=8)
+    output_dim: int = Field(ge=1, le=2**16)
+    score: str
+    inner_steps: int = Field(ge=0, le=1000)
+    preprocessing: dict[str, Any]
+    model: dict[str, Any]
+    trained_on: dict[str, Any] | None = None
+    rule: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> _Description:
+        for name in {"mean", "std"} & self.preprocessing.keys():
+            values = np.array(self.preprocessing[name], dtype=np.float64)
+            usable = np.isfinite(values).all() and (name == "mean" or (values > 0).all())
+            if values.shape != (self.input_shape[0],) or not usable:
+                raise ValueError(f"preprocessing.{name} does not fit the input")
+        return self
+
+
 def read_description(folder: Path) -> dict[str, Any]:
     """The JSON of an exported model; CheckpointError where none is there."""
     try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        file = folder / DESCRIPTION
+        if file.exists() and (not file.is_file() or file.stat().st_size > MOST_DESCRIPTION):
+            raise ValueError(f"{DESCRIPTION} is no file of at most {MOST_DESCRIPTION:,} bytes")
+        description = json.loads(file.read_text(encoding="utf-8"))
+        _Description.model_validate(description, strict=True)
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} holds no exported model ({error})", "give a run folder, or what cml-dist export RUN_DIR wrote"
         ) from error
@@ -221,7 +262,9 @@ def read_description(folder: Path) -> dict[str, Any]:
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """psi, theta and constants of an exported model by canonical name, on the CPU; floating ones in float32."""
     try:
+        if not (folder / WEIGHTS).is_file():
+            raise FileNotFoundError(f"no file {WEIGHTS}")
         tensors = load_file(folder / WEIGHTS)
         return {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} is missing or damaged ({error})", "export the run again") from error

@@ -8,10 +8,11 @@ import re
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cml_dist.config.load import Warn, flatten, merge, parse_config, read_yaml, silently
+from cml_dist.config.load import RUN_CONFIG, Warn, flatten, in_folder, merge, parse_config, read_yaml, silently
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CheckpointError, NetworkError
 from cml_dist.user_code import without_folder
@@ -38,7 +39,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config_file = self.path / "config.yaml"
+        self.config_file = self.path / RUN_CONFIG
         self.deepspeed_file = self.path / "deepspeed.json"
         self.status_file = self.path / "status.json"
         self.sessions_file = self.path / "sessions.jsonl"
@@ -56,11 +57,37 @@ class RunFolder:
         """Whether a run lives here."""
         return self.config_file.is_file()
 
+    def check_contained(self) -> None:
+        """Refuse a folder from which a name leads elsewhere: who sent it would choose what is read and written there.
+
+        ``path`` itself may be a link, and links may lead to other places in the folder. Called before a command uses
+        what it finds in a run folder.
+
+        Raises:
+            CheckpointError: naming a link that leads out of it, or what is neither file nor folder (a pipe, a device).
+        """
+        inside, folders = os.path.join(os.path.realpath(self.path), ""), [str(self.path)]
+        while folders:
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    if entry.is_symlink():
+                        target = os.path.realpath(entry.path)
+                        if not os.path.join(target, "").startswith(inside):
+                            raise CheckpointError(
+                                f"{entry.path} is a link to {target}, and leads out of the run folder",
+                                "move there what it leads to; run.dir itself may be a link, to a folder anywhere",
+                            )
+                    elif entry.is_dir():
+                        folders.append(entry.path)
+                    elif not entry.is_file():
+                        raise CheckpointError(f"{entry.path} is neither a file nor a folder", "remove it")
+
     def read_config(self) -> RunConfig:
         """The configuration that the run was started with; CheckpointError where no run lives here."""
+        self.check_contained()
         if not self.exists:
             raise CheckpointError(
-                f"{self.path} is no run folder (it has no config.yaml)", "name the run.dir of a training run"
+                f"{self.path} is no run folder (it has no {RUN_CONFIG})", "name the run.dir of a training run"
             )
         return parse_config(read_yaml(self.config_file), source=str(self.config_file))
 
@@ -143,8 +170,7 @@ def run_config(run_dir: str | Path, overrides: Sequence[str], warn: Warn = silen
     Raises:
         CheckpointError: no run lives there. ConfigError: an override cannot be used.
     """
-    data = RunFolder(run_dir).read_config().model_dump(mode="json")
     # The folder may have been moved, and a test may use another world than training did.
-    data["run"]["dir"] = str(run_dir)
+    data = in_folder(RunFolder(run_dir).read_config().model_dump(mode="json"), Path(run_dir))
     data["parallel"] |= {"processes": None, "strategy": "auto", "offload": "auto", "deepspeed": None}
     return parse_config(merge(data, overrides, warn), source=f"{run_dir}/config.yaml")

@@ -99,8 +99,9 @@ class Lease:
         """What the lock says of its writer; nothing where it is torn, or of an earlier version."""
         try:
             found = json.loads(self._path.read_text())
-            return found if {"generation", "host", "pid", "requeued"} <= found.keys() else {}
-        except (OSError, ValueError, AttributeError):
+            numbers = all(type(found[key]) is int for key in ("generation", "pid", "requeued"))
+            return found if numbers and isinstance(found["host"], str) else {}
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
             return {}
 
 

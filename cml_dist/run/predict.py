@@ -13,12 +13,13 @@ from torch import Tensor
 
 from cml_dist.config.schema import ModelConfig
 from cml_dist.data.own import own_class
-from cml_dist.errors import CheckpointError, ConfigError, DataError
+from cml_dist.errors import CheckpointError, CmlError, ConfigError, DataError
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
 from cml_dist.methods.build import described_rule
 from cml_dist.nets.build import build_net
+from cml_dist.registry import TIMM, backbone_entry
 from cml_dist.run.export import DESCRIPTION, read_description, read_weights
 from cml_dist.types import Batch, Episode, Params
 from cml_dist.user_code import is_code, sealed, unsealed
@@ -43,8 +44,14 @@ def load(path: str | Path, device: str | torch.device = "cpu", code: Sequence[st
     folder = Path(path)
     if (folder / "export" / DESCRIPTION).is_file():
         folder = folder / "export"
-    description = _with_code(read_description(folder), code, folder)
-    return Learner(description, read_weights(folder), torch.device(device))
+    description, weights = read_description(folder), read_weights(folder)
+    try:
+        return Learner(_with_code(description, code, folder), weights, torch.device(device))
+    except CmlError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        what = f"{folder / DESCRIPTION} and the weights beside it make no learner ({type(error).__name__}: {error})"
+        raise CheckpointError(what[:500], "export the run again") from error
 
 
 def _with_code(description: dict[str, Any], code: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -84,6 +91,12 @@ class Learner:
         model = ModelConfig.model_validate(description["model"])
         self.ways: int | None = description["output_dim"] if model.head == "linear" else None
         shapes = {"input_shape": tuple(description["input_shape"]), "output_dim": description["output_dim"]}
+        if backbone_entry(model.backbone) is not TIMM and not is_code(model.backbone):
+            # Of what a description may make as large as it likes: measured first, without memory.
+            with torch.device("meta"):
+                size = sum(p.numel() for p in build_net(model, **shapes, seed=0, colearner=False).parameters())
+            if size > 2**20 + 2 * sum(value.numel() for value in tensors.values()):
+                raise ValueError(f"{size:,} parameters are described")
         net = build_net(model, **shapes, seed=0, colearner=False, structure_only=True)
         rule = description.get("rule")
         if rule is None:  # format 1; the oldest do not say what adapts: all of body and head
@@ -91,6 +104,9 @@ class Learner:
             rule = {"kind": "InnerRule", "adapts": adapts, **{k: description[k] for k in ("body_lr", "head_lr")}}
         self._rule = described_rule(rule)
         net.add_rule(self._rule.init(net.adaptable()), self._rule.replaces)
+        for name, value in net.named_parameters():
+            if tensors[name].shape != value.shape:
+                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(value.shape)}")
         self._params = {n: tensors[n].to(device) for n, _ in net.named_parameters()}
         buffers = {n: tensors.get(n, b).to(device) for n, b in net.named_buffers()}
         usual = torch.nn.functional.mse_loss if self.regression else torch.nn.functional.cross_entropy

@@ -39,6 +39,9 @@ DTYPES = {
 }
 """In the library's order: tensors lie in descending order of type, so that each is aligned to its elements."""
 
+MOST_HEADER = 100_000_000
+"""Bytes, as in the library."""
+
 
 def write_stream(
     path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]], metadata: Callable[[], Mapping[str, str]]
@@ -92,15 +95,19 @@ class StreamReader:
         self._data = 8 + length
         if size < self._data:
             raise ValueError("the file ends within its header")
-        entries = json.loads(self._file.read(length))
+        if length > MOST_HEADER:
+            raise ValueError(f"its header has {length:,} bytes")
         try:
+            entries = json.loads(self._file.read(length))
             self.metadata: dict[str, str] = entries.pop("__metadata__", {})
             self.layout: Layout = {n: (DTYPES[e["dtype"]], tuple(e["shape"])) for n, e in sorted(entries.items())}
+            if any(type(side) is not int or not 0 <= side < 2**62 for _, s in self.layout.values() for side in s):
+                raise ValueError("a shape is none")
             self._offsets = {n: tuple(e["data_offsets"]) for n, e in entries.items()}
             end = max((end for _, end in self._offsets.values()), default=0)
             if self._offsets != _offsets(self.layout) or end != size - self._data:
                 raise ValueError("the file is shorter or longer than its header says")
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"no safetensors header ({error})") from error
 
     def read(self, name: str) -> Tensor:

@@ -180,6 +180,7 @@ class Session:
             # Hidden files and the lock are what a start leaves that was killed early.
             if not folder.exists and any(p.name != "lock" and p.name[0] != "." for p in folder.path.iterdir()):
                 raise CheckpointError(f"run.dir {folder.path} is not empty and holds no run", "choose another run.dir")
+            folder.check_contained()
             self._lease = Lease(folder.path, self.start)
         except OSError as error:
             raise CheckpointError(

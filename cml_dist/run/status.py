@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
 
 State = Literal["running", "stopped", "finished", "failed"]
 
@@ -33,8 +35,8 @@ class RunStatus:
 
     state: State
     reason: str
-    step: int
-    steps: int
+    step: Annotated[int, Field(ge=0, lt=2**53)]
+    steps: Annotated[int, Field(ge=1, lt=2**53)]
     time: str
     started: str
     host: str
@@ -59,7 +61,6 @@ def now() -> str:
 def read_status(path: Path) -> RunStatus | None:
     """The status in a file; None where there is none, or nothing that can be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return RunStatus(**{f.name: found[f.name] for f in fields(RunStatus) if f.name in found})
-    except (OSError, ValueError, TypeError):
+        return TypeAdapter(RunStatus).validate_json(path.read_bytes())
+    except (OSError, ValueError):
         return None

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from cml_dist.telemetry.live import LiveDisplay, ProgressView, TrainingView
 from cml_dist.telemetry.summary import Best, TrainingSummary
-from cml_dist.telemetry.text import MISSING, interval, measured, printable, score, score_label
+from cml_dist.telemetry.text import MISSING, interval, line, measured, printable, score, score_label
 
 LOG = logging.getLogger("cml_dist")
 LOG.setLevel(logging.INFO)
@@ -117,15 +117,15 @@ class Console:
 
     def header(self, title: str, rows: Mapping[str, object]) -> None:
         """The resolved plan: a panel on a terminal, ``name: value`` lines elsewhere."""
-        shown = {printable(name): printable(value) for name, value in rows.items()}
+        shown = {line(name): line(value) for name, value in rows.items()}
         if self.interactive:
             grid = Table.grid(Column(style="cyan", no_wrap=True), Column(overflow="fold"), padding=(0, 2, 0, 0))
             for name, value in shown.items():
                 grid.add_row(Text(name), Text(value))
             heading = Text(f" {printable(title)} ", style="bold")
             self._out.print(Panel(grid, title=heading, title_align="left", border_style="dim", expand=False))
-        for line in (printable(title), *(f"  {name}: {value}" for name, value in shown.items())):
-            self.say(Text(line), on_screen=not self.interactive)
+        for row in (printable(title), *(f"  {name}: {value}" for name, value in shown.items())):
+            self.say(Text(row), on_screen=not self.interactive)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table; columns that hold nothing but numbers stand to the right."""
@@ -141,8 +141,8 @@ class Console:
         self._out.print(table)
         plain = io.StringIO()
         RichConsole(file=plain, width=PLAIN_WIDTH, color_system=None).print(table)
-        for line in filter(str.strip, plain.getvalue().splitlines()):
-            LOG.info("%s", line.rstrip())
+        for row in filter(str.strip, plain.getvalue().splitlines()):
+            LOG.info("%s", row.rstrip())
 
     def results(self, rows: Sequence[ResultRow], *, title: str = "Test", score_name: str = "accuracy") -> None:
         """The final table: learner, mean score, 95 % interval, episodes (none for chance, which is not measured)."""
@@ -247,5 +247,5 @@ def preparing(console: Console) -> Iterator[Callable[[int, int, str], None]]:
 
 def _cell(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return MISSING if value is None else printable(value)
+        return MISSING if value is None else line(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"

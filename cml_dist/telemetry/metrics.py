@@ -126,7 +126,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     """The record, or None for a line that is torn (no line end), not JSON, or without a step."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    whole = line.endswith(b"\n") and isinstance(record, dict) and isinstance(record.get("step"), int)
+    whole = line.endswith(b"\n") and isinstance(record, dict) and type(record.get("step")) is int
     return record if whole else None

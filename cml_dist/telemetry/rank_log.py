@@ -10,8 +10,17 @@ from pathlib import Path
 from typing import TextIO
 
 from cml_dist.telemetry.console import LOG
+from cml_dist.telemetry.text import printable
 
-FORMAT = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%S")
+
+class _Printable(logging.Formatter):
+    """For people with a terminal: what a library or a name in a file says may hold control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+FORMAT = _Printable("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%S")
 
 
 class RankLog:
@@ -75,7 +84,7 @@ class _Screen(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name != LOG.name:
-            print(self.format(record).rstrip(), file=sys.stderr)
+            print(printable(self.format(record)).rstrip(), file=sys.stderr)
 
 
 class _File(logging.FileHandler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 MISSING = "-"
 
@@ -10,6 +11,16 @@ MISSING = "-"
 def printable(value: object) -> str:
     """``str(value)`` without control characters and lone surrogates, which file names may hold."""
     return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in str(value))
+
+
+def line(value: object) -> str:
+    """:func:`printable` on one line, for a name or a reason that was read from a file."""
+    return printable(value).replace("\n", " ")
+
+
+def markdown(value: object) -> str:
+    """:func:`line` as plain text in Markdown, also where HTML in it counts: no link, image, element or formula."""
+    return re.sub(r"([\\`*_\[\]<>&|!~$])", r"\\\1", line(value))
 
 
 def duration(seconds: float | None) -> str:

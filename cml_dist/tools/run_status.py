@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from cml_dist.errors import CheckpointError
 from cml_dist.run.folder import RunFolder, path_of, steps_in
 from cml_dist.run.status import read_status
 from cml_dist.telemetry import text
@@ -37,6 +38,7 @@ def state_of(run_dir: str | Path) -> dict[str, Any]:
     any more; ``unknown``: no run, or none that has a status.
     """
     folder = RunFolder(run_dir)
+    folder.check_contained()
     status = read_status(folder.status_file)
     if status is None:
         why = "no run has begun here: it has no status.json" if folder.path.is_dir() else "there is no such folder"
@@ -64,6 +66,15 @@ class RunView:
     """
 
     def __init__(self, run_dir: str | Path) -> None:
+        """Raises CheckpointError where what is read cannot be shown: somebody else wrote it."""
+        try:
+            self._read(run_dir)
+            self.rows(), self.columns("")
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            what = f"the records in {run_dir} are damaged ({type(error).__name__}: {str(error)[:200]})"
+            raise CheckpointError(what, "look at its .json and .jsonl files, and remove what no run wrote") from error
+
+    def _read(self, run_dir: str | Path) -> None:
         self.data = data = state_of(run_dir)
         folder = RunFolder(run_dir)
         metrics = read_metrics(folder.metrics_file, last_bytes=1 << 16)[-RECENT:]

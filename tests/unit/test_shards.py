@@ -404,8 +404,6 @@ def test_a_remote_file_that_is_missing_is_named(in_memory, tmp_path):
         ShardSet.open(url, cache=tmp_path)
     with pytest.raises(DataError, match="memory://nowhere/dataset.json does not exist"):
         ShardSet.open("memory://nowhere", cache=tmp_path)
-    with pytest.raises(DataError, match="nosuch://x/dataset.json cannot be fetched"):
-        ShardSet.open("nosuch://x", cache=tmp_path)
 
 
 def test_a_protocol_whose_package_is_missing_says_which(tmp_path, monkeypatch):
@@ -448,4 +446,5 @@ def test_openers_at_once_share_one_copy_also_where_an_earlier_version_left_half_
         found = list(pool.map(lambda _: ShardSet.open(url, cache=tmp_path / "cache").folder, range(4)))
     assert found == [tmp_path / "cache" / folder.name] * 4
     assert hashes(found[0]) == hashes(small)
-    assert len(asked) == len(set(asked)) == len(hashes(small)) - 1  # all but dataset.json, each once
+    shards = [path for path in asked if "dataset.json" not in path]  # which is asked for to know what the set is
+    assert len(shards) == len(set(shards)) == len(hashes(small)) - 1
