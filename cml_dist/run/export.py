@@ -158,9 +158,7 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _tested(folder: RunFolder, step: int, overrides: dict[str, Any]) -> dict[str, Any] | None:
     """The run's own figures; None where they are of another step or task, which would be a lie."""
-    # Runs of earlier versions have no folder of tests.
-    file = folder.own_eval_file if folder.own_eval_file.is_file() else folder.eval_file
-    tested = json.loads(file.read_text()) if file.is_file() else None
+    tested = folder.own_test()
     if tested is None or tested["step"] != step or tested.get("overrides") or overrides:
         return None
     return {key: tested[key] for key in ("meta", "split", "score")}
