@@ -105,7 +105,7 @@ def test_train_follows_one_seed_and_val_and_test_the_other(root):
 
 @pytest.mark.parametrize("memory_gib", [4.0, 0.0])
 def test_the_support_set_is_the_same_whatever_queries_is(root, memory_gib):
-    """And the query set of the shorter one begins that of the longer, class by class: changes are drawn for each part."""
+    """Its images, and how they are mirrored, cropped and turned."""
 
     def episodes(queries, **settings):
         domain = make(root, queries=queries, memory_gib=memory_gib, augment=AUGMENT, **settings)

@@ -454,13 +454,14 @@ def test_the_record_of_a_finished_run_stays_that_of_its_weights(undisturbed, ask
 
 
 def test_a_run_goes_on_by_the_versions_of_rules_that_it_began_with(tmp_path):
-    """Also where its files are older than the settings that name them; a checkpoint tells a config.yaml that is not its own."""
+    """Also where its files are older than the settings that name them; a checkpoint knows its own."""
     folder = tmp_path / "run"
     earlier = ("domain.noise=0.1", "domain.draw=1", "optim.schedule=step", "optim.step_every=2", "optim.warmup_steps=3")
     go(tmp_path / "whole", *earlier, "optim.step_from=start", "eval.final=false")
     go(folder, *earlier, "optim.step_from=start", "train.steps=6", "eval.final=false")
     file = folder / "config.yaml"
-    file.write_text("".join(line for line in file.read_text().splitlines(True) if "draw:" not in line and "step_from" not in line))
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if "draw:" not in line and "step_from" not in line))
     asked = [setting for setting in earlier if "draw" not in setting]
     assert go(folder, *asked, "eval.final=false").finished
     assert losses(folder) == losses(tmp_path / "whole")
