@@ -54,6 +54,14 @@ def lora_rank(adapts: Sequence[str] | None) -> int:
     return max((int(match[1]) for match in found if match), default=0)
 
 
+def adapting_rates(config: RunConfig) -> list[str]:
+    """The settings of ``method`` that set the step sizes of what adapts; none where nothing does."""
+    method, only = config.method, method_entry(config.method.name).adapts_only
+    parts = [part for part in ("head", "body") if only in (None, part)] if method.inner_steps else []
+    named = (f"{part}_lr" if getattr(method, f"{part}_lr") is not None else "inner_lr" for part in parts)
+    return list(dict.fromkeys(named))
+
+
 def has_classes(config: RunConfig) -> bool:
     """Whether the domain is of classes, and not of regression."""
     return getattr(config.domain, "ways", 0) > 0

@@ -74,6 +74,8 @@ def _at_home(path: str | bool) -> str | bool:
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Draw = Literal[1, 2] | None
+_DRAW = "how an episode is drawn: 2: its support set is the same whatever queries is; 1: as in earlier versions, where it was not; null: 2, and in a run that began earlier 1"
 Place = Annotated[str, AfterValidator(_at_home)]
 """A path; a URL too, where the setting says so."""
 
@@ -95,6 +97,7 @@ class ImageSettings(Section):
     mean: tuple[float, ...] | None = Field(None, description="per channel, of pixels in 0..1; null: measured on the training split when packed")
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, description="per channel, of pixels in 0..1; null: measured on the training split when packed")
     augment: AugmentConfig = AugmentConfig()
+    draw: Draw = Field(None, description=_DRAW)
     memory_gib: float = Field(4.0, ge=0, description="keep a decoded split in memory (uint8, in each process) up to this size, GiB, and half of the free memory for all; else decode in workers")
     workers: int | None = Field(None, ge=0, le=64, description="processes a rank that prepare episodes ahead; 0: in the training process; null: 0 where the split is in memory, else up to 4")
 
@@ -121,6 +124,7 @@ class SinusoidConfig(Section):
     shots: int = Field(10, ge=1, le=10_000, description="support points (K)")
     queries: int = Field(10, ge=1, le=10_000, description="query points")
     noise: float = Field(0.0, ge=0, description="standard deviation of Gaussian noise on the targets")
+    draw: Draw = Field(None, description=_DRAW)
     workers: int | None = Field(None, ge=0, le=64, description="processes a rank that prepare episodes ahead; null: 0")
 
 
@@ -244,8 +248,9 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.0, ge=0, le=10, description="on weights of 2 and more dimensions; never on biases, norms and other vectors, nor on what a method learns (step sizes)")
     schedule: Literal["constant", "cosine", "linear", "step"] = Field("constant", description="of the outer step size over train.steps, after warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps in which the outer step size rises linearly from 0")
-    final_lr_factor: float = Field(0.0, ge=0, le=1, description="cosine and linear: last step size as a fraction of lr")
-    step_every: int = Field(10_000, ge=1, description="step: meta-steps between two decays")
+    final_lr_factor: float = Field(0.0, ge=0, le=1, description="cosine and linear: what the step size falls to, as a fraction of lr, one step after the last: the last one is still above it")
+    step_every: int = Field(10_000, ge=1, description="step: meta-steps between two decays, and before the first")
+    step_from: Literal["warmup", "start"] | None = Field(None, description="step: decays count from the end of the warm-up, or from the start of the run, as in earlier versions; null: warmup, and in a run that began earlier start")
     step_factor: float = Field(0.5, gt=0, le=1, description="step: factor of each decay")
     clip_value: float | None = Field(None, gt=0, description="largest absolute value of an element of the meta-gradient over all processes, before clip_norm and the norm that is reported (MAML++: 10, on miniImageNet); costs a further all-reduce of it; null: no clipping")
     clip_norm: float | None = Field(None, gt=0, description="largest global L2 norm of the meta-gradient; null: no clipping")

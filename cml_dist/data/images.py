@@ -109,26 +109,36 @@ class ImageDomain(Domain):
 
     def episode(self, split: str, index: int) -> Episode:
         settings = self.settings
-        ways, shots, queries = settings.ways, settings.shots, settings.queries
+        ways, shots, queries, version = settings.ways, settings.shots, settings.queries, settings.draw or 2
         rng = episode_rng(self._seeds[split], split, index)
         sizes = self._sizes[split]
         # A class turned by t quarter turns is a class of its own: number c + t * len(sizes).
         choice = np.tile(sizes, 4 if self._rotates(split) else 1)
-        classes, images = sampling.draw(rng, choice, ways, shots + queries)
+        classes, images = sampling.draw(rng, choice, ways, shots + queries, version)
         turns, classes = np.divmod(classes, len(sizes))
         pixels = self._pixels(split, (self._starts[split][classes][:, None] + images).reshape(-1))
         if self._rotates(split):
             pixels = sampling.turn(pixels, np.repeat(turns, shots + queries))
-        if split == "train" and settings.augment.flip:
-            pixels = sampling.flip(rng, pixels)
-        if split == "train" and settings.augment.crop_padding:
-            pixels = sampling.pad_and_crop(rng, pixels, settings.augment.crop_padding)
-        grouped = torch.from_numpy(np.ascontiguousarray(pixels)).unflatten(0, (ways, shots + queries))
-        support, query = (
-            Batch(part.flatten(0, 1), torch.arange(ways).repeat_interleave(part.shape[1]))
-            for part in grouped.split((shots, queries), dim=1)
-        )
-        return Episode(support, query, split, index, ways=ways)
+        if version == 1:
+            pixels = self._changed(rng, split, pixels)
+        grouped = pixels.reshape(ways, shots + queries, *pixels.shape[1:])
+        batches = []
+        for part in (grouped[:, :shots], grouped[:, shots:]):
+            images = part.reshape(-1, *pixels.shape[1:])
+            # The support set's first: what the query set draws is then nothing to it.
+            images = images if version == 1 else self._changed(rng, split, images)
+            labels = torch.arange(ways).repeat_interleave(part.shape[1])
+            batches.append(Batch(torch.from_numpy(np.ascontiguousarray(images)), labels))
+        return Episode(*batches, split, index, ways=ways)
+
+    def _changed(self, rng: np.random.Generator, split: str, images: np.ndarray) -> np.ndarray:
+        """Training images uint8 ``[N, C, H, W]`` mirrored and cropped at random, as configured."""
+        augment = self.settings.augment
+        if split == "train" and augment.flip:
+            images = sampling.flip(rng, images)
+        if split == "train" and augment.crop_padding:
+            images = sampling.pad_and_crop(rng, images, augment.crop_padding)
+        return images
 
     def _rotates(self, split: str) -> bool:
         return split == "train" and self.settings.augment.rotate_classes

@@ -5,13 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 
-def draw(rng: np.random.Generator, class_sizes: np.ndarray, ways: int, images: int) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    rng: np.random.Generator, class_sizes: np.ndarray, ways: int, images: int, version: int = 2
+) -> tuple[np.ndarray, np.ndarray]:
     """Draws class numbers ``[ways]``, and image numbers within their class ``[ways, images]``, both int64.
 
     Without replacement; ``class_sizes`` are the images of each class, at least ``images``.
+
+    Args:
+        version: with 2 the first images are the same, and as much of ``rng`` is used, however many are asked for.
     """
     classes = rng.choice(len(class_sizes), size=ways, replace=False)
-    numbers = np.stack([rng.choice(int(class_sizes[c]), size=images, replace=False) for c in classes])
+    sizes = [int(class_sizes[c]) for c in classes]
+    if version == 1:
+        numbers = np.stack([rng.choice(size, size=images, replace=False) for size in sizes])
+    else:
+        numbers = np.stack([rng.permutation(size)[:images] for size in sizes])
     return classes.astype(np.int64), numbers.astype(np.int64)
 
 

@@ -36,7 +36,7 @@ class SinusoidDomain(Domain):
     ) -> None:
         """``seeds`` are by split; there are no data to share or to fetch."""
         self.shots, self.queries, self.noise = config.shots, config.queries, config.noise
-        self._seeds = seeds
+        self._seeds, self._draw = seeds, config.draw
 
     def episode(self, split: str, index: int) -> Episode:
         """One wave: inputs and targets ``[N, 1]`` float64, N = shots in the support and queries in the query set.
@@ -51,7 +51,9 @@ class SinusoidDomain(Domain):
         x = rng.uniform(*INPUT, size=(self.shots + self.queries, 1))
         y = amplitude * np.sin(x - phase)
         if self.noise:
-            y = y + rng.normal(scale=self.noise, size=y.shape)
+            # From a generator of its own, or the support set's would depend on how many points the query set has.
+            noise = rng if self._draw == 1 else rng.spawn(1)[0]
+            y = y + noise.normal(scale=self.noise, size=y.shape)
         inputs, targets = torch.from_numpy(x), torch.from_numpy(y)
         support, query = (Batch(inputs[part], targets[part]) for part in (slice(self.shots), slice(self.shots, None)))
         return Episode(support=support, query=query, split=split, index=index)

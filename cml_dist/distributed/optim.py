@@ -37,7 +37,8 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "step":
-        return config.lr * config.step_factor ** (step // config.step_every)
+        first = 0 if config.step_from == "start" else config.warmup_steps
+        return config.lr * config.step_factor ** ((step - first) // config.step_every)
     done = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
     left = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return config.lr * (config.final_lr_factor + (1 - config.final_lr_factor) * left)

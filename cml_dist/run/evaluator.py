@@ -17,6 +17,7 @@ from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
 from cml_dist.run.assemble import Parts
 from cml_dist.run.interrupts import Stopped
+from cml_dist.run.interval import half_width
 from cml_dist.run.stream import episode_stream
 from cml_dist.telemetry.console import ResultRow
 from cml_dist.types import Batch, Episode, Learner, Params
@@ -33,7 +34,7 @@ class EvalReport:
         scores: ``[episodes]`` float64, in order of episode index; with several label orders their mean.
         order_sd: ``[episodes]``, the standard deviation over label orders; None with one order.
         mean: of the scores.
-        ci95: half width of the 95 % interval of the mean (1.96 standard errors over episodes).
+        ci95: half width of the 95 % interval of the mean over episodes, by Student's t.
     """
 
     scores: Tensor
@@ -45,8 +46,7 @@ class EvalReport:
 
     @property
     def ci95(self) -> float:
-        n = len(self.scores)
-        return 1.96 * self.scores.std(correction=1).item() / math.sqrt(n) if n > 1 else math.nan
+        return half_width(self.scores.std(correction=1).item(), n) if (n := len(self.scores)) > 1 else math.nan
 
     def summary(self) -> dict[str, float | int | None]:
         """For JSON: what is not finite (a diverged learner, the interval of one episode) is null."""

@@ -165,18 +165,14 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _tested(folder: RunFolder, step: int, overrides: dict[str, Any]) -> dict[str, Any] | None:
     """The run's own figures; None where they are of another step or task, which would be a lie."""
-    # Runs of earlier versions have no folder of tests.
-    file = folder.own_eval_file if folder.own_eval_file.is_file() else folder.eval_file
-    if not file.is_file():
-        return None
     try:
-        tested = json.loads(file.read_text())
-        if tested["step"] != step or tested.get("overrides") or overrides:
+        tested = folder.own_test()
+        if tested is None or tested["step"] != step or tested.get("overrides") or overrides:
             return None
         _figure(tested)
         return {key: tested[key] for key in ("meta", "split", "score")}
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        what = f"{file} is damaged ({type(error).__name__}: {str(error)[:200]})"
+        what = f"the test in {folder.path} is damaged ({type(error).__name__}: {str(error)[:200]})"
         raise CheckpointError(what, "test the run again: cml-dist eval RUN_DIR") from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 import re
 import socket
@@ -14,7 +14,8 @@ from typing import Any
 
 from cml_dist.config.load import RUN_CONFIG, Warn, flatten, in_folder, merge, parse_config, read_yaml, silently
 from cml_dist.config.schema import RunConfig
-from cml_dist.errors import CheckpointError, NetworkError
+from cml_dist.config.versioned import BEFORE, NEWEST, settled, versions_of
+from cml_dist.errors import CheckpointError, CmlError, NetworkError
 from cml_dist.user_code import without_folder
 
 NEUTRAL_KEYS = (
@@ -26,6 +27,12 @@ NEUTRAL_KEYS = (
 
 FREE_KEYS = (*NEUTRAL_KEYS, "eval.episodes", "eval.split", "eval.untrained", "eval.ensemble")
 """Settings that a resumed run may change: no step of its training depends on them."""
+
+OWN_TEST = "own"
+"""What a test by the run's own settings is called."""
+
+NUMBER = "[0-9]" * 4
+"""In front of the name of each test."""
 
 PER_MACHINE_KEYS = ("domain.root", "domain.cache")
 """Settings that may differ from machine to machine: places of the same data (its checksum is compared)."""
@@ -47,7 +54,7 @@ class RunFolder:
         self.validation_file = self.path / "validation.jsonl"
         self.eval_file = self.path / "eval.json"
         self.scores_file = self.path / "eval_scores.npz"
-        self.own_eval_file = self.path / "evals" / "own.json"
+        self.evals = self.path / "evals"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.export = self.path / "export"
@@ -89,29 +96,49 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.path} is no run folder (it has no {RUN_CONFIG})", "name the run.dir of a training run"
             )
-        return parse_config(read_yaml(self.config_file), source=str(self.config_file))
+        return settled(parse_config(read_yaml(self.config_file), source=str(self.config_file)), BEFORE)
+
+    def going_on(self, config: RunConfig) -> RunConfig:
+        """``config`` with the versions of rules that the run here began with, or the newest where none lives here."""
+        with suppress(CmlError, OSError):  # claiming the folder says what is wrong there
+            if self.exists:
+                return settled(config, versions_of(self.read_config()))
+        return settled(config, NEWEST)
 
     def check_resumable(self, config: RunConfig) -> None:
-        """Raise CheckpointError for a configuration that would compute something else, with each value then and now."""
-        changed = differences(self.read_config(), config)
+        """Raise CheckpointError where the run here would no longer be that of its record.
+
+        By a configuration that would compute something else (each value is named, then and now), or by fewer meta-steps
+        than were trained.
+        """
+        then, done = self.read_config(), max(steps_in(self.checkpoints), default=0)
+        changed = differences(then, settled(config, versions_of(then)))
         if changed:
             shown = ", ".join(f"{key} was {then!r}, is {now!r}" for key, (then, now) in changed.items())
             raise CheckpointError(
                 f"{self.path} holds a run of another configuration: {shown}",
                 "set these back to resume it, or choose another run.dir",
             )
+        if config.train.steps < done:
+            raise CheckpointError(
+                f"{self.path} holds a run of {done} meta-steps, but train.steps is {config.train.steps}",
+                f"set train.steps={done} or more, or choose another run.dir",
+            )
 
-    def eval_files(self, overrides: dict[str, Any], which: str) -> tuple[Path, Path]:
-        """Where the summary and the scores of a test are kept: no other test overwrites them."""
-        asked = {**({} if which == "best" else {"checkpoint": which}), **overrides}
-        if not asked:
-            return self.own_eval_file, self.own_eval_file.with_suffix(".npz")
-        name = ",".join(f"{key}={value}" for key, value in asked.items())
-        safe = re.sub(r"[^\w.,=+-]", "_", name)
-        if safe != name or len(safe) > 100:  # two settings may look alike now
-            safe = f"{safe[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-        file = self.own_eval_file.with_name(f"{safe}.json")
-        return file, file.with_name(f"{safe}.npz")
+    def new_eval_file(self, asked: dict[str, Any]) -> Path:
+        """Where a test's summary is kept: numbered, and named by ``asked``, what is not the run's own in it."""
+        name = ",".join(f"{key}={value}" for key, value in asked.items()) or OWN_TEST
+        numbers = [int(path.name[:4]) for path in self.evals.glob(f"{NUMBER}-*.json")]
+        safe = re.sub(r"[^\w.,=+-]", "_", name)[:100]
+        return self.evals / f"{max(numbers, default=0) + 1:04d}-{safe}.json"
+
+    def own_test(self) -> dict[str, Any] | None:
+        """What the newest test by the run's own settings found; None where there is none that can be read."""
+        before = self.evals / f"{OWN_TEST}.json"  # of versions in which eval.json was the newest test of all
+        is_newer = not before.is_file() or any(self.evals.glob(f"{NUMBER}-{OWN_TEST}.json"))
+        with suppress(OSError, ValueError):
+            return json.loads((self.eval_file if is_newer else before).read_text(encoding="utf-8"))
+        return None
 
 
 def path_of(checkpoints: Path, step: int) -> Path:

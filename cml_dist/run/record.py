@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
+import subprocess
+from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +39,7 @@ def session_record(parts: Parts, world: World, step: int) -> dict[str, Any]:
         "step": step,
         **asdict(this_start()),
         "versions": versions(),
+        "commit": code_commit() if world.is_main else None,
         "hardware": torch.cuda.get_device_name(world.device) if gpu else f"CPU ({platform.machine()})",
         "threads": parts.threads,
         "parameters": counts,
@@ -69,3 +75,18 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+@cache
+def code_commit() -> str | None:
+    """The commit of the code that runs, with ``-dirty`` where it was changed since; None where nobody knows."""
+    checkout = Path(__file__).resolve().parents[2]
+    if (checkout / ".git").exists():
+        git = ["git", "--no-optional-locks", "-C", str(checkout)]
+        with suppress(OSError, subprocess.SubprocessError):
+            asked = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    with suppress(importlib.metadata.PackageNotFoundError, ValueError, KeyError, TypeError):  # pip install git+...
+        told = importlib.metadata.distribution("cml-dist").read_text("direct_url.json")
+        return str(json.loads(told)["vcs_info"]["commit_id"])
+    return None

@@ -24,6 +24,8 @@ from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.checkpoint import Checkpoint, choose, on_all_ranks
 from cml_dist.run.evaluator import EvalReport, evaluate
 from cml_dist.run.folder import NEUTRAL_KEYS, RunFolder, changes
+from cml_dist.run.record import code_commit, versions
+from cml_dist.run.status import now
 from cml_dist.telemetry.console import Console, ResultRow
 from cml_dist.types import Learner, Params
 
@@ -56,8 +58,8 @@ def score_run(
 ) -> dict[str, Any]:
     """Test a run's checkpoint, write summary and per-episode scores, and show the table.
 
-    ``eval.json`` and ``eval_scores.npz`` are of the newest test. Each is also kept in ``evals/``: as ``own`` where
-    settings and checkpoint are the run's own, else named by what is not.
+    Each test is kept in ``evals/``, with its date, versions and the code's commit. ``eval.json`` and
+    ``eval_scores.npz`` are of the newest in which settings and checkpoint were the run's own.
 
     Args:
         stop: asked before each episode: whether to break off, and raise Stopped on all ranks.
@@ -90,6 +92,7 @@ def score_run(
         del params
     if config.eval.untrained:
         floor = test([{n: p.detach() for n, p in parts.net.named_parameters()}], "Testing untrained")
+    overrides = world.run_on_all_ranks(lambda: overrides_of(config, parts, checkpoint))
     summary: dict[str, Any] = {learner: report.summary() for learner, report in reports.items()}
     summary |= {
         "untrained": {learner: report.summary() for learner, report in floor.items()},
@@ -100,7 +103,7 @@ def score_run(
         "split": config.eval.split,
         "step": checkpoint.step,
         "chosen": how,
-        "overrides": world.run_on_all_ranks(lambda: overrides_of(config, parts, checkpoint)),
+        "overrides": overrides,
         "method": method_title(config),
         "inner_steps": parts.plan.test_inner_steps,
         "norm": config.eval.norm,
@@ -110,20 +113,23 @@ def score_run(
     }
 
     def write() -> None:
-        summary_file, scores_file = folder.eval_files(summary["overrides"], which)
+        asked = {**({} if which == "best" else {"checkpoint": which}), **overrides}
+        kept = folder.new_eval_file(asked)
+        made = {"time": now(), "versions": versions(), "commit": code_commit(), "checkpoint": checkpoint.sha256}
         scores = io.BytesIO()
         further = {"ensemble": together, "untrained": floor}
         named = reports | {f"{kind}_{one}": report for kind, own in further.items() for one, report in own.items()}
         np.savez(scores, **{name: report.scores.numpy() for name, report in named.items()})
         fence()
-        for path in (scores_file, folder.scores_file):
+        for path in (kept.with_suffix(".npz"), *([] if asked else [folder.scores_file])):
             write_bytes(path, scores.getvalue())
-        for path in (summary_file, folder.eval_file):
-            write_json(path, summary)
+        write_json(kept, summary | made)
+        if not asked:
+            write_json(folder.eval_file, summary)
         rows = {"{}": reports, f"{{}} (ensemble of {len(members)})": together, "untrained {}": floor}
         _show(config, parts, rows, console, f"{config.eval.split} split, step {checkpoint.step} ({how})")
-        if summary_file != folder.own_eval_file:
-            console.note(f"Scores: {folder.eval_file}, kept as {summary_file}")
+        if asked:
+            console.note(f"Scores: {kept}; {folder.eval_file.name} stays that of the run's own settings")
 
     world.run_on_main(write)
     return summary

@@ -21,7 +21,7 @@ from cml_dist.distributed.world import World
 from cml_dist.errors import CheckpointError, CmlError
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.assemble import Parts
-from cml_dist.run.folder import RunFolder, steps_in, wait_until_seen
+from cml_dist.run.folder import RunFolder, changes, steps_in, wait_until_seen
 from cml_dist.run.lease import Lease
 from cml_dist.run.record import session_record
 from cml_dist.run.status import RunStatus, State, now
@@ -196,6 +196,8 @@ class Session:
         keep_until(folder.metrics_file, self.step)
         keep_until(folder.validation_file, validated)
         self._metrics = MetricsWriter(folder.metrics_file)
+        if folder.exists:
+            record["changed"] = changes(folder.read_config(), self.config, ())
         write_text(folder.config_file, dump_config(self.config))
         if zero_stage(parts.plan.strategy) is not None:
             dictionary = deepspeed_config(self.config, parts.plan, os.environ)

@@ -18,19 +18,20 @@ from typing import Any
 
 import torch
 
-from cml_dist.config.methods import learner_title
+from cml_dist.config.methods import adapting_rates, learner_title
 from cml_dist.config.schema import RunConfig
+from cml_dist.config.versioned import BEFORE, versions_of
 from cml_dist.distributed.allocator import memory_explained
 from cml_dist.distributed.env import restarts
 from cml_dist.distributed.optim import learning_rate
 from cml_dist.distributed.world import World, joined_world
 from cml_dist.distributed.zero import build_strategy
-from cml_dist.errors import TrainingError
+from cml_dist.errors import CheckpointError, TrainingError
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.assemble import assemble
 from cml_dist.run.evaluator import evaluate
 from cml_dist.run.export import export_run
-from cml_dist.run.folder import same_everywhere, steps_in
+from cml_dist.run.folder import RunFolder, same_everywhere, steps_in
 from cml_dist.run.hooks import OnStep, nothing
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 from cml_dist.run.record import announce, versions
@@ -68,6 +69,7 @@ def train(
         CmlError: anything a user can mend; on all ranks where all can know of it.
         Stopped: asked to stop before there was anything to save.
     """
+    config = RunFolder(config.run.dir).going_on(config)
     with nullcontext(interrupts) if interrupts is not None else Interrupts(config.run.stop_signals) as interrupts:
         interrupts.raise_signals()
         with joined_world(config) as world:
@@ -96,6 +98,7 @@ class Trainer:
         self.interrupts, self.on_step = interrupts, on_step
         self.step = 0
         self.state: dict[str, Any] = {"best": None, "validated": 0, "skipped": 0, "skipped_in_a_row": 0}
+        self.state["versions"] = versions_of(config)
         self.saved_s = time.monotonic()
 
     def run(self) -> Outcome:
@@ -140,7 +143,14 @@ class Trainer:
             folder = session.folder.checkpoints
             if not steps_in(folder):
                 return None, ""
-            return checkpoints.choose(folder, "last", self.parts.net, warn, self.state["data"])
+            found, how = checkpoints.choose(folder, "last", self.parts.net, warn, self.state["data"])
+            began = {**BEFORE, **found.state.get("versions", {})}
+            if any(began[key] != now for key, now in self.state["versions"].items()):
+                raise CheckpointError(
+                    f"{found.path} was trained by {began}, but config.yaml says {self.state['versions']}",
+                    "restore the config.yaml of its run, or choose another run.dir",
+                )
+            return found, how
 
         world.heartbeat.beat("looking for a checkpoint")
         found, _ = checkpoints.on_all_ranks(world, look, session.console.warn)
@@ -244,10 +254,21 @@ class Trainer:
             raise TrainingError(
                 f"the meta-gradient was NaN or inf in {config.train.max_nonfinite} steps in a row, "
                 f"up to step {self.step}",
-                "lower method.inner_lr or optim.lr, or set optim.clip_norm; the last checkpoint stays in "
-                f"{self.session.folder.checkpoints}",
+                self.after_nan(),
             )
         return metrics, stop, save or self.step % config.checkpoint.every == 0
+
+    def after_nan(self) -> str:
+        """What can help that is not done yet; it would make another run."""
+        config, never_stepped = self.config, self.state["skipped"] == self.step
+        rates = [f"method.{name}" for name in adapting_rates(config)] + ([] if never_stepped else ["optim.lr"])
+        # What is NaN cannot be clipped, only what leads there.
+        clip = "" if never_stepped or config.optim.clip_norm is not None else ", or with optim.clip_norm"
+        remedy = f"train in another run.dir with a lower {' or '.join(rates)}{clip}"
+        if not rates:
+            remedy = "look for NaN and inf in the inputs and the initial weights, and train in another run.dir"
+        saved = steps_in(folder := self.session.folder.checkpoints)
+        return remedy + (f"; the checkpoint of step {saved[-1]} stays in {folder}" if saved else "")
 
     def reduce(self, sums: dict[str, torch.Tensor]) -> tuple[dict[str, float | None], bool, bool]:
         """Means of the terms by global count (never means of means), whether to stop, and whether to save by time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from contextlib import suppress
@@ -103,8 +102,8 @@ class RunView:
         if kept := steps_in(folder.checkpoints):
             data["checkpoint"] = kept[-1]
             data["checkpoint_age_s"] = max(0.0, time.time() - _mtime(path_of(folder.checkpoints, kept[-1])))
-        with suppress(OSError, ValueError):
-            data["test"] = json.loads(folder.own_eval_file.read_text(encoding="utf-8"))
+        if (test := folder.own_test()) is not None:
+            data["test"] = test
         if folder.logs.is_dir():
             data["logs"] = str(folder.logs)
 

@@ -26,6 +26,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_would_have_there(tmp_path):
     for line, there in zip(lines, expected, strict=True):
         for name in ("loss", "mse", "colearner_loss", "grad_norm"):
             assert line[name] == pytest.approx(there[name], rel=1e-9), (line["step"], name)
+    assert "draw: 1" in (folder / "config.yaml").read_text()
 
 
 def test_an_export_of_an_earlier_version_answers_as_it_did_there():

@@ -103,6 +103,21 @@ def test_train_follows_one_seed_and_val_and_test_the_other(root):
     assert len(set(indices)) == 20
 
 
+@pytest.mark.parametrize("memory_gib", [4.0, 0.0])
+def test_the_support_set_is_the_same_whatever_queries_is(root, memory_gib):
+    """Its images, and how they are mirrored, cropped and turned."""
+
+    def episodes(queries, **settings):
+        domain = make(root, queries=queries, memory_gib=memory_gib, augment=AUGMENT, **settings)
+        return [domain.episode(split, index) for split in CLASSES for index in range(3)]
+
+    def is_paired(a, b):
+        return torch.equal(a.support.inputs, b.support.inputs)
+
+    assert all(map(is_paired, episodes(1), episodes(5)))
+    assert not any(map(is_paired, episodes(1, draw=1), episodes(5, draw=1)))  # as earlier versions drew
+
+
 # --------------------------------------------------------------------------- purity
 
 AUGMENT = AugmentConfig(flip=True, crop_padding=2, rotate_classes=True)

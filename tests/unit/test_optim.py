@@ -26,10 +26,19 @@ def test_schedules():
     assert rates() == [1.0] * 10
     assert rates(warmup_steps=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates(schedule="step", step_every=4) == [1.0] * 4 + [0.5] * 4 + [0.25] * 2
+    assert rates(schedule="step", step_every=4, warmup_steps=2) == [0.5] + [1.0] * 5 + [0.5] * 4  # from step 2 on
+    earlier = rates(schedule="step", step_every=4, warmup_steps=2, step_from="start")
+    assert earlier == [0.5] + [1.0] * 3 + [0.5] * 4 + [0.25] * 2
     assert rates(schedule="linear") == pytest.approx([1 - s / 10 for s in range(10)])
     assert rates(schedule="cosine", final_lr_factor=0.1) == pytest.approx(
         [0.1 + 0.9 * (1 + math.cos(math.pi * s / 10)) / 2 for s in range(10)]
     )
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_final_factor_is_reached_one_step_after_the_last(schedule):
+    config = OptimConfig(lr=1.0, schedule=schedule, warmup_steps=2, final_lr_factor=0.1)
+    assert learning_rate(config, 9, 10) > 0.1 and learning_rate(config, 10, 10) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,14 @@ def test_noise_is_on_the_targets_alone():
     assert abs((noisy_y - y).mean()) < 0.05
 
 
+def test_the_support_set_is_the_same_whatever_queries_is():
+    def support(queries, **settings):
+        return make(queries=queries, noise=0.3, **settings).episode("train", 3).support.targets
+
+    assert torch.equal(support(3), support(30))
+    assert not torch.equal(support(3, draw=1), support(30, draw=1))  # earlier versions' noise
+
+
 def test_prepare_casts_and_keeps_the_values():
     domain = make()
     episode = domain.episode("test", 4)

@@ -93,12 +93,14 @@ def test_figures_are_those_of_the_files(tmp_path, capfd):
     assert found["checkpoint"] == 40
 
 
-def test_a_person_sees_all_of_it_within_100_columns(tmp_path):
+@pytest.mark.parametrize("file", ["eval.json", "evals/own.json"])  # the latter in runs of earlier versions
+def test_a_person_sees_all_of_it_within_100_columns(tmp_path, file):
     folder = make_run(tmp_path / "run", "finished", step=100, exit_s=1.25)
     scored = {"mean": 0.5123, "ci95": 0.01}
     test = {"meta": scored, "co": scored, "score": "accuracy", "split": "test", "step": 20}
     (folder / "evals").mkdir()
-    (folder / "evals" / "own.json").write_text(json.dumps(test))
+    (folder / "eval.json").write_text("{}")
+    (folder / file).write_text(json.dumps(test))
     rows = RunView(folder).rows()
     assert rows["step"] == "100 of 100, 100.0 %"
     assert rows["last 50 steps"] == "loss 2.000, accuracy 75.5 %, co-learner 50.0 %, 8.00 episodes/s"

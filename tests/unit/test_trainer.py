@@ -143,7 +143,7 @@ def test_a_run_leaves_what_was_promised(undisturbed):
     for learner in ("meta", "co"):
         assert report[learner]["episodes"] == 6
         assert report[learner]["mean"] == pytest.approx(scores[learner].mean())
-        assert report[learner]["ci95"] == pytest.approx(1.96 * scores[learner].std(ddof=1) / 6**0.5)
+        assert report[learner]["ci95"] == pytest.approx(2.570582 * scores[learner].std(ddof=1) / 6**0.5)  # t of 5
     assert set(report["untrained"]) == {"meta", "co"}
     validated = [json.loads(line) for line in (undisturbed / "validation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in validated] == [5, 10, 12]
@@ -155,6 +155,7 @@ def test_a_run_leaves_what_was_promised(undisturbed):
     assert "5-point regression" in card and "adapt(support_inputs, support_targets)" in card
     assert "image" not in card and "BatchNorm" not in card
     session = json.loads((undisturbed / "sessions.jsonl").read_text().splitlines()[0])
+    assert "commit" in session and "changed" not in session
     assert session["versions"]["torch"] == torch.__version__.split("+")[0] or session["versions"]["torch"]
 
 
@@ -325,7 +326,7 @@ def test_a_trainer_whose_job_was_requeued_elsewhere_writes_nothing_more(tmp_path
 
     with pytest.raises(CheckpointError, match="a later start of this run has taken over"):
         go(folder, on_step=at(step, what, requeued))
-    assert {"eval.json", "own.json", "model.json", "sessions.jsonl"} <= {path.name for path in left}
+    assert {"eval.json", "0001-own.json", "model.json", "sessions.jsonl"} <= {path.name for path in left}
     assert files() == left
     assert [line["step"] for line in losses(folder)] == list(range(1, 13))
     status = read_status(folder / "status.json")
@@ -431,6 +432,43 @@ def test_a_longer_run_goes_on_from_a_shorter_one(undisturbed, tmp_path):
     go(folder, "train.steps=6", "eval.final=false")
     assert go(folder).finished
     assert losses(folder) == losses(undisturbed)
+    _, second = read_metrics(folder / "sessions.jsonl")
+    assert second["changed"] == {"train.steps": [6, 12], "eval.final": [False, True]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("train.steps=11", "holds a run of 12 meta-steps, but train.steps is 11; set train.steps=12 or more"),
+        ("run.seed=1", "run.seed was 0, is 1"),
+        ("eval.seed=1", "eval.seed was 0, is 1"),
+        ("domain.draw=1", "domain.draw was 2, is 1"),
+    ],
+)
+def test_the_record_of_a_finished_run_stays_that_of_its_weights(undisturbed, asked, told):
+    files = ("config.yaml", "sessions.jsonl", "status.json", "eval.json")
+    before = [(undisturbed / name).read_bytes() for name in files]
+    with pytest.raises(CheckpointError, match=told):
+        go(undisturbed, asked)
+    assert [(undisturbed / name).read_bytes() for name in files] == before
+
+
+def test_a_run_goes_on_by_the_versions_of_rules_that_it_began_with(tmp_path):
+    """Also where its files are older than the settings that name them; a checkpoint knows its own."""
+    folder = tmp_path / "run"
+    earlier = ("domain.noise=0.1", "domain.draw=1", "optim.schedule=step", "optim.step_every=2", "optim.warmup_steps=3")
+    go(tmp_path / "whole", *earlier, "optim.step_from=start", "eval.final=false")
+    go(folder, *earlier, "optim.step_from=start", "train.steps=6", "eval.final=false")
+    file = folder / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if "draw:" not in line and "step_from" not in line))
+    asked = [setting for setting in earlier if "draw" not in setting]
+    assert go(folder, *asked, "eval.final=false").finished
+    assert losses(folder) == losses(tmp_path / "whole")
+    assert "draw: 1" in file.read_text() and "step_from: start" in file.read_text()
+    file.write_text(file.read_text().replace("draw: 1", "draw: 2"))
+    with pytest.raises(CheckpointError, match="'domain.draw': 1.*config.yaml says.*'domain.draw': 2"):
+        go(folder, *asked, "eval.final=false")
 
 
 def test_a_changed_configuration_is_refused_with_the_difference(undisturbed):
@@ -509,12 +547,22 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, monkeypatch):
     assert checkpoints.load(checkpoints.path_of(folder / "checkpoints", 12)).state["skipped"] == 2
 
 
-def test_too_many_non_finite_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
-    poison(monkeypatch, {5, 6, 7})
+@pytest.mark.parametrize(
+    ("first", "settings", "remedy"),
+    [
+        (5, [], "a lower method.inner_lr or optim.lr, or with optim.clip_norm; the checkpoint of step 5 stays in {}"),
+        (5, ["optim.clip_norm=1"], "a lower method.inner_lr or optim.lr; the checkpoint of step 5 stays in {}"),
+        (1, ["method.head_lr=0.1", "method.body_lr=0.1", "optim.clip_norm=1"],
+         "a lower method.head_lr or method.body_lr or optim.lr"),
+        (0, [], "a lower method.inner_lr"),  # nothing was ever stepped by optim.lr, or clipped
+    ],
+)  # fmt: skip
+def test_too_many_non_finite_steps_in_a_row_end_the_run(tmp_path, monkeypatch, first, settings, remedy):
+    poison(monkeypatch, {first, first + 1, first + 2})
     folder = tmp_path / "run"
-    with pytest.raises(TrainingError, match="3 steps in a row, up to step 8"):
-        go(folder, "train.max_nonfinite=3")
-    assert checkpoints.steps_in(folder / "checkpoints")
+    with pytest.raises(TrainingError, match=f"3 steps in a row, up to step {first + 3}") as raised:
+        go(folder, "train.max_nonfinite=3", "checkpoint.every=5", *settings)
+    assert raised.value.remedy == "train in another run.dir with " + remedy.format(folder / "checkpoints")
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(undisturbed, tmp_path, monkeypatch):
@@ -608,7 +656,9 @@ def test_testing_again_gives_the_same_figures(undisturbed, tmp_path):
     before = json.loads((folder / "eval.json").read_text())
     evaluate_run(run_config(str(folder), []), "best", Console(quiet=True))
     assert json.loads((folder / "eval.json").read_text()) == before
-    assert json.loads((folder / "evals" / "own.json").read_text()) == before
+    kept = [json.loads((folder / "evals" / f"000{number}-own.json").read_text()) for number in (1, 2)]
+    assert all(before.items() <= one.items() for one in kept)
+    assert all(one.keys() - before.keys() == {"time", "versions", "commit", "checkpoint"} for one in kept)
 
 
 def test_an_ensemble_is_of_the_best_validations_and_a_row_of_its_own(tmp_path):
@@ -627,7 +677,8 @@ def test_an_ensemble_is_of_the_best_validations_and_a_row_of_its_own(tmp_path):
     members = []
     for step in best:
         evaluate_run(run_config(str(folder), []), str(step), Console(quiet=True))
-        members.append(json.loads((folder / "eval.json").read_text()))
+        (file,) = (folder / "evals").glob(f"*-checkpoint={step}.json")
+        members.append(json.loads(file.read_text()))
         assert "ensemble" not in members[-1]
     assert 0 < report["ensemble"]["meta"]["mean"] < sum(one["meta"]["mean"] for one in members) / 3
     checkpoints.path_of(folder / "checkpoints", best[1]).unlink()
@@ -641,15 +692,13 @@ def test_a_test_with_other_settings_leaves_the_runs_own_figures(undisturbed, tmp
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
     before = (folder / "eval.json").read_bytes(), (folder / "eval_scores.npz").read_bytes()
-    own = folder / "evals" / "own.json", folder / "evals" / "own.npz"
     evaluate_run(run_config(str(folder), ["eval.episodes=9", "eval.co_adapt=released"]), "last", Console(quiet=True))
-    name = "checkpoint=last,eval.episodes=9,eval.co_adapt=released"
+    name = "0002-checkpoint=last,eval.episodes=9,eval.co_adapt=released"
     report = json.loads((folder / "evals" / f"{name}.json").read_text())
     assert (report["meta"]["episodes"], report["step"], report["chosen"]) == (9, 12, "last")
     assert report["overrides"] == {"eval.episodes": 9, "eval.co_adapt": "released"}
     assert len(np.load(folder / "evals" / f"{name}.npz")["meta"]) == 9
-    assert json.loads((folder / "eval.json").read_text()) == report, "eval.json is of the newest test"
-    assert tuple(path.read_bytes() for path in own) == before
+    assert ((folder / "eval.json").read_bytes(), (folder / "eval_scores.npz").read_bytes()) == before
 
 
 def exported(folder, *overrides, which="best"):
@@ -668,7 +717,7 @@ def test_a_card_claims_a_figure_only_for_the_task_that_was_tested(undisturbed, t
     for figures, card in (exported(folder, "domain.shots=3"), exported(folder, "eval.inner_steps=4")):
         assert figures is None and "| not tested |" in card
     own["overrides"] = {"domain.shots": 3}
-    (folder / "evals" / "own.json").write_text(json.dumps(own))
+    (folder / "eval.json").write_text(json.dumps(own))
     assert exported(folder)[0] is None
 
 
