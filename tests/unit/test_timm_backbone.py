@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
@@ -54,6 +56,37 @@ def test_taps_and_depths(backbone: str, shape: tuple[int, ...], tap_dims: int, d
     outputs = net(torch.randn(2, *shape), ("meta", "co"))
     assert [tuple(output.shape) for output in outputs] == [(2, 5), (2, 5)]
     assert len(net.colearner.blocks) == depth
+
+
+@pytest.mark.parametrize(
+    ("backbone", "shape", "said"),
+    [
+        ("vit_tiny_patch16_224", (3, 84, 84), "last 4 rows and 4 columns of .* 84x84 (9 % .* fit are 80 and 96 "),
+        ("vit_small_patch14_dinov2", (3, 32, 32), "last 4 rows and 4 columns .*(23 % .* fit are 28 and 42 "),
+        ("test_convnext", (3, 32, 38), "last 0 rows and 2 columns of images of 32x38 .* fit are 32x36 and 32x40 "),
+        ("test_convnext", (3, 30, 30), "last 2 rows and 2 columns .* 4x4: sizes that fit are 28 and 32 "),
+        ("vit_tiny_patch16_224", (3, 80, 80), None),
+        ("resnet18", (3, 85, 85), None),  # its first convolution pads
+        ("tf_efficientnet_b0", (3, 85, 85), None),  # as TensorFlow does, inside the convolution
+    ],
+)
+def test_the_border_that_is_never_seen(backbone: str, shape: tuple[int, ...], said: str | None) -> None:
+    with torch.device("meta"):
+        body = build_net(
+            ModelConfig(backbone=backbone), input_shape=shape, output_dim=5, seed=0, colearner=False
+        ).body
+    if said is None:
+        assert body.border_warning is None
+    else:
+        assert re.search(said.replace("(", r"\("), body.border_warning)
+
+
+@pytest.mark.parametrize("shape", [(3, 34, 34), (3, 32, 35)])
+def test_the_border_is_truly_not_seen(shape: tuple[int, ...]) -> None:
+    body, inputs = _net("test_convnext", shape).body, torch.randn(2, *shape)
+    kept = inputs.clone()
+    kept[:, :, 32:], kept[:, :, :, 32:] = 9, 9
+    assert body.border_warning and torch.equal(body(inputs).pooled, body(kept).pooled)
 
 
 def test_guard_switches_off_what_breaks_second_order() -> None:
