@@ -57,12 +57,12 @@ def size_and_channels(data: bytes, what: str) -> tuple[tuple[int, int], int]:
     """
     with _undecodable(what):
         image = Image.open(io.BytesIO(data))
-        size, is_grey = (image.height, image.width), image.mode in _GREY or image.mode.startswith("I;16")
+        is_grey = image.mode in _GREY or image.mode.startswith("I;16")
         if image.mode in ("P", "PA"):
-            is_grey = len(set(map(bytes, np.reshape(image.getpalette("RGB"), (-1, 3)).astype(np.uint8).T))) == 1
-        if size[0] != size[1] and image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE:
-            size = size[::-1]
-    return size, 1 if is_grey else 3
+            is_grey = not np.ptp(np.reshape(image.getpalette("RGB"), (-1, 3)), axis=1).any()
+        if image.width != image.height and image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE:
+            image = ImageOps.exif_transpose(image)  # not by hand: Pillow turns some formats by itself
+    return (image.height, image.width), 1 if is_grey else 3
 
 
 def read_pixels(
@@ -87,6 +87,7 @@ def read_pixels(
     """
     image = open_image(source, what) if isinstance(source, bytes) else source
     with _undecodable(what):
+        image.load()  # a PNG may say only at its end how it is turned
         # Without any metadata nothing can turn it: to ask takes a tenth of the time of a small image.
         upright = not image.info or image.getexif().get(_ORIENTATION, 1) == 1
         if not upright or image.mode != MODES[channels] or "transparency" in image.info:

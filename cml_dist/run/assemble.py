@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from cml_dist import user_code
 from cml_dist.config.plan import RunPlan, make_plan
 from cml_dist.config.schema import RunConfig
-from cml_dist.data.base import Domain
+from cml_dist.data.base import SPLITS, Domain
 from cml_dist.data.build import build_domain
 from cml_dist.distributed.world import World, set_arithmetic
 from cml_dist.memory.choose import autocast_type, engine_of, fit_memory
@@ -79,11 +78,8 @@ def assemble(
     def find_data() -> Domain:
         import_own(config)
         seeds = {"train_seed": config.run.seed, "eval_seed": config.eval.seed}
-        how: dict[str, Any] = {"processes": world.local_size, "progress": tell}
-        if not training:  # the model is there already
-            trained = trained_inputs(config, said.append)
-            how |= {"splits": [config.eval.split], "trained": trained, "tell": said.append}
-        return build_domain(config.domain, **seeds, **how)
+        how = {"processes": world.local_size, "progress": tell, "trained": trained, "tell": console.note}
+        return build_domain(config.domain, **seeds, splits=SPLITS if training else [config.eval.split], **how)
 
     def load() -> None:
         world.heartbeat.beat("loading the data")
@@ -98,11 +94,12 @@ def assemble(
         return net.to(dtype)
 
     world.heartbeat.beat("looking for the data")
-    said: list[str] = []
+    trained = None
+    if not training:  # as rank 0 sees it: another machine may not see the newest checkpoint yet
+        found = world.run_on_all_ranks(lambda: trained_inputs(config, console.warn) if world.is_main else None)
+        trained = world.gather(found)[0]
     with preparing(console) as progress:
         domain = world.local_main_process_first(find_data)  # fills the cache of embedded or remote data
-    for line in said:
-        console.note(line)
     net = world.local_main_process_first(make)  # fills the cache of pre-trained weights
 
     def make_method() -> Method:

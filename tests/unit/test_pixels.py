@@ -98,6 +98,7 @@ def kinds() -> dict[str, tuple[bytes, np.ndarray | None]]:
         "wide": encode(Image.fromarray(pixels(5, 40, 3).transpose(1, 2, 0)[:17])),
         "tall, on its side": encode(Image.fromarray(pixels(5, 64, 1)[0, :, :9]), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08"
                                     b"\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
+        "TIFF on its side": encode(Image.fromarray(pixels(5, 20, 3).transpose(1, 2, 0)[:9]), "TIFF", tiffinfo={274: 6}),
         "one pixel": encode(Image.new("RGB", (1, 1), "teal")),
         "large, 16 bits": encode(Image.fromarray(np.kron(DEEP, np.ones((5, 5), np.uint16)))),
     }  # fmt: skip
@@ -133,10 +134,11 @@ def test_by_path_it_is_what_was_packed(served, tmp_path):
             (tmp_path / f"{number}").write_bytes(data)
             writer.add("test", "all", f"{number}", fit_image(data, kind, SIZE, channels, resize=True))
     shards = ShardSet.open(tmp_path / "set")
+    opened = served.inputs([Image.open(io.BytesIO(data)) for data, _ in files.values()])
     by_path = (served.inputs([tmp_path / f"{number}" for number in range(len(files))]) * 255).round()
     packed = np.stack([shards.decode(number) for number in range(len(files))])
-    for kind, one, other in zip(files, by_path.numpy(), packed, strict=True):
-        assert np.array_equal(one, other), kind
+    for kind, one, other, image in zip(files, by_path.numpy(), packed, (opened * 255).round().numpy(), strict=True):
+        assert np.array_equal(one, other) and np.array_equal(image, other), kind
 
 
 @pytest.mark.parametrize(("kind", "found"), kinds().items(), ids=list(kinds()))
