@@ -127,9 +127,8 @@ class ImageDomain(Domain):
         self._std = self.settings.std or trained.std or self._std
         if own == (self._mean, self._std):
             return None
-        theirs = ", mean {}, std {}".format(*map(_rounded, own)) if all(own) else ""
-        ours = "mean {}, std {}".format(*map(_rounded, (self._mean, self._std)))
-        return f"Images are normalised as those of the run were ({ours}), not by {name}'s own statistics{theirs}"
+        ours, theirs = (f"mean {_rounded(m)}, std {_rounded(s)}" for m, s in ((self._mean, self._std), own))
+        return f"Images are normalised as those of the run were ({ours}), not as {name} was measured ({theirs})"
 
     # ------------------------------------------------------------------ episodes
 
@@ -256,5 +255,5 @@ def _in_words(shape: tuple[int, ...]) -> str:
     return f"{f'{width} px' if height == width else f'{height}x{width} px'} in {'grey' if channels == 1 else 'colour'}"
 
 
-def _rounded(values: tuple[float, ...]) -> str:
-    return " ".join(f"{value:.4f}" for value in values)
+def _rounded(values: tuple[float, ...] | None) -> str:
+    return " ".join(f"{value:.4f}" for value in values or ()) or "none"

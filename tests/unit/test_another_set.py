@@ -25,6 +25,7 @@ from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.export import export_again
 from cml_dist.run.folder import run_config
 from cml_dist.run.report import evaluate_run
+from cml_dist.run.trained import trained_inputs
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import Console
 
@@ -161,6 +162,15 @@ def test_another_size_colour_or_number_of_classes_is_said_first(run, tmp_path, o
         write_set(tmp_path / "set", images=4, **{"size": SIZE, **other})
     with pytest.raises(DataError, match=said):
         evaluated(folder, f"domain.root={tmp_path / 'set'}", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ways"),
+    [([], 3), (["model.head=centroid"], None), (["model.head=ridge", "method.colearner=true"], None),
+     (["model.head=ridge", "method.colearner=true", "model.colearner.kind=dense"], 3)],
+)  # fmt: skip
+def test_the_number_of_classes_is_fixed_where_each_has_an_output_of_its_own(run, overrides, ways):
+    assert trained_inputs(run_config(run, overrides), pytest.fail).output_dim == ways
 
 
 def test_a_border_that_is_never_seen_is_said_before_training_and_in_the_plan(tmp_path, capsys):
