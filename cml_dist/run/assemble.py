@@ -11,7 +11,7 @@ import torch
 from cml_dist import user_code
 from cml_dist.config.plan import RunPlan, make_plan
 from cml_dist.config.schema import RunConfig
-from cml_dist.data.base import Domain
+from cml_dist.data.base import SPLITS, Domain
 from cml_dist.data.build import build_domain
 from cml_dist.distributed.world import World, set_arithmetic
 from cml_dist.memory.choose import autocast_type, engine_of, fit_memory
@@ -22,6 +22,7 @@ from cml_dist.methods.check import check_rule, made_up_episode
 from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.guard import check_twice_differentiable
 from cml_dist.nets.network import CmlNet
+from cml_dist.run.trained import trained_inputs
 from cml_dist.telemetry.console import Console, preparing
 from cml_dist.user_code import blamed, is_code
 
@@ -77,7 +78,8 @@ def assemble(
     def find_data() -> Domain:
         import_own(config)
         seeds = {"train_seed": config.run.seed, "eval_seed": config.eval.seed}
-        return build_domain(config.domain, **seeds, processes=world.local_size, progress=tell)
+        how = {"processes": world.local_size, "progress": tell, "trained": trained, "tell": console.note}
+        return build_domain(config.domain, **seeds, splits=SPLITS if training else [config.eval.split], **how)
 
     def load() -> None:
         world.heartbeat.beat("loading the data")
@@ -92,6 +94,10 @@ def assemble(
         return net.to(dtype)
 
     world.heartbeat.beat("looking for the data")
+    trained = None
+    if not training:  # as rank 0 sees it: another machine may not see the newest checkpoint yet
+        found = world.run_on_all_ranks(lambda: trained_inputs(config, console.warn) if world.is_main else None)
+        trained = world.gather(found)[0]
     with preparing(console) as progress:
         domain = world.local_main_process_first(find_data)  # fills the cache of embedded or remote data
     net = world.local_main_process_first(make)  # fills the cache of pre-trained weights

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cml_dist.data.base import Progress
-from cml_dist.data.pixels import MODES, Picture, in_threads
+from cml_dist.data.pixels import MODES, Picture, in_threads, size_and_channels
 from cml_dist.data.publish import refuse_existing
 from cml_dist.data.shard_cache import is_remote
 from cml_dist.data.shard_writer import new_shard_set
 from cml_dist.data.shards import ShardSet
 from cml_dist.errors import DataError
-from cml_dist.tools.fit_image import fit_image, size_and_channels
+from cml_dist.tools.fit_image import fit_image
 from cml_dist.tools.sources.known_splits import CIFAR100_SPLITS
 from cml_dist.tools.sources.layouts import LAYOUTS, Item, Splits, find_items, recognise
 from cml_dist.tools.sources.tree import open_source
