@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from cml_dist.errors import DataError
-from cml_dist.tools.sources.tree import LOOP, SYSTEM, SourceTree
+from cml_dist.tools.sources.tree import ARCHIVE, LOOP, SYSTEM, SourceTree
 
 PACKED, DAMAGED = "packed", "cannot be decoded"
 _READ, _UNUSED, _OTHER = "read as lists or arrays", "of no class that is packed", "no picture"
+_ARCHIVE = "an archive in the source (unpack it)"
 _NO_LOSS = (PACKED, _READ, _OTHER, SYSTEM, LOOP)
 
 
@@ -85,5 +86,6 @@ class Accounts:
                 elif path in self._left:
                     yield path, self._left[path]
                 else:
-                    yield path, _READ if path in tree.used else _UNUSED if path in images else _OTHER
+                    other = _ARCHIVE if ARCHIVE.search(path) else _OTHER
+                    yield path, _READ if path in tree.used else _UNUSED if path in images else other
             yield from tree.left

@@ -63,10 +63,12 @@ class _Array:
         self.array = np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C")
 
 
-def _from_buffer(data: bytes, dtype: _Dtype, shape: list[int], order: str) -> _Array:
+def _from_buffer(data: bytes, dtype: _Dtype, shape: list[int], order: str, axes: list[int] | None = None) -> _Array:
     """As which protocol 5 has arrays."""
     array = _Array()
     array.__setstate__([shape, dtype, order == "F", data])
+    if axes:
+        array.array = array.array.transpose(axes)
     return array
 
 

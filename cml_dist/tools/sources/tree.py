@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import math
+import mimetypes
 import os
 import posixpath
 import re
@@ -22,8 +23,10 @@ from PIL import Image
 from cml_dist.errors import DataError
 from cml_dist.tools.sources.archives import tar_members, zip_members
 
-SYSTEM, NO_PICTURE, LOOP = "of the system or of a tool", "no picture", "a link to a folder that it lies in"
-"""Why files are left out that nobody misses; every other reason may be the loss of a picture."""
+SYSTEM, LOOP = "of the system or of a tool", "a link to a folder that it lies in"
+"""Why files are left out that nobody misses."""
+
+ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 
 _SYSTEM = re.compile(
     r"(^|/)((__MACOSX|\.git|\.svn|\.ipynb_checkpoints|\.AppleDouble|\.Trash[^/]*|@eaDir|\$RECYCLE\.BIN)/"
@@ -32,6 +35,7 @@ _SYSTEM = re.compile(
 )
 # What Pillow identifies but cannot turn into pixels, or only by starting another program (EPS).
 _NO_PIXELS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+_MAGIC = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")  # PNG, JPEG, GIF, TIFF
 _NESTED = ("images_background.zip", "images_evaluation.zip")  # in which Omniglot is published
 
 
@@ -64,7 +68,7 @@ class SourceTree:
     Attributes:
         where: names the source in errors; ``scratch``: the folder for what has to be unpacked.
         files: by path, in natural order.
-        images: those paths that Pillow can open, judged by their suffix.
+        images: those paths that Pillow can open.
         left: (path, reason) of what was met and cannot be read.
         used: paths of lists and of files with arrays, that were opened.
     """
@@ -86,8 +90,19 @@ class SourceTree:
             elif member is not None and files.setdefault(path, member) is not member:
                 self.left.append((path, "another file has the same name"))
         self.files = {path: files[path] for path in sorted(files, key=natural_order)}
-        suffixes = picture_suffixes()
-        self.images = [path for path in self.files if posixpath.splitext(path)[1].lower() in suffixes]
+        suffixes = _picture_suffixes()
+        self.images = [path for path in self.files if self._is_picture(path, suffixes)]
+
+    def _is_picture(self, path: str, suffixes: set[str]) -> bool:
+        """By its suffix; where nobody knows that, by its first bytes."""
+        suffix = posixpath.splitext(path)[1].lower()
+        if suffix in suffixes or mimetypes.guess_type(f"x{suffix}")[0]:
+            return suffix in suffixes
+        try:
+            with self.files[path].open() as stream:
+                return stream.read(8).startswith(_MAGIC)
+        except Exception:  # it is found again where it is read
+            return False
 
     def open(self, path: str) -> BinaryIO:
         """The stream of a list or of a file with arrays, which counts as used.
@@ -197,7 +212,7 @@ def _longest_tail(parts: list[str], paths: Iterable[str]) -> list[str]:
     return [path for path, length in lengths.items() if length == max(lengths.values())]
 
 
-def picture_suffixes() -> set[str]:
+def _picture_suffixes() -> set[str]:
     """The suffixes of what Pillow itself can decode, with their dot, in lower case."""
     known = Image.registered_extensions()
     return {suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in _NO_PIXELS}
@@ -230,10 +245,10 @@ def open_source(
     try:
         if path.is_dir():
             met = _folder_members(path)
-        elif re.search(r"\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", path.name.lower()):
-            met = tar_members(path, scratch)
         elif path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
             met = zip_members(path)
+        elif ARCHIVE.search(path.name):
+            met = tar_members(path, scratch)
         else:
             what = f"source {path} is neither a folder nor an archive"
             raise DataError(what, "give a folder, a .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz")
