@@ -256,7 +256,7 @@ def test_original_cifar100(tmp_path, kind, splits):
 
 def test_cifar100_needs_splits(tmp_path):
     source = write_folder(tmp_path / "src", cifar_files())
-    check_refused("which class belongs to which split; say which: --splits cifar_fs or --splits fc100", source, tmp_path / "set")
+    check_refused("to which split; say which: --splits cifar_fs or --splits fc100", source, tmp_path / "set")
     check_refused("'dragon' is listed in 'val'", source, tmp_path / "set", splits={"val": ["dragon"]})
 
 
@@ -359,7 +359,7 @@ def test_a_source_that_fits_nothing_is_told_what_was_looked_for(tmp_path):
     source = write_folder(tmp_path / "src", {"a/1.png": png(pixels(0)), "b/1.png": png(pixels(1))})
     message = (
         "no layout that is known. Found: 2 .png 1 folders deep. Nearest is folders, which lacks folders train.*"
-        "Looked for: folders: .*; csv: .*; json: .*; arrays: .*; parquet: .*; cifar100: .*; omniglot: .*--splits 64,16,20"
+        "Looked for: folders: .*; csv: .*; json: .*; arrays: .*; parquet: .*; cifar100: .*; omniglot: .*--splits 64,16"
     )
     check_refused(message, source, tmp_path / "set")
     check_refused("says nowhere which class", source, tmp_path / "set", layout="folders")

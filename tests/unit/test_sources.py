@@ -18,7 +18,6 @@ from image_sets import pixels, png, write_folder, write_zip
 from PIL import Image
 
 from cml_dist.cli import main
-from cml_dist.data.shards import ShardSet
 from cml_dist.errors import DataError
 from cml_dist.tools.pack import PackReport, pack
 from cml_dist.tools.sources.tree import Limits
@@ -101,9 +100,9 @@ def linked(tmp_path: Path) -> Path:
 def tar_with_links(tmp_path: Path) -> Path:
     path = write_tar(tmp_path / "src.tar", {f"./{name}": data for name, data in PICTURES.items() if "/f/" not in name})
     with tarfile.open(path, "a") as archive:
-        for number, (kind, target) in enumerate(((tarfile.LNKTYPE, "store/0"), (tarfile.SYMTYPE, "../../store/1"))):
+        for number, (kind, target) in enumerate(((tarfile.LNKTYPE, "store/0.bin"), (tarfile.SYMTYPE, "../../store/1.bin"))):
             data = PICTURES[f"test/f/{number}.png"]
-            member = tarfile.TarInfo(f"store/{number}")
+            member = tarfile.TarInfo(f"store/{number}.bin")
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
             link = tarfile.TarInfo(f"test/f/{number}.png")
@@ -118,7 +117,9 @@ OUTFITS = {
     "dev": renamed("/val/", "/dev/"),
     "training and testing": lambda tmp_path: renamed("/train/", "/training/")(tmp_path),
     "upper case": renamed(".png", ".PNG"),
-    "bmp as jfif": as_kind(".jfif", "PNG"),
+    "jfif": as_kind(".jfif", "PNG"),
+    "no suffix": as_kind("", "PNG"),
+    "unknown suffix": as_kind(".png!large", "PNG"),
     "ppm": as_kind(".ppm", "PPM"),
     "webp": as_kind(".webp", "WEBP", lossless=True),
     "tga": as_kind(".tga", "TGA"),
@@ -153,6 +154,7 @@ def test_every_file_has_one_answer_and_the_answers_add_up(tmp_path):
         "train/b/damaged.jpg": b"no image",
         "top.png": png(pixels(2)),
         "README.md": b"text",
+        "more.tar.gz": b"x",
         "train/a/Thumbs.db": b"x",
         "__MACOSX/train/a/._0.png": b"x",
         "train/a/.ipynb_checkpoints/0-checkpoint.png": png(pixels(3)),
@@ -167,6 +169,7 @@ def test_every_file_has_one_answer_and_the_answers_add_up(tmp_path):
         "left out: its class has fewer than 2 images (--min-images)": (1, "train/small/0.png"),
         "left out: cannot be decoded": (1, "train/b/damaged.jpg"),
         "left out: of no class that is packed": (1, "top.png"),
+        "left out: an archive in the source (unpack it)": (1, "more.tar.gz"),
         "left out: no picture": (1, "README.md"),
         "left out: a link that leads nowhere": (1, "gone"),
         "left out: no regular file": (1, "val/pipe.png"),
