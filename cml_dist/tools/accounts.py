@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ from cml_dist.tools.sources.tree import ARCHIVE, LOOP, SYSTEM, SourceTree
 
 PACKED, DAMAGED = "packed", "cannot be decoded"
 _READ, _UNUSED, _OTHER = "read as lists or arrays", "of no class that is packed", "no picture"
-_ARCHIVE = "an archive in the source (unpack it)"
+_ARCHIVE, _STRANGE = "an archive in the source (unpack it)", "a kind of picture that is not read (convert it)"
+_PICTURE = re.compile(r"\.(heic|heif|avif|jxl|svg|cr2|cr3|nef|arw|dng|exr|hdr|eps|wmf|emf)$", re.IGNORECASE)
 _NO_LOSS = (PACKED, _READ, _OTHER, SYSTEM, LOOP)
 
 
@@ -86,6 +88,6 @@ class Accounts:
                 elif path in self._left:
                     yield path, self._left[path]
                 else:
-                    other = _ARCHIVE if ARCHIVE.search(path) else _OTHER
+                    other = _ARCHIVE if ARCHIVE.search(path) else _STRANGE if _PICTURE.search(path) else _OTHER
                     yield path, _READ if path in tree.used else _UNUSED if path in images else other
             yield from tree.left

@@ -100,7 +100,8 @@ def linked(tmp_path: Path) -> Path:
 def tar_with_links(tmp_path: Path) -> Path:
     path = write_tar(tmp_path / "src.tar", {f"./{name}": data for name, data in PICTURES.items() if "/f/" not in name})
     with tarfile.open(path, "a") as archive:
-        for number, (kind, target) in enumerate(((tarfile.LNKTYPE, "store/0.bin"), (tarfile.SYMTYPE, "../../store/1.bin"))):
+        kinds = (tarfile.LNKTYPE, "store/0.bin"), (tarfile.SYMTYPE, "../../store/1.bin")
+        for number, (kind, target) in enumerate(kinds):
             data = PICTURES[f"test/f/{number}.png"]
             member = tarfile.TarInfo(f"store/{number}.bin")
             member.size = len(data)
@@ -155,6 +156,7 @@ def test_every_file_has_one_answer_and_the_answers_add_up(tmp_path):
         "top.png": png(pixels(2)),
         "README.md": b"text",
         "more.tar.gz": b"x",
+        "train/a/phone.HEIC": b"x",
         "train/a/Thumbs.db": b"x",
         "__MACOSX/train/a/._0.png": b"x",
         "train/a/.ipynb_checkpoints/0-checkpoint.png": png(pixels(3)),
@@ -170,6 +172,7 @@ def test_every_file_has_one_answer_and_the_answers_add_up(tmp_path):
         "left out: cannot be decoded": (1, "train/b/damaged.jpg"),
         "left out: of no class that is packed": (1, "top.png"),
         "left out: an archive in the source (unpack it)": (1, "more.tar.gz"),
+        "left out: a kind of picture that is not read (convert it)": (1, "train/a/phone.HEIC"),
         "left out: no picture": (1, "README.md"),
         "left out: a link that leads nowhere": (1, "gone"),
         "left out: no regular file": (1, "val/pipe.png"),
