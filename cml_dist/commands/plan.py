@@ -48,6 +48,8 @@ def plan(args: argparse.Namespace, console: Console) -> None:
         "GPUs": f"{args.gpus} of {args.gpu_memory_gib:g} GiB, of which {found['usable_gib']:.4g} GiB may be used",
     }
     console.header("cml-dist plan", facts)
+    if found["warning"] is not None:
+        console.warn(found["warning"])
     rows = [
         (name, *(f"{row[part] / 2**30:.2f}" for part in COLUMNS.values()), "yes" if row["fits"] else "no", row["by"])
         for name, row in zip(names, found["rows"], strict=True)

@@ -87,6 +87,12 @@ def colearner_kind(config: RunConfig) -> str:
     return "prototype" if can and _task_blind(config) else "dense"
 
 
+def has_fixed_ways(config: RunConfig) -> bool:
+    """Whether the network has an output for each class, so that it is tested with as many as it was trained with."""
+    dense = config.method.colearner is not False and colearner_kind(config) == "dense"
+    return config.model.head == "linear" or dense
+
+
 def noise_warning(config: RunConfig) -> str | None:
     """Where the configured co-learner cannot beat chance; None where it can, or is meant as noise."""
     reason = _task_blind(config)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
+from cml_dist.errors import DataError
 from cml_dist.types import Episode
 
 SPLITS = ("train", "val", "test")
@@ -21,6 +23,21 @@ Progress = Callable[[int, int, str], None]
 def episode_rng(seed: int, split: str, index: int) -> np.random.Generator:
     """The one source of randomness of an episode: a generator made from (seed, split, index) and nothing else."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, SPLITS.index(split), index])))
+
+
+class ModelInputs(BaseModel, frozen=True):
+    """What a network was trained to read: it belongs to the model, and goes with its checkpoints and its export.
+
+    Attributes:
+        input_shape: as of a domain.
+        output_dim: as of a domain; None: the network takes any number of classes.
+        mean, std: of each channel, of pixels in 0..1; None: inputs are not normalised.
+    """
+
+    input_shape: tuple[int, ...]
+    output_dim: int | None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 class Domain(ABC):
@@ -71,6 +88,30 @@ class Domain(ABC):
     def describe(self) -> dict[str, Any]:
         """What was decided about the data, as JSON: sizes, statistics, what is kept in memory."""
         return {}
+
+    def check_splits(self, splits: Collection[str]) -> None:
+        """Raise DataError or ConfigError where these splits cannot fill an episode."""
+        return None
+
+    def adopt(self, trained: ModelInputs) -> str | None:
+        """Prepare inputs as a model reads them that was trained on other data; returns what is to be said of it.
+
+        Raises:
+            DataError: shape or number of classes are not those of the model.
+        """
+        if tuple(self.input_shape) != trained.input_shape:
+            shapes = f"{tuple(self.input_shape)}, but the network reads {trained.input_shape}"
+            raise DataError(f"the inputs have shape {shapes}", "use data of the shape that it was trained on")
+        if trained.output_dim not in (None, self.output_dim):
+            raise DataError(
+                f"the data ask for {self.output_dim} outputs (domain.ways), but the network has {trained.output_dim}",
+                f"set domain.ways={trained.output_dim}",
+            )
+        return None
+
+    def model_inputs(self) -> ModelInputs:
+        """What a network that is trained on this domain will have to be given, and answers."""
+        return ModelInputs(input_shape=tuple(map(int, self.input_shape)), output_dim=int(self.output_dim))
 
     def preprocessing(self) -> dict[str, Any]:
         """What ``prepare`` does to inputs, as JSON: an exported model repeats it (e.g. mean and std of pixels)."""

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any
 
-from cml_dist.data.base import Domain, Progress
+from cml_dist.data.base import SPLITS, Domain, ModelInputs, Progress
 from cml_dist.errors import ConfigError
 from cml_dist.registry import DOMAINS, OWN_DOMAIN
 from cml_dist.user_code import is_code
 
 
 def build_domain(
-    config: Any, *, train_seed: int, eval_seed: int, processes: int = 1, progress: Progress | None = None
+    config: Any,
+    *,
+    train_seed: int,
+    eval_seed: int,
+    processes: int = 1,
+    progress: Progress | None = None,
+    splits: Collection[str] = SPLITS,
+    trained: ModelInputs | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Domain:
     """The domain that the configuration names.
 
@@ -21,10 +30,12 @@ def build_domain(
         eval_seed: chooses the val and test episodes.
         processes: how many on this machine hold the same data: they share its memory.
         progress: called as ``progress(done, total, what)`` while data are made, fetched or decoded.
+        splits: those of which episodes will be asked for; data need to have no others.
+        trained: what a model reads that is there already, see :meth:`Domain.adopt`; ``tell`` hears what that says.
 
     Raises:
         ConfigError: if no domain has this name.
-        DataError: if its data are missing, damaged or too few.
+        DataError: if its data are missing, damaged, too few, or not what the trained model reads.
 
     *Collective*: none; processes that build at once share what is cached.
     """
@@ -32,4 +43,8 @@ def build_domain(
     if entry is None:
         raise ConfigError(f"domain.name is {config.name!r}", f"use one of {', '.join(DOMAINS)}")
     seeds = {"train": train_seed, "val": eval_seed, "test": eval_seed}
-    return entry.load()(config, seeds, processes, progress)
+    domain = entry.load()(config, seeds, processes, progress)
+    if trained is not None and (said := domain.adopt(trained)) is not None:
+        tell(said)
+    domain.check_splits(splits)
+    return domain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 
 from cml_dist.config.schema import ImageSettings
 from cml_dist.data import sampling
-from cml_dist.data.base import SPLITS, Domain, Progress, episode_rng
+from cml_dist.data.base import Domain, ModelInputs, Progress, episode_rng
 from cml_dist.data.free_memory import available_bytes
 from cml_dist.data.pixels import in_threads
 from cml_dist.data.shards import ShardSet
@@ -40,8 +40,7 @@ class ImageDomain(Domain):
         processes: how many on this machine keep the same data, and share its memory.
 
     Raises:
-        DataError: if the set is missing or damaged, a split has too few classes, or a class too few images (named).
-        ConfigError: if mean and std do not fit the images.
+        DataError: if the set is missing or damaged.
     """
 
     def __init__(
@@ -53,37 +52,40 @@ class ImageDomain(Domain):
         self.output_dim = settings.ways
         self.chance = 1 / settings.ways
         self._seeds = seeds
-        self._check_splits()
-        self._mean, self._std = self._statistic("mean"), self._statistic("std")
-        if min(self._std) <= 0:
-            what = f"the measured std of {shards.name} is {self._std}: a channel is constant"
-            raise ConfigError(what, "set domain.std")
-        self._sizes = {split: np.array(shards.split_info(split).images) for split in SPLITS}
+        self._mean, self._std = settings.mean or shards.info.mean, settings.std or shards.info.std
+        self._has_fixed_ways = False
+        self._sizes = {split: np.array(shards.split_info(split).images) for split in shards.splits}
         self._starts = {split: np.cumsum(sizes) - sizes for split, sizes in self._sizes.items()}
         self._decoded: dict[str, np.ndarray] = {}
         self._kept: dict[str, bool] = {}
         room = available_bytes() // 2 // processes
-        for split in SPLITS:  # those that come first are kept first
+        for split in shards.splits:  # those that come first are kept first
             size = self._decoded_bytes(split)
             self._kept[split] = size <= min(settings.memory_gib * _GIB, room)
             room -= size * self._kept[split]
 
     # ------------------------------------------------------------------ what must hold before the first episode
 
-    def _check_splits(self) -> None:
-        """Refuses splits that cannot fill an episode."""
+    def check_splits(self, splits: Collection[str]) -> None:
+        """Refuse splits that cannot fill an episode, and images that cannot be normalised.
+
+        Raises:
+            DataError: a split is missing or has too few classes, or a class too few images (named).
+            ConfigError: mean and std do not fit the images.
+        """
         settings, name, (height, width) = self.settings, self.shards.name, self.shards.image_size
         if settings.augment.rotate_classes and height != width:
             raise ConfigError(
                 f"domain.augment.rotate_classes needs square images, but those of {name} are {height}x{width}",
                 "set domain.augment.rotate_classes=false",
             )
-        for split in SPLITS:
+        for split in splits:
             info, least = self.shards.split_info(split), settings.shots + settings.queries
             count = self._num_classes(split)
             if count < settings.ways:
                 what = f"domain.ways is {settings.ways}, but split {split!r} of {name} has {count} classes"
-                raise DataError(what, f"lower domain.ways to at most {count}")
+                fewer = f"lower domain.ways to at most {count}"
+                raise DataError(what, f"use a set with {settings.ways}" if self._has_fixed_ways else fewer)
             short = [(c, n) for c, n in zip(info.classes, info.images, strict=True) if n < least]
             if short:
                 named = ", ".join(f"{c!r} has {n}" for c, n in short[:3])
@@ -93,17 +95,41 @@ class ImageDomain(Domain):
                     f"domain.queries), but in split {split!r} of {name} class {named}{more}",
                     f"lower shots + queries to at most {min(info.images)}, or leave these classes out",
                 )
+        channels = self.shards.channels
+        for key, value in (("mean", self._mean), ("std", self._std)):
+            if value is None or len(value) != channels:
+                found = "not set, and was not measured" if value is None else f"{len(value)} numbers"
+                raise ConfigError(
+                    f"domain.{key} is {found}, but images of {name} have {channels} channels",
+                    f"set domain.{key} to {channels} numbers, or null where the set has a training split",
+                )
+        if min(self._std) <= 0:
+            raise ConfigError(f"the measured std of {name} is {self._std}: a channel is constant", "set domain.std")
 
-    def _statistic(self, name: str) -> tuple[float, ...]:
-        """Mean or std per channel, of pixels in 0..1: as configured, else as measured when the set was packed."""
-        value, channels = getattr(self.settings, name) or getattr(self.shards.info, name), self.shards.channels
-        if value is None or len(value) != channels:
-            found = "not set, and was not measured" if value is None else f"{len(value)} numbers"
-            raise ConfigError(
-                f"domain.{name} is {found}, but images of {self.shards.name} have {channels} channels",
-                f"set domain.{name} to {channels} numbers, or null where the set has a training split",
-            )
-        return tuple(value)
+    def adopt(self, trained: ModelInputs) -> str | None:
+        """Normalise by the mean and std of a model, where none are set; says so where they are not those of the set.
+
+        Raises:
+            DataError: size, channels or number of classes are not those of the model.
+        """
+        name, shape = self.shards.name, trained.input_shape
+        if len(shape) == 3 and shape != self.input_shape:
+            options = []
+            if shape[1:] != self.shards.image_size:
+                options.append(f"--image-size {shape[1]}" if shape[1] == shape[2] else f"image_size={shape[1:]}")
+            if shape[0] != self.shards.channels:
+                options.append(f"--channels {shape[0]}")
+            sizes = f"{_in_words(self.input_shape)}, but the network reads {_in_words(shape)}"
+            raise DataError(f"the images of {self.shards.root} are {sizes}", f"pack them with {' '.join(options)}")
+        super().adopt(trained)
+        self._has_fixed_ways, own = trained.output_dim is not None, (self._mean, self._std)
+        self._mean = self.settings.mean or trained.mean or self._mean
+        self._std = self.settings.std or trained.std or self._std
+        if own == (self._mean, self._std):
+            return None
+        theirs = ", mean {}, std {}".format(*map(_rounded, own)) if all(own) else ""
+        ours = "mean {}, std {}".format(*map(_rounded, (self._mean, self._std)))
+        return f"Images are normalised as those of the run were ({ours}), not by {name}'s own statistics{theirs}"
 
     # ------------------------------------------------------------------ episodes
 
@@ -214,9 +240,21 @@ class ImageDomain(Domain):
                     "bytes": self._decoded_bytes(split),
                     "kept": "memory" if self._kept[split] else "streamed",
                 }
-                for split in SPLITS
+                for split in self.shards.splits
             },
         }
 
+    def model_inputs(self) -> ModelInputs:
+        return super().model_inputs().model_copy(update={"mean": self._mean, "std": self._std})
+
     def preprocessing(self) -> dict[str, Any]:
         return {"mean": list(self._mean), "std": list(self._std)}
+
+
+def _in_words(shape: tuple[int, ...]) -> str:
+    channels, height, width = shape
+    return f"{f'{width} px' if height == width else f'{height}x{width} px'} in {'grey' if channels == 1 else 'colour'}"
+
+
+def _rounded(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.4f}" for value in values)

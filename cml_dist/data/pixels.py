@@ -6,15 +6,19 @@ import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cml_dist.errors import DataError
 
 MODES = {1: "L", 3: "RGB"}
 """Pillow's mode for each number of channels that is known here."""
+
+_GREY = ("1", "L", "LA", "La", "I", "F")  # and what begins with I;16
+_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF
 
 _MAX_THREADS = 8
 _CHUNK, _AHEAD = 32, 1024  # images a thread takes at once; results that are held at most
@@ -37,14 +41,88 @@ def open_image(data: bytes, what: str) -> Image.Image:
     Raises:
         DataError: if the bytes are no readable image.
     """
-    try:
+    with _undecodable(what):
         image = Image.open(io.BytesIO(data))
         image.load()
-    except Exception as error:  # Pillow raises many kinds for damaged files, SyntaxError and struct.error among them
+    return image
+
+
+def size_and_channels(data: bytes, what: str) -> tuple[tuple[int, int], int]:
+    """Height and width as displayed, and 1 channel for grey images, 3 for others; most formats are not decoded for it.
+
+    A palette is grey where all its colours are.
+
+    Raises:
+        DataError: if the bytes are no image.
+    """
+    with _undecodable(what):
+        image = Image.open(io.BytesIO(data))
+        size, is_grey = (image.height, image.width), image.mode in _GREY or image.mode.startswith("I;16")
+        if image.mode in ("P", "PA"):
+            is_grey = len(set(map(bytes, np.reshape(image.getpalette("RGB"), (-1, 3)).astype(np.uint8).T))) == 1
+        if size[0] != size[1] and image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE:
+            size = size[::-1]
+    return size, 1 if is_grey else 3
+
+
+def read_pixels(
+    source: bytes | Image.Image, what: str, channels: int, image_size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """The one reading of a picture: uint8 ``[C, H, W]`` of a file's bytes, or of an image that Pillow has opened.
+
+    - Turned upright, as EXIF says; of an animation or of several pages the first.
+    - 16 bits a channel: the high byte. 32-bit integers and floats are refused, since nothing says their range.
+    - A palette stands for its colours, CMYK and other colour spaces for RGB (colour profiles are not applied), and what
+      is transparent for white behind it.
+    - Colour in a grey set is its luma (ITU-R 601), grey in a colour set three equal channels.
+    - Of another size than ``image_size`` (height, width): scaled to cover it and cut at the centre, never squeezed;
+      bicubic, which averages over the source pixels when it shrinks. None: the size that it has.
+
+    Args:
+        what: names it in errors.
+        channels: 1 (grey) or 3 (RGB).
+
+    Raises:
+        DataError: if it is unreadable, or its range of values unknown.
+    """
+    image = open_image(source, what) if isinstance(source, bytes) else source
+    with _undecodable(what):
+        # Without any metadata nothing can turn it: to ask takes a tenth of the time of a small image.
+        upright = not image.info or image.getexif().get(_ORIENTATION, 1) == 1
+        if not upright or image.mode != MODES[channels] or "transparency" in image.info:
+            format = image.format  # which an image that was turned has lost
+            image = _in_mode(image if upright else ImageOps.exif_transpose(image), MODES[channels], format, what)
+        if image_size is not None and (image.height, image.width) != image_size:
+            image = ImageOps.fit(image, image_size[::-1], method=Image.Resampling.BICUBIC)
+        return to_array(image)
+
+
+def _in_mode(image: Image.Image, mode: str, format: str | None, what: str) -> Image.Image:
+    # Of PNG and PGM Pillow may give 16 bits as mode I.
+    if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):
+        values = np.asarray(image)
+        white = values == image.info.get("transparency", -1)  # the one value that such a PNG may call transparent
+        image = Image.fromarray(np.where(white, 255, values >> 8).astype(np.uint8))
+    elif image.mode[0] in ("I", "F"):
+        what = f"{what} has pixels of mode {image.mode}, whose range is unknown"
+        raise DataError(what, "convert it to 8 bits a channel")
+    if "transparency" in image.info or image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image.convert("RGB" if image.mode not in _GREY else mode).convert(mode)
+
+
+@contextmanager
+def _undecodable(what: str) -> Iterator[None]:
+    """Turn what Pillow raises for damaged files (SyntaxError and struct.error among it) into DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
         # Pillow's own words name the buffer in memory, by its address.
         reason = "it is not an image" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"{what} cannot be decoded ({reason})", "replace or remove this image") from error
-    return image
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from cml_dist.data import shard_cache
 from cml_dist.data.base import SPLITS, Progress
-from cml_dist.data.pixels import open_image, to_array
+from cml_dist.data.pixels import read_pixels
 from cml_dist.data.shard_format import (
     DATASET_FILE,
     REPAIR,
@@ -124,11 +124,11 @@ class ShardSet:
         """Pixels uint8 ``[C, H, W]``.
 
         Raises:
-            DataError: naming key and shard, if the image is undecodable or of another size or mode.
+            DataError: naming key and shard, if the image is undecodable or of another size.
         """
         data, shape = self.read(image), (self.channels, *self.image_size)
         try:
-            pixels = to_array(open_image(data, "it"))
+            pixels = read_pixels(data, "it", self.channels)
         except DataError as error:
             # The name is made here, and not for each image: this is the inner loop of loading.
             raise DataError(f"{self._where(image)} {error.what.removeprefix('it ')}", error.remedy) from error

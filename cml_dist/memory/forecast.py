@@ -43,6 +43,7 @@ def forecast(
 
         - ``gpus``, ``gpu_memory_gib``, and ``usable_gib`` of each: ``memory.budget_gib``, or nine tenths;
         - ``inputs``: the shape of one, and ``input_source``: how it is known;
+        - ``warning``: which border of the images the backbone never sees; None: it sees all;
         - ``num_parameters``, ``num_constants``: elements that are meta-trained, and that are not;
         - ``episodes_per_rank``: of a meta-step, on the busiest rank;
         - ``rows``: of each strategy a :class:`RankBudget` with ``total``, ``fits``, and ``by``: the fastest means that
@@ -93,6 +94,7 @@ def forecast(
         "usable_gib": usable,
         "inputs": inputs.input_shape,
         "input_source": inputs.source,
+        "warning": getattr(net.body, "border_warning", None),
         "num_parameters": sum(p.numel() for p in net.parameters()),
         "num_constants": sum(b.numel() for b in net.buffers()),
         "episodes_per_rank": max(plan.episodes_by_rank),

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cml_dist.config.schema import ModelConfig
 from cml_dist.errors import ConfigError, ModelError
+from cml_dist.nets.border import border_warning, watch_stem
 from cml_dist.nets.guard import couples_examples, prepare_for_second_order
 from cml_dist.nets.network import CmlNet
 from cml_dist.registry import BACKBONES
@@ -33,6 +34,7 @@ class TimmBackbone(nn.Module):
 
     ``tap`` is what ``forward_features`` gives: a map ``[N, C, H, W]`` or tokens ``[N, T, C]``; for the few models
     that give several (coat, crossvit, efficientvim) it is ``pooled``. ``pooled`` is ``forward_head(pre_logits=True)``.
+    ``border_warning`` says which border of the images the model never sees, if any.
 
     Args:
         name: the model's name in timm, e.g. ``"resnet18"`` or ``"vit_tiny_patch16_224.augreg_in21k"``.
@@ -56,6 +58,7 @@ class TimmBackbone(nn.Module):
         try:  # shapes without the batch axis, by a forward pass that computes nothing
             with torch.no_grad():
                 stateless = copy.deepcopy(self.model).to("meta").eval()
+                convolutions = watch_stem(stateless)
                 features = self._features(stateless, torch.empty(2, *input_shape, device="meta"))
         except (AssertionError, RuntimeError, ValueError, TypeError, IndexError) as error:
             usual = self.model.pretrained_cfg.get("input_size") or "?"
@@ -65,6 +68,7 @@ class TimmBackbone(nn.Module):
                 f"use images it can take (it was made for {made_for}), or another model.backbone",
             ) from error
         self.tap_shape, self.pooled_dim = tuple(features.tap.shape[1:]), features.pooled.shape[1]
+        self.border_warning = border_warning(name, self.input_shape[1:], *convolutions[0]) if convolutions else None
 
     def blocks(self) -> list[list[str]]:
         """Names of the parameters of each block, first to last, as timm groups them (the stem is the first).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from cml_dist.methods.check import check_rule, made_up_episode
 from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.guard import check_twice_differentiable
 from cml_dist.nets.network import CmlNet
+from cml_dist.run.trained import trained_inputs
 from cml_dist.telemetry.console import Console, preparing
 from cml_dist.user_code import blamed, is_code
 
@@ -77,7 +79,11 @@ def assemble(
     def find_data() -> Domain:
         import_own(config)
         seeds = {"train_seed": config.run.seed, "eval_seed": config.eval.seed}
-        return build_domain(config.domain, **seeds, processes=world.local_size, progress=tell)
+        how: dict[str, Any] = {"processes": world.local_size, "progress": tell}
+        if not training:  # the model is there already
+            trained = trained_inputs(config, said.append)
+            how |= {"splits": [config.eval.split], "trained": trained, "tell": said.append}
+        return build_domain(config.domain, **seeds, **how)
 
     def load() -> None:
         world.heartbeat.beat("loading the data")
@@ -92,8 +98,11 @@ def assemble(
         return net.to(dtype)
 
     world.heartbeat.beat("looking for the data")
+    said: list[str] = []
     with preparing(console) as progress:
         domain = world.local_main_process_first(find_data)  # fills the cache of embedded or remote data
+    for line in said:
+        console.note(line)
     net = world.local_main_process_first(make)  # fills the cache of pre-trained weights
 
     def make_method() -> Method:

@@ -12,7 +12,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,17 @@ def load_newest(folder: Path, warn: Callable[[str], None] = lambda fault: None) 
     raise CheckpointError(f"no checkpoint in {folder} is whole: {fault.what}", "restore one, or start in a new run.dir")
 
 
+def newest_state(folder: Path) -> dict[str, Any]:
+    """The state in the newest checkpoint with a whole header, empty where there is none: no weights are read.
+
+    It is not verified: whoever loads that checkpoint does so.
+    """
+    for step in reversed(steps_in(folder)):
+        with suppress(DamagedCheckpoint), _damage_named(path_of(folder, step)):
+            return dict(json.loads(StreamReader(path_of(folder, step)).metadata["cml_dist"])["state"])
+    return {}
+
+
 def choose(
     folder: Path, which: str, net: nn.Module, warn: Callable[[str], None], data: str | None = None
 ) -> tuple[Checkpoint, str]:
@@ -264,6 +275,11 @@ def check_same_run(checkpoint: Checkpoint, net: nn.Module, data: str | None = No
         data: checksum of the data, which may lie elsewhere than before; None: they need not be the run's.
     """
     path, state = checkpoint.path, checkpoint.state
+    if data is not None and state["data"] != data:
+        raise CheckpointError(
+            f"the data is not that of the run of {path} (checksum {state['data'][:12]}, now {data[:12]})",
+            "point domain.root at the same packed set, or choose another run.dir",
+        )
     expected = {f"param/{name}": tuple(p.shape) for name, p in net.named_parameters()}
     stored = {name: shape for name, (_, shape) in checkpoint.layout.items() if name.startswith("param/")}
     for name in {**expected, **stored}:
@@ -277,11 +293,6 @@ def check_same_run(checkpoint: Checkpoint, net: nn.Module, data: str | None = No
             raise CheckpointError(
                 f"{path} {whose}: {name} has shape {have} in the file, {want} in the configuration", remedy
             )
-    if data is not None and state["data"] != data:
-        raise CheckpointError(
-            f"the data is not that of the run of {path} (checksum {state['data'][:12]}, now {data[:12]})",
-            "point domain.root at the same packed set, or choose another run.dir",
-        )
     # Frozen weights and statistics are in no checkpoint, and earlier versions did not say which they were.
     constants = fingerprint(net.named_buffers())
     if state.get("constants", constants) != constants:

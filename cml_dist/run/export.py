@@ -57,6 +57,12 @@ predicted = learner.adapt(support_{inputs}, support_{labels}).predict(query_{inp
 ```
 """
 
+CARD_IMAGES = """
+Images may be paths, PIL images or uint8 arrays of any size and kind: they are read as those of the training set were
+packed (upright, transparency on white, the high byte of 16 bits, scaled to cover the input and cut at the centre), and
+normalised by the mean and std in `model.json`.
+"""
+
 CARD_NORM = """
 BatchNorm uses the statistics of the examples that the learner is adapted on: each image is answered by itself. (In
 training, and by default in tests, it uses those of the query images, as the paper does.) Running statistics, which
@@ -134,6 +140,8 @@ def export_run(
         "eval": _tested(folder, checkpoint.step, overrides_of(config, parts, checkpoint)),
     }
     card = _card(config, description, sum(p.numel() for p in params.values()))
+    if "mean" in description["preprocessing"]:
+        card += CARD_IMAGES
     if has_batch_norm(parts.net) and config.model.norm == "batch":
         card += CARD_NORM
     if timm is not None:

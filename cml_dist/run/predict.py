@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cml_dist.config.schema import ModelConfig
 from cml_dist.data.own import own_class
+from cml_dist.data.pixels import read_pixels
 from cml_dist.errors import CheckpointError, ConfigError, DataError
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.problem import Problem
@@ -102,8 +104,9 @@ class Learner:
 
         Args:
             images: a sequence of file paths, PIL images or uint8 arrays ([H, W], [H, W, C] or [C, H, W]), which are
-                resized where needed; for regression inputs ``[N, D]``.
-            labels: one label each, of any hashable kind; for regression targets ``[N, 1]`` or ``[N]``.
+                read as packing reads them (:func:`cml_dist.data.pixels.read_pixels`); for regression inputs ``[N, D]``.
+            labels: one label each, of any hashable kind, or a tensor or array of them, which count by their values; for
+                regression targets ``[N, 1]`` or ``[N]``.
             inner_steps: gradient steps; None: as it was tested. Where steps have learned rates and norms of their own,
                 more steps than there are go on with the last ones.
 
@@ -117,6 +120,7 @@ class Learner:
             targets = torch.as_tensor(np.asarray(labels), dtype=torch.float32).reshape(len(inputs), -1)
             classes: list[Hashable] = []
         else:
+            labels = [_plain(label) for label in labels]
             classes = list(dict.fromkeys(labels))
             if self.ways is not None and len(classes) > self.ways:
                 raise DataError(
@@ -137,7 +141,8 @@ class Learner:
             return torch.as_tensor(np.asarray(images), dtype=torch.float32, device=self.device).reshape(-1, *shape)
         if isinstance(images, (str, Path)):
             raise DataError(f"images is one path ({images})", "give a sequence of images, e.g. [path]")
-        pixels = np.stack([_pixels(image, shape) for image in images]) if len(images) else np.zeros((0, *shape))
+        read = [_pixels(image, f"image {number}", shape) for number, image in enumerate(images)]
+        pixels = np.stack(read) if read else np.zeros((0, *shape))
         tensor = torch.from_numpy(pixels).to(self.device, torch.float32) / 255
         mean, std = (torch.tensor(self.description["preprocessing"][k], device=self.device) for k in ("mean", "std"))
         return (tensor - mean[:, None, None]) / std[:, None, None]
@@ -170,25 +175,36 @@ class AdaptedLearner:
         return self._learner.problem.answers(self._params, asked, "meta", "support")
 
 
-def _pixels(image: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """One image as uint8 ``[C, H, W]`` in the network's size and channels."""
-    from PIL import Image, UnidentifiedImageError
-
-    channels, height, width = shape
-    try:
-        if isinstance(image, (str, Path)):
-            image = Image.open(image)
-        elif not isinstance(image, Image.Image):
+def _pixels(image: Any, what: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One image as uint8 ``[C, H, W]`` in the network's size and channels, read as packing reads it."""
+    channels, *image_size = shape
+    if isinstance(image, (str, Path)):
+        what = str(image)
+        try:
+            image = Path(image).read_bytes()
+        except OSError as error:
+            raise DataError(f"{what} cannot be read ({error.strerror})", "check the path") from error
+    elif not isinstance(image, (bytes, Image.Image)):
+        try:
             array = np.asarray(image)
-            if array.dtype != np.uint8:
-                raise DataError(f"an image has dtype {array.dtype}", "give uint8 pixels, 0 to 255")
-            if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
-                array = array.transpose(1, 2, 0)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{what} cannot be read: {error}", "give paths, PIL images or uint8 arrays") from error
+        if array.dtype != np.uint8:
+            raise DataError(f"{what} has dtype {array.dtype}", "give uint8 pixels, 0 to 255")
+        if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+            array = array.transpose(1, 2, 0)
+        try:
             image = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
-        image = image.convert("L" if channels == 1 else "RGB")
-    except (OSError, UnidentifiedImageError, TypeError, ValueError) as error:
-        raise DataError(f"an image cannot be read: {error}", "give paths, PIL images or uint8 arrays") from error
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    array = np.asarray(image)
-    return array[None] if channels == 1 else array.transpose(2, 0, 1)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{what} has shape {array.shape}", "give [H, W], [H, W, C] or [C, H, W]") from error
+    return read_pixels(image, what, channels, tuple(image_size))
+
+
+def _plain(label: Any) -> Hashable:
+    """A label by its value in Python: a tensor is equal to no other one, whatever it holds."""
+    try:
+        label = label.item() if callable(getattr(label, "item", None)) else label
+        hash(label)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"label {label!r} cannot name a class ({error})", "give a number or a name") from error
+    return label

@@ -55,7 +55,7 @@ def announce(console: Console, config: RunConfig, parts: Parts, record: dict[str
         shape = " x ".join(map(str, data["input_shape"]))
         rows["image set"] = f"{data['name']} in {data['root']}, {shape}"
     console.header("cml-dist train", rows)
-    for warning in (noise_warning(config), idle_nodes()):
+    for warning in (noise_warning(config), getattr(parts.net.body, "border_warning", None), idle_nodes()):
         if warning is not None:
             console.warn(warning)
 

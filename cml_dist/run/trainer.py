@@ -125,6 +125,7 @@ class Trainer:
         self.parts = assemble(config, world, session.console, dict.fromkeys(splits))
         self.on_step(0, "assembled")
         self.state["data"] = self.parts.domain.fingerprint()
+        self.state["inputs"] = self.parts.domain.model_inputs().model_dump(mode="json")
         # Frozen weights and statistics are in no checkpoint: they must be the same at each start.
         self.state["constants"] = checkpoints.fingerprint(self.parts.net.named_buffers())
         world.assert_same_across_ranks({f"the checksum of {what}": self.state[what] for what in ("data", "constants")})

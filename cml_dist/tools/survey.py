@@ -11,10 +11,9 @@ from typing import NamedTuple, TypeVar
 from PIL import Image
 
 from cml_dist.data.base import Progress
-from cml_dist.data.pixels import in_threads
+from cml_dist.data.pixels import in_threads, size_and_channels
 from cml_dist.errors import DataError
 from cml_dist.tools.accounts import DAMAGED, Accounts
-from cml_dist.tools.fit_image import size_and_channels
 from cml_dist.tools.sources.tree import OverLimit, SourceTree
 
 _AT_ONCE = 256 * 2**20  # bytes of files and pixels that are in work at once, or one picture

@@ -161,7 +161,7 @@ def test_bad_input_is_named(run, tmp_path):
     with pytest.raises(DataError, match="float64"):
         learner.inputs([image.astype(float)])
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="broken.png cannot be decoded"):
         learner.inputs([tmp_path / "broken.png"])
     with pytest.raises(CheckpointError, match="no exported model"):
         cml_dist.load(tmp_path)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.layers import use_fused_attn
+from timm.layers import Conv2dSame, use_fused_attn
+from torch import nn
 
 from cml_dist.config.schema import ModelConfig
 from cml_dist.errors import ConfigError, ModelError
+from cml_dist.nets.border import border_warning, watch_stem
 from cml_dist.nets.build import build_net
 from cml_dist.nets.guard import Hardsigmoid, check_twice_differentiable, couples_examples, prepare_for_second_order
 from cml_dist.nets.network import CmlNet
@@ -54,6 +58,27 @@ def test_taps_and_depths(backbone: str, shape: tuple[int, ...], tap_dims: int, d
     outputs = net(torch.randn(2, *shape), ("meta", "co"))
     assert [tuple(output.shape) for output in outputs] == [(2, 5), (2, 5)]
     assert len(net.colearner.blocks) == depth
+
+
+@pytest.mark.parametrize(
+    ("conv", "size", "said"),
+    [
+        (nn.Conv2d(3, 4, 16, 16), (84, 84), "last 4 rows and 4 columns of .* 84x84 (9 % .* fit are 80 and 96 "),
+        (nn.Conv2d(3, 4, 14, 14), (32, 32), "last 4 rows and 4 columns .* (23 % .* fit are 28 and 42 "),
+        (nn.Conv2d(3, 4, 4, 4), (32, 38), "last 0 rows and 2 columns of .* 32x38 (5 % .* fit are 32x36 and 32x40 "),
+        (nn.Conv2d(3, 4, 16, 16), (80, 80), None),
+        (nn.Conv2d(3, 4, 7, 2, 3), (85, 85), None),
+        (Conv2dSame(3, 4, 3, 2), (84, 84), None),  # it pads inside, as TensorFlow does
+        (nn.Sequential(nn.ZeroPad2d((0, 12, 0, 12)), nn.Conv2d(3, 4, 16, 16)), (84, 84), None),
+    ],
+)
+def test_the_border_that_is_never_seen(conv: nn.Module, size: tuple[int, int], said: str | None) -> None:
+    ran = watch_stem(conv)
+    inputs = torch.zeros(1, 3, *size, requires_grad=True)
+    conv(inputs).sum().backward()
+    found, unseen = border_warning("x", size, *ran[0]), bool((inputs.grad == 0).all(1).any())
+    assert unseen is (said is not None)
+    assert found is None if said is None else re.search(said.replace("(", r"\("), found)
 
 
 def test_guard_switches_off_what_breaks_second_order() -> None:
