@@ -37,7 +37,7 @@ class Accounts:
         self._trees = [tree] if pictures is tree else [tree, pictures]
         self._left: dict[str, str] = {}
         self._seen: dict[bytes, tuple[str, str]] = {}
-        self._twice: list[str] = []
+        self._twice: dict[str, str] = {}
         self.packed: set[str] = set()
         self.damage: DataError | None = None
         self.notes: list[str] = []
@@ -52,7 +52,7 @@ class Accounts:
         """Whether a picture with this checksum lies in another split too."""
         other, first = self._seen.setdefault(digest, (split, path))
         if other != split:
-            self._twice.append(f"{first} ({other}) and {path} ({split})")
+            self._twice[path] = f"{first} ({other}) and {path} ({split})"
 
     def warnings(self) -> tuple[str, ...]:
         """What may spoil results, in words."""
@@ -61,7 +61,7 @@ class Accounts:
         if damaged:
             said.append(f"{damaged:,} pictures cannot be decoded and are left out: {self.damage.what}")
         if self._twice:
-            shown = "; ".join(self._twice[:3]) + ("; ..." if len(self._twice) > 3 else "")
+            shown = "; ".join(list(self._twice.values())[:3]) + ("; ..." if len(self._twice) > 3 else "")
             said.append(f"{len(self._twice):,} pictures have the same pixels as one of another split: {shown}")
         return tuple(said)
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import posixpath
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from cml_dist.data.base import SPLITS, Progress
 from cml_dist.data.pixels import MODES, Picture
 from cml_dist.data.publish import refuse_existing
 from cml_dist.data.shard_cache import is_remote
-from cml_dist.data.shard_writer import new_shard_set
+from cml_dist.data.shard_writer import ShardSetWriter, new_shard_set
 from cml_dist.data.shards import ShardSet
 from cml_dist.errors import DataError
 from cml_dist.tools.accounts import DAMAGED, Account, Accounts
@@ -112,38 +113,61 @@ def pack(
         resize, size = size is not None, size or common_size(items, facts)
         channels = channels or max(facts[item.path].channels for item in items)
 
-        def fit(item: Item) -> tuple[Picture, bool, bytes] | DataError:
-            try:
-                data = found.tree.read(item.path)
-                picture = fit_image(data, item.what, size, channels, resize)
-            except DataError as error:
-                if strict or isinstance(error, OverLimit):
-                    raise
-                return error
-            return picture, picture.data is data, hashlib.sha256(picture.pixels.tobytes()).digest()
-
         file = Path(source).name
         if name is None and layout == "cifar100" and isinstance(splits, str) and splits in CIFAR100_SPLITS:
             name = splits  # one source, several sets
         name = name or file.removesuffix(".gz").removesuffix(".tar").removesuffix(".zip")
         about = {"name": name, "image_size": size, "channels": channels, "source": file}
-        num_kept = 0
-        with new_shard_set(dest, **about, shard_size_mib=shard_size_mib) as writer:
-            for done, (item, result) in enumerate(zip(items, by_threads(fit, items), strict=True), start=1):
-                if isinstance(result, DataError):
-                    accounts.leave_out(item.path, DAMAGED, result)
-                else:
-                    picture, kept, digest = result
-                    stem = posixpath.splitext(posixpath.basename(item.path))[0]
-                    writer.add(item.split, item.class_name, f"{item.class_name}/{stem}", picture)
-                    num_kept += kept
-                    accounts.compare(digest, item.split, item.path)
-                if progress is not None:
-                    progress(done, len(items), "packing images")
-            left = [item for item in items if item.path in accounts.packed]
-            if len(large_enough(left, accounts, min_images)) < len(left):
-                raise DataError(accounts.warnings()[-1], "mend the damaged images, or remove the class")
+        num_kept = None
+        while num_kept is None:
+            with suppress(_TooFew), new_shard_set(dest, **about, shard_size_mib=shard_size_mib) as writer:
+                num_kept = _write(writer, found.tree, items, accounts, resize, strict, progress)
+                left = [item for item in items if item.path in accounts.packed]
+                items = large_enough(left, accounts, min_images)
+                if len(items) < len(left):
+                    num_kept = None
+                    raise _TooFew
     return PackReport(ShardSet.open(dest), layout, num_kept, accounts.table(), accounts.warnings())
+
+
+class _TooFew(Exception):
+    """Damaged pictures left a class too small after its others were written: the set is written again without it."""
+
+
+def _write(
+    writer: ShardSetWriter,
+    tree: SourceTree,
+    items: Sequence[Item],
+    accounts: Accounts,
+    resize: bool,
+    strict: bool,
+    progress: Progress | None,
+) -> int:
+    """Writes all items that can be decoded; returns how many kept their bytes."""
+
+    def fit(item: Item) -> tuple[Picture, bool, bytes] | DataError:
+        try:
+            data = tree.read(item.path)
+            picture = fit_image(data, item.what, writer.image_size, writer.channels, resize)
+        except DataError as error:
+            if strict or isinstance(error, OverLimit):
+                raise
+            return error
+        return picture, picture.data is data, hashlib.sha256(picture.pixels.tobytes()).digest()
+
+    num_kept = 0
+    for done, (item, result) in enumerate(zip(items, by_threads(fit, items), strict=True), start=1):
+        if isinstance(result, DataError):
+            accounts.leave_out(item.path, DAMAGED, result)
+        else:
+            picture, kept, digest = result
+            stem = posixpath.splitext(posixpath.basename(item.path))[0]
+            writer.add(item.split, item.class_name, f"{item.class_name}/{stem}", picture)
+            num_kept += kept
+            accounts.compare(digest, item.split, item.path)
+        if progress is not None:
+            progress(done, len(items), "packing images")
+    return num_kept
 
 
 def _items(tree: SourceTree, found: Found, layout: str, splits: Splits) -> list[Item]:

@@ -210,6 +210,17 @@ def test_where_no_class_is_large_enough_the_advice_can_be_followed(tmp_path):
     assert len(pack(source, tmp_path / "set", min_images=1).shards) == 7
 
 
+def test_a_class_that_damage_leaves_too_small_is_left_out_alone(tmp_path):
+    damaged = PICTURES["train/b/1.png"][:-30]  # its header can be read
+    report = pack(write_folder(tmp_path / "src", {**PICTURES, "train/b/1.png": damaged}), tmp_path / "set")
+    assert read_back(report) == {**EXPECTED, "train": {name: EXPECTED["train"][name] for name in "ac"}}
+    assert set(report.accounts) == {
+        ("packed", 12, "test/f/0.png"),
+        ("left out: cannot be decoded", 1, "train/b/1.png"),
+        ("left out: its class has fewer than 2 images (--min-images)", 1, "train/b/0.png"),
+    }
+
+
 def test_the_same_picture_in_two_splits_is_named(tmp_path):
     bmp = io.BytesIO()
     Image.open(io.BytesIO(PICTURES["train/a/0.png"])).save(bmp, "BMP")
@@ -270,8 +281,9 @@ def csv_set(line: str, header: str = "", suffix: str = ".csv", separator: str = 
         csv_set("{c}\t{c}_{n}.PNG"),
         csv_set("0;./images\\{c}_{n}.png;{c}", "n;Path;Class", separator="\r\n"),
         csv_set("{c}_{n},{c}", "id,breed"),
+        csv_set("{c},{c}_{n}.png", "what,where"),
     ],
-    ids=["space", "easyfsl", "no header", "tabs", "paths", "no suffix"],
+    ids=["space", "easyfsl", "no header", "tabs", "paths", "no suffix", "other names"],
 )
 def test_lists_of_images_and_labels(tmp_path, files):
     assert read_back(pack(write_folder(tmp_path / "src", files), tmp_path / "set", strict=True)) == EXPECTED

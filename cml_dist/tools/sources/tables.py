@@ -42,12 +42,19 @@ def _columns(tree: SourceTree, path: str, rows: list[list[str]]) -> tuple[int, i
     file, label = _column(header, _FILE), _column(header, _LABEL)
     if file is not None and label is not None:
         return file, label, _column(header, _SPLIT), rows[1:]
-    files = [place for place, cell in enumerate(header) if tree.find(cell)]
-    if len(header) == 2 and len(files) == 1:
-        return files[0], 1 - files[0], None, rows
+    for begin, row in enumerate(rows[:2]):  # the first line that names an image says in which column
+        places = [place for place, cell in enumerate(row) if tree.find(cell)]
+        if places:
+            file = max(places, key=lambda place, row=row: "." in row[place])
+            label = label if begin else None
+            if label is None and len(row) == 2:
+                label = 1 - file
+            if label is not None:
+                return file, label, _column(header, _SPLIT), rows[begin:]
+            break
     raise DataError(
         f"{path} in {tree.where} has the columns {', '.join(header) or '(none)'}, and no full columns filename,label",
-        "name them so; without a line of names, write file and label alone",
+        "name them so, or write these two alone",
     )
 
 

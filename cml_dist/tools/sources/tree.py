@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import lzma
 import math
 import mimetypes
 import os
 import posixpath
 import re
-import tarfile
 import unicodedata
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -254,7 +251,9 @@ def open_source(
             raise DataError(what, "give a folder, a .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz")
         found = ((name, Member(*how) if isinstance(how, tuple) else how) for name, how in met)
         return SourceTree(str(path), found, limits, scratch)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # zipfile, tarfile and what they unpack with raise many kinds
         raise DataError(f"source {path} is damaged or truncated ({error})", "download it again") from error
 
 
