@@ -13,24 +13,32 @@ import stat
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from cml_dist.errors import DataError
 
-Members = Iterator[tuple[str, tuple[int, Callable[[], BinaryIO]] | str | None]]
-"""By name: size and opener of a file, or why it is left out; None: a folder."""
+
+class Member(NamedTuple):
+    """A file: its size in bytes as unpacked, and how to open it; safe from threads."""
+
+    size: int
+    open: Callable[[], BinaryIO]
+
+
+Met = Iterable[tuple[str, Member | str | None]]
+"""What a source holds, by name: a file, or why it is left out; None: a folder."""
 
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by the first two bytes
 _HEADER_BYTES = 2**20  # of a tar; one that asks for more is made to hurt
 _LINK = "a link in an archive to what it does not hold"
 
 
-def zip_members(path: Path) -> Members:
+def zip_members(path: Path) -> Met:
     """The members of a zip."""
     archive = zipfile.ZipFile(path)
     for info in archive.infolist():
@@ -41,10 +49,10 @@ def zip_members(path: Path) -> Members:
         elif info.flag_bits & 1:
             yield info.filename, "encrypted"
         else:
-            yield info.filename, (info.file_size, partial(archive.open, info))
+            yield info.filename, Member(info.file_size, partial(archive.open, info))
 
 
-def tar_members(path: Path, scratch: str | os.PathLike[str] | None) -> Members:
+def tar_members(path: Path, scratch: str | os.PathLike[str] | None) -> Met:
     """The members of a tar, links to others of them included; a compressed one is unpacked into ``scratch`` first."""
     with path.open("rb") as packed:
         unpack = _COMPRESSED.get(packed.read(2))
@@ -55,7 +63,7 @@ def tar_members(path: Path, scratch: str | os.PathLike[str] | None) -> Members:
             file = Spool(scratch, str(path))
             with unpack(packed) as stream:
                 file.copy(stream)
-    files: dict[str, tuple[int, Callable[[], BinaryIO]]] = {}
+    files: dict[str, Member] = {}
     links: dict[str, str] = {}
     os.lseek(file.fd, 0, os.SEEK_SET)
     with _TarHeaders(file.fd, closefd=False) as headers, tarfile.open(fileobj=headers, mode="r:") as archive:
@@ -65,7 +73,7 @@ def tar_members(path: Path, scratch: str | os.PathLike[str] | None) -> Members:
             if member.issparse():
                 yield name, "a sparse file in a tar"
             elif member.isreg():
-                files[name] = member.size, partial(file.open, member.offset_data, member.size)
+                files[name] = Member(member.size, partial(file.open, member.offset_data, member.size))
                 yield name, files[name]
             elif member.islnk() or member.issym():
                 folder = posixpath.dirname(name) if member.issym() else ""

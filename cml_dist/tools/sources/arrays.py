@@ -14,10 +14,10 @@ import numpy as np
 
 from cml_dist.data.pixels import as_png
 from cml_dist.tools.sources import plain_pickle
-from cml_dist.tools.sources.archives import Spool
+from cml_dist.tools.sources.archives import Member, Spool
 from cml_dist.tools.sources.shape import Found, Layout, Row, gathered
 from cml_dist.tools.sources.splits import files_of_splits
-from cml_dist.tools.sources.tree import Member, SourceTree
+from cml_dist.tools.sources.tree import SourceTree
 
 _SUFFIXES = (".npz", ".pkl", ".pickle")
 _IMAGES, _LABELS = ("image_data", "images", "data"), ("labels", "label_specific")

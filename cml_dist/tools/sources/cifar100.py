@@ -11,8 +11,9 @@ import numpy as np
 from cml_dist.data.pixels import as_png
 from cml_dist.errors import DataError
 from cml_dist.tools.sources import plain_pickle
+from cml_dist.tools.sources.archives import Member
 from cml_dist.tools.sources.shape import Found, Layout, Row, gathered
-from cml_dist.tools.sources.tree import Member, SourceTree
+from cml_dist.tools.sources.tree import SourceTree
 
 _PARTS = ("meta", "train", "test")
 

@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 from cml_dist.errors import DataError
-from cml_dist.tools.sources.archives import Spool
+from cml_dist.tools.sources.archives import Member, Spool
 from cml_dist.tools.sources.shape import Found, Layout, Row, gathered
 from cml_dist.tools.sources.splits import files_of_splits
-from cml_dist.tools.sources.tree import Member, SourceTree
+from cml_dist.tools.sources.tree import SourceTree
 
 _IMAGES = ("image", "img", "images", "picture", "jpg", "png")
 _LABELS = ("label", "fine_label", "labels", "class", "class_name", "label_name", "category", "species", "target")

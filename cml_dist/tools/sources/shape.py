@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from cml_dist.tools.sources.tree import Member, SourceTree, plain_name
+from cml_dist.tools.sources.archives import Member
+from cml_dist.tools.sources.tree import SourceTree, plain_name
 
 SplitLists = Mapping[str, Sequence[str]]
 """The class names of each split, in their order."""

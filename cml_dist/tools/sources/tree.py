@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 
 from cml_dist.errors import DataError
-from cml_dist.tools.sources.archives import tar_members, zip_members
+from cml_dist.tools.sources.archives import Member, Met, tar_members, zip_members
 
 SYSTEM, LOOP = "of the system or of a tool", "a link to a folder that it lies in"
 """Why files are left out that nobody misses."""
@@ -46,17 +46,6 @@ class Limits(NamedTuple):
     member_mib: float = 1024
     pixels: int = 89_478_485  # Pillow's own
     files: int = 2_000_000
-
-
-class Member(NamedTuple):
-    """A file: its size in bytes as unpacked, and how to open it; safe from threads."""
-
-    size: int
-    open: Callable[[], BinaryIO]
-
-
-Met = Iterable[tuple[str, Member | str | None]]
-"""Everything that a source holds, by name: a file, or why it is left out; None: a folder."""
 
 
 class SourceTree:
@@ -249,15 +238,14 @@ def open_source(
         else:
             what = f"source {path} is neither a folder nor an archive"
             raise DataError(what, "give a folder, a .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz")
-        found = ((name, Member(*how) if isinstance(how, tuple) else how) for name, how in met)
-        return SourceTree(str(path), found, limits, scratch)
+        return SourceTree(str(path), met, limits, scratch)
     except DataError:
         raise
     except Exception as error:  # zipfile, tarfile and what they unpack with raise many kinds
         raise DataError(f"source {path} is damaged or truncated ({error})", "download it again") from error
 
 
-def _folder_members(root: Path) -> Iterator[tuple[str, tuple | str | None]]:
+def _folder_members(root: Path) -> Met:
     """All that lies below a folder, links followed; the zips in which Omniglot is published appear as folders."""
     status = root.stat()
     pending = [(str(root), "", ((status.st_dev, status.st_ino),))]
@@ -286,4 +274,4 @@ def _folder_members(root: Path) -> Iterator[tuple[str, tuple | str | None]]:
             elif name in _NESTED:
                 yield from zip_members(Path(entry.path))
             else:
-                yield name, (status.st_size, partial(open, entry.path, "rb"))
+                yield name, Member(status.st_size, partial(open, entry.path, "rb"))
