@@ -113,9 +113,8 @@ def _read_json(tree: SourceTree, own_splits: bool) -> Found:
     classes: dict[str, list[str]] = {}
     splits: dict[str, list[str]] = {}
     for split, path in [(split, path) for split, paths in files.items() for path in paths]:
-        with tree.reading(path):
-            content = json.loads(tree.read(path))
-        tree.used.add(path)
+        with tree.reading(path), tree.open(path) as stream:
+            content = json.load(stream)
         try:
             pairs = list(zip(content["class_names"], content["class_roots"], strict=True))
         except (KeyError, TypeError, ValueError) as error:
@@ -133,4 +132,13 @@ def _read_json(tree: SourceTree, own_splits: bool) -> Found:
     return Found(classes, None if own_splits else splits, tree)
 
 
-JSON = Layout({"pictures": lambda tree, _: tree.images, _JSON: lambda tree, _: split_files(tree, ".json")}, _read_json)
+def _has_json(tree: SourceTree, _: bool) -> bool:
+    """Other tools write a train.json too."""
+    for path in [path for files in split_files(tree, ".json").values() for paths in files.values() for path in paths]:
+        with tree.open(path) as stream:
+            if b'"class_names"' in stream.read(2**16):
+                return True
+    return False
+
+
+JSON = Layout({"pictures": lambda tree, _: tree.images, _JSON: _has_json}, _read_json)
