@@ -92,7 +92,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         _option("source", "a folder, .zip or .tar (.gz, .bz2, .xz) of images, lists or arrays", metavar="SOURCE"),
         _option("dest", "the folder to make; it must not exist", metavar="DEST"),
         _option(
-            "--layout", "folders, csv, json, arrays, parquet, cifar100 or omniglot (default: recognised)", metavar="NAME",
+            "--layout", "folders, csv, json, arrays, parquet, cifar100, omniglot (default: recognised)", metavar="NAME",
             choices=["folders", "csv", "json", "arrays", "parquet", "cifar100", "omniglot", "ravi"],
         ),
         _option(
