@@ -89,6 +89,7 @@ setup(
         "deepspeed": DEEPSPEED_REQUIREMENTS,
         "trackers": TRACKER_REQUIREMENTS,
         "http": ["aiohttp"],  # image sets at a URL
+        "parquet": ["pyarrow>=17"],  # to pack such sets
         "test": TEST_REQUIREMENTS,
     },
     entry_points={"console_scripts": ["cml-dist = cml_dist.cli:main"]},

@@ -88,16 +88,36 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
     "launch slurm": (
         "launch.launch", "check a run, fill in the shipped batch script and hand it to sbatch", (CONFIG, OVERRIDES)
     ),
-    "data pack": ("data.pack", "pack a folder or zip of images into WebDataset shards", (
-        _option("source", "a folder, zip or tar.gz of images", metavar="SOURCE"),
+    "data pack": ("data.pack", "pack a folder or an archive of images into WebDataset shards", (
+        _option("source", "a folder, .zip or .tar (.gz, .bz2, .xz) of images, lists or arrays", metavar="SOURCE"),
         _option("dest", "the folder to make; it must not exist", metavar="DEST"),
-        _option("--layout", "default: recognised", choices=["folders", "ravi", "cifar100", "omniglot"]),
         _option(
-            "--splits", "folder of train.txt, val.txt and test.txt with class paths; for cifar100: cifar_fs or fc100",
-            metavar="WHICH",
+            "--layout", "folders, csv, json, arrays, parquet, cifar100, omniglot (default: recognised)", metavar="NAME",
+            choices=["folders", "csv", "json", "arrays", "parquet", "cifar100", "omniglot", "ravi"],
         ),
+        _option(
+            "--splits", "folder of train.txt, val.txt and test.txt with class paths; shares of train, val and test to "
+            "draw classes by, e.g. 64,16,20; for cifar100: cifar_fs or fc100", metavar="WHICH",
+        ),
+        _option("--split-seed", "seed of the draw by shares (default 0)", type=int, default=0, metavar="SEED"),
         *IMAGES,
         _option("--name", "name of the set (default: that of SOURCE)"),
+        _option(
+            "--min-images", "leave out classes of fewer images (default 2: one support and one query image)", type=int,
+            default=2, metavar="N",
+        ),
+        _option("--strict", "fail where a picture would be left out", action="store_true"),
+        _option(
+            "--max-member-mib", "refuse a file that unpacks to more (default 1024)", type=float, default=1024,
+            metavar="MIB",
+        ),
+        _option(
+            "--max-pixels", "refuse an image of more (default 89478485, Pillow's own limit)", type=int,
+            default=89_478_485, metavar="N",
+        ),
+        _option(
+            "--max-files", "refuse a source of more files (default 2000000)", type=int, default=2_000_000, metavar="N"
+        ),
     )),
     "data inspect": ("data.inspect", "print a table of a packed set and draw a few of its episodes", (
         _option("dir", "folder or URL of a packed set, or 'glyphs'", metavar="DIR"),

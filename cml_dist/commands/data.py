@@ -12,20 +12,30 @@ if TYPE_CHECKING:
 def pack(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.telemetry.console import preparing
     from cml_dist.tools.pack import pack as packed
+    from cml_dist.tools.sources.tree import Limits
 
-    options = ("layout", "splits", "image_size", "channels", "name")
+    options = ("layout", "splits", "split_seed", "image_size", "channels", "name", "min_images", "strict")
+    limits = Limits(member_mib=args.max_member_mib, pixels=args.max_pixels, files=args.max_files)
     with preparing(console) as progress:
-        made = packed(args.source, args.dest, **{name: getattr(args, name) for name in options}, progress=progress)
+        given = {name: getattr(args, name) for name in options}
+        made = packed(args.source, args.dest, **given, limits=limits, progress=progress)
     shards = made.shards
     height, width = shards.image_size
+    kind = "grey" if shards.channels == 1 else "RGB"
     rows = [(split, len(shards.split_info(split).classes), shards.num_images(split)) for split in shards.splits]
-    console.table(f"{shards.name} ({made.layout}), {width}x{height} px", ("split", "classes", "images"), rows)
+    console.table(f"{shards.name} ({made.layout}), {width}x{height} px, {kind}", ("split", "classes", "images"), rows)
     size_mib = sum(file.size for file in shards.info.shards) / 2**20
     console.note(
         f"Packed {len(shards):,} images, {size_mib:.1f} MiB, into {args.dest} "
         f"({made.num_kept:,} kept byte for byte, {len(shards) - made.num_kept:,} converted)"
     )
     console.note(f"Look at it: cml-dist data inspect {args.dest}")
+    for warning in made.warnings:
+        console.warn(warning)
+    met = sum(account.files for account in made.accounts)
+    console.table("What became of the files", ("files", "what", "e.g."), [
+        *((account.files, account.what, account.example) for account in made.accounts), (met, "met in all", ""),
+    ])  # fmt: skip
 
 
 def inspect(args: argparse.Namespace, console: Console) -> None:

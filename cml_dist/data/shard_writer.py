@@ -32,8 +32,11 @@ def new_shard_set(dest: str | os.PathLike[str], **description: Any) -> Iterator[
     """
     with new_folder(dest) as folder:
         writer = ShardSetWriter(folder, **description)
-        yield writer
-        writer.finish()
+        try:
+            yield writer
+            writer.finish()
+        finally:
+            writer.close()
 
 
 class ShardSetWriter:
@@ -99,6 +102,11 @@ class ShardSetWriter:
         name = f"{self._split}-{sum(shard.split == self._split for shard in self._shards):06d}.tar"
         images = len(self._rows) - sum(shard.images for shard in self._shards)
         self._shards.append(self._write(name, self._buffer.getvalue(), split=self._split, images=images))
+
+    def close(self) -> None:
+        """Ends the shard in the making, which tarfile would complain of otherwise."""
+        if self._tar is not None:
+            self._tar.close()
 
     def _write(self, name: str, data: bytes, **more: Any) -> FileInfo:
         write_bytes(self._folder / name, data)

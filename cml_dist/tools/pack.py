@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import posixpath
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from cml_dist.data.base import Progress
-from cml_dist.data.pixels import MODES, Picture, in_threads, size_and_channels
+from cml_dist.data.base import SPLITS, Progress
+from cml_dist.data.pixels import MODES, Picture
 from cml_dist.data.publish import refuse_existing
 from cml_dist.data.shard_cache import is_remote
-from cml_dist.data.shard_writer import new_shard_set
+from cml_dist.data.shard_writer import ShardSetWriter, new_shard_set
 from cml_dist.data.shards import ShardSet
 from cml_dist.errors import DataError
+from cml_dist.tools.accounts import DAMAGED, Account, Accounts
 from cml_dist.tools.fit_image import fit_image
 from cml_dist.tools.sources.known_splits import CIFAR100_SPLITS
-from cml_dist.tools.sources.layouts import LAYOUTS, Item, Splits, find_items, recognise
-from cml_dist.tools.sources.tree import open_source
+from cml_dist.tools.sources.layouts import LAYOUTS, choose, recognise, short_names
+from cml_dist.tools.sources.shape import Found
+from cml_dist.tools.sources.splits import Splits, draw_splits, read_lists, shares_of
+from cml_dist.tools.sources.tree import Limits, OverLimit, SourceTree, natural_order, open_source
+from cml_dist.tools.survey import Item, by_threads, common_size, large_enough, pixel_limit, survey
 
 
 class PackReport(NamedTuple):
-    """What was packed: the set, the layout of its source, and how many images kept their bytes."""
+    """What was packed.
+
+    Attributes:
+        num_kept: images that kept their bytes.
+        accounts: what became of each file of the source, and of each picture in its arrays.
+        warnings: what may spoil results, in words.
+    """
 
     shards: ShardSet
     layout: str
     num_kept: int
+    accounts: tuple[Account, ...]
+    warnings: tuple[str, ...]
 
 
 def pack(
@@ -33,63 +49,151 @@ def pack(
     *,
     layout: str | None = None,
     splits: Splits = None,
+    split_seed: int = 0,
     image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     name: str | None = None,
+    min_images: int = 2,
+    strict: bool = False,
+    limits: Limits | None = None,
     shard_size_mib: float = 64,
     progress: Progress | None = None,
 ) -> PackReport:
     """Packs a source of images into a new shard set.
 
     Args:
-        source: a folder or a zip (or ``cifar-100-python.tar.gz``).
-        dest: the folder to make.
+        source: a folder, or a zip or tar.
+        dest: the folder to make; what must be unpacked to be read lies beside it for as long.
         layout: one of ``LAYOUTS``; None: recognised.
-        splits: ``"cifar_fs"`` or ``"fc100"`` for CIFAR-100; or a folder of ``train.txt``, ``val.txt``, ``test.txt``;
-            or class names by split; None: as found in the source.
+        splits: ``"cifar_fs"`` or ``"fc100"`` for CIFAR-100; shares of train, val and test by which whole classes are
+            drawn, e.g. ``"64,16,20"``; a folder of ``train.txt``, ``val.txt``, ``test.txt``; or class names by split;
+            None: as found in the source.
+        split_seed: of the draw by shares.
         image_size: pixels a side, or (height, width); images of another size are resized. None: the size that all
             images have (28 for the published Omniglot).
-        channels: 1 (grey) or 3 (RGB); None: that of the first image.
+        channels: 1 (grey) or 3 (RGB); None: grey where all images are.
         name: of the set; None: the name of the source, or of the splits of CIFAR-100.
+        min_images: a class of fewer is left out; 2: one support and one query image.
+        strict: a picture that is left out is an error.
+        limits: what the source may ask for; None: ``Limits()``.
         shard_size_mib: size at which a new shard is begun, MiB.
         progress: called with images done and total.
 
     Raises:
-        DataError: if ``dest`` exists, the source is not recognised or contradicts itself, or an image is unreadable
-            (named). Nothing is left at ``dest`` then.
+        DataError: if ``dest`` exists, the source is not recognised, contradicts itself or asks for more than the
+            limits. Nothing is left at ``dest`` then.
     """
     if is_remote(os.fspath(dest)):
         raise DataError(f"destination {dest} is remote", "pack into a local folder, then upload the folder as it is")
     refuse_existing(Path(dest))
+    layout = "csv" if layout == "ravi" else layout  # its name in earlier versions
     for what, value, known in (("channels", channels, MODES), ("layout", layout, LAYOUTS)):
         if value is not None and value not in known:
             raise DataError(f"{what} is {value!r}", f"use one of {', '.join(map(str, known))}")
-    tree = open_source(source)
-    layout = layout or recognise(tree, splits)
-    items = find_items(tree, layout, splits)
-    size, found_channels = size_and_channels(items[0].read(), items[0].what)
-    if image_size is None and layout == "omniglot":
-        image_size = 28
-    if image_size is not None:
-        size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if min(size) < 1:
-        raise DataError(f"image size is {size[0]}x{size[1]}", "give at least 1 pixel")
-    channels = channels or found_channels
-    file = Path(source).name
-    if name is None and layout == "cifar100" and isinstance(splits, str) and splits in CIFAR100_SPLITS:
-        name = splits  # one source, several sets
-    name = name or file.removesuffix(".gz").removesuffix(".tar").removesuffix(".zip")
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    for what, least in (("image size", min(size or (1,))), ("min_images", min_images)):
+        if least < 1:
+            raise DataError(f"{what} is {least}", "give at least 1")
+    limits = limits or Limits()
+    with pixel_limit(limits.pixels):
+        beside = next(folder for folder in Path(dest).absolute().parents if folder.is_dir())
+        tree = open_source(source, limits, beside)
+        layout = layout or recognise(tree, splits is not None)
+        tree.used.clear()  # what was only looked at
+        found = LAYOUTS[layout].read(tree, splits is not None)
+        accounts = Accounts(tree, found.tree)
+        items, facts = survey(found.tree, _items(tree, found, layout, splits), accounts, progress)
+        items = large_enough(items, accounts, min_images)
+        if shares := shares_of(splits):
+            items = _drawn(items, shares, split_seed)
+        accounts.packed = {item.path for item in items}
+        if strict and (losses := accounts.losses()):
+            raise DataError(f"pictures would be left out: {losses}", "mend or remove them, or pack without --strict")
+        size = size or ((28, 28) if layout == "omniglot" else None)
+        resize, size = size is not None, size or common_size(items, facts)
+        channels = channels or max(facts[item.path].channels for item in items)
 
-    def fit(item: Item) -> tuple[Picture, bool]:
-        data = item.read()
-        picture = fit_image(data, item.what, size, channels, resize=image_size is not None)
-        return picture, picture.data is data
+        file = Path(source).name
+        if name is None and layout == "cifar100" and isinstance(splits, str) and splits in CIFAR100_SPLITS:
+            name = splits  # one source, several sets
+        name = name or file.removesuffix(".gz").removesuffix(".tar").removesuffix(".zip")
+        about = {"name": name, "image_size": size, "channels": channels, "source": file}
+        num_kept = None
+        while num_kept is None:
+            with suppress(_TooFew), new_shard_set(dest, **about, shard_size_mib=shard_size_mib) as writer:
+                num_kept = _write(writer, found.tree, items, accounts, resize, strict, progress)
+                left = [item for item in items if item.path in accounts.packed]
+                items = large_enough(left, accounts, min_images)
+                if len(items) < len(left):
+                    num_kept = None
+                    raise _TooFew
+    return PackReport(ShardSet.open(dest), layout, num_kept, accounts.table(), accounts.warnings())
 
-    num_kept, about = 0, {"name": name, "image_size": size, "channels": channels, "source": file}
-    with new_shard_set(dest, **about, shard_size_mib=shard_size_mib) as writer:
-        for done, (item, (picture, kept)) in enumerate(zip(items, in_threads(fit, items), strict=True), start=1):
-            writer.add(item.split, item.class_name, item.key, picture)
+
+class _TooFew(Exception):
+    """Damaged pictures left a class too small after its others were written: the set is written again without it."""
+
+
+def _write(
+    writer: ShardSetWriter,
+    tree: SourceTree,
+    items: Sequence[Item],
+    accounts: Accounts,
+    resize: bool,
+    strict: bool,
+    progress: Progress | None,
+) -> int:
+    """Writes all items that can be decoded; returns how many kept their bytes."""
+
+    def fit(item: Item) -> tuple[Picture, bool, bytes] | DataError:
+        try:
+            data = tree.read(item.path)
+            picture = fit_image(data, item.what, writer.image_size, writer.channels, resize)
+        except DataError as error:
+            if strict or isinstance(error, OverLimit):
+                raise
+            return error
+        return picture, picture.data is data, hashlib.sha256(picture.pixels.tobytes()).digest()
+
+    num_kept = 0
+    for done, (item, result) in enumerate(zip(items, by_threads(fit, items), strict=True), start=1):
+        if isinstance(result, DataError):
+            accounts.leave_out(item.path, DAMAGED, result)
+        else:
+            picture, kept, digest = result
+            stem = posixpath.splitext(posixpath.basename(item.path))[0]
+            writer.add(item.split, item.class_name, f"{item.class_name}/{stem}", picture)
             num_kept += kept
-            if progress is not None:
-                progress(done, len(items), "packing images")
-    return PackReport(ShardSet.open(dest), layout, num_kept)
+            accounts.compare(digest, item.split, item.path)
+        if progress is not None:
+            progress(done, len(items), "packing images")
+    return num_kept
+
+
+def _items(tree: SourceTree, found: Found, layout: str, splits: Splits) -> list[Item]:
+    """The pictures of all classes that are asked for; of classes to be drawn in the split ``train``."""
+    classes, lists = found.classes, found.splits
+    if shares_of(splits):
+        classes = short_names(classes)
+        lists = {"train": sorted(classes, key=natural_order)}
+    elif isinstance(splits, str) and layout == "cifar100" and splits in CIFAR100_SPLITS:
+        lists = CIFAR100_SPLITS[splits]
+    elif splits is not None:
+        lists = read_lists(tree, splits)
+    if lists is None:
+        known = f"{' or --splits '.join(CIFAR100_SPLITS)}, or " if layout == "cifar100" else ""
+        raise DataError(
+            f"{tree.where} says nowhere which class belongs to which split",
+            f"say which: --splits {known}a folder of train.txt, val.txt, test.txt, or shares to draw by, e.g. 64,16,20",
+        )
+    chosen = choose(tree.where, classes, lists)
+    size = {path: member.size for path, member in found.tree.files.items()}
+    return [Item(split, name, path, size[path]) for name, (split, paths) in chosen.items() for path in paths]
+
+
+def _drawn(items: Sequence[Item], shares: Sequence[float], seed: int) -> list[Item]:
+    """The items with whole classes drawn for each split."""
+    names = sorted({item.class_name for item in items}, key=natural_order)
+    split_of = {name: split for split, some in draw_splits(names, shares, seed).items() for name in some}
+    items = [item._replace(split=split_of[item.class_name]) for item in items]
+    return sorted(items, key=lambda item: SPLITS.index(item.split))

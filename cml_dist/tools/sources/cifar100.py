@@ -1,72 +1,58 @@
-"""The original CIFAR-100 pickles, read without letting them run code (torchvision's reader does, and checks md5)."""
+"""The original CIFAR-100 pickles."""
 
 from __future__ import annotations
 
 import io
-import pickle
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
 from cml_dist.data.pixels import as_png
 from cml_dist.errors import DataError
-from cml_dist.tools.sources.tree import SourceTree, join
+from cml_dist.tools.sources import plain_pickle
+from cml_dist.tools.sources.archives import Member
+from cml_dist.tools.sources.shape import Found, Layout, Row, gathered
+from cml_dist.tools.sources.tree import SourceTree
+
+_PARTS = ("meta", "train", "test")
 
 
-def find_folder(tree: SourceTree) -> str | None:
-    """The folder that holds the three files, e.g. ``cifar-100-python``; None where there is none."""
-    folders = (tree.folders_of(name) for name in ("train", "test", "meta"))
-    return min(set.intersection(*map(set, folders)), default=None)
+def _folder(tree: SourceTree) -> str | None:
+    """The folder that holds the three files, e.g. ``cifar-100-python/``; None where there is none."""
+    folders = (path.removesuffix("meta") for path in tree.files if f"/{path}".endswith("/meta"))
+    return next((folder for folder in folders if all(folder + part in tree.files for part in _PARTS)), None)
 
 
-def read(tree: SourceTree) -> tuple[SourceTree, dict[str, list[str]]]:
-    """All 60,000 images as files ``class/name.png`` of a tree, and those of each class, ``train`` before ``test``.
-
-    Raises:
-        DataError: if a file is damaged, or holds anything but plain data.
-    """
-    folder = find_folder(tree)
+def _read(tree: SourceTree, own_splits: bool) -> Found:
+    folder = _folder(tree)
     if folder is None:
         raise DataError(f"{tree.where} has no folder with train, test and meta", "give cifar-100-python or its tar.gz")
-    readers: dict[str, Callable[[], bytes]] = {}
-    classes: dict[str, list[str]] = {}
+    return gathered(tree, _rows(tree, folder), True)
+
+
+def _rows(tree: SourceTree, folder: str) -> Iterator[Row]:
     names: list[str] = []
-    for part in ("meta", "train", "test"):
-        data = tree.read(join(folder, part))
+    for part in _PARTS:
         try:
-            content = _PlainData(io.BytesIO(data), encoding="bytes").load()
+            with tree.open(folder + part) as stream:
+                content = plain_pickle.load(stream)
             if part == "meta":
-                names = [name.decode() for name in content[b"fine_label_names"]]
-                classes = {name: [] for name in names}
+                names = [name.decode() for name in content["fine_label_names"]]
                 continue
-            labels, pixels = content[b"fine_labels"], content[b"data"].reshape(-1, 3, 32, 32)
-            for label, picture, file in zip(labels, pixels, content[b"filenames"], strict=True):
-                path = f"{names[label]}/{file.decode()}"
-                classes[names[label]].append(path)
-                readers[path] = lambda picture=picture: as_png(picture).data
+            labels, pixels = content["fine_labels"], content["data"].reshape(-1, 3, 32, 32)
+            for label, picture, file in zip(labels, pixels, content["filenames"], strict=True):
+                yield Row("", names[label], file.decode(), Member(picture.nbytes, partial(_png, picture)))
+        except DataError:
+            raise
         except Exception as error:  # a damaged pickle raises almost anything
-            what = f"{join(folder, part)} in {tree.where} is no plain pickle of CIFAR-100"
+            what = f"{folder}{part} in {tree.where} is no plain pickle of CIFAR-100"
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"{what} ({reason})", "download the original python version again") from error
-    return SourceTree(tree.where, readers), classes
 
 
-class _PlainData(pickle.Unpickler):
-    """Unpickles numpy arrays, lists, dictionaries, bytes and numbers; refuses everything else."""
+def _png(pixels: np.ndarray) -> io.BytesIO:
+    return io.BytesIO(as_png(pixels).data)
 
-    _ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("_codecs", "encode"),
-    }
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        if name == "_reconstruct":
-            # The place that numpy's own pickles name; it moved in numpy 2.
-            return np.empty(0).__reduce__()[0]
-        return super().find_class(module, name)
+CIFAR100 = Layout({"cifar-100-python with train, test, meta": lambda tree, _: _folder(tree) is not None}, _read)

@@ -1,0 +1,144 @@
+"""All pictures of a set are looked at before one is packed: their sizes, colours, and whether enough can be read."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+from PIL import Image
+
+from cml_dist.data.base import Progress
+from cml_dist.data.pixels import in_threads, size_and_channels
+from cml_dist.errors import DataError
+from cml_dist.tools.accounts import DAMAGED, Accounts
+from cml_dist.tools.sources.tree import OverLimit, SourceTree
+
+_AT_ONCE = 256 * 2**20  # bytes of files and pixels that are in work at once, or one picture
+
+_EPS = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # under whatever suffix
+
+_Result = TypeVar("_Result")
+
+
+class Item(NamedTuple):
+    """A picture to pack: where it goes, and the bytes that it takes while it is in work."""
+
+    split: str
+    class_name: str
+    path: str
+    num_bytes: int
+
+    @property
+    def what(self) -> str:
+        """Its name in errors."""
+        return f"image {self.path} of class {self.class_name!r}"
+
+
+class Facts(NamedTuple):
+    """Height and width of a picture, as displayed, and its channels."""
+
+    size: tuple[int, int]
+    channels: int
+
+
+@contextmanager
+def pixel_limit(pixels: int) -> Iterator[None]:
+    """Pillow refuses larger images, also those at which it only warns."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def by_threads(function: Callable[[Item], _Result], items: Sequence[Item]) -> Iterator[_Result]:
+    """Results in order, of a bounded number of bytes at once."""
+    start = held = 0
+    for at, item in enumerate(items):
+        held += item.num_bytes
+        if held > _AT_ONCE and at > start:
+            yield from in_threads(function, items[start:at])
+            start, held = at, item.num_bytes
+    yield from in_threads(function, items[start:])
+
+
+def survey(
+    tree: SourceTree, items: Sequence[Item], accounts: Accounts, progress: Progress | None
+) -> tuple[list[Item], Mapping[str, Facts]]:
+    """The items whose headers can be read, and what these say, by path; the others are left out.
+
+    Raises:
+        OverLimit: if one is larger than the limits allow.
+    """
+
+    def look(item: Item) -> Facts | DataError:
+        try:
+            data = tree.read(item.path)
+            if data.startswith(_EPS):
+                raise DataError(f"{item.what} is PostScript, which Pillow would run", "convert it to PNG")
+            return Facts(*size_and_channels(data, item.what))
+        except OverLimit:
+            raise
+        except DataError as error:
+            if isinstance(error.__cause__, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+                what = f"{item.what} has more than {tree.limits.pixels:,} pixels"
+                raise OverLimit(what, "where that is right, raise the limit: --max-pixels NUMBER") from error
+            return error
+
+    found, facts = [], {}
+    for done, (item, seen) in enumerate(zip(items, by_threads(look, items), strict=True), start=1):
+        if isinstance(seen, DataError):
+            accounts.leave_out(item.path, DAMAGED, seen)
+        else:
+            facts[item.path] = seen
+            found.append(item._replace(num_bytes=item.num_bytes + 4 * seen.size[0] * seen.size[1]))
+        if progress is not None:
+            progress(done, len(items), "looking at images")
+    return found, facts
+
+
+def large_enough(items: Sequence[Item], accounts: Accounts, min_images: int) -> list[Item]:
+    """The items of classes with so many images; the others are left out.
+
+    Raises:
+        DataError: if that leaves none.
+    """
+    counts = Counter(item.class_name for item in items)
+    small = [name for name, count in counts.items() if count < min_images]
+    kept = [item for item in items if counts[item.class_name] >= min_images]
+    if not kept:
+        most, cause = max(counts.values(), default=0), f": {accounts.damage.what}" if accounts.damage else ""
+        remedy = f"add images, or pack with --min-images {most}" if most else "mend the images"
+        raise DataError(f"no class has {min_images} images, but at most {most}{cause}", remedy)
+    for item in items:
+        if counts[item.class_name] < min_images:
+            accounts.leave_out(item.path, f"its class has fewer than {min_images} images (--min-images)")
+    if small:
+        names = ", ".join(small[:3]) + (", ..." if len(small) > 3 else "")
+        lost = sorted({item.split for item in items} - {item.split for item in kept})
+        none = f"; that leaves none in {' and '.join(lost)}" if lost else ""
+        accounts.notes.append(f"{len(small)} classes of fewer than {min_images} images are left out: {names}{none}")
+    return kept
+
+
+def common_size(items: Sequence[Item], facts: Mapping[str, Facts]) -> tuple[int, int]:
+    """The height and width that all items have.
+
+    Raises:
+        DataError: naming one that has another than most.
+    """
+    counts = Counter(facts[item.path].size for item in items)
+    size = counts.most_common(1)[0][0]
+    for item in items:
+        height, width = facts[item.path].size
+        if (height, width) != size:
+            raise DataError(
+                f"{item.what} has {height}x{width} pixels, but others have {size[0]}x{size[1]} ({len(counts)} sizes)",
+                "say to which size to bring all images: --image-size PIXELS",
+            )
+    return size
