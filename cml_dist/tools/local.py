@@ -46,14 +46,16 @@ def launch_here(asked: argparse.Namespace, inner: argparse.Namespace, say: Calla
         if variables.get("ACCELERATE_USE_CPU", "").lower() == "true" and config.run.device == "auto":
             words.append("run.device=cpu")  # which accelerate launch would not hand on
         check_run(config, asked.processes, file)
-    say(f"Starting {asked.processes} process{'es' * (asked.processes != 1)} by accelerate launch ({file.stem})")
     options = {"config_file": file, "num_processes": asked.processes, "num_machines": 1, "machine_rank": 0}
     launcher = [f"--{name}={value}" for name, value in {**options, "main_process_port": 0}.items()]
     again = shlex.join(["cml-dist", "launch", "local", f"--processes={asked.processes}", f"--config={asked.config}"])
-    return _watch([*launcher, "-m", "cml_dist", *words], f"{again} -- {shlex.join(asked.words)}")
+    started = f"Starting {asked.processes} process{'es' * (asked.processes != 1)} by accelerate launch ({file.stem})"
+    command = [*launcher, "-m", "cml_dist", *words]
+    return _watch(command, lambda: say(started), f"{again} -- {shlex.join(asked.words)}")
 
 
-def _watch(arguments: Sequence[str], again: str) -> int:
+def _watch(arguments: Sequence[str], starting: Callable[[], object], again: str) -> int:
+    """``again``: the command to go on with."""
     came: list[int] = []
 
     def hear(number: int, frame: object) -> None:
@@ -67,6 +69,7 @@ def _watch(arguments: Sequence[str], again: str) -> int:
     environment = {"LOGLEVEL": "CRITICAL", **os.environ, LAUNCHED_LOCALLY: "yes", "PET_SIGNALS_TO_HANDLE": "SIGQUIT"}
     command = [sys.executable, "-m", "cml_dist.tools.local", *arguments]
     before = {number: signal.signal(number, hear) for number in PASSED_ON}
+    starting()
     # A session of its own, which the terminal's Ctrl-C does not reach.
     launcher = subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_hear_nothing

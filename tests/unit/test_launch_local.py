@@ -39,12 +39,12 @@ def test_a_typo_is_one_line_before_anything_starts(words, said, capfd):
 
 def test_ctrl_c_is_answered_at_once_and_ends_with_130_and_the_command_to_go_on(tmp_path):
     command = [*PROGRAM, *LOCAL, "--", "train", "sinusoid", f"run.dir={tmp_path / 'run'}"]
-    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    # The launcher, whose imports take seconds, has nothing to save yet.
-    assert process.stdout.readline() == "Starting 2 processes by accelerate launch (ddp)\n"
-    process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "\n" and process.stdout.readline().startswith("Ctrl-C: ")
-    out, _ = process.communicate(timeout=600)
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        # The launcher, whose imports take seconds, has nothing to save yet.
+        assert process.stdout.readline() == "Starting 2 processes by accelerate launch (ddp)\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "\n" and process.stdout.readline().startswith("Ctrl-C: ")
+        out = process.stdout.read()
     assert process.returncode == 130, out
     again = f"--processes=2 --config=ddp -- train sinusoid run.dir={tmp_path}/run"
     assert out == f"To go on: cml-dist launch local {again}\n"
@@ -69,7 +69,8 @@ def test_launch_files_are_written_once(tmp_path, capfd):
 def test_who_reads_no_further_is_not_told_of_it(command):
     reads, writes = os.pipe()
     os.close(reads)
-    process = subprocess.run([*PROGRAM, *command.split()], stdout=writes, stderr=subprocess.PIPE, text=True, timeout=600)
+    words = [*PROGRAM, *command.split()]
+    process = subprocess.run(words, stdout=writes, stderr=subprocess.PIPE, text=True, timeout=600)
     os.close(writes)
     assert (process.returncode, process.stderr) == (141, "")
 
