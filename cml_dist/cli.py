@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import importlib
 import os
@@ -21,7 +22,7 @@ from cml_dist.distributed.env import (
     launcher_adds_noise,
     set_torch_defaults,
 )
-from cml_dist.distributed.exit import close_group, leave, own_process
+from cml_dist.distributed.exit import leave, own_process
 from cml_dist.distributed.heartbeat import this_heartbeat
 from cml_dist.errors import CmlError
 from cml_dist.run.hooks import OnStep, nothing
@@ -191,14 +192,20 @@ def command(argv: Sequence[str] | None = None, on_step: OnStep = nothing) -> int
 
 
 def main(argv: Sequence[str] | None = None, on_step: OnStep = nothing) -> int:
-    """Run one command in a process of the caller's; returns the exit code, in every rank of a world too.
+    """Run one command in a process of the caller's, which goes on; returns the exit code.
 
     Args:
         on_step: a hook of ``train``, see :mod:`cml_dist.run.hooks`.
+
+    Raises:
+        SystemExit: with a code that is not 0, in a world of several processes: its launcher must hear of it.
     """
     with ExitStack() as held:
-        held.callback(close_group)
-        return _run(argv, on_step, held)
+        held.callback(faulthandler.cancel_dump_traceback_later)
+        code = _run(argv, on_step, held)
+    if code != 0 and launched_or_alone().size > 1:
+        raise SystemExit(code)
+    return code
 
 
 def _run(argv: Sequence[str] | None, on_step: OnStep, held: ExitStack) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
-import gc
 import os
 import signal
 import sys
@@ -33,6 +32,10 @@ LINGER_S = 1.5
 """Of who speaks in rank 0's place: the other ranks of the machine look whether it lives, and speak if not."""
 
 
+BREAK_OFF_S = 60.0
+"""A rank that is a caller's process, and hangs where nothing can break it off (in a collective whose other side failed),
+has so long for its launcher to end it."""
+
 _is_own = False
 """See :func:`own_process`."""
 
@@ -49,8 +52,8 @@ class BrokenOff(WorldError):
 def end_process(failure: Failure, heartbeat: Heartbeat, speaks: bool) -> None:
     """Say why, show stacks where they help, end who cannot end by itself, and leave: with exit code 1, or as asked to.
 
-    Nothing here waits for the main thread, which may hold any lock, or hang. A process that is a caller's goes on: what
-    hangs in it is broken off, and raises.
+    Nothing here waits for the main thread, which may hold any lock, or hang. In a process that is a caller's, the call
+    that hangs is broken off instead, and raises.
 
     Args:
         speaks: whether this rank is the one that puts the line on the screen.
@@ -77,21 +80,10 @@ def end_process(failure: Failure, heartbeat: Heartbeat, speaks: bool) -> None:
         time.sleep(LINGER_S)
     if _is_own:
         os._exit(1 if failure.stop_code is None else failure.stop_code)
-    _break_off()
-
-
-def _break_off() -> None:
-    """Have the main thread leave what it hangs in: a loop of Python's, or a collective that another rank closes."""
+    if heartbeat.met:  # else a hang of a lone process is not a hang of its caller's
+        faulthandler.dump_traceback_later(BREAK_OFF_S, exit=True, file=STDERR)
     main_thread = ctypes.c_ulong(threading.main_thread().ident or 0)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(main_thread, ctypes.py_object(BrokenOff))
-
-
-def close_group() -> None:
-    """Close what a failed call has left of its process group, so that the collectives of the other ranks fail too."""
-    torch_distributed = sys.modules.get("torch.distributed")
-    if torch_distributed is not None and torch_distributed.is_initialized():
-        torch_distributed.destroy_process_group()
-        gc.collect()  # a wrapped module holds its connections
 
 
 def own_process() -> None:

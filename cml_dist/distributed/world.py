@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -254,6 +255,7 @@ def _accelerator(use_cpu: bool, plugin: DeepSpeedPlugin | None) -> Accelerator:
     """Accelerate, told all that it would read from environment variables: none of them may change a result."""
     # Accelerate takes a named backend as a promise that a process group will be there: none for a lone process.
     backend = None if os.environ.get("LOCAL_RANK") is None else "gloo" if use_cpu else "nccl"
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # set_arithmetic decides
     return Accelerator(
         # DeepSpeed's world on CPUs is not Accelerate's: cpu=True would leave DeepSpeed out, silently.
         cpu=use_cpu and plugin is None,
