@@ -139,7 +139,7 @@ GROUPS = {"launch": "start several processes here, or a job on a cluster", "data
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"error: see {self.prog} --help: {message}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

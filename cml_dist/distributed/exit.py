@@ -33,8 +33,8 @@ LINGER_S = 1.5
 
 
 BREAK_OFF_S = 60.0
-"""A rank that is a caller's process, and hangs where nothing can break it off (in a collective whose other side failed),
-has so long for its launcher to end it."""
+"""In which its launcher is to end a rank that is a caller's process, and hangs in a collective whose other side is gone:
+nothing else breaks that off."""
 
 _is_own = False
 """See :func:`own_process`."""

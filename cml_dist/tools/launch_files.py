@@ -49,15 +49,15 @@ def write_launch_files(folder: Path) -> list[Path]:
     return targets
 
 
-def check_run(config: RunConfig, processes: int, file: Path) -> None:
-    """What a run would be refused for once its processes run, under an Accelerate file.
+def check_run(config: RunConfig, processes: int, file: Path, asked: str = "") -> None:
+    """What a run would be refused for once its processes run, under an Accelerate file; ``asked``: them in words.
 
     Raises:
         ConfigError: something contradicts the run.
         CheckpointError: its folder holds a run of another configuration.
     """
     if config.parallel.processes not in (None, processes):
-        what = f"parallel.processes is {config.parallel.processes}, but {processes} processes were asked for"
+        what = f"parallel.processes is {config.parallel.processes}, but {asked or processes} processes were asked for"
         raise ConfigError(what, "drop parallel.processes, or ask for as many")
     make_plan(config, processes, launcher_variables(file))
     folder = RunFolder(config.run.dir)

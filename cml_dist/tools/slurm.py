@@ -150,7 +150,7 @@ def _check_run(config: RunConfig, nodes: int, processes: int, file: Path) -> Non
     signals = config.run.stop_signals
     what = f"run.stop_signals is {list(signals)}, but the batch script stops processes by SIGUSR1"
     _need("SIGUSR1" in signals, what, "add SIGUSR1 to run.stop_signals")
-    check_run(config, nodes * processes, file)
+    check_run(config, nodes * processes, file, f"{nodes} x {processes}")
 
 
 def _container(asked: argparse.Namespace, here: Path, launch: Path, needed: Mapping[str, Path]) -> tuple[str, ...]:

@@ -19,9 +19,9 @@ LOCAL = ("launch", "local", "--processes", "2")
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--", "trian", "sinusoid"), "error: argument COMMAND: invalid choice: 'trian'"),
-        (("--", "train", "sinusoid", "--stepz"), "error: unrecognized arguments: --stepz; see cml-dist"),
-        (("--",), "error: the following arguments are required: COMMAND"),
+        (("--", "trian", "sinusoid"), "error: see cml-dist --help: argument COMMAND: invalid choice: 'trian'"),
+        (("--", "train", "sinusoid", "--stepz"), "error: see cml-dist --help: unrecognized arguments: --stepz"),
+        (("--",), "error: see cml-dist --help: the following arguments are required: COMMAND"),
         (("--", "train", "sinusoid", "train.stepz=5"), "error: sinusoid: train.stepz is not a setting; did you mean"),
         (("train", "sinusoid", "parallel.processes=3"), "error: parallel.processes is 3, but 2 processes were asked"),
         (("--config=zero9", "--", "train", "sinusoid"), "error: --config is zero9; use one of cpu, ddp, zero1"),
