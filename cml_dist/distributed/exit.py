@@ -33,8 +33,8 @@ LINGER_S = 1.5
 
 
 BREAK_OFF_S = 60.0
-"""In which its launcher is to end a rank that is a caller's process, and hangs in a collective whose other side is gone:
-nothing else breaks that off."""
+"""A rank that is a caller's process may hang in a collective whose other side is gone, which nothing breaks off: in this
+time its launcher is to end it."""
 
 _is_own = False
 """See :func:`own_process`."""

@@ -7,6 +7,7 @@ none, since it would kill its ranks 30 s later.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import signal
@@ -66,7 +67,7 @@ def _watch(arguments: Sequence[str], starting: Callable[[], object], again: str)
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         os.write(2, f"\n{name}: {what}{hint}\n".encode())
 
-    environment = {"LOGLEVEL": "CRITICAL", **os.environ, LAUNCHED_LOCALLY: "yes", "PET_SIGNALS_TO_HANDLE": "SIGQUIT"}
+    environment = {**os.environ, LAUNCHED_LOCALLY: "yes", "PET_SIGNALS_TO_HANDLE": "SIGQUIT"}
     command = [sys.executable, "-m", "cml_dist.tools.local", *arguments]
     before = {number: signal.signal(number, hear) for number in PASSED_ON}
     starting()
@@ -110,7 +111,11 @@ def _tell(launcher: psutil.Process, came: Sequence[int]) -> None:
 
 
 def _accelerate_launch() -> int:
-    """``accelerate launch`` with the arguments of this process, without its traceback; the first failed rank's code."""
+    """``accelerate launch`` with the arguments of this process; returns the code of the rank that failed first.
+
+    Its traceback and its logger say which process ended how, where the process itself has said why.
+    """
+    logging.disable(logging.ERROR)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
