@@ -31,10 +31,8 @@ LAST_WORDS_S = 5.0
 LINGER_S = 1.5
 """Of who speaks in rank 0's place: the other ranks of the machine look whether it lives, and speak if not."""
 
-
 BREAK_OFF_S = 60.0
-"""A rank that is a caller's process may hang in a collective whose other side is gone, which nothing breaks off: in this
-time its launcher is to end it."""
+"""In which a launcher is to end its rank, where that is a caller's process and hangs in a collective."""
 
 _is_own = False
 """See :func:`own_process`."""
