@@ -20,6 +20,7 @@ from cml_dist.distributed.env import (
     launched_by_torchrun,
     launched_or_alone,
     launcher_adds_noise,
+    name_launch_file,
     set_torch_defaults,
 )
 from cml_dist.distributed.exit import leave, own_process
@@ -212,6 +213,7 @@ def _run(argv: Sequence[str] | None, on_step: OnStep, held: ExitStack) -> int:
     """``held``: what lasts until the caller closes it, such as handlers of signals."""
     args = _parsed(argv)
     set_torch_defaults()
+    name_launch_file()
     args.on_step, args.held = on_step, held
     from cml_dist.telemetry.console import Console
 

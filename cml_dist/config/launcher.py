@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ Finding = tuple[str, str]
 """(what is wrong, what to do)"""
 
 NOT_SAID = ("", "auto", "none")
-ACCELERATE_FILE = "the launcher's Accelerate file"
+LAUNCH_FILE = "CML_DIST_LAUNCH_FILE"
+"""Where the environment names the launcher's Accelerate file."""
+
 IN_A_DEEPSPEED_FILE = {"zero_stage", "offload_optimizer_device", "offload_param_device", "gradient_clipping"}
 """What an Accelerate file cannot say where it names a DeepSpeed file."""
 
@@ -87,7 +90,8 @@ def launcher_variables(path: str | Path) -> dict[str, str]:
         said[name.upper()] = value
     # YAML takes an unquoted no for false.
     words = {name: "no" if value is False else str(value) for name, value in said.items() if value is not None}
-    return {name if name.startswith("PARALLELISM_") else f"ACCELERATE_{name}": word for name, word in words.items()}
+    found = {name if name.startswith("PARALLELISM_") else f"ACCELERATE_{name}": word for name, word in words.items()}
+    return {**found, LAUNCH_FILE: str(path)}
 
 
 def launcher_findings(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Finding]:
@@ -99,37 +103,41 @@ def launcher_findings(config: RunConfig, environment: Mapping[str, str]) -> Iter
     """
     if not any(name.startswith(USE) or name == "TORCHELASTIC_RUN_ID" for name in environment):
         return
+    source = _accelerate_file(environment)
     for name, value in sorted(environment.items()):
         used = name.removeprefix(USE)
         if used != name and used not in HONOURED and _is_true(value):
             yield (
-                f"{ACCELERATE_FILE} asks for {used} ({name}), which does not exist here",
+                f"{source} asks for {used} ({name}), which does not exist here",
                 "set its distributed_type to MULTI_GPU or DEEPSPEED, as in the files of cml-dist launch files DIR",
             )
         elif name.startswith("PARALLELISM_CONFIG_") and name.endswith("_SIZE") and value not in ("", "1"):
             if _is_true(environment.get(f"{USE}PARALLELISM_CONFIG", "")):
-                yield f"{ACCELERATE_FILE} sets {name.lower()} to {value}, which does not exist here", "drop it there"
+                yield f"{source} sets {name.lower()} to {value}, which does not exist here", "drop it there"
     # A notebook's launcher, which sets NPROC, has another name for it, which nothing else reads.
     by_notebook = environment.get("MIXED_PRECISION", "no") if "NPROC" in environment else "no"
     precision, asked = config.run.precision, environment.get("ACCELERATE_MIXED_PRECISION", by_notebook).lower()
     if asked not in (*NOT_SAID, "no", precision):
         yield (
-            f"{ACCELERATE_FILE} sets mixed_precision to {asked}, but run.precision is {precision}",
+            f"{source} sets mixed_precision to {asked}, but run.precision is {precision}",
             "set run.precision=bf16, or mixed_precision to no there",
         )
-    dynamo = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if dynamo.lower() not in (*NOT_SAID, "no"):
-        what = f"{ACCELERATE_FILE} sets dynamo_backend to {dynamo}, but nothing is compiled here"
+    dynamo = environment.get("ACCELERATE_DYNAMO_BACKEND")
+    if dynamo is None and LAUNCH_FILE in environment:  # with DeepSpeed, accelerate launch does not hand it on
+        with suppress(ConfigError):
+            dynamo = launcher_variables(environment[LAUNCH_FILE]).get("ACCELERATE_DYNAMO_BACKEND")
+    if (dynamo or "no").lower() not in (*NOT_SAID, "no"):
+        what = f"{source} sets dynamo_backend to {dynamo}, but nothing is compiled here"
         yield what, "drop its dynamo_config: compiled code has no second derivative"
     if _is_true(environment.get(f"{USE}CPU", "")) and config.run.device == "cuda":
-        yield f"{ACCELERATE_FILE} sets use_cpu, but run.device is cuda", "set run.device=cpu, or drop use_cpu there"
+        yield f"{source} sets use_cpu, but run.device is cuda", "set run.device=cpu, or drop use_cpu there"
     for name, ours, setting in (
         ("gradient_clipping", config.optim.clip_norm or 0.0, "optim.clip_norm"),
         ("gradient_accumulation_steps", 1, "train.episodes_per_step"),
     ):
         asked = environment.get(f"ACCELERATE_{name.upper()}", "auto").lower()
         if asked not in NOT_SAID and asked not in (str(ours), str(float(ours))) and not _equals(asked, ours):
-            what = f"{ACCELERATE_FILE} sets {name} to {asked}, but the run has {ours}"
+            what = f"{source} sets {name} to {asked}, but the run has {ours}"
             yield what, f"drop it there; {setting} decides it here"
 
 
@@ -140,7 +148,7 @@ def deepspeed_request(config: RunConfig, environment: Mapping[str, str]) -> Deep
         ConfigError: a file that cannot be read, two different ones, or what does not exist here.
     """
     file, given = config.parallel.deepspeed, None
-    launched = _is_true(environment.get(f"{USE}DEEPSPEED", ""))
+    launched, source = _is_true(environment.get(f"{USE}DEEPSPEED", "")), _accelerate_file(environment)
     if launched:
         given = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         given = None if given in NOT_SAID else given
@@ -152,7 +160,7 @@ def deepspeed_request(config: RunConfig, environment: Mapping[str, str]) -> Deep
     beside = IN_A_DEEPSPEED_FILE & set(environment.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(","))
     if given is not None and beside:
         raise ConfigError(
-            f"{ACCELERATE_FILE} names {given} and sets {' and '.join(sorted(beside))} beside it",
+            f"{source} names {given} and sets {' and '.join(sorted(beside))} beside it",
             "say it in the DeepSpeed file alone",
         )
     file = given if file is None else file
@@ -168,8 +176,12 @@ def deepspeed_request(config: RunConfig, environment: Mapping[str, str]) -> Deep
     }
     stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if stage not in ("0", "1", "2", "3"):
-        raise ConfigError(f"{ACCELERATE_FILE} sets zero_stage to {stage}", "set it to 0, 1, 2 or 3")
-    return DeepSpeedRequest(ACCELERATE_FILE, int(stage), _offload(ACCELERATE_FILE, said))
+        raise ConfigError(f"{source} sets zero_stage to {stage}", "set it to 0, 1, 2 or 3")
+    return DeepSpeedRequest(source, int(stage), _offload(source, said))
+
+
+def _accelerate_file(environment: Mapping[str, str]) -> str:
+    return f"the launcher's Accelerate file {environment.get(LAUNCH_FILE, '')}".rstrip()
 
 
 def _is_true(word: str) -> bool:

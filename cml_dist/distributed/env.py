@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from cml_dist.config.launcher import LAUNCH_FILE
 from cml_dist.errors import WorldError
 
 STARTED_BY = {
@@ -185,6 +186,15 @@ def launcher_adds_noise() -> str:
     """What to say behind an error that a launcher's own traceback follows; empty where none does."""
     is_noisy = launched_by_torchrun() and LAUNCHED_LOCALLY not in os.environ
     return " (what the launcher prints below says no more than this line)" if is_noisy else ""
+
+
+def name_launch_file() -> None:
+    """Have the environment name the Accelerate file that the launcher was given, for who reads what it asks for."""
+    if launched_by_torchrun():
+        with suppress(OSError):
+            words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace")
+            if found := re.search("\0--config_file[=\0]([^\0]+)", words):
+                os.environ.setdefault(LAUNCH_FILE, found[1])
 
 
 def threads_asked(environment: Mapping[str, str] = os.environ) -> int | None:

@@ -135,7 +135,13 @@ def test_an_accelerate_file_is_judged_before_it_launches_anything(tmp_path, capf
     command = ["launch", "local", "--processes=2", f"--config={path}", "--", "train", "sinusoid"]
     assert main(command) == 2
     (said,) = capfd.readouterr().err.splitlines()
-    assert said.startswith("error: ") and all(word in said for word in words), said
+    assert said.startswith("error: ") and all(word in said for word in (path, *words)), said
+
+
+def test_what_accelerate_launch_does_not_hand_on_is_read_in_its_file(tmp_path):
+    path = accelerate_file(tmp_path, distributed_type="DEEPSPEED", dynamo_config={"dynamo_backend": "EAGER"})
+    said = refusal({"ACCELERATE_USE_DEEPSPEED": "true", "CML_DIST_LAUNCH_FILE": path})
+    assert said.startswith(f"the launcher's Accelerate file {path} sets dynamo_backend to EAGER")
 
 
 def test_an_accelerate_file_with_settings_that_are_switched_off_passes(tmp_path):
