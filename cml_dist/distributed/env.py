@@ -125,7 +125,8 @@ def check_launch(asked: int | None, environment: Mapping[str, str] = os.environ)
     if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         raise WorldError(
             "several processes were asked for, but accelerate launch started one (it takes --cpu and MULTI_CPU for it)",
-            "launch with cml-dist launch local --processes N -- ..., or with distributed_type: MULTI_GPU, also on CPUs",
+            "launch with cml-dist launch local --processes N -- ..., or with launch/accelerate/cpu.yaml of cml-dist launch "
+            "files launch",
         )
     # Copies that do not know of each other would train several runs, in one folder. torchrun and accelerate launch: one
     # agent a copy. Else each copy is a process of the world.
@@ -184,7 +185,8 @@ def launched_by_torchrun() -> bool:
 
 def launcher_adds_noise() -> str:
     """What to say behind an error that a launcher's own traceback follows; empty where none does."""
-    is_noisy = launched_by_torchrun() and LAUNCHED_LOCALLY not in os.environ
+    by_accelerate = "ACCELERATE_USE_CPU" in os.environ  # of one process, without torchrun
+    is_noisy = (launched_by_torchrun() or by_accelerate) and LAUNCHED_LOCALLY not in os.environ
     return " (what the launcher prints below says no more than this line)" if is_noisy else ""
 
 
