@@ -125,8 +125,8 @@ def check_launch(asked: int | None, environment: Mapping[str, str] = os.environ)
     if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         raise WorldError(
             "several processes were asked for, but accelerate launch started one (it takes --cpu and MULTI_CPU for it)",
-            "launch with cml-dist launch local --processes N -- ..., or with launch/accelerate/cpu.yaml (cml-dist launch "
-            "files launch writes it)",
+            "launch with cml-dist launch local --processes N -- ..., or with launch/accelerate/cpu.yaml, a file of "
+            "cml-dist launch files launch",
         )
     # Copies that do not know of each other would train several runs, in one folder. torchrun and accelerate launch: one
     # agent a copy. Else each copy is a process of the world.
