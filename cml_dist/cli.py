@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import importlib
+import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, NoReturn
 
 from cml_dist import __version__
-from cml_dist.distributed.env import launched_by_torchrun, launched_or_alone, set_torch_defaults
-from cml_dist.distributed.exit import leave
+from cml_dist.distributed.env import (
+    LAUNCHED_LOCALLY,
+    launched_by_torchrun,
+    launched_or_alone,
+    launcher_adds_noise,
+    name_launch_file,
+    set_torch_defaults,
+)
+from cml_dist.distributed.exit import leave, own_process
 from cml_dist.distributed.heartbeat import this_heartbeat
 from cml_dist.errors import CmlError
 from cml_dist.run.hooks import OnStep, nothing
 from cml_dist.run.interrupts import STOPPED_BY_USER
-from cml_dist.tools.slurm_options import add_slurm_options
+from cml_dist.tools.slurm_options import add_slurm_options, at_least
 
 SPEAKS_WITHIN_S = 30.0
 """A busy machine may bring its ranks to the same error this long after each other."""
+
+OUTPUT_CLOSED = 141
+"""Exit code where nobody reads the output any more: the shell's own for SIGPIPE."""
 
 
 def _option(name: str, help: str, **more: Any) -> tuple[str, dict[str, Any]]:
@@ -60,7 +74,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         _option("--gpu-memory-gib", "memory of one GPU, e.g. 80", type=float, required=True, metavar="GIB"),
         *IMAGES, JSON, OVERRIDES,
     )),
-    "eval": ("finished.evaluate", "test a run: CML and CML-dagger with 95 %% intervals", (
+    "eval": ("finished.evaluate", "test a run again: its learners with 95 %% intervals", (
         RUN_DIR, CHECKPOINT, OVERRIDES,
     )),
     "status": ("status.status", "how runs stand, from another terminal or machine; reads only", (
@@ -85,9 +99,20 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         _option("--run-dir", "the folder to look at (default: run.dir)", metavar="DIR"),
         JSON, OVERRIDES,
     )),
+    "launch local": ("launch.local", "run a command in several processes of this machine, by accelerate launch", (
+        _option("--processes", "how many; one a GPU", type=at_least(1), required=True, metavar="N"),
+        _option(
+            "--config", "an Accelerate file: ddp (also without GPUs; default), zero1, zero2, zero3, ..., or a path",
+            default="ddp", metavar="FILE",
+        ),
+        _option("words", "after --: train CONFIG ..., eval, doctor", nargs=argparse.REMAINDER, metavar="COMMAND"),
+    )),
     "launch slurm": (
-        "launch.launch", "check a run, fill in the shipped batch script and hand it to sbatch", (CONFIG, OVERRIDES)
+        "launch.slurm", "check a run, fill in the shipped batch script and hand it to sbatch", (CONFIG, OVERRIDES)
     ),
+    "launch files": ("launch.files", "write the files for Accelerate and SLURM into a folder, to be edited", (
+        _option("dir", "where to; none of the files may be there", metavar="DIR"),
+    )),
     "data pack": ("data.pack", "pack a folder or an archive of images into WebDataset shards", (
         _option("source", "a folder, .zip or .tar (.gz, .bz2, .xz) of images, lists or arrays", metavar="SOURCE"),
         _option("dest", "the folder to make; it must not exist", metavar="DEST"),
@@ -130,14 +155,19 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
 }  # fmt: skip
 """Each command: where in ``cml_dist.commands`` it is, what it does, and what it takes."""
 
-GROUPS = {"launch": "submit a run to a cluster", "data": "pack image sets, and look at them"}
+GROUPS = {"launch": "start several processes here, or a job on a cluster", "data": "pack image sets, and look at them"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: see {self.prog} --help: {message}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="cml-dist",
         description="Distributed Cooperative Meta-Learning (CML): exact meta-gradients on many devices.",
-        epilog="Several processes: accelerate launch --config_file launch/accelerate/ddp.yaml -m cml_dist train CONFIG",
+        epilog="Several processes: cml-dist launch local --processes 2 -- train CONFIG",
     )
     parser.add_argument("--version", action="version", version=f"cml-dist {__version__}")
     commands = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
@@ -155,41 +185,88 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None, on_step: OnStep = nothing) -> int:
-    """Run one command; returns the exit code.
+def command(argv: Sequence[str] | None = None, on_step: OnStep = nothing) -> int:
+    """Be the command, in a process that is its own: ``cml-dist`` and ``python -m cml_dist``. Arguments as of main.
 
-    Args:
-        on_step: a hook of ``train``, see :mod:`cml_dist.run.hooks`.
+    Only such a process is ended from the inside (:func:`leave`), and keeps to its end what is set for the whole of it.
     """
-    args = _parsed(argv)
-    set_torch_defaults()
+    own_process()
     # Importing torch makes a million objects that stay: to look through them for garbage took a quarter of the start. A
     # meta-step leaves none.
     gc.set_threshold(20_000)
-    args.on_step = on_step
+    if LAUNCHED_LOCALLY in os.environ:  # until now signals were ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they rewrite their line
+    try:
+        try:
+            code = _run(argv, on_step, ExitStack())  # never closed: signals are deferred until the process is gone
+        except SystemExit as end:  # of argparse
+            code = end.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = OUTPUT_CLOSED
+    if code == OUTPUT_CLOSED:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+    return leave(code)
+
+
+def main(argv: Sequence[str] | None = None, on_step: OnStep = nothing) -> int:
+    """Run one command in a process of the caller's, which goes on; returns the exit code.
+
+    Args:
+        on_step: a hook of ``train``, see :mod:`cml_dist.run.hooks`.
+
+    Raises:
+        SystemExit: with a code that is not 0, in a world of several processes: its launcher must hear of it.
+    """
+    with ExitStack() as held:
+        held.callback(faulthandler.cancel_dump_traceback_later)
+        code = _run(argv, on_step, held)
+    if code != 0 and launched_or_alone().size > 1:
+        raise SystemExit(code)
+    return code
+
+
+def _run(argv: Sequence[str] | None, on_step: OnStep, held: ExitStack) -> int:
+    """``held``: what lasts until the caller closes it, such as handlers of signals."""
+    args = _parsed(argv)
+    set_torch_defaults()
+    name_launch_file()
+    args.on_step, args.held = on_step, held
     from cml_dist.telemetry.console import Console
 
     console = Console(quiet=launched_or_alone().rank > 0)
     module, _, function = args.command.partition(".")
     try:
-        command = getattr(importlib.import_module(f"cml_dist.commands.{module}"), function)
-        return leave(command(args, console) or 0)
+        code = getattr(importlib.import_module(f"cml_dist.commands.{module}"), function)(args, console) or 0
+        sys.stdout.flush()
+        return code
     except CmlError as error:
         _say(error)
-        return leave(error.exit_code, str(error), everywhere=error.everywhere)
+        return _failed(error.exit_code, str(error), everywhere=error.everywhere)
     except KeyboardInterrupt:
         console.warn("Interrupted; run the same command again before its results are used")
-        return leave(STOPPED_BY_USER, "it was interrupted", everywhere=True)
+        return _failed(STOPPED_BY_USER, "it was interrupted", everywhere=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        return _failed(OUTPUT_CLOSED, "its output was closed")
     except OSError as error:
         what = f"{error.filename or 'a file'}: {error.strerror or error}"
         Console().error(what, "mend it, then run the same command")
-        return leave(1, what)
+        return _failed(1, what)
     except Exception as error:
         this_heartbeat().blame(error)
         import traceback
 
         traceback.print_exc()
-        return leave(1, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        return _failed(1, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+
+
+def _failed(code: int, cause: str, everywhere: bool = False) -> int:
+    """Tell the other ranks why this one ends; see :meth:`Heartbeat.fail`."""
+    this_heartbeat().fail(cause, everywhere=everywhere)
+    return code
 
 
 def _say(error: CmlError) -> None:
@@ -204,7 +281,8 @@ def _say(error: CmlError) -> None:
             # The launcher ends all processes of this machine when the first one leaves: let that be the one who speaks.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(SPEAKS_WITHIN_S)
-    Console().error(error.what if here.rank == 0 else f"rank {here.rank}: {error.what}", error.remedy)
+    what, remedy = error.what if here.rank == 0 else f"rank {here.rank}: {error.what}", error.remedy
+    Console().error(what, f"{remedy}{launcher_adds_noise()}")
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -216,4 +294,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    if hasattr(args, "words"):
+        args.words = args.words[args.words[:1] == ["--"] :]
+        args.inner = _parsed(args.words)  # a typo is to be found here, and not in each process
     return args

@@ -11,7 +11,7 @@ venv=$(mktemp -d)
 trap 'rm -rf "$venv"' EXIT
 "$python" -m venv "$venv/venv"
 "$venv/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" --dry-run --ignore-installed \
-    --report "$venv/report.json" pip setuptools '.[deepspeed,trackers]'
+    --report "$venv/report.json" pip setuptools '.[trackers]'
 "$venv/venv/bin/python" - "$venv/report.json" >"$venv/constraints.txt" <<'EOF'
 import json
 import sys

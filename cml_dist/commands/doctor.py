@@ -27,6 +27,9 @@ def doctor(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.config.load import load_config
     from cml_dist.telemetry.console import Console
     from cml_dist.telemetry.text import printable
+
+    if not args.json:
+        console.loading()
     from cml_dist.tools.doctor.checks import Case
     from cml_dist.tools.doctor.examine import examine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from cml_dist.distributed.env import check_launch
@@ -28,8 +29,10 @@ def export(args: argparse.Namespace, console: Console) -> None:
 
 def _config_of(args: argparse.Namespace, console: Console) -> RunConfig:
     """The run's configuration, in a world that can be."""
+    from cml_dist.config.plan import make_plan
     from cml_dist.run.folder import run_config
 
     config = run_config(args.run_dir, args.overrides, console.warn)
-    check_launch(config.parallel.processes)
+    make_plan(config, check_launch(config.parallel.processes).size, os.environ)
+    console.loading()
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 from typing import TYPE_CHECKING
 
@@ -17,17 +18,19 @@ if TYPE_CHECKING:
 
 def train(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.config.load import load_config
+    from cml_dist.config.plan import make_plan
 
     config = load_config(args.config, args.overrides, console.warn)
-    # Open to the end of the process: a signal that comes while it leaves must not turn a saved run into a killed one.
-    interrupts = Interrupts(config.run.stop_signals)
-    interrupts.__enter__()
+    # Open to the end of a process of ours: a signal as it leaves must not turn a saved run into a killed one.
+    interrupts = args.held.enter_context(Interrupts(config.run.stop_signals))
     if launched_by_torchrun():
         # Of a launcher that is killed (or that a signal ends which it does not know, e.g. SIGUSR1) nothing would be
         # left to end its ranks: they stop and save.
         signal_when_parent_ends(signal.SIGTERM)
     try:
-        check_launch(config.parallel.processes)  # before the imports below, which take their time
+        # Before the imports below, which take their time.
+        make_plan(config, check_launch(config.parallel.processes).size, os.environ)
+        console.loading()
         from cml_dist.run.trainer import train
 
         code = _exit_code(train(config, console, interrupts, args.on_step).exit_code)

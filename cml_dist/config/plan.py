@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cml_dist.config.launcher import deepspeed_request
+from cml_dist.config.deepspeed import generated, merge
+from cml_dist.config.launcher import deepspeed_request, launcher_findings, refuse
 from cml_dist.config.methods import colearner_kind, has_classes, has_upper_ascent, last_row_note, method_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
@@ -87,38 +88,37 @@ def resolve_strategy(config: RunConfig, processes: int, environment: Mapping[str
     """(strategy, offload) of a world of ``processes``: what was asked for, and what the launcher set up.
 
     Raises:
-        ConfigError: the two contradict each other, or DeepSpeed cannot do it.
+        ConfigError: with all that contradicts the run, also in a user's DeepSpeed file, or that DeepSpeed cannot do.
     """
+    found = list(launcher_findings(config, environment))
     strategy, offload = config.parallel.strategy, config.parallel.offload
-    request = deepspeed_request(config, environment)
-    if request is None:
-        theirs, kept = "ddp" if processes > 1 else "single", "none"
-    else:
-        theirs, kept = f"zero{request.stage}", request.offload
-        for key, ours, launched in (("strategy", strategy, theirs), ("offload", offload, kept)):
-            if ours not in ("auto", launched):
-                raise ConfigError(
-                    f"parallel.{key} is {ours}, but {request.source} sets up DeepSpeed's {theirs}, offload {kept}",
-                    f"set parallel.{key}=auto or {launched}, or use another file",
-                )
-    strategy = theirs if strategy == "auto" else strategy
-    offload = kept if offload == "auto" else offload
+    theirs, kept, differs = "ddp" if processes > 1 else "single", "none", False
+    try:
+        if (request := deepspeed_request(config, environment)) is not None:
+            theirs, kept = f"zero{request.stage}", request.offload
+            for key, ours, launched in (("strategy", strategy, theirs), ("offload", offload, kept)):
+                if ours not in ("auto", launched):
+                    differs = True
+                    what = f"but {request.source} sets up DeepSpeed's {theirs}, offload {kept}"
+                    remedy = f"set parallel.{key}=auto or {launched}, or use another file"
+                    found.append((f"parallel.{key} is {ours}, {what}", remedy))
+            found += merge(generated(config, request.stage, kept, processes), request, config)
+    except ConfigError as error:
+        found.append((error.what, error.remedy))
+    # Where the two differ, the rest is judged by what the launcher set up.
+    strategy = theirs if strategy == "auto" or differs else strategy
+    offload = kept if offload == "auto" or differs else offload
     if strategy == "single" and processes > 1:
-        raise ConfigError(
-            f"parallel.strategy is single, but {processes} processes run",
-            "set parallel.strategy=ddp, or launch one process",
-        )
+        what = f"parallel.strategy is single, but {processes} processes run"
+        found.append((what, "set parallel.strategy=ddp, or launch one process"))
     able = {"optimizer": ("zero2", "zero3"), "all": ("zero3",)}.get(offload)
     if able is not None and strategy not in able:
-        raise ConfigError(
-            f"parallel.offload is {offload}, which {strategy} does not have",
-            f"set parallel.strategy={able[-1]}, or parallel.offload=none",
-        )
+        what = f"parallel.offload is {offload}, which {strategy} does not have"
+        found.append((what, f"set parallel.strategy={able[-1]}, or parallel.offload=none"))
     if strategy.startswith("zero") and config.run.dtype != "float32":
-        raise ConfigError(
-            f"run.precision is fp64, but DeepSpeed reduces and updates in float32 ({strategy})",
-            "set run.precision=fp32, or parallel.strategy=ddp",
-        )
+        what = f"run.precision is fp64, but DeepSpeed reduces and updates in float32 ({strategy})"
+        found.append((what, "set run.precision=fp32, or parallel.strategy=ddp"))
+    refuse(found)
     return strategy, offload
 
 

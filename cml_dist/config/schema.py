@@ -297,7 +297,7 @@ class ParallelConfig(Section):
     offload: Literal["auto", "none", "optimizer", "all"] = Field("auto", description="what lies on the CPU: the optimizer's state (zero2, zero3) or all, with the parameters (zero3); auto: what the launcher or parallel.deepspeed says, else none")
     deepspeed: Place | None = Field(None, description="a DeepSpeed file (JSON) of your own, whose tuning is taken over; null: the launcher's, or none")
     processes: int | None = Field(None, ge=1, description="processes that must be there; null: as many as the launcher started")
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads a process; null: the machine's cores shared out")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads a process; null: OMP_NUM_THREADS where you set it, else the cores that this machine's processes may use, shared out")
     hang_timeout_s: float = Field(600.0, gt=0, description="seconds after which a rank that does not move, while others wait for it or as the only one, is a failure that ends all (three times the longest move so far, if that is more); each episode, pass through the network and saved tensor is a move")
     heartbeat_timeout_s: float = Field(30.0, ge=3, description="seconds without a word after which a rank or its machine is taken for lost")
     join_timeout_s: float = Field(180.0, gt=0, description="seconds in which all processes must have started and imported their libraries, counted by each from when it is ready")

@@ -6,9 +6,12 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
+from cml_dist.config.launcher import LAUNCH_FILE
 from cml_dist.errors import WorldError
 
 STARTED_BY = {
@@ -24,6 +27,9 @@ PORTS = (20000, 32000)
 
 NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Beside WORLD_SIZE."""
+
+LAUNCHED_LOCALLY = "CML_DIST_LAUNCH_LOCAL"
+"""Set by ``cml-dist launch local``, which shows no traceback of the launcher's and speaks of signals itself."""
 
 TORCH_DEFAULTS = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # each store connection that breaks would be a page of C++ frames
@@ -111,7 +117,7 @@ def check_launch(asked: int | None, environment: Mapping[str, str] = os.environ)
     if asked is not None and asked != world.size:
         raise WorldError(
             f"parallel.processes asks for {asked} processes, but the world has {world.size}",
-            f"launch with accelerate launch --num_processes {asked}, or set parallel.processes={world.size}",
+            f"launch with cml-dist launch local --processes {asked}, or set parallel.processes={world.size}",
         )
     if asked is not None:
         return world
@@ -119,7 +125,8 @@ def check_launch(asked: int | None, environment: Mapping[str, str] = os.environ)
     if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         raise WorldError(
             "several processes were asked for, but accelerate launch started one (it takes --cpu and MULTI_CPU for it)",
-            "launch with accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes N -m cml_dist ...",
+            "launch with cml-dist launch local --processes N -- ..., or with launch/accelerate/cpu.yaml, a file of "
+            "cml-dist launch files launch",
         )
     # Copies that do not know of each other would train several runs, in one folder. torchrun and accelerate launch: one
     # agent a copy. Else each copy is a process of the world.
@@ -144,7 +151,7 @@ def idle_nodes(environment: Mapping[str, str] = os.environ) -> str | None:
     if used >= nodes or step == str(used):
         return None
     return (
-        f"the job has {nodes} nodes, but this run is on {used}: start it by srun, as the scripts in launch/slurm do, "
+        f"the job has {nodes} nodes, but this run is on {used}: start it by srun, as cml-dist launch slurm does, "
         f"or ask for --nodes={used}"
     )
 
@@ -174,6 +181,35 @@ def host_name() -> str:
 def launched_by_torchrun() -> bool:
     """Whether the parent is torchrun (accelerate launch too), whose main thread makes its ranks and outlives them."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launcher_adds_noise() -> str:
+    """What to say behind an error that a launcher's own traceback follows; empty where none does."""
+    by_accelerate = "ACCELERATE_USE_CPU" in os.environ  # of one process, without torchrun
+    is_noisy = (launched_by_torchrun() or by_accelerate) and LAUNCHED_LOCALLY not in os.environ
+    return " (what the launcher prints below says no more than this line)" if is_noisy else ""
+
+
+def name_launch_file() -> None:
+    """Have the environment name the Accelerate file that the launcher was given, for who reads what it asks for."""
+    if launched_by_torchrun():
+        with suppress(OSError):
+            words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace")
+            if found := re.search("\0--config_file[=\0]([^\0]+)", words):
+                os.environ.setdefault(LAUNCH_FILE, found[1])
+
+
+def threads_asked(environment: Mapping[str, str] = os.environ) -> int | None:
+    """OMP_NUM_THREADS, where the user has set it: torchrun and accelerate launch make it 1 where nobody has."""
+    word = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if not word.isdigit() or int(word) == 0:
+        return None
+    if word == "1" and launched_by_torchrun():
+        with suppress(OSError):  # what the launcher itself was started with
+            theirs = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+            if not any(said.startswith(b"OMP_NUM_THREADS=") for said in theirs):
+                return None
+    return int(word)
 
 
 def launcher_serves_store() -> bool:
@@ -241,7 +277,7 @@ def join_srun(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     except (LookupError, ValueError) as error:
         raise WorldError(
             f"srun started {tasks} tasks, but does not say enough to join them: {error}",
-            "start them by srun accelerate launch, see launch/slurm",
+            "start them by srun accelerate launch, as cml-dist launch slurm does",
         ) from error
 
 

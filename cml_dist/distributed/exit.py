@@ -13,9 +13,10 @@ from contextlib import suppress
 from types import FrameType
 from typing import TextIO
 
-from cml_dist.distributed.env import launched_or_alone, restarts
+from cml_dist.distributed.env import launched_or_alone, launcher_adds_noise, restarts
 from cml_dist.distributed.failure import AGAIN, Failure
-from cml_dist.distributed.heartbeat import Heartbeat, this_heartbeat
+from cml_dist.distributed.heartbeat import Heartbeat
+from cml_dist.errors import WorldError
 
 PR_SET_PDEATHSIG = 1
 """See prctl(2)."""
@@ -30,22 +31,39 @@ LAST_WORDS_S = 5.0
 LINGER_S = 1.5
 """Of who speaks in rank 0's place: the other ranks of the machine look whether it lives, and speak if not."""
 
+BREAK_OFF_S = 60.0
+"""In which a launcher is to end its rank, where that is a caller's process and hangs in a collective."""
+
+_is_own = False
+"""See :func:`own_process`."""
+
+
+class BrokenOff(WorldError):
+    """The heartbeat ended a call that hung, in a process that is its caller's."""
+
+    everywhere = False
+
+    def __init__(self) -> None:
+        super().__init__("this call was broken off", "the line above says why")
+
 
 def end_process(failure: Failure, heartbeat: Heartbeat, speaks: bool) -> None:
     """Say why, show stacks where they help, end who cannot end by itself, and leave: with exit code 1, or as asked to.
 
-    Nothing here waits for the main thread, which may hold any lock, or hang.
+    Nothing here waits for the main thread, which may hold any lock, or hang. In a process that is a caller's, the call
+    that hangs is broken off instead, and raises.
 
     Args:
         speaks: whether this rank is the one that puts the line on the screen.
     """
-    faulthandler.dump_traceback_later(LAST_WORDS_S, exit=True, file=STDERR)
+    if _is_own:
+        faulthandler.dump_traceback_later(LAST_WORDS_S, exit=True, file=STDERR)
     for machine, pid in failure.stopped:
         if machine == heartbeat.machine and pid != os.getpid():
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
     kind = "error" if failure.stop_code is None else "warning"
-    line = f"{kind}: {failure.what}; {_remedy(failure)}".rstrip("; ") + "\n"
+    line = f"{kind}: {failure.what}; {_remedy(failure)}".rstrip("; ") + f"{launcher_adds_noise()}\n"
     if speaks:
         # A live display may have hidden the cursor, and left it in the middle of a line.
         _write(STDERR, "\x1b[?25h\n" + line if os.isatty(STDERR) else line)
@@ -58,24 +76,28 @@ def end_process(failure: Failure, heartbeat: Heartbeat, speaks: bool) -> None:
         heartbeat.at_end(failure)
     if speaks and 0 in failure.ranks:
         time.sleep(LINGER_S)
-    os._exit(1 if failure.stop_code is None else failure.stop_code)
+    if _is_own:
+        os._exit(1 if failure.stop_code is None else failure.stop_code)
+    if heartbeat.met:  # else a hang of a lone process is not a hang of its caller's
+        faulthandler.dump_traceback_later(BREAK_OFF_S, exit=True, file=STDERR)
+    main_thread = ctypes.c_ulong(threading.main_thread().ident or 0)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(main_thread, ctypes.py_object(BrokenOff))
 
 
-def leave(code: int, cause: str = "", *, everywhere: bool = False) -> int:
-    """End at once in a world of several processes, which hears the ``cause``; in a world of one, return ``code``.
+def own_process() -> None:
+    """Say that this process is the command's own, as ``cml-dist`` and ``python -m cml_dist`` are."""
+    global _is_own
+    _is_own = True
 
-    Args:
-        code: exit code.
-        cause: why this rank fails, in one line; empty where it does not.
-        everywhere: see :meth:`Heartbeat.fail`.
+
+def leave(code: int) -> int:
+    """End at once in a world of several processes; in a world of one, return ``code``. For the command's own process.
 
     After a fault the others may never come, and a process group that is torn down in order would wait for them. After
     success, torch's gloo threads that a DDP module still holds abort the interpreter while it goes down ("terminate
     called without an active exception", about one exit in five on a busy machine), and the launcher would report a
     finished run as a failed one. Everything that matters is closed or synced by then.
     """
-    if cause:
-        this_heartbeat().fail(cause, everywhere=everywhere)
     sys.stdout.flush()
     sys.stderr.flush()
     if launched_or_alone().size > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,9 +24,10 @@ from accelerate.utils import (
 
 from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
+from cml_dist.data.cores import usable_cores
 from cml_dist.distributed.allocator import give_back_freed_memory, keep_freed_memory
 from cml_dist.distributed.deepspeed import deepspeed_config, deepspeed_plugin, zero_stage
-from cml_dist.distributed.env import Launched, check_launch, forget_others, launched
+from cml_dist.distributed.env import Launched, check_launch, forget_others, launched, threads_asked
 from cml_dist.distributed.exit import name_failure_before_sigterm
 from cml_dist.distributed.heartbeat import Heartbeat, set_heartbeat, this_heartbeat
 from cml_dist.distributed.rank_heartbeat import heartbeat_alone
@@ -195,7 +197,7 @@ def join_world(config: RunConfig) -> World:
         raise WorldError(
             f"the launcher set up {kind.value} on {device} with {size} processes, but the run has {plan.strategy} on "
             f"{'cpu' if use_cpu else 'cuda'} with {here.size}",
-            "use a file of launch/accelerate; for CPUs alone set run.device=cpu",
+            "use cml-dist launch local, or a file of cml-dist launch files DIR; for CPUs alone set run.device=cpu",
         )
     return World(
         accelerator=accelerator,
@@ -253,6 +255,7 @@ def _accelerator(use_cpu: bool, plugin: DeepSpeedPlugin | None) -> Accelerator:
     """Accelerate, told all that it would read from environment variables: none of them may change a result."""
     # Accelerate takes a named backend as a promise that a process group will be there: none for a lone process.
     backend = None if os.environ.get("LOCAL_RANK") is None else "gloo" if use_cpu else "nccl"
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # set_arithmetic decides
     return Accelerator(
         # DeepSpeed's world on CPUs is not Accelerate's: cpu=True would leave DeepSpeed out, silently.
         cpu=use_cpu and plugin is None,
@@ -270,8 +273,8 @@ def _accelerator(use_cpu: bool, plugin: DeepSpeedPlugin | None) -> Accelerator:
 
 def set_arithmetic(config: RunConfig, world: World) -> int:
     """Fix what changes the bits of a result, threads and kernels, and what slows it. Returns this process's threads."""
-    threads = config.parallel.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
-    torch.set_num_threads(threads)  # whatever OMP_NUM_THREADS says
+    threads = config.parallel.threads or threads_asked() or max(1, usable_cores() // world.local_size)
+    torch.set_num_threads(threads)
     if world.device.type == "cpu":
         # A budget is kept only by a process that holds no more than its tensors do.
         (keep_freed_memory if config.memory.budget_gib is None else give_back_freed_memory)()
@@ -285,3 +288,16 @@ def set_arithmetic(config: RunConfig, world: World) -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     return threads
+
+
+def crowded_cores(threads: int, local_size: int) -> str | None:
+    """A warning where the processes of this machine have more threads together than cores."""
+    cores = usable_cores()
+    if threads * local_size <= cores:
+        return None
+    fair = max(1, cores // local_size)
+    remedies = [f"set parallel.threads={fair}"] * (threads > fair) + [f"start at most {cores}"] * (local_size > cores)
+    return (
+        f"{local_size} process{'es' * (local_size != 1)} of {threads} thread{'s' * (threads != 1)} share {cores} "
+        f"core{'s' * (cores != 1)}, so that a step may take many times as long; {' and '.join(remedies)}"
+    )

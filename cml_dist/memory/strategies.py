@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from cml_dist.distributed.deepspeed import BUCKET_ELEMENTS
+from cml_dist.config.deepspeed import BUCKET_ELEMENTS
 from cml_dist.memory.footprint import Footprint
 
 BUCKET_BYTES = 4 * BUCKET_ELEMENTS

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+from cml_dist.distributed.env import LAUNCHED_LOCALLY, launched_or_alone
+
 STOPPED_BY_USER = 130
 """Exit code of a run that Ctrl-C stopped and that saved: the shell's own for Ctrl-C."""
 
@@ -76,5 +78,8 @@ class Interrupts:
             self.stop = signal.Signals(number).name
             if not self._deferred:
                 self.raise_signals()
+            elif number == signal.SIGINT and launched_or_alone().rank == 0 and LAUNCHED_LOCALLY not in os.environ:
+                # Past Python's buffers, in which this handler may have come down.
+                os.write(2, b"\nCtrl-C: the run stops and saves once its meta-step or episode is done\n")
         elif number == signal.SIGINT and not self._launched:
             raise KeyboardInterrupt

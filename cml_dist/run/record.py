@@ -18,8 +18,8 @@ from cml_dist import __version__
 from cml_dist.config.methods import noise_warning
 from cml_dist.config.plan import plan_rows
 from cml_dist.config.schema import RunConfig
-from cml_dist.distributed.env import idle_nodes, this_start
-from cml_dist.distributed.world import World
+from cml_dist.distributed.env import idle_nodes, launched, this_start
+from cml_dist.distributed.world import World, crowded_cores
 from cml_dist.meta.rule import part_of
 from cml_dist.run.assemble import Parts
 from cml_dist.run.status import now
@@ -61,7 +61,9 @@ def announce(console: Console, config: RunConfig, parts: Parts, record: dict[str
         shape = " x ".join(map(str, data["input_shape"]))
         rows["image set"] = f"{data['name']} in {data['root']}, {shape}"
     console.header("cml-dist train", rows)
-    for warning in (noise_warning(config), getattr(parts.net.body, "border_warning", None), idle_nodes()):
+    crowded = crowded_cores(record["threads"], launched().local_size)
+    border = getattr(parts.net.body, "border_warning", None)
+    for warning in (noise_warning(config), border, idle_nodes(), crowded):
         if warning is not None:
             console.warn(warning)
 

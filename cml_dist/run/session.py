@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from cml_dist.telemetry.rank_log import RankLog
 from cml_dist.telemetry.trackers import Trackers, check_installed
 
 STATUS_S = 10.0
-"""Seconds between two writes of ``status.json`` while the run trains, however long a meta-step takes."""
+"""Seconds between two writes of ``status.json`` while a run does one thing, however long a meta-step takes."""
 
 
 class Session:
@@ -42,7 +43,7 @@ class Session:
         console: the screen of rank 0; what it says is in this rank's log too.
         trackers: those of ``run.trackers``, once the run has begun.
         step: meta-steps done.
-        doing: ``training``, ``validation`` and so on, for ``status.json``.
+        doing: ``training``, ``validating step 300``, ``testing``, ``writing the export``, for ``status.json``.
         longest_step_s, longest_save_s: so far; a safe exit may take as long.
     """
 
@@ -221,6 +222,9 @@ class Session:
         self.write_status("failed" if failure.stop_code is None else "stopped", failure.what)
 
     def _keep_status_fresh(self) -> None:
-        while not self._over.wait(STATUS_S):
-            with suppress(CmlError):  # a full disk: the next checkpoint says so
-                self.write_status("running", self.doing)
+        written_s, told = 0.0, ""
+        while not self._over.wait(min(1.0, STATUS_S)):
+            if told != self.doing or time.monotonic() - written_s >= STATUS_S:
+                written_s, told = time.monotonic(), self.doing
+                with suppress(CmlError):  # a full disk: the next checkpoint says so
+                    self.write_status("running", told)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from cml_dist.config.methods import adapting_rates, learner_title
+from cml_dist.config.methods import adapting_rates, learner_title, method_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.config.versioned import BEFORE, versions_of
 from cml_dist.distributed.allocator import memory_explained
@@ -178,6 +178,7 @@ class Trainer:
         how = {"device": world.device, "dtype": parts.dtype, "workers": config.domain.workers}
         stream = episode_stream(parts.domain, "train", indices, **how)
         shown = {"score_name": parts.domain.score_name, "log_every": config.run.log_every, "best": self.best}
+        shown["method"] = method_title(config)
         with self.session.console.training(config.train.steps, self.step, **shown) as live:
             self.validate_if_due()
             while self.step < config.train.steps:
@@ -194,11 +195,12 @@ class Trainer:
     def finish(self) -> None:
         """Test the best step (and the untrained network), and export it."""
         config, parts, session, console = self.config, self.parts, self.session, self.session.console
-        session.doing = "final test"
+        session.doing = "testing"
         tested = score_run(config, parts, self.world, console, stop=self.stop_wanted, fence=session.fence)
         session.trackers.test(tested, self.step)
         self.on_step(self.step, "tested")
         self.world.heartbeat.beat("the export")
+        session.doing = "writing the export"
 
         def export() -> None:
             session.fence()
@@ -323,10 +325,10 @@ class Trainer:
         """Score the learner that chooses the best step on the val split, and save; on resume, also one cut off."""
         if not self.validation_due:
             return
-        self.session.doing = "validation"
+        self.session.doing = f"validating step {self.step}"
         config, domain, console = self.config, self.parts.domain, self.session.console
         learner = config.eval.learner
-        with console.progress("validation", config.eval.val_episodes) as view:
+        with console.progress(self.session.doing, config.eval.val_episodes) as view:
             report = evaluate(
                 config, self.parts, self.world, self.strategy.params(), (learner,), split="val",
                 num_episodes=config.eval.val_episodes, progress=view.update, stop=self.stop_wanted,
@@ -351,6 +353,7 @@ class Trainer:
     def save(self) -> None:
         """One checkpoint by rank 0, and the removal of those no longer kept; fails on all ranks if it fails."""
         started_s, session = time.monotonic(), self.session
+        before, session.doing = session.doing, f"writing the checkpoint of step {self.step}"
         folder, layout = session.folder.checkpoints, self.strategy.saved_layout()
         tensors = self.strategy.saved_tensors()
         checkpoints.save(self.world, folder, self.step, self.state, layout, tensors, before=session.fence)
@@ -361,7 +364,7 @@ class Trainer:
             checkpoints.prune(folder, self.config.checkpoint.keep_last, self.kept)
 
         self.world.run_on_main(prune)
-        self.saved_s = time.monotonic()
+        session.doing, self.saved_s = before, time.monotonic()
         session.longest_save_s = max(session.longest_save_s, self.saved_s - started_s)
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from rich import box
 from rich.console import Console as RichConsole
@@ -85,6 +85,11 @@ class Console:
     def note(self, message: object) -> None:
         """One line."""
         self.say(Text(printable(message)))
+
+    def loading(self) -> None:
+        """One line before PyTorch is imported, which takes seconds, or a minute from a file system of a network."""
+        if "torch" not in sys.modules:
+            self.note("Loading PyTorch")
 
     def warn(self, message: object) -> None:
         """One line that asks for attention, on standard error."""
@@ -179,15 +184,17 @@ class Console:
         score_name: str = "accuracy",
         log_every: int = 50,
         best: Best | None = None,
+        method: str = "",
     ) -> Iterator[TrainingView]:
         """The training itself, see :class:`TrainingSummary`: call ``step(metrics)`` after each meta-step.
 
-        Without a terminal it is one line in ``log_every`` steps. Later ``best`` come through :meth:`validation`.
+        ``method``: what is trained, by the name that tables have. Without a terminal it is one line in ``log_every``
+        steps. Later ``best`` come through :meth:`validation`.
         """
         self._summary = TrainingSummary(total_steps, start_step, log_every, score_name, best, self._clock)
         try:
             with self._display(transient=False) as live:
-                yield TrainingView(self.say, live, self._summary)
+                yield TrainingView(self.say, live, self._summary, printable(f"training {method}".rstrip()))
                 if live is not None:
                     live.refresh()  # what stays on the screen is the last state
         finally:
@@ -212,7 +219,7 @@ class Console:
         stream = file or (sys.stderr if stderr else sys.stdout)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows "?" for "±", and goes on
-        return RichConsole(
+        return _Rich(
             file=file,
             stderr=stderr,
             quiet=self._quiet,
@@ -229,6 +236,11 @@ class Console:
         screen.print(Text.assemble((f"{logging.getLevelName(level).lower()}:", style), " ", message), soft_wrap=True)
         screen.file.flush()
         LOG.log(level, "%s", message)
+
+
+class _Rich(RichConsole):
+    def on_broken_pipe(self) -> NoReturn:
+        raise  # rich would end the process, with nothing told to the other ranks
 
 
 @contextmanager

@@ -55,10 +55,10 @@ class LiveDisplay(Progress):
 
 
 class _Times(ProgressColumn):
-    """``1:12  left 1:44``."""
+    """``1 min 12 s, left 1 min 44 s``."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{duration(task.elapsed)}  left {duration(task.time_remaining)}", style="cyan")
+        return Text(f"{duration(task.elapsed)}, left {duration(task.time_remaining)}", style="cyan")
 
 
 class ProgressView:
@@ -98,12 +98,12 @@ class ProgressView:
 class TrainingView:
     """A running training; ``live`` has its bar and its figures, and is None without a terminal."""
 
-    def __init__(self, say: Say, live: LiveDisplay | None, summary: TrainingSummary) -> None:
+    def __init__(self, say: Say, live: LiveDisplay | None, summary: TrainingSummary, description: str) -> None:
         self._say, self._live, self._summary = say, live, summary
         self._last_s = summary.clock()
         if live is not None:
             live.summary = summary
-            self._task = live.add_task("meta-training", total=summary.total_steps, completed=summary.step, note="")
+            self._task = live.add_task(description, total=summary.total_steps, completed=summary.step, note="")
 
     def step(self, metrics: StepMetrics) -> None:
         """The next meta-step is done."""

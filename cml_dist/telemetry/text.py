@@ -24,12 +24,12 @@ def markdown(value: object) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as ``m:ss`` or ``h:mm:ss``."""
+    """Seconds as ``35 s``, ``2 min 20 s`` or ``1 h 2 min``."""
     if seconds is None or not math.isfinite(seconds):
-        return "-:--"
+        return MISSING
     minutes, whole = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{whole:02d}" if hours else f"{minutes}:{whole:02d}"
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest} min" if hours else f"{minutes} min {whole} s" if minutes else f"{whole} s"
 
 
 def number(value: float | None, digits: int = 4) -> str:

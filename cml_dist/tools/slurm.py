@@ -12,20 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from cml_dist.config.load import find_recipe, load_config
-from cml_dist.config.plan import make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CmlError, ConfigError, WorldError
-from cml_dist.run.folder import RunFolder
+from cml_dist.tools.launch_files import accelerate_file, check_run, launch_folder
 
 END = "# ---- end of settings ----\n"
 """What stands before it in a script of ``launch/slurm`` is written anew, the rest is taken as it is."""
-
-_PACKAGE = Path(__file__).resolve().parents[1]
-_PLACES = (_PACKAGE / "launch", _PACKAGE.parent / "launch")
-"""Installed (setup.py puts the files there), or in a checkout, also an editable one."""
 
 OURS = (
     "array", "chdir", "job-name", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue",
@@ -51,11 +44,6 @@ class Batch:
     log: Path
 
 
-def launch_folder() -> Path:
-    """The folder that holds ``accelerate/*.yaml`` and ``slurm/*``."""
-    return next(place for place in _PLACES if (place / "slurm").is_dir())
-
-
 def prepare(asked: argparse.Namespace, warn: Callable[[str], object] = lambda line: None) -> Batch:
     """Check every run that is asked for, and write the batch script.
 
@@ -69,8 +57,8 @@ def prepare(asked: argparse.Namespace, warn: Callable[[str], object] = lambda li
     """
     here, launch, gpus = Path.cwd(), launch_folder(), asked.gpus_per_node
     processes = asked.processes_per_node or gpus
-    file = launch / "accelerate" / f"{asked.strategy or ('ddp' if gpus else 'cpu')}.yaml"
-    _check(asked, processes, file)
+    _check(asked, processes)
+    file = accelerate_file(asked.strategy or ("ddp" if gpus else "cpu"), "--strategy")
     recipe, is_file = find_recipe(asked.config), Path(asked.config).is_file()
     overrides = [*([] if gpus else ["run.device=cpu"]), *asked.overrides]
     config = load_config(asked.config, overrides, warn)
@@ -142,12 +130,10 @@ def _need(good: object, what: str, remedy: str) -> None:
         raise ConfigError(what, remedy)
 
 
-def _check(asked: argparse.Namespace, processes: int, file: Path) -> None:
+def _check(asked: argparse.Namespace, processes: int) -> None:
     """What can be told without the configuration; what a time or a partition is, sbatch itself knows."""
-    files = sorted(path.stem for path in file.parent.glob("*.yaml"))
     remedy = "--gpus-per-node 8, or on CPUs --processes-per-node 8"
     _need(processes, "neither GPUs nor processes were asked for", remedy)
-    _need(file.stem in files, f"--strategy is {asked.strategy}", f"use one of {', '.join(files)}")
     name = asked.job_name
     _need(re.fullmatch(r"[\w.+-]+", name), f"--job-name is {name!r}", "use letters, digits and . _ + - alone")
     for option in asked.sbatch:
@@ -161,19 +147,10 @@ def _check(asked: argparse.Namespace, processes: int, file: Path) -> None:
 
 def _check_run(config: RunConfig, nodes: int, processes: int, file: Path) -> None:
     """What the job would be refused for once it runs, hours later; ``file`` is that of Accelerate."""
-    number, signals = config.parallel.processes, config.run.stop_signals
-    what = f"parallel.processes is {number}, but {nodes} x {processes} processes were asked for"
-    _need(number in (None, nodes * processes), what, "drop parallel.processes: the batch script sets it")
+    signals = config.run.stop_signals
     what = f"run.stop_signals is {list(signals)}, but the batch script stops processes by SIGUSR1"
     _need("SIGUSR1" in signals, what, "add SIGUSR1 to run.stop_signals")
-    told = {}  # the variables by which Accelerate will tell the processes of DeepSpeed
-    if by_deepspeed := yaml.safe_load(file.read_text(encoding="utf-8")).get("deepspeed_config"):
-        told = {f"ACCELERATE_DEEPSPEED_{name.upper()}": str(value) for name, value in by_deepspeed.items()}
-        told["ACCELERATE_USE_DEEPSPEED"] = "true"
-    make_plan(config, nodes * processes, told)
-    folder = RunFolder(config.run.dir)
-    if folder.exists:
-        folder.check_resumable(config)
+    check_run(config, nodes * processes, file, f"{nodes} x {processes}")
 
 
 def _container(asked: argparse.Namespace, here: Path, launch: Path, needed: Mapping[str, Path]) -> tuple[str, ...]:

@@ -8,18 +8,18 @@ from collections.abc import Callable
 
 def add_slurm_options(parser: argparse.ArgumentParser) -> None:
     """The options that :func:`cml_dist.tools.slurm.prepare` takes, and ``--dry-run``."""
-    count = _at_least(1)
+    count = at_least(1)
     add = parser.add_argument
     limit = "of one job, e.g. 04:00:00; a longer run goes on in the next one"
     add("--time", required=True, metavar="LIMIT", help=limit)
     add("--nodes", type=count, default=1, metavar="N", help="machines (default 1)")
     gpus = "GPUs of each, a process for each; 0 (default): CPUs"
-    add("--gpus-per-node", type=_at_least(0), default=0, metavar="M", help=gpus)
+    add("--gpus-per-node", type=at_least(0), default=0, metavar="M", help=gpus)
     processes = "processes of each node, on CPUs (default: one for each GPU)"
     add("--processes-per-node", type=count, metavar="P", help=processes)
     cpus = "CPUs of each node (default: 4 for each GPU, else one a process)"
     add("--cpus-per-task", type=count, metavar="N", help=cpus)
-    file = "a file of launch/accelerate: ddp (default with GPUs), cpu (default without), zero1, zero2, zero3, ..."
+    file = "ddp (default with GPUs), cpu (default without), zero1, zero2, zero3, ..."
     add("--strategy", metavar="FILE", help=file)
     add("--dry-run", action="store_true", help="print the batch script and submit nothing")
 
@@ -49,7 +49,9 @@ def add_slurm_options(parser: argparse.ArgumentParser) -> None:
     add("--python", metavar="PATH", help="the Python of the nodes (default: this one)")
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of argparse's: a whole number, of at least so much."""
+
     def number(word: str) -> int:
         if int(word) < least:
             raise argparse.ArgumentTypeError(f"it is {word}; give {least} or more")

@@ -23,7 +23,7 @@ fi
 
 # SLURM signals this shell alone. The processes must hear of it, and not the launcher: it would kill them 30 s later,
 # and a meta-step may take minutes. The first variable is for sites that signal all processes (newer torch heeds it).
-export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT LOGLEVEL="${LOGLEVEL:-ERROR}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT LOGLEVEL="${LOGLEVEL:-ERROR}"
 trap '' USR1 USR2 TERM # inherited: a process that is not up yet ignores them
 "$PYTHON" -m "${command[@]}" -m cml_dist train "$@" "run.dir=$RUN_DIR" "parallel.processes=$processes" &
 launcher=$!

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 
-from cml_dist.cli import main
+from cml_dist.cli import command
 from cml_dist.tools.doctor import checks, examine
 
 FAULT, RANK = os.environ.get("FAULT", ""), int(os.environ.get("RANK", 0))
@@ -31,4 +31,4 @@ if FAULT == "deviant" and RANK == 1:
     os.chdir(os.environ["ELSEWHERE"])  # a relative run.dir is another folder there
     version = importlib.metadata.version
     importlib.metadata.version = lambda name: "2.6.1" if name == "torch" else version(name)
-sys.exit(main())
+sys.exit(command())

@@ -12,7 +12,7 @@ import warnings
 
 import torch
 
-from cml_dist.cli import main
+from cml_dist.cli import command
 from cml_dist.data.sinusoid import SinusoidDomain
 from cml_dist.errors import DataError
 from cml_dist.nets.mlp import MLP
@@ -111,4 +111,4 @@ if FAULT == "start" and IS_FAULTY:
     torch.distributed.init_process_group = killed_at_start
 SinusoidDomain.episode = faulty_episode
 SinusoidDomain.__init__ = faulty_build
-sys.exit(main(on_step=on_step))
+sys.exit(command(on_step=on_step))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from launching import FROM_A_LAUNCHER, ROOT, finish, free_port, run, start, start_ranks
+from launching import FROM_A_LAUNCHER, ROOT, finish, free_port, run, run_ranks, spawn, start, start_ranks, until
 
+from cml_dist.run.status import read_status
 from cml_dist.telemetry.metrics import read_metrics
 
 pytestmark = pytest.mark.timeout(3600)  # whichever test comes first waits for by_accelerate
@@ -97,6 +99,53 @@ def test_machines_that_were_not_started_alike_are_refused(tmp_path):
     assert [process.returncode for process in processes] == [1, 1], said
     assert "error: the processes were not started alike: optim.lr is 0.01 at rank 0 on" in said[0], said
     assert "but 0.11 at rank 1 on" in said[0] and not (tmp_path / "run").exists()
+
+
+NOTEBOOK = """
+import os, sys
+from accelerate import notebook_launcher
+
+def fault(step, what):
+    if step == 2 and os.environ["RANK"] == "1":
+        raise RuntimeError("a fault of ours")
+
+def cell():
+    from cml_dist.cli import main
+    return main(sys.argv[2:], **({"on_step": fault} if sys.argv[1] == "fails" else {}))
+
+try:
+    notebook_launcher(cell, num_processes=2, use_port=sys.argv[0].rpartition("-")[2])
+    print("the cell returned")
+except Exception as error:
+    print("the cell raised", type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize(("how", "said", "state"), [("ends", "returned", "finished"), ("fails", "raised", "failed")])
+def test_a_notebooks_launcher_comes_back_whatever_becomes_of_the_run(tmp_path, how, said, state):
+    cell = tmp_path / f"cell-{free_port()}"
+    cell.write_text(NOTEBOOK)
+    words = command(tmp_path / "run", "ddp")[2:]
+    code, out = run_ranks(1, str(cell), how, *words)
+    assert code == 0 and f"the cell {said}" in out, out
+    assert read_status(tmp_path / "run" / "status.json").state == state
+
+
+def test_launch_local_saves_at_ctrl_c_shows_no_traceback_and_says_how_to_go_on(tmp_path):
+    """The signal comes to the command alone, which hands it on."""
+    words = command(tmp_path / "run", "ddp", "train.steps=100000")[2:]
+    process = spawn([sys.executable, "-m", "cml_dist", "launch", "local", "--processes=2", "--config=cpu", "--", *words])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    until(lambda: metrics.is_file() and metrics.read_bytes().count(b"\n") >= 3)
+    process.send_signal(signal.SIGINT)
+    out = finish(process)
+    assert process.returncode == 130, out
+    order = ("Starting 2 processes", "Loading PyTorch", "2 processes (ddp)", "\nCtrl-C: ", "everything is saved in")
+    again = "To go on: cml-dist launch local --processes=2 --config=cpu -- train "
+    places = [out.index(words) for words in (*order, again)]
+    assert places == sorted(places), out
+    assert not any(word in out for word in ("Traceback", "torch/distributed", "\x1b", "\r")), out
+    assert read_status(tmp_path / "run" / "status.json").state == "stopped"
 
 
 def quickstart(*arguments: str, cwd: Path = ROOT, **environment: str) -> tuple[int, str]:

@@ -51,7 +51,7 @@ def live(width: int = 80, **kwargs):
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0, "0:00"), (130, "2:10"), (59.7, "1:00"), (3722, "1:02:02"), (None, "-:--"), (math.inf, "-:--")],
+    [(0, "0 s"), (130, "2 min 10 s"), (59.7, "1 min 0 s"), (3722, "1 h 2 min"), (None, "-"), (math.inf, "-")],
 )
 def test_durations(seconds, shown):
     assert text.duration(seconds) == shown
@@ -92,7 +92,7 @@ def test_training_writes_one_line_every_so_many_steps(log, clock):
             clock.now += 0.1
             view.step(at(step))
         assert written() == (
-            "step 100/1500  loss 1.234  accuracy 51.2 %  co-learner 50.1 %  12.3 episodes/s  left 2:20\n"
+            "step 100/1500  loss 1.234  accuracy 51.2 %  co-learner 50.1 %  12.3 episodes/s  left 2 min 20 s\n"
         )
 
 

@@ -130,7 +130,7 @@ def test_a_job_is_read_from_what_slurm_says(monkeypatch):
     for name, value in {"ID": "12", "NUM_NODES": "2", "NODELIST": "n[01-02]", "END_TIME": end}.items():
         monkeypatch.setenv(f"SLURM_JOB_{name}", value)
     (job,) = checks.check_slurm(case())
-    assert job.verdict == "warning" and re.match(r"12 on n\[01-02\], 2:01:.. left; the job has 2 nodes", job.value)
+    assert job.verdict == "warning" and re.match(r"12 on n\[01-02\], 2 h 1 min left; the job has 2 nodes", job.value)
 
 
 def test_tasks_of_srun_are_told_who_they_are():

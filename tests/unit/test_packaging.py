@@ -94,6 +94,10 @@ def test_a_wheel_carries_the_recipes_the_launch_files_and_every_module(tmp_path)
     modules = {str(path.relative_to(copy)) for path in (copy / "cml_dist").rglob("*.py")}
     assert len(modules) > 20 and modules <= names and "cml_dist/py.typed" in names
     assert not any(name.startswith(("tests", "configs", "benchmarks")) for name in names)
+    said = next(tmp_path.glob("site/*.dist-info/METADATA")).read_text(encoding="utf-8")
+    for package in ("deepspeed", "transformers"):
+        assert re.search(rf"^Requires-Dist: {package}>=[0-9.]+; sys_platform == .linux.$", said, re.M), said
+    assert "Provides-Extra: deepspeed\n" in said, "older commands name it"
     # What launches is looked for where the installation is, too.
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import cml_dist.config.load as r, cml_dist.tools.slurm as s;"
@@ -115,7 +119,8 @@ def test_a_wheel_carries_the_recipes_the_launch_files_and_every_module(tmp_path)
 
 def test_every_import_is_declared():
     text = (ROOT / "setup.py").read_text(encoding="utf-8")
-    declared = {re.split("[>=]", name)[0] for name in re.findall(r'^    "([a-z0-9-]+>=[0-9.]+)",$', text, re.M)}
+    found = re.findall(r"""^    ["']([a-z0-9-]+>=[0-9.]+)[;"']""", text, re.M)
+    declared = {re.split("[>=]", name)[0] for name in found}
     declared |= set(re.findall(r'^        "http": \["([a-z]+)', text, re.M))  # an extra, imported where it is needed
     distributions = {"PIL": "pillow", "fontTools": "fonttools", "huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
     imported = set()

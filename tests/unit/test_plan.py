@@ -12,9 +12,10 @@ import pytest
 from image_sets import write_set
 
 from cml_dist.cli import main
+from cml_dist.config.deepspeed import BUCKET_ELEMENTS
 from cml_dist.config.load import load_config
 from cml_dist.config.plan import make_plan
-from cml_dist.distributed.deepspeed import BUCKET_ELEMENTS, deepspeed_config
+from cml_dist.distributed.deepspeed import deepspeed_config
 from cml_dist.memory import strategies
 from cml_dist.memory.footprint import Footprint
 from cml_dist.memory.forecast import launch_command

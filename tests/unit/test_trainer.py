@@ -236,7 +236,7 @@ def test_the_status_tells_how_a_run_stands_also_in_a_long_step(undisturbed, tmp_
     status = read_status(undisturbed / "status.json")
     assert (status.state, status.step, status.steps, status.world, status.starts) == ("finished", 12, 12, 1, 1)
     assert status.exit_s > 0
-    folder, wanted = tmp_path / "run", [("training", 4), ("validation", 5), ("training", 6)]
+    folder, wanted = tmp_path / "run", [("training", 4), ("validating step 5", 5), ("training", 6)]
 
     def on_step(step, what):
         if what in ("episode", "testing") and wanted and step == wanted[0][1]:
