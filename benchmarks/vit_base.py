@@ -63,16 +63,16 @@ def step(inner_steps: int, shots: int, queries: int, overrides: list[str]) -> No
     del net
     optimizer = torch.optim.SGD(model.values, lr=1e-3)
     level = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
+    started, started_cpu = time.perf_counter(), time.process_time()
     value, sums = model([episode(torch.float32, shots, queries)], 1.0)
     value.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.values])
     optimizer.step()
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - started_cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     count = sum(p.numel() for p in model.values)
     print(f"meta-trained {count:,}, adapting {adapting:,}; loss {sums['outer_loss'][0]:.4f}; gradient norm {norm:.4f}")
-    print(f"resident: {level / 2**20:.2f} GiB after building, {peak / 2**20:.2f} GiB at most; {seconds:.0f} s")
+    print(f"resident: {level / 2**20:.2f} GiB after building, {peak / 2**20:.2f} GiB at most; {seconds:.0f} s, {cpu:.0f} s of CPU")
 
 
 def check() -> None:

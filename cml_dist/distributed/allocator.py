@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -74,3 +75,10 @@ def memory_explained(device: torch.device) -> Iterator[None]:
             f"the memory of this machine ran out{amount}",
             "take a smaller network, fewer examples in an episode, or set memory.budget_gib",
         ) from error
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far, GiB: of the GPU's allocator, or this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

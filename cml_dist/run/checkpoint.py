@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from cml_dist.atomic import LEFTOVERS, atomic_file
+from cml_dist.config.versioned import BEFORE
 from cml_dist.distributed.heartbeat import this_heartbeat
 from cml_dist.distributed.world import World
 from cml_dist.errors import CheckpointError
@@ -293,6 +294,16 @@ def prune(folder: Path, keep_last: int, keep: Collection[int]) -> None:
     for step in steps_in(folder)[:-keep_last]:
         if step not in keep:
             path_of(folder, step).unlink(missing_ok=True)
+
+
+def check_versions(checkpoint: Checkpoint, versions: Mapping[str, Any]) -> None:
+    """CheckpointError where training would go on by other versions of rules (config/versioned.py) than it began by."""
+    began = {**BEFORE, **checkpoint.state.get("versions", {})}
+    if any(began[key] != now for key, now in versions.items()):
+        raise CheckpointError(
+            f"{checkpoint.path} was trained by {began}, but config.yaml says {dict(versions)}",
+            "restore the config.yaml of its run, or choose another run.dir",
+        )
 
 
 def check_same_run(checkpoint: Checkpoint, net: nn.Module, data: str | None = None) -> None:

@@ -9,7 +9,6 @@ metrics, the wish to stop, whether to save, memory).
 from __future__ import annotations
 
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -18,16 +17,17 @@ from typing import Any
 
 import torch
 
-from cml_dist.config.methods import adapting_rates, learner_title, method_title
+from cml_dist.config.methods import learner_title, method_title
 from cml_dist.config.schema import RunConfig
-from cml_dist.config.versioned import BEFORE, versions_of
-from cml_dist.distributed.allocator import memory_explained
+from cml_dist.config.versioned import versions_of
+from cml_dist.distributed.allocator import memory_explained, peak_memory_gib
 from cml_dist.distributed.env import restarts
 from cml_dist.distributed.optim import learning_rate
 from cml_dist.distributed.world import World, joined_world
 from cml_dist.distributed.zero import build_strategy
-from cml_dist.errors import CheckpointError, TrainingError
+from cml_dist.errors import TrainingError
 from cml_dist.run import checkpoint as checkpoints
+from cml_dist.run.advice import after_nan
 from cml_dist.run.assemble import assemble
 from cml_dist.run.evaluator import evaluate
 from cml_dist.run.export import export_run
@@ -145,12 +145,7 @@ class Trainer:
             if not steps_in(folder):
                 return None, ""
             found, how = checkpoints.choose(folder, "last", self.parts.net, warn, self.state["data"])
-            began = {**BEFORE, **found.state.get("versions", {})}
-            if any(began[key] != now for key, now in self.state["versions"].items()):
-                raise CheckpointError(
-                    f"{found.path} was trained by {began}, but config.yaml says {self.state['versions']}",
-                    "restore the config.yaml of its run, or choose another run.dir",
-                )
+            checkpoints.check_versions(found, self.state["versions"])
             return found, how
 
         world.heartbeat.beat("looking for a checkpoint")
@@ -248,30 +243,15 @@ class Trainer:
             lr=lr,
             seconds=seconds,
             episodes_per_s=num_episodes / seconds,
-            peak_memory_gib=world.max(_peak_memory_gib(world.device)),
+            peak_memory_gib=world.max(peak_memory_gib(world.device)),
             skipped=not taken,
             score_name=self.parts.domain.score_name,
         )
         self.session.record_step(metrics)
-        if self.state["skipped_in_a_row"] >= config.train.max_nonfinite:
-            raise TrainingError(
-                f"the meta-gradient was NaN or inf in {config.train.max_nonfinite} steps in a row, "
-                f"up to step {self.step}",
-                self.after_nan(),
-            )
+        if self.state["skipped_in_a_row"] >= (most := config.train.max_nonfinite):
+            what = f"the meta-gradient was NaN or inf in {most} steps in a row, up to step {self.step}"
+            raise TrainingError(what, after_nan(config, self.step, self.state["skipped"], self.session.folder))
         return metrics, stop, save or self.step % config.checkpoint.every == 0
-
-    def after_nan(self) -> str:
-        """What can help that is not done yet; it would make another run."""
-        config, never_stepped = self.config, self.state["skipped"] == self.step
-        rates = [f"method.{name}" for name in adapting_rates(config)] + ([] if never_stepped else ["optim.lr"])
-        # What is NaN cannot be clipped, only what leads there.
-        clip = "" if never_stepped or config.optim.clip_norm is not None else ", or with optim.clip_norm"
-        remedy = f"train in another run.dir with a lower {' or '.join(rates)}{clip}"
-        if not rates:
-            remedy = "look for NaN and inf in the inputs and the initial weights, and train in another run.dir"
-        saved = steps_in(folder := self.session.folder.checkpoints)
-        return remedy + (f"; the checkpoint of step {saved[-1]} stays in {folder}" if saved else "")
 
     def reduce(self, sums: dict[str, torch.Tensor]) -> tuple[dict[str, float | None], bool, bool]:
         """Means of the terms by global count (never means of means), whether to stop, and whether to save by time."""
@@ -366,10 +346,3 @@ class Trainer:
         self.world.run_on_main(prune)
         session.doing, self.saved_s = before, time.monotonic()
         session.longest_save_s = max(session.longest_save_s, self.saved_s - started_s)
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far: of the GPU's allocator, or this process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
