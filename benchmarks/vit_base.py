@@ -72,7 +72,8 @@ def step(inner_steps: int, shots: int, queries: int, overrides: list[str]) -> No
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     count = sum(p.numel() for p in model.values)
     print(f"meta-trained {count:,}, adapting {adapting:,}; loss {sums['outer_loss'][0]:.4f}; gradient norm {norm:.4f}")
-    print(f"resident: {level / 2**20:.2f} GiB after building, {peak / 2**20:.2f} GiB at most; {seconds:.0f} s, {cpu:.0f} s of CPU")
+    print(f"resident: {level / 2**20:.2f} GiB after building, {peak / 2**20:.2f} GiB at most")
+    print(f"{seconds:.0f} s, {cpu:.0f} s of CPU time")
 
 
 def check() -> None:
