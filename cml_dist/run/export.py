@@ -50,7 +50,7 @@ A learner for {task} tasks: adapt it on a few labelled examples, then predict.
 |---|---|
 | meta-trained parameters of body and head (the co-learner is deleted) | {parameters:,} |
 | input | {input} |
-| adaptation | {inner_steps} gradient steps, step size {rates}; {head} head |
+| adaptation | {inner_steps} gradient step(s), step size {rates}; {head} head |
 | {score}, mean and 95 % interval | {figure} |
 | meta-training | {step:,} meta-steps of {episodes} episodes, seed {seed} |
 
