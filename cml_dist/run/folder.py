@@ -85,7 +85,8 @@ class RunFolder:
                                 "move there what it leads to; run.dir itself may be a link, to a folder anywhere",
                             )
                     elif entry.is_dir():
-                        folders.append(entry.path)
+                        # A folder in wandb is W&B's own, with links to its cache: nothing here reads or writes in it.
+                        folders += [entry.path] if Path(entry.path).parent != self.path / "wandb" else []
                     elif not entry.is_file():
                         raise CheckpointError(f"{entry.path} is neither a file nor a folder", "remove it")
 

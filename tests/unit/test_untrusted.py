@@ -206,7 +206,7 @@ COMMANDS = {
 }
 PLACES = (
     "config.yaml", "deepspeed.json", "status.json", "sessions.jsonl", "metrics.jsonl", "validation.jsonl", "eval.json",
-    "eval_scores.npz", "evals", "evals/own.json", "checkpoints", "checkpoints/step-00000001.safetensors",
+    "eval_scores.npz", "evals", "evals/0001-own.json", "checkpoints", "checkpoints/step-00000001.safetensors",
     "checkpoints/.step-00000002.safetensors.writing-a-1-2", "logs", "logs/rank-00000.log", "logs/rank-00001.log",
     "export", "export/model.safetensors", "tensorboard", "wandb/run-id", "lock", ".lock.writing-a-1-2",
 )  # fmt: skip
@@ -345,8 +345,8 @@ def test_text_of_a_file_is_plain_text_wherever_it_is_shown():
 
 
 def test_a_model_card_holds_names_of_files_as_plain_text(run):
-    tested = json.loads((run / "evals" / "own.json").read_text())
-    (run / "evals" / "own.json").write_text(json.dumps({**tested, "split": "<script>[x](y)"}))
+    tested = json.loads((run / "eval.json").read_text())
+    (run / "eval.json").write_text(json.dumps({**tested, "split": "<script>[x](y)"}))
     assert main(["export", str(run)]) == 0
     assert "\\<script\\>\\[x\\](y)" in (run / "export" / "README.md").read_text()
 
