@@ -6,9 +6,6 @@ faults of ours. Raise the nearest subclass; never print and exit from the inside
 
 from __future__ import annotations
 
-MOST = 1500
-"""Characters of what is wrong, and of the remedy."""
-
 
 class CmlError(Exception):
     """A fault with a known remedy.
@@ -19,21 +16,24 @@ class CmlError(Exception):
     """
 
     exit_code = 1
+    most = 1500
+    """Characters of what is wrong, and of the remedy."""
+
     everywhere = False
     """Whether every rank raises it alike, so that rank 0 alone needs to speak."""
 
     def __init__(self, what: str, remedy: str = "") -> None:
-        self.what, self.remedy = _line(what), _line(remedy)
+        self.what, self.remedy = _line(what, self.most), _line(remedy, self.most)
         super().__init__(f"{self.what}; {self.remedy}" if self.remedy else self.what)
 
     def __reduce__(self) -> tuple:
         return type(self), (self.what, self.remedy)
 
 
-def _line(text: object) -> str:
+def _line(text: object, most: int) -> str:
     """On one line, and of a length that is read: a value from a damaged file may have any."""
     line = " ".join(str(text).split())
-    return line if len(line) <= MOST else f"{line[: MOST // 2]} ... {line[-MOST // 2 :]}"
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 
 
 class ConfigError(CmlError):
@@ -41,6 +41,12 @@ class ConfigError(CmlError):
 
     exit_code = 2
     everywhere = True
+
+
+class SettingsError(ConfigError):
+    """Several settings that contradict each other, each with its remedy."""
+
+    most = 10_000
 
 
 class DataError(CmlError):

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from cml_dist.errors import ConfigError, SettingsError
 
-from cml_dist.config.schema import RunConfig
-from cml_dist.errors import ConfigError
+RunConfig = Any  # schema.RunConfig, which takes its time to import: every command reads names from here
 
 Finding = tuple[str, str]
 """(what is wrong, what to do)"""
@@ -28,8 +27,9 @@ USE = "ACCELERATE_USE_"
 HONOURED = ("DEEPSPEED", "CPU", "PARALLELISM_CONFIG")
 """Of what Accelerate calls ``ACCELERATE_USE_...``: the run heeds it, or looks at the settings that it switches on."""
 
-TYPES = {"MULTI_GPU": None, "DEEPSPEED": "DEEPSPEED", "TPU": "XLA"}
-"""``distributed_type`` of an Accelerate file -> what is then used, where it is not of the same name."""
+TYPES = {"NO": None, "FALSE": None, "MULTI_GPU": None, "TPU": "XLA"}
+"""``distributed_type`` of an Accelerate file -> what is then used, where it is not of the same name. YAML takes an
+unquoted NO for false."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,23 @@ class DeepSpeedRequest:
         stage: of ZeRO.
         offload: ``none``, ``optimizer`` or ``all``.
         settings: the user's DeepSpeed dictionary; empty where an Accelerate file names stage and offload alone.
+        findings: what it asks of offloading that does not exist here.
     """
 
     source: str
     stage: int
     offload: str
     settings: dict[str, Any] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
 
 
 def refuse(findings: Sequence[Finding]) -> None:
-    """Raise one ConfigError for all findings, if there are any."""
+    """Raise one error for all findings, if there are any."""
     if len(findings) == 1:
         raise ConfigError(*findings[0])
     if findings:
         listed = "; ".join(f"({n}) {what}: {remedy}" for n, (what, remedy) in enumerate(findings, start=1))
-        raise ConfigError(f"{len(findings)} settings contradict the run: {listed}")
+        raise SettingsError(f"{len(findings)} settings contradict the run: {listed}")
 
 
 def launcher_variables(path: str | Path) -> dict[str, str]:
@@ -64,11 +66,17 @@ def launcher_variables(path: str | Path) -> dict[str, str]:
     Raises:
         ConfigError: the file cannot be read.
     """
+    import yaml
+
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML too
         kind = str(data["distributed_type"]).upper()
+        for section in ("deepspeed_config", "dynamo_config", "parallelism_config"):
+            if not isinstance(data.get(section) or {}, Mapping):
+                raise ValueError(f"its {section} is no section")
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
         why = getattr(error, "strerror", None) or "it is no mapping with a distributed_type"
+        why = str(error) if str(error).endswith("is no section") else why
         raise ConfigError(
             f"the Accelerate file {path} cannot be used: {why}", "start from a file of cml-dist launch files DIR"
         ) from error
@@ -167,7 +175,8 @@ def deepspeed_request(config: RunConfig, environment: Mapping[str, str]) -> Deep
     if file is not None:
         settings = _read_deepspeed_file(file)
         zero = settings["zero_optimization"]
-        return DeepSpeedRequest(file, zero["stage"], _offload(file, zero), settings)
+        offload, found = _offload(file, zero)
+        return DeepSpeedRequest(file, zero["stage"], offload, settings, found)
     if not launched:
         return None
     said = {
@@ -177,7 +186,8 @@ def deepspeed_request(config: RunConfig, environment: Mapping[str, str]) -> Deep
     stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if stage not in ("0", "1", "2", "3"):
         raise ConfigError(f"{source} sets zero_stage to {stage}", "set it to 0, 1, 2 or 3")
-    return DeepSpeedRequest(source, int(stage), _offload(source, said))
+    offload, found = _offload(source, said)
+    return DeepSpeedRequest(source, int(stage), offload, findings=found)
 
 
 def _accelerate_file(environment: Mapping[str, str]) -> str:
@@ -214,9 +224,10 @@ def _read_deepspeed_file(path: str) -> dict[str, Any]:
     return settings
 
 
-def _offload(source: str, zero: Mapping[str, Any]) -> str:
-    """Two sections -> ``none``, ``optimizer`` or ``all``."""
-    devices, found = [], []
+def _offload(source: str, zero: Mapping[str, Any]) -> tuple[str, tuple[Finding, ...]]:
+    """Two sections -> ``none``, ``optimizer`` or ``all``, and what does not exist here."""
+    devices: list[str] = []
+    found: list[Finding] = []
     for name in ("offload_optimizer", "offload_param"):
         section = zero.get(name) or {}
         device = str(section.get("device", "none")).lower() if isinstance(section, Mapping) else repr(section)
@@ -224,10 +235,7 @@ def _offload(source: str, zero: Mapping[str, Any]) -> str:
             what = f"{source} sets {name} to {device}, which is not supported here"
             found.append((what, 'set its device to cpu or none (in a DeepSpeed file {"device": "cpu"})'))
         devices.append(device)
-    refuse(found)
     if devices == ["none", "cpu"]:
-        raise ConfigError(
-            f"{source} offloads the parameters without the optimizer",
-            "offload the optimizer to the CPU too, or neither",
-        )
-    return ("none", "optimizer", "all")[devices.count("cpu")]
+        what = f"{source} offloads the parameters without the optimizer"
+        found.append((what, "offload the optimizer to the CPU too, or neither"))
+    return ("none", "optimizer", "all")[devices.count("cpu")], tuple(found)

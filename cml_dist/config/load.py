@@ -57,7 +57,9 @@ def load_config(path: str, overrides: Sequence[str] = (), warn: Warn = silently)
     """
     recipe = find_recipe(path)
     data = read_yaml(recipe)
-    if recipe.name == RUN_CONFIG and any((recipe.parent / name).exists() for name in ("sessions.jsonl", "checkpoints")):
+    is_run = (recipe.parent / "sessions.jsonl").exists() or any(recipe.parent.glob("checkpoints/step-*.safetensors"))
+    if recipe.name == RUN_CONFIG and is_run:
+        warn(f"{recipe} is that of a run folder: run.dir is {recipe.parent}, and caches are this user's own")
         data = in_folder(data, recipe.parent)
     return parse_config(layered(data, overrides, warn).data, source=str(path))
 

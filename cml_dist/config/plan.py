@@ -102,9 +102,11 @@ def resolve_strategy(config: RunConfig, processes: int, environment: Mapping[str
                     what = f"but {request.source} sets up DeepSpeed's {theirs}, offload {kept}"
                     remedy = f"set parallel.{key}=auto or {launched}, or use another file"
                     found.append((f"parallel.{key} is {ours}, {what}", remedy))
+            found += request.findings
             found += merge(generated(config, request.stage, kept, processes), request, config)
     except ConfigError as error:
         found.append((error.what, error.remedy))
+        differs, kept = True, "none"  # what the launcher set up is not known
     # Where the two differ, the rest is judged by what the launcher set up.
     strategy = theirs if strategy == "auto" or differs else strategy
     offload = kept if offload == "auto" or differs else offload

@@ -27,6 +27,6 @@ def settled(config: RunConfig, versions: dict[str, Any]) -> RunConfig:
     """The configuration with ``versions`` where it leaves them open."""
     for key in (key for key, value in versions_of(config).items() if value is None):
         section, name = key.split(".")
-        own = getattr(config, section).model_copy(update={name: versions[key]})
+        own = getattr(config, section).model_copy(update={name: versions.get(key, NEWEST[key])})
         config = config.model_copy(update={section: own})
     return config

@@ -200,14 +200,15 @@ def name_launch_file() -> None:
 
 
 def threads_asked(environment: Mapping[str, str] = os.environ) -> int | None:
-    """OMP_NUM_THREADS, where the user has set it: torchrun and accelerate launch make it 1 where nobody has."""
+    """OMP_NUM_THREADS, where the user has set it: torchrun and accelerate launch make one up where nobody has."""
     word = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if not word.isdigit() or int(word) == 0:
         return None
-    if word == "1" and launched_by_torchrun():
+    if launched_by_torchrun() or "ACCELERATE_USE_CPU" in environment:
         with suppress(OSError):  # what the launcher itself was started with
-            theirs = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
-            if not any(said.startswith(b"OMP_NUM_THREADS=") for said in theirs):
+            launcher = Path(f"/proc/{os.getppid()}")
+            asked = b"--num_cpu_threads_per_process" in (launcher / "cmdline").read_bytes()
+            if not asked and b"\0OMP_NUM_THREADS=" not in b"\0" + (launcher / "environ").read_bytes():
                 return None
     return int(word)
 

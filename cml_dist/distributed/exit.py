@@ -46,6 +46,9 @@ class BrokenOff(WorldError):
     def __init__(self) -> None:
         super().__init__("this call was broken off", "the line above says why")
 
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
 
 def end_process(failure: Failure, heartbeat: Heartbeat, speaks: bool) -> None:
     """Say why, show stacks where they help, end who cannot end by itself, and leave: with exit code 1, or as asked to.

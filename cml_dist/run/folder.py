@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import stat
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -30,9 +31,6 @@ FREE_KEYS = (*NEUTRAL_KEYS, "eval.episodes", "eval.split", "eval.untrained", "ev
 
 OWN_TEST = "own"
 """What a test by the run's own settings is called."""
-
-NUMBER = "[0-9]" * 4
-"""In front of the name of each test."""
 
 PER_MACHINE_KEYS = ("domain.root", "domain.cache")
 """Settings that may differ from machine to machine: places of the same data (its checksum is compared)."""
@@ -77,17 +75,21 @@ class RunFolder:
         while folders:
             with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folders.pop()) as entries:
                 for entry in entries:
-                    if entry.is_symlink():
+                    try:
+                        mode = entry.stat(follow_symlinks=False).st_mode
+                    except FileNotFoundError:  # a temporary file that was renamed meanwhile
+                        continue
+                    if stat.S_ISLNK(mode):
                         target = os.path.realpath(entry.path)
                         if not os.path.join(target, "").startswith(inside):
                             raise CheckpointError(
                                 f"{entry.path} is a link to {target}, and leads out of the run folder",
                                 "move there what it leads to; run.dir itself may be a link, to a folder anywhere",
                             )
-                    elif entry.is_dir():
+                    elif stat.S_ISDIR(mode):
                         # A folder in wandb is W&B's own, with links to its cache: nothing here reads or writes in it.
                         folders += [entry.path] if Path(entry.path).parent != self.path / "wandb" else []
-                    elif not entry.is_file():
+                    elif not stat.S_ISREG(mode):
                         raise CheckpointError(f"{entry.path} is neither a file nor a folder", "remove it")
 
     def read_config(self) -> RunConfig:
@@ -127,16 +129,22 @@ class RunFolder:
             )
 
     def new_eval_file(self, asked: dict[str, Any]) -> Path:
-        """Where a test's summary is kept: numbered, and named by ``asked``, what is not the run's own in it."""
+        """An empty file for a test's summary: numbered, and named by ``asked``, what is not the run's own in it."""
         name = ",".join(f"{key}={value}" for key, value in asked.items()) or OWN_TEST
-        numbers = [int(path.name[:4]) for path in self.evals.glob(f"{NUMBER}-*.json")]
         safe = re.sub(r"[^\w.,=+-]", "_", name)[:100]
-        return self.evals / f"{max(numbers, default=0) + 1:04d}-{safe}.json"
+        self.evals.mkdir(parents=True, exist_ok=True)
+        found = (re.match(r"\d+(?=-)", path.name) for path in self.evals.glob("*.json"))
+        number = max((int(match[0]) for match in found if match), default=0)
+        while True:
+            number += 1
+            with suppress(FileExistsError):  # of another test at the same time
+                (path := self.evals / f"{number:04d}-{safe}.json").touch(exist_ok=False)
+                return path
 
     def own_test(self) -> dict[str, Any] | None:
         """What the newest test by the run's own settings found; None where there is none that can be read."""
         before = self.evals / f"{OWN_TEST}.json"  # of versions in which eval.json was the newest test of all
-        is_newer = not before.is_file() or any(self.evals.glob(f"{NUMBER}-{OWN_TEST}.json"))
+        is_newer = not before.is_file() or any(self.evals.glob(f"[0-9]*-{OWN_TEST}.json"))
         with suppress(OSError, ValueError):
             return json.loads((self.eval_file if is_newer else before).read_text(encoding="utf-8"))
         return None

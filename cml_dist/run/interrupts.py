@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -80,6 +81,7 @@ class Interrupts:
                 self.raise_signals()
             elif number == signal.SIGINT and launched_or_alone().rank == 0 and LAUNCHED_LOCALLY not in os.environ:
                 # Past Python's buffers, in which this handler may have come down.
-                os.write(2, b"\nCtrl-C: the run stops and saves once its meta-step or episode is done\n")
+                with suppress(OSError):  # nobody may read it any more
+                    os.write(2, b"\nCtrl-C: the run stops and saves once its meta-step or episode is done\n")
         elif number == signal.SIGINT and not self._launched:
             raise KeyboardInterrupt

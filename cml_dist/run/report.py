@@ -114,13 +114,13 @@ def score_run(
 
     def write() -> None:
         asked = {**({} if which == "best" else {"checkpoint": which}), **overrides}
-        kept = folder.new_eval_file(asked)
         made = {"time": now(), "versions": versions(), "commit": code_commit(), "checkpoint": checkpoint.sha256}
         scores = io.BytesIO()
         further = {"ensemble": together, "untrained": floor}
         named = reports | {f"{kind}_{one}": report for kind, own in further.items() for one, report in own.items()}
         np.savez(scores, **{name: report.scores.numpy() for name, report in named.items()})
         fence()
+        kept = folder.new_eval_file(asked)
         for path in (kept.with_suffix(".npz"), *([] if asked else [folder.scores_file])):
             write_bytes(path, scores.getvalue())
         write_json(kept, summary | made)
@@ -129,7 +129,8 @@ def score_run(
         rows = {"{}": reports, f"{{}} (ensemble of {len(members)})": together, "untrained {}": floor}
         _show(config, parts, rows, console, f"{config.eval.split} split, step {checkpoint.step} ({how})")
         if asked:
-            console.note(f"Scores: {kept}; {folder.eval_file.name} stays that of the run's own settings")
+            own = f"; {folder.eval_file.name} stays that of the run's own settings" * folder.eval_file.is_file()
+            console.note(f"Scores: {kept}{own}")
 
     world.run_on_main(write)
     return summary

@@ -20,7 +20,7 @@ def line(value: object) -> str:
 
 def markdown(value: object) -> str:
     """:func:`line` as plain text in Markdown, also where HTML in it counts: no link, image, element or formula."""
-    return re.sub(r"([\\`*_\[\]<>&|!~$])", r"\\\1", line(value))
+    return re.sub(r"([\\`*_\[\]<>&|!~$@]|:(?=//)|(?<=www)\.)", r"\\\1", line(value), flags=re.IGNORECASE)
 
 
 def duration(seconds: float | None) -> str:

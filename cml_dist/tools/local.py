@@ -22,10 +22,18 @@ from cml_dist.config.launcher import launcher_variables
 from cml_dist.config.load import load_config
 from cml_dist.distributed.env import LAUNCHED_LOCALLY
 from cml_dist.distributed.exit import signal_when_parent_ends
+from cml_dist.errors import ConfigError
 from cml_dist.run.interrupts import STOPPED_BY_USER
 from cml_dist.tools.launch_files import accelerate_file, check_run
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SAID = {
+    "train.train": "the processes stop and save once their meta-step or episode is done",
+    "finished.evaluate": "the processes stop once their episode is done; nothing is written",
+    "doctor.doctor": "the processes stop",
+}
+"""Commands that several processes can run, and what a first signal does to them."""
+
 TICK_S = 0.5
 """Between two times that ranks are told of a signal: one may just be starting."""
 
@@ -40,6 +48,9 @@ def launch_here(asked: argparse.Namespace, inner: argparse.Namespace, say: Calla
     Raises:
         ConfigError, CheckpointError: see :func:`check_run`.
     """
+    if inner.command not in SAID:
+        what = f"{shlex.join(asked.words)} is a command of one process"
+        raise ConfigError(what, f"run it by itself; here {', '.join(name.partition('.')[2] for name in SAID)} are run")
     file, words = accelerate_file(asked.config, "--config", may_be_path=True), list(asked.words)
     variables = launcher_variables(file)
     if inner.command == "train.train":
@@ -47,25 +58,27 @@ def launch_here(asked: argparse.Namespace, inner: argparse.Namespace, say: Calla
         if variables.get("ACCELERATE_USE_CPU", "").lower() == "true" and config.run.device == "auto":
             words.append("run.device=cpu")  # which accelerate launch would not hand on
         check_run(config, asked.processes, file)
+        words.append(f"parallel.processes={asked.processes}")  # refused where the file brings up fewer
     options = {"config_file": file, "num_processes": asked.processes, "num_machines": 1, "machine_rank": 0}
     launcher = [f"--{name}={value}" for name, value in {**options, "main_process_port": 0}.items()]
     again = shlex.join(["cml-dist", "launch", "local", f"--processes={asked.processes}", f"--config={asked.config}"])
     started = f"Starting {asked.processes} process{'es' * (asked.processes != 1)} by accelerate launch ({file.stem})"
     command = [*launcher, "-m", "cml_dist", *words]
-    return _watch(command, lambda: say(started), f"{again} -- {shlex.join(asked.words)}")
+    return _watch(command, lambda: say(started), SAID[inner.command], f"{again} -- {shlex.join(asked.words)}")
 
 
-def _watch(arguments: Sequence[str], starting: Callable[[], object], again: str) -> int:
-    """``again``: the command to go on with."""
+def _watch(arguments: Sequence[str], starting: Callable[[], object], first: str, again: str) -> int:
+    """``first``: what a first Ctrl-C does; ``again``: the command to go on with."""
     came: list[int] = []
 
     def hear(number: int, frame: object) -> None:
         came.append(number)
         second = came.count(signal.SIGINT) > 1
-        what = "ended at once" if second else "the processes stop and save once their meta-step or episode is done"
+        what = "ended at once" if second else first
         hint = "" if second or number != signal.SIGINT else "; Ctrl-C again ends them at once"
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        os.write(2, f"\n{name}: {what}{hint}\n".encode())
+        with suppress(OSError):  # nobody may read it any more
+            os.write(2, f"\n{name}: {what}{hint}\n".encode())
 
     environment = {**os.environ, LAUNCHED_LOCALLY: "yes", "PET_SIGNALS_TO_HANDLE": "SIGQUIT"}
     command = [sys.executable, "-m", "cml_dist.tools.local", *arguments]

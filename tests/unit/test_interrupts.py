@@ -36,6 +36,22 @@ def test_ctrl_c_before_the_loop_is_an_interrupt():
             send("SIGINT")
 
 
+def test_ctrl_c_whose_answer_nobody_reads_stops_the_run_all_the_same():
+    """As in ``train ... 2>&1 | tee log``: Ctrl-C ends tee too."""
+    read, write = os.pipe()
+    os.close(read)
+    kept = os.dup(2)
+    os.dup2(write, 2)
+    try:
+        with Interrupts() as interrupts:
+            interrupts.defer_signals()
+            send("SIGINT")
+            assert interrupts.stop == "SIGINT"
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept), os.close(write)
+
+
 def test_later_signals_only_say_so_and_the_first_counts():
     with Interrupts(("SIGUSR2", "SIGTERM")) as interrupts:
         interrupts.raise_signals()

@@ -99,6 +99,14 @@ def test_all_that_launcher_file_and_run_contradict_each_other_in_is_said_at_once
     assert said.startswith("5 settings contradict the run: (1) "), said
 
 
+def test_offloading_that_does_not_exist_hides_nothing_else(tmp_path):
+    file, wrong = tmp_path / "own.json", {f"unknown_{n}": n for n in range(12)}
+    zero = {"stage": 3, "offload_param": {"device": "nvme"}, "offload_optimizer": {"device": "nvme"}}
+    file.write_text(json.dumps({"zero_optimization": zero, **wrong}))
+    said = refusal({}, parallel={"deepspeed": str(file)})
+    assert said.startswith("14 settings") and all(name in said for name in wrong) and said.count("nvme") == 2
+
+
 def test_a_template_without_what_the_run_decides_is_taken_over(tmp_path):
     file = tmp_path / "hf.json"
     file.write_text(json.dumps({k: v for k, v in TEMPLATE.items() if k not in ("optimizer", "scheduler")}))
@@ -128,6 +136,7 @@ def test_bf16_of_a_deepspeed_file_is_that_of_the_run_and_fp16_is_nobodys(tmp_pat
          ["mixed_precision to fp16", "EAGER"]),
         ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2, "gradient_clipping": 1.0}},
          ["gradient_clipping to 1.0"]),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": "ds.json"}, ["its deepspeed_config is no section"]),
     ],
 )  # fmt: skip
 def test_an_accelerate_file_is_judged_before_it_launches_anything(tmp_path, capfd, settings, words):
