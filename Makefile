@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make demo       meta-train CML on embedded data (all GPUs, or 2 CPU processes), test and export it; under 10 minutes"
-	@echo "make test       run ruff and the tests (PYTEST_ARGS=...); 13 to 20 minutes on 2 cores"
+	@echo "make test       run ruff and the tests (PYTEST_ARGS=...); 9 to 20 minutes on 2 cores"
 	@echo "make test-all   the same, and what is slow: container images, two machines, a real SLURM, long faults"
 	@echo "make golden     run five short runs on the commit BASE=... and on the working tree, and compare them to the bit"
 	@echo "make lint       run ruff alone"

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -18,6 +19,8 @@ MODES = {1: "L", 3: "RGB"}
 """Pillow's mode for each number of channels that is known here."""
 
 _GREY = ("1", "L", "LA", "La", "I", "F")  # and what begins with I;16
+# What Pillow identifies but cannot turn into pixels, or only by starting another program (EPS).
+_NO_PIXELS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF
 
 _MAX_THREADS = 8
@@ -35,6 +38,19 @@ class Picture(NamedTuple):
     pixels: np.ndarray
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """What Pillow itself can decode."""
+    Image.preinit()  # the common ones are tried first
+    Image.init()
+    return tuple(kind for kind in Image.ID if kind not in _NO_PIXELS)
+
+
+def picture_suffixes() -> frozenset[str]:
+    """The suffixes of these formats, with their dot, in lower case."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in _formats())
+
+
 def open_image(data: bytes, what: str) -> Image.Image:
     """A fully decoded Pillow image; ``what`` names it in the error, e.g. by its key and shard.
 
@@ -42,7 +58,7 @@ def open_image(data: bytes, what: str) -> Image.Image:
         DataError: if the bytes are no readable image.
     """
     with _undecodable(what):
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_formats())
         image.load()
     return image
 
@@ -56,7 +72,7 @@ def size_and_channels(data: bytes, what: str) -> tuple[tuple[int, int], int]:
         DataError: if the bytes are no image.
     """
     with _undecodable(what):
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_formats())
         is_grey = image.mode in _GREY or image.mode.startswith("I;16")
         if image.mode in ("P", "PA"):
             is_grey = not np.ptp(np.reshape(image.getpalette("RGB"), (-1, 3)), axis=1).any()

@@ -59,10 +59,10 @@ class Accounts:
         said = list(self.notes)
         damaged = sum(reason == DAMAGED for reason in self._left.values())
         if damaged:
-            said.append(f"{damaged:,} pictures cannot be decoded and are left out: {self.damage.what}")
+            said.append(f"{damaged:,} picture{'s' * (damaged != 1)} left out as damaged: {self.damage.what}")
         if self._twice:
             shown = "; ".join(list(self._twice.values())[:3]) + ("; ..." if len(self._twice) > 3 else "")
-            said.append(f"{len(self._twice):,} pictures have the same pixels as one of another split: {shown}")
+            said.append(f"the same pixels in two splits, {len(self._twice):,} times: {shown}")
         return tuple(said)
 
     def table(self) -> tuple[Account, ...]:

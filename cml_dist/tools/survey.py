@@ -18,8 +18,6 @@ from cml_dist.tools.sources.tree import OverLimit, SourceTree
 
 _AT_ONCE = 256 * 2**20  # bytes of files and pixels that are in work at once, or one picture
 
-_EPS = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # under whatever suffix
-
 _Result = TypeVar("_Result")
 
 
@@ -78,10 +76,7 @@ def survey(
 
     def look(item: Item) -> Facts | DataError:
         try:
-            data = tree.read(item.path)
-            if data.startswith(_EPS):
-                raise DataError(f"{item.what} is PostScript, which Pillow would run", "convert it to PNG")
-            return Facts(*size_and_channels(data, item.what))
+            return Facts(*size_and_channels(tree.read(item.path), item.what))
         except OverLimit:
             raise
         except DataError as error:

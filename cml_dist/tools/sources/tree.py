@@ -15,8 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from PIL import Image
-
+from cml_dist.data.pixels import picture_suffixes
 from cml_dist.errors import DataError
 from cml_dist.tools.sources.archives import Member, Met, tar_members, zip_members
 
@@ -30,8 +29,6 @@ _SYSTEM = re.compile(
     r"|(\._[^/]*|\.DS_Store|\.directory|Thumbs\.db|desktop\.ini)$)",
     re.IGNORECASE,
 )
-# What Pillow identifies but cannot turn into pixels, or only by starting another program (EPS).
-_NO_PIXELS = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _MAGIC = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")  # PNG, JPEG, GIF, TIFF
 _NESTED = ("images_background.zip", "images_evaluation.zip")  # in which Omniglot is published
 
@@ -76,7 +73,7 @@ class SourceTree:
             elif member is not None and files.setdefault(path, member) is not member:
                 self.left.append((path, "another file has the same name"))
         self.files = {path: files[path] for path in sorted(files, key=natural_order)}
-        suffixes = _picture_suffixes()
+        suffixes = picture_suffixes()
         self.images = [path for path in self.files if self._is_picture(path, suffixes)]
 
     def _is_picture(self, path: str, suffixes: set[str]) -> bool:
@@ -196,12 +193,6 @@ def _longest_tail(parts: list[str], paths: Iterable[str]) -> list[str]:
 
     lengths = {path: common(path) for path in paths}
     return [path for path, length in lengths.items() if length == max(lengths.values())]
-
-
-def _picture_suffixes() -> set[str]:
-    """The suffixes of what Pillow itself can decode, with their dot, in lower case."""
-    known = Image.registered_extensions()
-    return {suffix for suffix, kind in known.items() if kind in Image.OPEN and kind not in _NO_PIXELS}
 
 
 def plain_name(name: str) -> str:
