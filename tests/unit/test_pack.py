@@ -408,7 +408,7 @@ def test_a_damaged_picture_is_left_out_and_named_or_refused_when_strict(tmp_path
     report = pack(source, tmp_path / "set")
     assert num_images(report) == {"train": 18, "val": 11, "test": 12}
     assert ("left out: cannot be decoded", 1, name) in report.accounts
-    assert len(report.warnings) == 1 and re.search(f"1 pictures .* left out: {message}", report.warnings[0])
+    assert len(report.warnings) == 1 and re.search(f"1 picture left out .*: {message}", report.warnings[0])
 
 
 def test_an_existing_destination_is_refused_before_anything_is_read(tmp_path):

@@ -226,7 +226,8 @@ def test_the_same_picture_in_two_splits_is_named(tmp_path):
     Image.open(io.BytesIO(PICTURES["train/a/0.png"])).save(bmp, "BMP")
     files = {**PICTURES, "test/g/copy.bmp": bmp.getvalue(), "train/b/same_split.png": PICTURES["train/a/0.png"]}
     warning, = pack(write_folder(tmp_path / "src", files), tmp_path / "set").warnings
-    assert warning.endswith("train/a/0.png (train) and test/g/copy.bmp (test)") and warning.startswith("1 pictures")
+    assert warning.startswith("the same pixels")
+    assert warning.endswith("train/a/0.png (train) and test/g/copy.bmp (test)")
 
 
 # --------------------------------------------------------------------------- splits
@@ -393,7 +394,8 @@ def test_a_program_under_the_name_of_a_picture_is_not_run(tmp_path):
     eps = io.BytesIO()
     Image.open(io.BytesIO(PICTURES["train/a/0.png"])).save(eps, "EPS")
     source = write_folder(tmp_path / "src", {**PICTURES, "train/a/2.png": eps.getvalue()})
-    assert "train/a/2.png of class 'a' cannot be decoded (it is not an image)" in pack(source, tmp_path / "set").warnings[0]
+    (warning,) = pack(source, tmp_path / "set").warnings
+    assert "train/a/2.png of class 'a' cannot be decoded (it is not an image)" in warning
 
 
 def test_a_tar_whose_header_claims_a_member_of_its_own_size_is_refused(tmp_path):
