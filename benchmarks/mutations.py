@@ -17,6 +17,8 @@ import hashlib
 import io
 import json
 import os
+import pickle
+import pickletools
 import random
 import resource
 import shutil
@@ -400,6 +402,22 @@ def use_lists(folder: Path) -> None:
     pack(folder, folder.parent / "packed")
 
 
+def mutate_specs(rng: random.Random, folder: Path) -> bool:
+    file = folder / f"{rng.choice(('train', 'val', 'test'))}.json"
+    rewrite(file, as_json(rng, file.read_bytes()))
+    return is_json(file.read_bytes())
+
+
+def mutate_arrays(rng: random.Random, folder: Path) -> bool:
+    """Whole means that a pickle's instructions can be listed; nothing here runs them."""
+    file = folder / f"mini-imagenet-cache-{rng.choice(('train', 'val', 'test'))}.pkl"
+    rewrite(file, damaged(rng, file.read_bytes()))
+    try:
+        return bool(list(pickletools.genops(file.read_bytes())))
+    except Exception:
+        return False
+
+
 def pack_command(rng: random.Random, folder: Path) -> list[str]:
     return ["data", "pack", str(folder), str(folder.parent / "packed")]
 
@@ -412,7 +430,10 @@ KINDS = {
     "status.json": Kind("run", mutate_status, use_status, status),
     "checkpoint": Kind("run", mutate_checkpoint, use_checkpoint, checkpoint_command),
     "export": Kind("run", mutate_export, use_export),
-    "list files": Kind("lists", mutate_lists, use_lists, pack_command),
+    "class lists": Kind("lists", mutate_lists, use_lists, pack_command),
+    "CSV lists": Kind("tables", mutate_lists, use_lists, pack_command),
+    "JSON lists": Kind("specs", mutate_specs, use_lists, pack_command),
+    "pickled arrays": Kind("arrays", mutate_arrays, use_lists, pack_command),
 }
 
 
@@ -437,6 +458,20 @@ def make_bases(place: Path) -> None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(as_png(rng.integers(0, 256, (1, 8, 8), dtype=np.uint8)).data)
         (source / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+    for base in ("tables", "specs", "arrays"):
+        (place / base).mkdir()
+    for split in ("train", "val", "test"):
+        names = [f"{split}{number}" for number in range(3)]
+        rows = [f"images/{name}/{image}.png,{name}\n" for name in names for image in range(3)]
+        (place / "tables" / f"{split}.csv").write_text("".join(["filename,label\n", *rows]))
+        roots = [f"./images/{name}" for name in names]
+        (place / "specs" / f"{split}.json").write_text(json.dumps({"class_names": names, "class_roots": roots}))
+        pixels = rng.integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)
+        places = {name: list(range(3 * at, 3 * at + 3)) for at, name in enumerate(names)}
+        cache = {"image_data": pixels, "class_dict": places}
+        (place / "arrays" / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(cache))
+    for base in ("tables", "specs"):
+        shutil.copytree(source / "images", place / base / "images")
     arguments = ["sinusoid", f"run.dir={place / 'run'}", *SHORT, "eval.every=1", "model.hidden=[4]"]
     ended = in_fork(lambda: cli.main(["train", *arguments]), 300)
     assert (place / "run" / "export" / "model.json").is_file(), ended

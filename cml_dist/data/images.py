@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from torch.utils.data import get_worker_info
 from cml_dist.config.schema import ImageSettings
 from cml_dist.data import sampling
 from cml_dist.data.base import Domain, ModelInputs, Progress, episode_rng
+from cml_dist.data.cores import usable_cores
 from cml_dist.data.free_memory import available_bytes
 from cml_dist.data.pixels import in_threads
 from cml_dist.data.shards import ShardSet
@@ -193,7 +193,7 @@ class ImageDomain(Domain):
 
     def suggested_workers(self, split: str) -> int:
         """0 where the split is in memory; else decoding is worth a few processes."""
-        return 0 if self._kept[split] else min(4, os.cpu_count() or 1)
+        return 0 if self._kept[split] else min(4, usable_cores())
 
     def _decoded_bytes(self, split: str) -> int:
         return self.shards.num_images(split) * int(np.prod(self.input_shape))

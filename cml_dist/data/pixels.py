@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cml_dist.data.cores import usable_cores
 from cml_dist.errors import DataError
 
 MODES = {1: "L", 3: "RGB"}
@@ -165,7 +165,7 @@ def in_threads(function: Callable[[_A], _B], arguments: Sequence[_A]) -> Iterato
 
     In chunks, for a small image takes less time to decode than a thread takes to be woken.
     """
-    with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(min(_MAX_THREADS, usable_cores())) as pool:
         for start in range(0, len(arguments), _AHEAD):
             window = arguments[start : start + _AHEAD]
             chunks = [window[place : place + _CHUNK] for place in range(0, len(window), _CHUNK)]

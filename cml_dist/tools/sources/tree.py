@@ -197,7 +197,7 @@ def _longest_tail(parts: list[str], paths: Iterable[str]) -> list[str]:
 
 def plain_name(name: str) -> str:
     """A path as it is compared: ``/`` between parts, without ``.``, ``..`` or a root, in Unicode's NFC."""
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a name of bytes is shown as it can be
+    text = re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", name)  # JSON may have such
     return posixpath.normpath("/" + unicodedata.normalize("NFC", text).strip().replace("\\", "/")).lstrip("/")
 
 
