@@ -411,7 +411,14 @@ def mutate_specs(rng: random.Random, folder: Path) -> bool:
 def mutate_arrays(rng: random.Random, folder: Path) -> bool:
     """Whole means that a pickle's instructions can be listed; nothing here runs them."""
     file = folder / f"mini-imagenet-cache-{rng.choice(('train', 'val', 'test'))}.pkl"
-    rewrite(file, damaged(rng, file.read_bytes()))
+    if rng.random() < 0.5:
+        rewrite(file, damaged(rng, file.read_bytes()))
+    else:  # whole, with other content
+        content = pickle.loads(file.read_bytes())
+        content["class_dict"] = changed(rng, content["class_dict"])
+        kind = rng.choice(("u1", "u1", "f4", "O", "S1", "i8"))
+        content["image_data"] = content["image_data"][: rng.choice((0, 5, 9))].astype(kind)
+        rewrite(file, pickle.dumps(content))
     try:
         return bool(list(pickletools.genops(file.read_bytes())))
     except Exception:
