@@ -17,7 +17,7 @@ REQUIREMENTS = [
     'deepspeed>=0.19.8; sys_platform == "linux"',
     "fonttools>=4.43",
     "fsspec>=2023.10",
-    "huggingface-hub>=0.23",
+    "huggingface-hub>=0.23.2",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "packaging>=23.2",
@@ -29,7 +29,7 @@ REQUIREMENTS = [
     "safetensors>=0.4.3",
     "timm>=1.0.15",
     "torch>=2.6",
-    'transformers>=4.46; sys_platform == "linux"',
+    'transformers>=4.46.1; sys_platform == "linux"',
     "webdataset>=0.2.86",
 ]
 TRACKER_REQUIREMENTS = [
