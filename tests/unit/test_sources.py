@@ -339,6 +339,18 @@ def array_set(kind: str) -> dict[str, bytes]:
     return files
 
 
+@pytest.mark.parametrize("name", ["", "/", "__MACOSX"])
+def test_a_class_in_an_array_set_needs_a_name(tmp_path, name):
+    """Or one that is left out wherever it stands."""
+    files = array_set("cache")
+    cache = pickle.loads(files["mini-imagenet-cache-val.pkl"])
+    numbers = list(cache["class_dict"].values())
+    cache["class_dict"] = dict(zip([name, "other"], numbers, strict=True))
+    files["mini-imagenet-cache-val.pkl"] = pickle.dumps(cache)
+    with pytest.raises(DataError, match="without a name" if name != "__MACOSX" else "__MACOSX"):
+        pack(write_folder(tmp_path / "src", files), tmp_path / "set")
+
+
 @pytest.mark.parametrize("kind", ["cache", "cache of python 2", "tiered npz", "tiered png"])
 def test_sets_kept_as_arrays(tmp_path, kind):
     files = array_set(kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from cml_dist.errors import DataError
 from cml_dist.tools.sources.archives import Member
 from cml_dist.tools.sources.tree import SourceTree, plain_name
 
@@ -53,9 +54,12 @@ def gathered(tree: SourceTree, rows: Iterable[Row], own_splits: bool) -> Found:
     for count, row in enumerate(rows, start=1):
         tree.check_count(count)
         name = plain_name(row.class_name)
-        path = f"{name}/{row.file}"
+        if not name:
+            raise DataError(f"{tree.where} has a class without a name ({row.class_name!r})", "give each class a name")
+        path = plain_name(f"{name}/{row.file}")
         members[path] = row.member
         classes.setdefault(name, []).append(path)
         splits.setdefault(row.split, {})[name] = None
     made = SourceTree(tree.where, members.items(), tree.limits)
+    classes = {name: [path for path in paths if path in made.files] for name, paths in classes.items()}
     return Found(classes, None if own_splits else {split: list(names) for split, names in splits.items()}, made)
