@@ -21,6 +21,15 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
+def arithmetic_as_it_was() -> Iterator[None]:
+    """The trainer sets threads and kernels for its process, which here is the tests'."""
+    threads = torch.get_num_threads()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
 def cpu_alone(request: pytest.FixtureRequest) -> Iterator[None]:
     """What is not in tests/gpu is tested on the CPU, also where there are GPUs."""
     with pytest.MonkeyPatch.context() as patch:

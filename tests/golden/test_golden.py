@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from compare import differences
 from launching import run_ranks
 from runs import RUNS, SMOOTH, made_with, outcome, prepare, settings
@@ -28,11 +27,8 @@ TWO_PROCESSES = {"ddp": ("float64", 1e-10), "zero2": ("float32", 5e-5), "zero3":
 def work(tmp_path_factory):
     """Image sets and weight files for all runs."""
     folder = tmp_path_factory.mktemp("golden")
-    threads = torch.get_num_threads()
     prepare(folder)
-    yield folder
-    torch.use_deterministic_algorithms(False)  # the trainer sets both for its process, which here is the tests'
-    torch.set_num_threads(threads)
+    return folder
 
 
 def assert_as_recorded(name, dtype, found, tolerance):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from plan import gpu_arithmetic
@@ -15,10 +13,6 @@ def gpu() -> torch.device:
 
 
 @pytest.fixture(scope="module")
-def arithmetic() -> Iterator[None]:
+def arithmetic() -> None:
     """That of a run on the GPU."""
-    before = torch.get_num_threads()
     gpu_arithmetic()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 import yaml
 from image_sets import write_set
 
@@ -18,14 +17,6 @@ SETTINGS = {
     "eval": {"every": 0, "val_episodes": 2, "episodes": 2, "untrained": False},
     "parallel": {"threads": 1},
 }
-
-
-@pytest.fixture(autouse=True)
-def _restore_arithmetic():
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

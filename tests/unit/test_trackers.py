@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 import yaml
 from accelerate.tracking import TensorBoardTracker
 
@@ -28,15 +27,6 @@ class Listening(Console):
 
     def warn(self, message):
         self.warnings.append(message)
-
-
-@pytest.fixture(autouse=True)
-def _restore_arithmetic():
-    """The trainer sets threads and kernels for its process, which here is the tests'."""
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 def configure(folder, *overrides):

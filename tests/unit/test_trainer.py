@@ -62,15 +62,6 @@ ALONE = World(accelerator=None, rank=0, size=1, local_rank=0, local_size=1, devi
 TIMES = ("seconds", "episodes_per_s", "peak_memory_gib")
 
 
-@pytest.fixture(autouse=True)
-def _restore_arithmetic():
-    """The trainer sets threads and kernels for its process, which here is the tests'."""
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-
-
 def configure(folder, *overrides):
     return parse_config(merge(BASE, [f"run.dir={folder}", *overrides]))
 

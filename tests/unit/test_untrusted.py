@@ -34,14 +34,6 @@ SETTINGS = ("train.steps=1", "train.episodes_per_step=1", "eval.every=0", "eval.
             "model.hidden=[4]", "parallel.threads=1", "eval.untrained=false")  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _restore_arithmetic():
-    threads = torch.get_num_threads()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-
-
 # --------------------------------------------------------------------------- addresses of data
 
 
