@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -342,9 +343,18 @@ def test_an_unknown_split_is_refused_with_those_that_are_there(tmp_path):
 
 
 @pytest.fixture
-def in_memory(small):
-    """The set in fsspec's own memory file system, as a stand-in for an object store."""
+def in_memory(small, monkeypatch):
+    """The set in fsspec's own memory file system, as a stand-in for an object store: each who opens has a file of his.
+
+    By itself it gives all threads one file, with one position.
+    """
     store = fsspec.filesystem("memory")
+    opened = type(store)._open
+
+    def open_own(self, path, mode="rb", **kwargs):
+        return io.BytesIO(self.cat_file(path)) if mode == "rb" else opened(self, path, mode, **kwargs)
+
+    monkeypatch.setattr(type(store), "_open", open_own)
     store.put(f"{small}/", "/bucket/set/", recursive=True)
     yield "memory://bucket/set", store
     store.rm("/bucket", recursive=True)
