@@ -65,8 +65,8 @@ class RunFolder:
     def check_contained(self) -> None:
         """Refuse a folder from which a name leads elsewhere: who sent it would choose what is read and written there.
 
-        ``path`` itself may be a link, and links may lead to other places in the folder. Called before a command uses
-        what it finds in a run folder.
+        ``path`` itself may be a link, and links may lead to other places in the folder. Called once by each command,
+        before it uses what it finds here: to look through a folder of many files takes time on a network's disk.
 
         Raises:
             CheckpointError: naming a link that leads out of it, or what is neither file nor folder (a pipe, a device).
@@ -94,7 +94,6 @@ class RunFolder:
 
     def read_config(self) -> RunConfig:
         """The configuration that the run was started with; CheckpointError where no run lives here."""
-        self.check_contained()
         if not self.exists:
             raise CheckpointError(
                 f"{self.path} is no run folder (it has no {RUN_CONFIG})", "name the run.dir of a training run"
@@ -207,6 +206,8 @@ def run_config(run_dir: str | Path, overrides: Sequence[str], warn: Warn = silen
         CheckpointError: no run lives there. ConfigError: an override cannot be used.
     """
     # The folder may have been moved, and a test may use another world than training did.
-    data = in_folder(RunFolder(run_dir).read_config().model_dump(mode="json"), Path(run_dir))
+    folder = RunFolder(run_dir)
+    folder.check_contained()
+    data = in_folder(folder.read_config().model_dump(mode="json"), folder.path)
     data["parallel"] |= {"processes": None, "strategy": "auto", "offload": "auto", "deepspeed": None}
     return parse_config(merge(data, overrides, warn), source=f"{run_dir}/config.yaml")
