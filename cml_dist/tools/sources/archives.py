@@ -40,7 +40,7 @@ _LINK = "a link in an archive to what it does not hold"
 
 def zip_members(path: Path) -> Met:
     """The members of a zip."""
-    archive = zipfile.ZipFile(path)
+    archive = zipfile.ZipFile(HeldFile(os.open(path, os.O_RDONLY)).open(0, path.stat().st_size))
     for info in archive.infolist():
         if info.filename.endswith(("/", "\\")):
             yield info.filename, None
