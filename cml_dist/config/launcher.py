@@ -68,22 +68,21 @@ def launcher_variables(path: str | Path) -> dict[str, str]:
     """
     import yaml
 
+    unusable, remedy = f"the Accelerate file {path} cannot be used", "start from a file of cml-dist launch files DIR"
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML too
         kind = str(data["distributed_type"]).upper()
-        for section in ("deepspeed_config", "dynamo_config", "parallelism_config"):
-            if not isinstance(data.get(section) or {}, Mapping):
-                raise ValueError(f"its {section} is no section")
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
         why = getattr(error, "strerror", None) or "it is no mapping with a distributed_type"
-        why = str(error) if str(error).endswith("is no section") else why
-        raise ConfigError(
-            f"the Accelerate file {path} cannot be used: {why}", "start from a file of cml-dist launch files DIR"
-        ) from error
-    deepspeed = data.get("deepspeed_config") or {} if kind == "DEEPSPEED" else {}
+        raise ConfigError(f"{unusable}: {why}", remedy) from error
+    sections = {name: data.get(name) or {} for name in ("deepspeed_config", "dynamo_config", "parallelism_config")}
+    for name, section in sections.items():
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{unusable}: its {name} is no section", remedy)
+    deepspeed = sections["deepspeed_config"] if kind == "DEEPSPEED" else {}
     said = {
         "MIXED_PRECISION": data.get("mixed_precision"),
-        "DYNAMO_BACKEND": (data.get("dynamo_config") or {}).get("dynamo_backend", data.get("dynamo_backend")),
+        "DYNAMO_BACKEND": sections["dynamo_config"].get("dynamo_backend", data.get("dynamo_backend")),
         "USE_CPU": data.get("use_cpu", False),
         "USE_SAGEMAKER": data.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE",
         "CONFIG_DS_FIELDS": ",".join(deepspeed),
@@ -93,7 +92,7 @@ def launcher_variables(path: str | Path) -> dict[str, str]:
     for name, value in deepspeed.items():
         short = name.startswith(("gradient_", "deepspeed_"))
         said[name.upper() if short else f"DEEPSPEED_{name.upper()}"] = value
-    for name, value in (data.get("parallelism_config") or {}).items():
+    for name, value in sections["parallelism_config"].items():
         said["USE_PARALLELISM_CONFIG"] = True
         said[name.upper()] = value
     # YAML takes an unquoted no for false.

@@ -57,11 +57,14 @@ def load_config(path: str, overrides: Sequence[str] = (), warn: Warn = silently)
     """
     recipe = find_recipe(path)
     data = read_yaml(recipe)
-    is_run = (recipe.parent / "sessions.jsonl").exists() or any(recipe.parent.glob("checkpoints/step-*.safetensors"))
-    if recipe.name == RUN_CONFIG and is_run:
+    if recipe.name == RUN_CONFIG and _holds_run(recipe.parent):
         warn(f"{recipe} is that of a run folder: run.dir is {recipe.parent}, and caches are this user's own")
         data = in_folder(data, recipe.parent)
     return parse_config(layered(data, overrides, warn).data, source=str(path))
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "sessions.jsonl").exists() or any(folder.glob("checkpoints/step-*.safetensors"))
 
 
 def in_folder(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def in_folder(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
     Who sent the folder has no say in that; another place is given on the command line.
     """
-    flat = {key: value for key, value in flatten(_renamed(flatten(data))).items() if key != "domain.cache"}
+    flat = {key: value for key, value in _renamed(flatten(data)).items() if key != "domain.cache"}
     if flat.get("domain.name") == "glyphs":  # there it is where they are rendered to
         flat.pop("domain.root", None)
     return _nested({**flat, "run.dir": str(folder)})

@@ -115,4 +115,4 @@ class Domain(ABC):
 
     def preprocessing(self) -> dict[str, Any]:
         """What ``prepare`` does to inputs, as JSON: an exported model repeats it (e.g. mean and std of pixels)."""
-        return {}
+        return self.model_inputs().model_dump(mode="json", include={"mean", "std"}, exclude_none=True)

@@ -256,9 +256,6 @@ class ImageDomain(Domain):
     def model_inputs(self) -> ModelInputs:
         return super().model_inputs().model_copy(update={"mean": self._mean, "std": self._std})
 
-    def preprocessing(self) -> dict[str, Any]:
-        return {"mean": list(self._mean), "std": list(self._std)}
-
 
 def _in_words(shape: tuple[int, ...]) -> str:
     channels, height, width = shape

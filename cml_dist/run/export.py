@@ -35,6 +35,8 @@ from cml_dist.types import COLEARNER
 
 WEIGHTS, TIMM_WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "timm.safetensors", "model.json", "README.md"
 MOST_DESCRIPTION = 2**24
+"""Bytes of ``model.json``: whoever made it may have written anything."""
+
 FORMAT = 2
 """Format 1, still read, has the rates of plain SGD and what adapts, and no ``rule``."""
 

@@ -67,17 +67,21 @@ class Accounts:
 
     def table(self) -> tuple[Account, ...]:
         """The files by what became of them: packed ones first, then the others by their number."""
-        met: dict[str, list[str]] = {}
-        for path, what in self._answers():
-            met.setdefault(what, []).append(path)
-        order = sorted(met, key=lambda what: (what != PACKED, -len(met[what])))
-        shown = {what: what if what in (PACKED, _READ) else f"left out: {what}" for what in order}
-        return tuple(Account(shown[what], len(met[what]), met[what][0]) for what in order)
+        return tuple(
+            one if one.what in (PACKED, _READ) else one._replace(what=f"left out: {one.what}") for one in self._all()
+        )
 
     def losses(self) -> str:
         """What is left out though somebody may miss it, in words; empty: nothing."""
-        accounts = [(what.removeprefix("left out: "), files, example) for what, files, example in self.table()]
-        return "; ".join(f"{files:,} {what}, e.g. {one}" for what, files, one in accounts if what not in _NO_LOSS)
+        lost = (one for one in self._all() if one.what not in _NO_LOSS)
+        return "; ".join(f"{one.files:,} {one.what}, e.g. {one.example}" for one in lost)
+
+    def _all(self) -> list[Account]:
+        met: dict[str, list[str]] = {}
+        for path, what in self._answers():
+            met.setdefault(what, []).append(path)
+        accounts = (Account(what, len(paths), paths[0]) for what, paths in met.items())
+        return sorted(accounts, key=lambda one: (one.what != PACKED, -one.files))
 
     def _answers(self) -> Iterator[tuple[str, str]]:
         for tree in self._trees:
