@@ -70,7 +70,7 @@ def test_what_contradicts_the_launcher_is_refused_in_one_line(tmp_path):
     launch = ROOT / "launch" / "accelerate" / "zero2.yaml"
     code, out = run(2, *command(tmp_path / "run", "parallel.strategy=zero3"), launch_file=launch)
     assert code != 0
-    assert f"error: parallel.strategy is zero3, but the launcher's Accelerate file {launch} sets up DeepSpeed's" in out
+    assert f"error: parallel.strategy is zero3, but the launcher's Accelerate file {launch} sets up DeepSpeed's zero2" in out
     assert out.count("error: ") == 1 and not (tmp_path / "run").exists()
 
 
