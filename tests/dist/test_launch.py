@@ -185,9 +185,10 @@ def test_quickstart_is_short_and_clean():
     assert len(script.read_text().splitlines()) < 60
     code, out = quickstart("--help")
     assert code == 0 and out.startswith("Usage: launch/quickstart.sh RECIPE")
-    if shutil.which("shellcheck") is None:
+    shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
+    if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    found = subprocess.run(["shellcheck", script], capture_output=True, text=True, timeout=600)
+    found = subprocess.run([shellcheck, script], capture_output=True, text=True, timeout=600)
     assert found.returncode == 0, found.stdout
 
 
