@@ -6,12 +6,14 @@ import ctypes
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from cml_dist.distributed.env import launched_or_alone, launcher_adds_noise, restarts
 from cml_dist.distributed.failure import AGAIN, Failure
@@ -30,9 +32,6 @@ LAST_WORDS_S = 5.0
 
 LINGER_S = 1.5
 """Of who speaks in rank 0's place: the other ranks of the machine look whether it lives, and speak if not."""
-
-BREAK_OFF_S = 60.0
-"""In which a launcher is to end its rank, where that is a caller's process and hangs in a collective."""
 
 _is_own = False
 """See :func:`own_process`."""
@@ -54,7 +53,8 @@ def end_process(failure: Failure, heartbeat: Heartbeat, speaks: bool) -> None:
     """Say why, show stacks where they help, end who cannot end by itself, and leave: with exit code 1, or as asked to.
 
     Nothing here waits for the main thread, which may hold any lock, or hang. In a process that is a caller's, the call
-    that hangs is broken off instead, and raises.
+    that hangs is broken off instead, and raises: by an exception in Python's code, and in a collective by an end of the
+    connections that were made since the ranks met.
 
     Args:
         speaks: whether this rank is the one that puts the line on the screen.
@@ -81,10 +81,33 @@ def end_process(failure: Failure, heartbeat: Heartbeat, speaks: bool) -> None:
         time.sleep(LINGER_S)
     if _is_own:
         os._exit(1 if failure.stop_code is None else failure.stop_code)
-    if heartbeat.met:  # else a hang of a lone process is not a hang of its caller's
-        faulthandler.dump_traceback_later(BREAK_OFF_S, exit=True, file=STDERR)
     main_thread = ctypes.c_ulong(threading.main_thread().ident or 0)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(main_thread, ctypes.py_object(BrokenOff))
+    if heartbeat.met:
+        for connection in tcp_connections():  # a collective that waits for another rank raises then (gloo)
+            if ends_of(connection) not in heartbeat.connected_before:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+def tcp_connections() -> Iterator[socket.socket]:
+    """Every TCP connection of this process, by a descriptor of its own that is closed again."""
+    for descriptor in os.listdir("/dev/fd"):
+        try:
+            connection = socket.socket(fileno=os.dup(int(descriptor)))
+        except OSError:  # no socket, or closed meanwhile
+            continue
+        with connection:
+            if connection.family in (socket.AF_INET, socket.AF_INET6) and ends_of(connection) is not None:
+                yield connection
+
+
+def ends_of(connection: socket.socket) -> tuple[Any, Any] | None:
+    """The addresses of a connection's two ends; None: it is not connected."""
+    try:
+        return connection.getsockname(), connection.getpeername()
+    except OSError:
+        return None
 
 
 def own_process() -> None:

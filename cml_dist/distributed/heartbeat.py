@@ -6,9 +6,9 @@ judge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 from cml_dist.distributed.failure import Failure
 
@@ -22,9 +22,11 @@ class Heartbeat:
         met: whether all ranks have met.
         machine: see :class:`cml_dist.distributed.failure.Member`.
         described: this rank, and where its main thread is.
+        connected_before: both ends of each TCP connection that this process had before the ranks met.
     """
 
     met, machine, described = False, "", ""
+    connected_before: Collection[tuple[Any, Any] | None] = ()
 
     def __init__(self) -> None:
         self.log: TextIO | None = None

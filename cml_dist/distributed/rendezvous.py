@@ -25,6 +25,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from cml_dist.config.schema import ParallelConfig
 from cml_dist.distributed import failure as failures
 from cml_dist.distributed.env import Launched, host_name, launched, launcher_serves_store
+from cml_dist.distributed.exit import ends_of, tcp_connections
 from cml_dist.distributed.failure import Failure, Member
 from cml_dist.distributed.rank_heartbeat import RankHeartbeat
 from cml_dist.errors import NetworkError, WorldError
@@ -59,6 +60,7 @@ def meet(config: ParallelConfig) -> tuple[RankHeartbeat, Store]:
     Collective: all ranks.
     """
     here, until_s = launched(), time.monotonic() + config.join_timeout_s
+    connected_before = {ends_of(connection) for connection in tcp_connections()}
     store, connect = _serve(here) if here.rank == 0 else _find(here, until_s, config.join_timeout_s)
     me = this_member(here.rank)
     everyone = join(store, me, here.size, config.join_timeout_s)
@@ -69,7 +71,7 @@ def meet(config: ParallelConfig) -> tuple[RankHeartbeat, Store]:
         heartbeat_timeout_s=config.heartbeat_timeout_s,
         hang_timeout_s=config.hang_timeout_s,
     )
-    heartbeat.served = store
+    heartbeat.served, heartbeat.connected_before = store, connected_before
     heartbeat.start()
     store.set_timeout(GROUP_TIMEOUT)
     return heartbeat, PrefixStore("group", store)

@@ -102,16 +102,21 @@ def test_machines_that_were_not_started_alike_are_refused(tmp_path):
 
 
 NOTEBOOK = """
-import os, sys
+import ctypes, os, sys
 from accelerate import notebook_launcher
 
 def fault(step, what):
     if step == 2 and os.environ["RANK"] == "1":
+        if sys.argv[1] == "hangs":
+            ctypes.CDLL(None).sleep(15)
         raise RuntimeError("a fault of ours")
 
 def cell():
     from cml_dist.cli import main
-    return main(sys.argv[2:], **({"on_step": fault} if sys.argv[1] == "fails" else {}))
+    try:
+        return main(sys.argv[2:], **({} if sys.argv[1] == "ends" else {"on_step": fault}))
+    finally:
+        print("back in the cell: rank", os.environ["RANK"], flush=True)
 
 try:
     notebook_launcher(cell, num_processes=2, use_port=sys.argv[0].rpartition("-")[2])
@@ -121,13 +126,18 @@ except Exception as error:
 """
 
 
-@pytest.mark.parametrize(("how", "said", "state"), [("ends", "returned", "finished"), ("fails", "raised", "failed")])
+@pytest.mark.parametrize(
+    ("how", "said", "state"),
+    [("ends", "returned", "finished"), ("fails", "raised", "failed"), ("hangs", "raised", "failed")],
+)
 def test_a_notebooks_launcher_comes_back_whatever_becomes_of_the_run(tmp_path, how, said, state):
     cell = tmp_path / f"cell-{free_port()}"
     cell.write_text(NOTEBOOK)
-    words = command(tmp_path / "run", "ddp")[2:]
+    words = command(tmp_path / "run", "ddp", "parallel.hang_timeout_s=3")[2:]
     code, out = run_ranks(1, str(cell), how, *words)
     assert code == 0 and f"the cell {said}" in out, out
+    if how == "hangs":  # who waited for it is not held up
+        assert out.index("back in the cell: rank 0") < out.find("back in the cell: rank 1") % len(out), out
     assert read_status(tmp_path / "run" / "status.json").state == state
 
 
