@@ -1,14 +1,13 @@
 """Networks. Where this package has been imported, timm has ``resnet12`` and ``resnet12_wide`` too."""
 
 import sys
-from importlib import import_module
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib import import_module, machinery
 from types import SimpleNamespace
 
 
-def _find_timm(name: str, *_: object) -> ModuleSpec | None:
+def _find_timm(name: str, *_: object) -> machinery.ModuleSpec | None:
     """Has them registered when timm is imported: it takes seconds, for which runs of other networks need not wait."""
-    spec = PathFinder.find_spec(name) if name == "timm" else None
+    spec = machinery.PathFinder.find_spec(name) if name == "timm" else None
     if spec and spec.loader:
         load = spec.loader.exec_module
         spec.loader.exec_module = lambda module: (load(module), import_module("cml_dist.nets.resnet12"))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-FIRST = ("layer1.0.conv1", "layer1.0.downsample.0")
-CONFIG = {"input_size": (3, 84, 84), "pool_size": (5, 5), "first_conv": FIRST, "classifier": "head.fc"}
+CONFIG = {"input_size": (3, 84, 84), "first_conv": ("layer1.0.conv1", "layer1.0.downsample.0"), "classifier": "head.fc"}
 default_cfgs = generate_default_cfgs({"resnet12": CONFIG, "resnet12_wide": CONFIG})
 
 
@@ -28,8 +25,7 @@ class Block(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         maps = self.pool(maps)
-        out = self.act(self.bn1(self.conv1(maps)))
-        out = self.act(self.bn2(self.conv2(out)))
+        out = self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(maps))))))
         return self.act(self.bn3(self.conv3(out)) + self.downsample(maps))
 
 
@@ -81,12 +77,12 @@ class ResNet12(nn.Module):
 
 
 @register_model
-def resnet12(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def resnet12(pretrained: bool = False, **kwargs: object) -> nn.Module:
     """ResNet-12 as in TADAM and BOIL: 7,996,800 parameters without classifier."""
-    return build_model_with_cfg(ResNet12, "resnet12", pretrained, widths=(64, 128, 256, 512), **kwargs)
+    return build_model_with_cfg(ResNet12, "resnet12", pretrained, **{"widths": (64, 128, 256, 512), **kwargs})
 
 
 @register_model
-def resnet12_wide(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def resnet12_wide(pretrained: bool = False, **kwargs: object) -> nn.Module:
     """ResNet-12 as in FEAT and RFS: 12,424,320 parameters without classifier."""
-    return build_model_with_cfg(ResNet12, "resnet12_wide", pretrained, widths=(64, 160, 320, 640), **kwargs)
+    return build_model_with_cfg(ResNet12, "resnet12_wide", pretrained, **{"widths": (64, 160, 320, 640), **kwargs})
