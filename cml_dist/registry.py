@@ -122,7 +122,7 @@ BACKBONES: dict[str, BackboneEntry] = {
     "conv4": BackboneEntry("four convolutional blocks", "cml_dist.nets.conv4:build"),
     "mlp": BackboneEntry("hidden layers, for vectors", "cml_dist.nets.mlp:build", reads="vectors"),
 }
-TIMM = BackboneEntry("any timm model by name, e.g. resnet18", "cml_dist.nets.timm_backbone:build")
+TIMM = BackboneEntry("any timm model, e.g. resnet18, resnet12, resnet12_wide", "cml_dist.nets.timm_backbone:build")
 """What every other name of ``model.backbone`` is."""
 OWN_BACKBONE = BackboneEntry("a body of your own, FILE.py:NAME or MODULE:NAME", "cml_dist.nets.own:build", reads="all")
 

@@ -1,4 +1,4 @@
-"""Any timm model as a backbone, and the way back to plain timm. The only importer of timm."""
+"""Any timm model as a backbone, and the way back to plain timm."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import cml_dist.nets.resnet12  # noqa: F401 - registers it
 from cml_dist.config.schema import ModelConfig
 from cml_dist.errors import ConfigError, ModelError
 from cml_dist.nets.border import border_warning, watch_stem

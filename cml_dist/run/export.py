@@ -80,7 +80,7 @@ CARD_TIMM = """
 `{file}` holds the same model under timm's own names:
 
 ```python
-timm.create_model({name!r}, checkpoint_path={file!r}, **{settings})
+{first}timm.create_model({name!r}, checkpoint_path={file!r}, **{settings})
 ```
 """
 
@@ -154,7 +154,8 @@ def export_run(
     if has_batch_norm(parts.net) and config.model.norm == "batch":
         card += CARD_NORM
     if timm is not None:
-        card += CARD_TIMM.format(file=TIMM_WEIGHTS, name=config.model.backbone, settings=timm)
+        first = "import cml_dist.nets\n" if parts.net.body.model.__module__.startswith("cml_dist.") else ""
+        card += CARD_TIMM.format(first=first, file=TIMM_WEIGHTS, name=config.model.backbone, settings=timm)
         card += CARD_ROWS if rule.replaces else ""
     for name, tensors in files.items():
         _save_tensors(target / name, tensors)

@@ -35,6 +35,7 @@ best of a few counts: none of them can agree with a wrong gradient to 1e-5 by ch
 MODELS = {
     "conv4": (32, {}),
     "mlp": (12, {}),
+    "resnet12": (16, {"widths": (4, 8, 8, 16)}),
     "test_resnet": (48, {}),
     "regnetx_002": (48, {}),
     "test_efficientnet": (48, {}),

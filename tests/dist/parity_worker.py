@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from timm.models import register_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,6 +33,7 @@ from cml_dist.meta.model import MetaModel
 from cml_dist.meta.rule import Method
 from cml_dist.nets.build import build_net
 from cml_dist.nets.network import CmlNet
+from cml_dist.nets.resnet12 import resnet12
 from cml_dist.distributed.exit import leave
 from cml_dist.distributed.strategy import DataParallel
 from cml_dist.distributed.world import World, join_world, set_arithmetic
@@ -39,9 +41,17 @@ from cml_dist.distributed.zero import Zero, build_strategy
 from cml_dist.run.stream import episode_stream, rank_share
 from cml_dist.types import Batch, Episode
 
+
+
+@register_model
+def resnet12_tiny(pretrained: bool = False, **kwargs: object) -> torch.nn.Module:
+    return resnet12(pretrained, widths=(4, 4, 8, 8), **kwargs)
+
+
 NETS = {
     "conv4": (ModelConfig(backbone="conv4", filters=8), (1, 16, 16)),
     "resnet": (ModelConfig(backbone="test_resnet", colearner={"depth": 1, "width": 8}), (3, 32, 32)),
+    "resnet12": (ModelConfig(backbone="resnet12_tiny", colearner={"depth": 1, "width": 8}), (3, 32, 32)),
     "vit": (ModelConfig(backbone="test_vit", colearner={"depth": 1, "width": 8}), (3, 32, 32)),
 }
 # At 32 px the last batch statistics are of 3 numbers (at 40 of 12): in float32 rounding alone moves the gradient severalfold.

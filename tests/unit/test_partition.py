@@ -35,7 +35,8 @@ def test_terms_select_by_part_block_and_glob():
 
 
 @pytest.mark.parametrize(
-    ("backbone", "block"), [("test_vit", "body.model.blocks.5."), ("test_resnet", "body.model.layer4.0.")]
+    ("backbone", "block"),
+    [("test_vit", "body.model.blocks.5."), *((name, "body.model.layer4.0.") for name in ("test_resnet", "resnet12"))],
 )
 def test_the_last_block_of_a_timm_model(backbone, block):
     chosen = select(net_of(backbone), ("last:1",), "x")

@@ -144,7 +144,10 @@ def test_frozen_norm_needs_statistics() -> None:
     assert not couples_examples(_net("test_vit", norm="frozen"))
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "levit_128s", "deit_tiny_distilled_patch16_224"])
+LOADED = ["resnet12", "test_resnet", "test_vit", "levit_128s", "deit_tiny_distilled_patch16_224"]
+
+
+@pytest.mark.parametrize("name", LOADED)
 def test_local_weight_file_is_loaded_without_its_classifier(tmp_path, name: str) -> None:
     fixed = timm.get_pretrained_cfg(name).fixed_input_size
     path, plain = _weight_file(tmp_path, name, **({"img_size": SHAPE[1:]} if fixed else {}))
@@ -198,7 +201,7 @@ def test_image_size_that_the_model_refuses() -> None:
         _net("edgenext_xx_small", (3, 8, 8))
 
 
-EXPORTED = ["test_resnet", "test_vit", "test_convnext", "deit_tiny_distilled_patch16_224", "levit_128s"]
+EXPORTED = ["resnet12", "test_resnet", "test_vit", "test_convnext", "deit_tiny_distilled_patch16_224", "levit_128s"]
 
 
 @pytest.mark.parametrize("name", EXPORTED)
