@@ -29,6 +29,7 @@ REQUIREMENTS = [
     "safetensors>=0.4.3",
     "timm>=1.0.15",
     "torch>=2.6",
+    "torchvision>=0.21",
     'transformers>=4.46.1; sys_platform == "linux"',
     "webdataset>=0.2.86",
 ]
@@ -75,7 +76,7 @@ setup(
     packages=[*find_packages(include=["cml_dist", "cml_dist.*"]), "cml_dist.recipes", "cml_dist.launch"],
     package_dir={"cml_dist.recipes": "configs/recipes", "cml_dist.launch": "launch"},
     package_data={
-        "cml_dist": ["py.typed"],
+        "cml_dist": ["py.typed", "tools/sources/*.json"],
         "cml_dist.recipes": ["*.yaml"],
         "cml_dist.launch": ["accelerate/*.yaml", "slurm/*"],
     },

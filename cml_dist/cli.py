@@ -116,17 +116,20 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
     "data pack": ("data.pack", "pack a folder or an archive of images into WebDataset shards", (
         _option("source", "a folder, .zip or .tar (.gz, .bz2, .xz) of images, lists or arrays", metavar="SOURCE"),
         _option("dest", "the folder to make; it must not exist", metavar="DEST"),
+        _option("--download", "fetch cifar_fs, fc100, omniglot, cub, aircraft, vgg_flower into SOURCE", metavar="SET"),
         _option(
-            "--layout", "folders, csv, json, arrays, parquet, cifar100, omniglot (default: recognised)", metavar="NAME",
-            choices=["folders", "csv", "json", "arrays", "parquet", "cifar100", "omniglot", "ravi"],
+            "--layout", "folders, csv, json, arrays, parquet, cifar100, omniglot, aircraft or vgg_flower (default: "
+            "recognised)", metavar="NAME",
+            choices="folders csv json arrays parquet cifar100 omniglot aircraft vgg_flower ravi".split(),
         ),
         _option(
             "--splits", "folder of train.txt, val.txt and test.txt with class paths; shares of train, val and test to "
-            "draw classes by, e.g. 64,16,20; for cifar100: cifar_fs or fc100", metavar="WHICH",
+            "draw classes by, e.g. 64,16,20; or a published set: mini_imagenet, tiered_imagenet, cifar_fs, fc100, "
+            "omniglot, cub, cars, aircraft, vgg_flower (default: as the source says, or as published)", metavar="WHICH",
         ),
         _option("--split-seed", "seed of the draw by shares (default 0)", type=int, default=0, metavar="SEED"),
         *IMAGES,
-        _option("--name", "name of the set (default: that of SOURCE)"),
+        _option("--name", "name of the set (default: as published, or that of SOURCE)"),
         _option(
             "--min-images", "leave out classes of fewer images (default 2: one support and one query image)", type=int,
             default=2, metavar="N",

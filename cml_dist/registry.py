@@ -154,6 +154,7 @@ class DomainEntry(Entry):
 
 
 _IMAGES = "cml_dist.data.images:ImageDomain"
+_SMALL, _LARGE = (DomainEntry("", _IMAGES, usual_inputs=(3, size, size)) for size in (32, 84))
 
 DOMAINS: dict[str, DomainEntry] = {
     "glyphs": DomainEntry(
@@ -164,9 +165,8 @@ DOMAINS: dict[str, DomainEntry] = {
     ),
     "images": DomainEntry("any packed image set", _IMAGES),
     "omniglot": DomainEntry("", _IMAGES, usual_inputs=(1, 28, 28)),
-    "cifar_fs": DomainEntry("", _IMAGES, usual_inputs=(3, 32, 32)),
-    "fc100": DomainEntry("", _IMAGES, usual_inputs=(3, 32, 32)),
-    "mini_imagenet": DomainEntry("", _IMAGES, usual_inputs=(3, 84, 84)),
+    **dict.fromkeys(("cifar_fs", "fc100", "aircraft", "vgg_flower"), _SMALL),
+    **dict.fromkeys(("mini_imagenet", "tiered_imagenet", "cub", "cars"), _LARGE),
     "sinusoid": DomainEntry(
         "regression on sine curves", "cml_dist.data.sinusoid:SinusoidDomain", settings="SinusoidConfig"
     ),

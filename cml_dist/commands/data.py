@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 def pack(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.telemetry.console import preparing
     from cml_dist.tools.pack import pack as packed
+    from cml_dist.tools.sources.known_splits import known_sets
     from cml_dist.tools.sources.tree import Limits
 
-    options = ("layout", "splits", "split_seed", "image_size", "channels", "name", "min_images", "strict")
+    options = ("download", "layout", "splits", "split_seed", "image_size", "channels", "name", "min_images", "strict")
     limits = Limits(member_mib=args.max_member_mib, pixels=args.max_pixels, files=args.max_files)
     with preparing(console) as progress:
         given = {name: getattr(args, name) for name in options}
@@ -29,6 +30,8 @@ def pack(args: argparse.Namespace, console: Console) -> None:
         f"Packed {len(shards):,} images, {size_mib:.1f} MiB, into {args.dest} "
         f"({made.num_kept:,} kept byte for byte, {len(shards) - made.num_kept:,} converted)"
     )
+    if about := known_sets().get(made.known):
+        console.note(f"Recognised as {about.title}: split {'/'.join(map(str, about.classes))} by {about.source}")
     console.note(f"Look at it: cml-dist data inspect {args.dest}")
     for warning in made.warnings:
         console.warn(warning)

@@ -17,9 +17,10 @@ from cml_dist.data.shard_cache import is_remote
 from cml_dist.data.shard_writer import ShardSetWriter, new_shard_set
 from cml_dist.data.shards import ShardSet
 from cml_dist.errors import DataError
+from cml_dist.registry import DOMAINS
 from cml_dist.tools.accounts import DAMAGED, Account, Accounts
 from cml_dist.tools.fit_image import fit_image
-from cml_dist.tools.sources.known_splits import CIFAR100_SPLITS
+from cml_dist.tools.sources.known_splits import divided, download_set, known_sets, recognised
 from cml_dist.tools.sources.layouts import LAYOUTS, choose, recognise, short_names
 from cml_dist.tools.sources.shape import Found
 from cml_dist.tools.sources.splits import Splits, draw_splits, read_lists, shares_of
@@ -31,6 +32,7 @@ class PackReport(NamedTuple):
     """What was packed.
 
     Attributes:
+        known: the name of the published set and split that it is; None: none that is known.
         num_kept: images that kept their bytes.
         accounts: what became of each file of the source, and of each picture in its arrays.
         warnings: what may spoil results, in words.
@@ -38,6 +40,7 @@ class PackReport(NamedTuple):
 
     shards: ShardSet
     layout: str
+    known: str | None
     num_kept: int
     accounts: tuple[Account, ...]
     warnings: tuple[str, ...]
@@ -47,6 +50,7 @@ def pack(
     source: str | os.PathLike[str],
     dest: str | os.PathLike[str],
     *,
+    download: str | None = None,
     layout: str | None = None,
     splits: Splits = None,
     split_seed: int = 0,
@@ -64,15 +68,16 @@ def pack(
     Args:
         source: a folder, or a zip or tar.
         dest: the folder to make; what must be unpacked to be read lies beside it for as long.
+        download: the known set whose archives are brought into the folder ``source`` first.
         layout: one of ``LAYOUTS``; None: recognised.
-        splits: ``"cifar_fs"`` or ``"fc100"`` for CIFAR-100; shares of train, val and test by which whole classes are
+        splits: the name of a known set, e.g. ``"cifar_fs"``; shares of train, val and test by which whole classes are
             drawn, e.g. ``"64,16,20"``; a folder of ``train.txt``, ``val.txt``, ``test.txt``; or class names by split;
-            None: as found in the source.
+            None: as found in the source, or else as published for the set that it is.
         split_seed: of the draw by shares.
         image_size: pixels a side, or (height, width); images of another size are resized. None: the size that all
-            images have (28 for the published Omniglot).
+            images have; where they differ, and for the published Omniglot, the one usual for the known set.
         channels: 1 (grey) or 3 (RGB); None: grey where all images are.
-        name: of the set; None: the name of the source, or of the splits of CIFAR-100.
+        name: of the set; None: that of the known set whose split is made, or of the source.
         min_images: a class of fewer is left out; 2: one support and one query image.
         strict: a picture that is left out is an error.
         limits: what the source may ask for; None: ``Limits()``.
@@ -87,14 +92,18 @@ def pack(
         raise DataError(f"destination {dest} is remote", "pack into a local folder, then upload the folder as it is")
     refuse_existing(Path(dest))
     layout = "csv" if layout == "ravi" else layout  # its name in earlier versions
-    for what, value, known in (("channels", channels, MODES), ("layout", layout, LAYOUTS)):
-        if value is not None and value not in known:
-            raise DataError(f"{what} is {value!r}", f"use one of {', '.join(map(str, known))}")
+    choices = (("channels", channels, MODES), ("layout", layout, LAYOUTS), ("download", download, known_sets()))
+    for what, value, some in choices:
+        if value is not None and value not in some:
+            raise DataError(f"{what} is {value!r}", f"use one of {', '.join(map(str, some))}")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     for what, least in (("image size", min(size or (1,))), ("min_images", min_images)):
         if least < 1:
             raise DataError(f"{what} is {least}", "give at least 1")
     limits = limits or Limits()
+    if download is not None:
+        download_set(download, source)
+        splits = download if splits is None else splits
     with pixel_limit(limits.pixels):
         beside = next(folder for folder in Path(dest).absolute().parents if folder.is_dir())
         tree = open_source(source, limits, beside)
@@ -102,21 +111,23 @@ def pack(
         tree.used.clear()  # what was only looked at
         found = LAYOUTS[layout].read(tree, splits is not None)
         accounts = Accounts(tree, found.tree)
-        items, facts = survey(found.tree, _items(tree, found, layout, splits), accounts, progress)
+        items, divided_as = _items(tree, found, layout, splits)
+        known, unlike = _compared(divided_as, items)
+        accounts.notes += unlike
+        items, facts = survey(found.tree, items, accounts, progress)
         items = large_enough(items, accounts, min_images)
         if shares := shares_of(splits):
             items = _drawn(items, shares, split_seed)
         accounts.packed = {item.path for item in items}
         if strict and (losses := accounts.losses()):
             raise DataError(f"pictures would be left out: {losses}", "mend or remove them, or pack without --strict")
-        size = size or ((28, 28) if layout == "omniglot" else None)
+        if size is None and (layout == "omniglot" or known and len({facts[item.path].size for item in items}) > 1):
+            size = DOMAINS[known or layout].usual_inputs[1:]
         resize, size = size is not None, size or common_size(items, facts)
         channels = channels or max(facts[item.path].channels for item in items)
 
         file = Path(source).name
-        if name is None and layout == "cifar100" and isinstance(splits, str) and splits in CIFAR100_SPLITS:
-            name = splits  # one source, several sets
-        name = name or file.removesuffix(".gz").removesuffix(".tar").removesuffix(".zip")
+        name = name or divided_as or file.removesuffix(".gz").removesuffix(".tar").removesuffix(".zip")
         about = {"name": name, "image_size": size, "channels": channels, "source": file}
         num_kept = None
         while num_kept is None:
@@ -127,7 +138,7 @@ def pack(
                 if len(items) < len(left):
                     num_kept = None
                     raise _TooFew
-    return PackReport(ShardSet.open(dest), layout, num_kept, accounts.table(), accounts.warnings())
+    return PackReport(ShardSet.open(dest), layout, known, num_kept, accounts.table(), accounts.warnings())
 
 
 class _TooFew(Exception):
@@ -170,25 +181,42 @@ def _write(
     return num_kept
 
 
-def _items(tree: SourceTree, found: Found, layout: str, splits: Splits) -> list[Item]:
-    """The pictures of all classes that are asked for; of classes to be drawn in the split ``train``."""
-    classes, lists = found.classes, found.splits
+def _items(tree: SourceTree, found: Found, layout: str, splits: Splits) -> tuple[list[Item], str | None]:
+    """The pictures of all classes that are asked for (those to be drawn: ``train``), and the set that this makes."""
+    classes, lists, known = found.classes, found.splits, None
     if shares_of(splits):
         classes = short_names(classes)
         lists = {"train": sorted(classes, key=natural_order)}
-    elif isinstance(splits, str) and layout == "cifar100" and splits in CIFAR100_SPLITS:
-        lists = CIFAR100_SPLITS[splits]
+    elif isinstance(splits, str) and splits in known_sets():
+        known = splits
     elif splits is not None:
         lists = read_lists(tree, splits)
-    if lists is None:
-        known = f"{' or --splits '.join(CIFAR100_SPLITS)}, or " if layout == "cifar100" else ""
-        raise DataError(
-            f"{tree.where} says nowhere which class belongs to which split",
-            f"say which: --splits {known}a folder of train.txt, val.txt, test.txt, or shares to draw by, e.g. 64,16,20",
-        )
+    elif lists is None or sum(len(set(part)) for part in lists.values()) > len(set().union(*lists.values())):
+        names = [layout] if layout in known_sets() else recognised(classes)
+        known = names[0] if len(names) == 1 else None
+        if known is None and (lists is None or names):
+            raise DataError(
+                f"{tree.where} says nowhere which class belongs to which split",
+                f"say which: --splits {' or --splits '.join((*names, 'FOLDER'))} with train.txt, val.txt, test.txt, or "
+                "shares to draw by, e.g. 64,16,20",
+            )
+    if known:
+        classes, lists = divided(known, classes, tree.where, layout == "omniglot" and splits is None)
     chosen = choose(tree.where, classes, lists)
     size = {path: member.size for path, member in found.tree.files.items()}
-    return [Item(split, name, path, size[path]) for name, (split, paths) in chosen.items() for path in paths]
+    return [Item(split, name, path, size[path]) for name, (split, paths) in chosen.items() for path in paths], known
+
+
+def _compared(known: str | None, items: Sequence[Item]) -> tuple[str | None, list[str]]:
+    """The known set that the items are, also where its split is their own; and in words how their numbers differ."""
+    names = {split: {item.class_name for item in items if item.split == split} for split in SPLITS}
+    here, words = (len(items), *map(len, names.values())), "{:,} images and {}/{}/{} classes"
+    for name, about in known_sets().items():
+        if known == name or known is None and names == {split: set(about.splits[split]) for split in SPLITS}:
+            has = about.images, *about.classes
+            unlike = f"{name} as published has {words.format(*has)}; here are {words.format(*here)}"
+            return name, [unlike] * (has != here)
+    return None, []
 
 
 def _drawn(items: Sequence[Item], shares: Sequence[float], seed: int) -> list[Item]:

@@ -22,7 +22,7 @@ from cml_dist.data.shard_writer import new_shard_set
 from cml_dist.data.shards import ShardSet
 from cml_dist.errors import ConfigError, DataError
 from cml_dist.tools.pack import pack
-from cml_dist.tools.sources.known_splits import CIFAR100_SPLITS
+from cml_dist.tools.sources.known_splits import known_sets
 from cml_dist.types import Episode
 
 WAYS, SHOTS, QUERIES, IMAGES = 3, 2, 3, 7
@@ -403,7 +403,7 @@ def test_real_cifar_fs_episodes(tmp_path):
     source = real_data("cifar-fs.zip")
     if not source.is_file():
         pytest.skip("cifar-fs.zip is not in ../shared/data")
-    some = {split: list(names)[:6] for split, names in CIFAR100_SPLITS["cifar_fs"].items()}
+    some = {split: list(names)[:6] for split, names in known_sets()["cifar_fs"].splits.items()}
     pack(source, tmp_path / "set", splits=some)
     settings = {"ways": 5, "shots": 5, "queries": 15, "augment": AugmentConfig(flip=True, crop_padding=4)}
     domain, streamed = make(tmp_path / "set", **settings), make(tmp_path / "set", memory_gib=0.0, **settings)

@@ -23,8 +23,10 @@ from cml_dist.errors import DataError
 from cml_dist.tools.fit_image import fit_image
 from cml_dist.tools.inspect import draw_contact_sheet, split_rows
 from cml_dist.tools.pack import PackReport, pack
-from cml_dist.tools.sources.known_splits import CIFAR100_SPLITS, omniglot_split
+from cml_dist.tools.sources.known_splits import divided, known_sets
 from cml_dist.tools.sources.tree import natural_order
+
+CIFAR100_SPLITS = {name: known_sets()[name].splits for name in ("cifar_fs", "fc100")}
 
 
 def classes_of(root: Path) -> dict[str, tuple[str, ...]]:
@@ -587,8 +589,8 @@ def test_known_splits_are_those_of_the_real_lists():
         pytest.skip("omniglot.zip or cifar-fs.zip is not in ../shared/data")
     with zipfile.ZipFile(omniglot) as archive:
         for split in CLASSES:
-            for name in archive.read(f"omniglot/splits/{split}.txt").decode().split():
-                assert omniglot_split(name) == split
+            listed = archive.read(f"omniglot/splits/{split}.txt").decode().split()
+            assert set(divided("omniglot", dict.fromkeys(listed), "", partial=True)[1][split]) == set(listed)
     with zipfile.ZipFile(cifar) as archive:
         for known, folder in (("cifar_fs", "splits"), ("fc100", "fc100/splits")):
             for split in CLASSES:

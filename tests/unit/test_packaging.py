@@ -74,6 +74,7 @@ def test_a_wheel_carries_the_recipes_the_launch_files_and_every_module(tmp_path)
     for part in (
         "cml_dist/**/*.py",
         "cml_dist/py.typed",
+        "cml_dist/tools/sources/*.json",
         "configs/recipes/*.yaml",
         "launch/*/*",
         "setup.py",
@@ -94,6 +95,7 @@ def test_a_wheel_carries_the_recipes_the_launch_files_and_every_module(tmp_path)
         names = set(archive.namelist())
     modules = {str(path.relative_to(copy)) for path in (copy / "cml_dist").rglob("*.py")}
     assert len(modules) > 20 and modules <= names and "cml_dist/py.typed" in names
+    assert "cml_dist/tools/sources/class_splits.json" in names
     assert not any(name.startswith(("tests", "configs", "benchmarks")) for name in names)
     said = next(tmp_path.glob("site/*.dist-info/METADATA")).read_text(encoding="utf-8")
     for package in ("deepspeed", "transformers"):
@@ -109,7 +111,7 @@ def test_a_wheel_carries_the_recipes_the_launch_files_and_every_module(tmp_path)
     )
     assert found.stdout.split() == [
         str(tmp_path / "site/cml_dist/config/load.py"),
-        *("cifar_fs", "glyphs", "mini_imagenet", "omniglot", "protonet", "r2d2", "sinusoid"),
+        *("cifar_fs", "glyphs", "mini_imagenet", "omniglot", "protonet", "r2d2", "sinusoid", "vgg_flower"),
         str(tmp_path / "site/cml_dist/recipes/glyphs.yaml"),
         str(tmp_path / "site/cml_dist/launch"),
     ], found.stderr

@@ -14,7 +14,7 @@ from cml_dist.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 BASELINES = ["protonet", "r2d2"]
 """On Glyphs; all others are of the domain that they are called after."""
-NAMES = ["cifar_fs", "glyphs", "mini_imagenet", "omniglot", *BASELINES, "sinusoid"]
+NAMES = ["cifar_fs", "glyphs", "mini_imagenet", "omniglot", *BASELINES, "sinusoid", "vgg_flower"]
 IMAGES = [name for name in NAMES if name not in ("sinusoid", *BASELINES)]
 
 

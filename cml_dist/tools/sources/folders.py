@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import posixpath
 
-from cml_dist.data.base import SPLITS
 from cml_dist.errors import DataError
-from cml_dist.tools.sources.known_splits import omniglot_split
+from cml_dist.tools.sources.known_splits import recognised
 from cml_dist.tools.sources.shape import Found, Layout
 from cml_dist.tools.sources.splits import WORDS, read_lists, split_files, split_of
 from cml_dist.tools.sources.tree import SourceTree
@@ -48,8 +47,9 @@ def _read(tree: SourceTree, own_splits: bool) -> Found:
 FOLDERS = Layout(
     {
         "pictures in class folders": lambda tree, _: len(_class_folders(tree)) > 1,
-        f"folders {WORDS} above them, or class lists train.txt, val.txt, test.txt, or --splits": (
-            lambda tree, own_splits: own_splits or split_files(tree, ".txt") or _split_folders(tree) is not None
+        f"folders {WORDS} above them, or class lists train.txt, val.txt, test.txt, names of a known set, or --splits": (
+            lambda tree, own_splits: own_splits or _split_folders(tree) or split_files(tree, ".txt")
+            or recognised(_class_folders(tree))
         ),
     },
     _read,
@@ -57,7 +57,7 @@ FOLDERS = Layout(
 
 
 def _read_omniglot(tree: SourceTree, own_splits: bool) -> Found:
-    """Classes are ``Alphabet/characterNN`` of both parts, split as Vinyals did."""
+    """Classes are ``Alphabet/characterNN`` of both parts."""
     classes: dict[str, list[str]] = {}
     for part in _OMNIGLOT:
         inside = [parts for path in tree.images if part in (parts := path.split("/"))[:-3]]
@@ -66,8 +66,7 @@ def _read_omniglot(tree: SourceTree, own_splits: bool) -> Found:
             raise DataError(what, f"give a folder with both {' and '.join(_OMNIGLOT)}, as zips or unpacked")
         for parts in inside:
             classes.setdefault("/".join(parts[parts.index(part) + 1 : -1]), []).append("/".join(parts))
-    lists = {split: [name for name in sorted(classes) if omniglot_split(name) == split] for split in SPLITS}
-    return Found(classes, lists, tree)
+    return Found(classes, None, tree)
 
 
 def _has_omniglot(tree: SourceTree, _: bool) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 
 from cml_dist.data.base import SPLITS
 from cml_dist.errors import DataError
+from cml_dist.tools.sources.known_splits import known_sets
 from cml_dist.tools.sources.shape import SplitLists
 from cml_dist.tools.sources.tree import SourceTree, open_source, plain_name
 
@@ -101,7 +102,8 @@ def read_lists(tree: SourceTree, splits: Splits) -> SplitLists | None:
         else:
             raise DataError(
                 f"--splits {splits} is no folder of train.txt, val.txt, test.txt, neither on disk nor in {tree.where}",
-                f"check the name (lists in the source: {', '.join(found) or 'none'}), or give shares, e.g. 64,16,20",
+                f"check the name (lists in the source: {', '.join(found) or 'none'}), or give shares, e.g. 64,16,20, "
+                f"or one of {', '.join(known_sets())}",
             )
     return {split: [plain_name(line) for path in paths for line in tree.lines(path)] for split, paths in files.items()}
 

@@ -18,6 +18,7 @@ from typing import BinaryIO, NamedTuple
 from cml_dist.data.pixels import picture_suffixes
 from cml_dist.errors import DataError
 from cml_dist.tools.sources.archives import Member, Met, tar_members, zip_members
+from cml_dist.tools.sources.known_splits import known_sets
 
 SYSTEM, LOOP = "of the system or of a tool", "a link to a folder that it lies in"
 """Why files are left out that nobody misses."""
@@ -30,7 +31,6 @@ _SYSTEM = re.compile(
     re.IGNORECASE,
 )
 _MAGIC = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")  # PNG, JPEG, GIF, TIFF
-_NESTED = ("images_background.zip", "images_evaluation.zip")  # in which Omniglot is published
 
 
 class OverLimit(DataError):
@@ -221,7 +221,7 @@ def open_source(
         raise DataError(f"there is no source {path}", "check the path")
     try:
         if path.is_dir():
-            met = _folder_members(path)
+            met = _folder_members(path, scratch)
         elif path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
             met = zip_members(path)
         elif ARCHIVE.search(path.name):
@@ -236,8 +236,9 @@ def open_source(
         raise DataError(f"source {path} is damaged or truncated ({error})", "download it again") from error
 
 
-def _folder_members(root: Path) -> Met:
-    """All that lies below a folder, links followed; the zips in which Omniglot is published appear as folders."""
+def _folder_members(root: Path, scratch: str | os.PathLike[str] | None) -> Met:
+    """All that lies below a folder, links followed; archives in which a known set is published appear as unpacked."""
+    published = {name for known in known_sets().values() for name in known.files if ARCHIVE.search(name)}
     status = root.stat()
     pending = [(str(root), "", ((status.st_dev, status.st_ino),))]
     while pending:
@@ -262,7 +263,8 @@ def _folder_members(root: Path) -> Met:
                 pending.append((entry.path, f"{name}/", (*above, here)))
             elif not entry.is_file():
                 yield name, "no regular file"
-            elif name in _NESTED:
-                yield from zip_members(Path(entry.path))
+            elif name in published:
+                path = Path(entry.path)
+                yield from zip_members(path) if name.endswith(".zip") else tar_members(path, scratch)
             else:
                 yield name, Member(status.st_size, partial(open, entry.path, "rb"))
