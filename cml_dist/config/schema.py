@@ -262,6 +262,7 @@ class TrainConfig(Section):
     """The length of the run."""
 
     steps: int = Field(30_000, ge=1, description="meta-steps")
+    patience: int | None = Field(None, ge=1, description="validations in a row (every eval.every steps) without a better score after which training ends; null: never")
     episodes_per_step: int = Field(4, ge=1, le=100_000, description="episodes of a meta-step over all processes (B)")
     max_nonfinite: int = Field(10, ge=1, description="stop after this many steps in a row with NaN or inf in the meta-gradient (each is skipped)")
 

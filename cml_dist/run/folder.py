@@ -26,7 +26,7 @@ NEUTRAL_KEYS = (
 )
 """Settings that change no value that is computed, but for rounding."""
 
-FREE_KEYS = (*NEUTRAL_KEYS, "eval.episodes", "eval.split", "eval.untrained", "eval.ensemble")
+FREE_KEYS = (*NEUTRAL_KEYS, "train.patience", "eval.episodes", "eval.split", "eval.untrained", "eval.ensemble")
 """Settings that a resumed run may change: no step of its training depends on them."""
 
 OWN_TEST = "own"
