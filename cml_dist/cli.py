@@ -7,6 +7,7 @@ import faulthandler
 import gc
 import importlib
 import os
+import re
 import signal
 import sys
 import time
@@ -76,6 +77,10 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
     )),
     "eval": ("finished.evaluate", "test a run again: its learners with 95 %% intervals", (
         RUN_DIR, CHECKPOINT, OVERRIDES,
+        _option(
+            "--on", "after RUN_DIR: image sets to test on, with one table: folders or URLs of packed sets, or 'glyphs'",
+            nargs="+", default=[], metavar="SET",
+        ),
     )),
     "status": ("status.status", "how runs stand, from another terminal or machine; reads only", (
         _option("run_dir", "the folder of a run; several make a table", metavar="RUN_DIR", nargs="+"),
@@ -297,6 +302,10 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    if getattr(args, "on", None):  # argparse gives it all words up to the next option
+        settings = [word for word in args.on if re.match(r"[\w.]+=", word)]
+        args.on, args.overrides = [word for word in args.on if word not in settings], [*args.overrides, *settings]
+        args.on or parser.error("--on: name a set before the settings; of a folder with = write ./NAME")
     if hasattr(args, "words"):
         args.words = args.words[args.words[:1] == ["--"] :]
         args.inner = _parsed(args.words)  # a typo is to be found here, and not in each process

@@ -14,10 +14,16 @@ if TYPE_CHECKING:
 
 
 def evaluate(args: argparse.Namespace, console: Console) -> None:
-    config = _config_of(args, console)
-    from cml_dist.run.report import evaluate_run
+    from cml_dist.run.folder import on_set
 
-    evaluate_run(config, args.checkpoint, console)
+    config = _config_of(args, console)
+    sets = {place: on_set(config, place) for place in args.on}
+    from cml_dist.run.report import evaluate_run, evaluate_sets
+
+    if sets:
+        evaluate_sets(sets, args.checkpoint, console)
+    else:
+        evaluate_run(config, args.checkpoint, console)
 
 
 def export(args: argparse.Namespace, console: Console) -> None:

@@ -52,6 +52,9 @@ def contradictions(config: Any) -> Iterator[str]:
     if test.learner == "co" and (reason := dagger_refusal(config)) is not None:
         remedy = ", or eval.co_adapt=released" if has_trained_colearner(config) else ""
         yield f"eval.learner is co, but {reason}: set eval.learner=meta{remedy}"
+    if config.train.patience and not test.every:
+        never = "but eval.every is 0: nothing is validated before the end; set eval.every, or train.patience=null"
+        yield f"train.patience is {config.train.patience}, {never}"
     if test.ensemble > (most := config.num_validations):
         yield f"eval.ensemble is {test.ensemble}, but the run has {most} validations: lower it, or eval.every"
     if prototype and method.colearner == "adapts":

@@ -166,6 +166,7 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
             optim.schedule != "constant" and optim.schedule,
             optim.clip_value and f"elements clamped at {optim.clip_value:g}",
             f"{train.steps * train.episodes_per_step:,} episodes",
+            train.patience and f"until {train.patience} validation{'s' * (train.patience > 1)} bring no gain",
         ),
         "validation": f"{config.num_validations} x {test.val_episodes} episodes; "
         f"a checkpoint every {config.checkpoint.every:,} meta-steps",

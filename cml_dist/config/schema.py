@@ -85,6 +85,8 @@ class AugmentConfig(Section):
 
     flip: bool = Field(False, description="mirror each image left-right with probability 1/2")
     crop_padding: int = Field(0, ge=0, le=64, description="pad by this many pixels (reflected), then crop back at random")
+    random_resized_crop: float = Field(1.0, gt=0, le=1, description="cut out a random window of this part of the area or more, of aspect 3/4 to 4/3, and scale it back to the image's size (bilinear; usual: 0.08); 1: off")
+    color_jitter: float = Field(0.0, ge=0, le=1, description="multiply brightness, contrast and saturation by factors of each image, drawn up to so much from 1 (A Closer Look at Few-shot Classification: 0.4); 0: off")
     rotate_classes: bool = Field(False, description="each class turned by 90, 180, 270 degrees is a class of its own (Omniglot)")
 
 
@@ -99,7 +101,7 @@ class ImageSettings(Section):
     augment: AugmentConfig = AugmentConfig()
     draw: Draw = Field(None, description=_DRAW)
     memory_gib: float = Field(4.0, ge=0, description="keep a decoded split in memory (uint8, in each process) up to this size, GiB, and half of the free memory for all; else decode in workers")
-    workers: int | None = Field(None, ge=0, le=64, description="processes a rank that prepare episodes ahead; 0: in the training process; null: 0 where the split is in memory, else up to 4")
+    workers: int | None = Field(None, ge=0, le=64, description="processes a rank that prepare episodes ahead; 0: in the training process; null: 0 where the split is in memory and neither random_resized_crop nor color_jitter changes it, else up to 4")
 
 
 class GlyphsConfig(ImageSettings):
@@ -260,6 +262,7 @@ class TrainConfig(Section):
     """The length of the run."""
 
     steps: int = Field(30_000, ge=1, description="meta-steps")
+    patience: int | None = Field(None, ge=1, description="validations in a row (every eval.every steps) without a better score after which training ends; null: never")
     episodes_per_step: int = Field(4, ge=1, le=100_000, description="episodes of a meta-step over all processes (B)")
     max_nonfinite: int = Field(10, ge=1, description="stop after this many steps in a row with NaN or inf in the meta-gradient (each is skipped)")
 

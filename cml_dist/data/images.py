@@ -157,12 +157,16 @@ class ImageDomain(Domain):
         return Episode(*batches, split, index, ways=ways)
 
     def _changed(self, rng: np.random.Generator, split: str, images: np.ndarray) -> np.ndarray:
-        """Training images uint8 ``[N, C, H, W]`` mirrored and cropped at random, as configured."""
+        """Training images uint8 ``[N, C, H, W]`` changed at random, as configured."""
         augment = self.settings.augment
         if split == "train" and augment.flip:
             images = sampling.flip(rng, images)
         if split == "train" and augment.crop_padding:
             images = sampling.pad_and_crop(rng, images, augment.crop_padding)
+        if split == "train" and augment.random_resized_crop < 1:
+            images = sampling.crop_and_resize(rng, images, augment.random_resized_crop)
+        if split == "train" and augment.color_jitter:
+            images = sampling.jitter(rng, images, augment.color_jitter)
         return images
 
     def _rotates(self, split: str) -> bool:
@@ -192,8 +196,10 @@ class ImageDomain(Domain):
         return True
 
     def suggested_workers(self, split: str) -> int:
-        """0 where the split is in memory; else decoding is worth a few processes."""
-        return 0 if self._kept[split] else min(4, usable_cores())
+        """0 where the split is in memory and changed at little cost; else an episode is worth a few processes."""
+        augment = self.settings.augment
+        is_costly = split == "train" and (augment.random_resized_crop < 1 or augment.color_jitter > 0)
+        return 0 if self._kept[split] and not is_costly else min(4, usable_cores())
 
     def _decoded_bytes(self, split: str) -> int:
         return self.shards.num_images(split) * int(np.prod(self.input_shape))

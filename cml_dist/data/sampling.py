@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
+
+from cml_dist.data.pixels import to_array, to_image
+
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601
 
 
 def draw(
@@ -49,3 +54,45 @@ def pad_and_crop(rng: np.random.Generator, images: np.ndarray, padding: int) -> 
     padded = np.pad(images, ((0, 0), (0, 0), border, border), mode="reflect")
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(-2, -1))
     return np.ascontiguousarray(windows[np.arange(len(images)), :, top, left])
+
+
+def crop_and_resize(rng: np.random.Generator, images: np.ndarray, scale: float) -> np.ndarray:
+    """Cuts a random window out of each image uint8 ``[N, C, H, W]``, and scales it back to the image's size, bilinear.
+
+    Its part of the area is uniform in [scale, 1], the logarithm of its aspect in that of [3/4, 4/3]; the first of ten
+    windows counts that is not larger than the image, which stays whole where all are.
+
+    *Source*: Szegedy et al. 2015, section 6, as torchvision's RandomResizedCrop. By Pillow, which computes in integers:
+    the bits are those of any other machine, and of other vector instructions.
+    """
+    size = np.array(images.shape[-2:])
+    area, aspect = rng.random((2, len(images), 10))
+    area, aspect = (scale + (1 - scale) * area) * size.prod(), (4 / 3) ** (2 * aspect - 1)
+    sides = np.rint(np.sqrt(np.stack([area / aspect, area * aspect], axis=-1))).clip(1)
+    sides = np.concatenate([sides, np.broadcast_to(size, (len(images), 1, 2))], axis=1)
+    fits = (sides <= size).all(axis=-1)
+    sides = sides[np.arange(len(images)), fits.argmax(axis=1)]
+    corners = np.floor(rng.random(sides.shape) * (size - sides + 1))
+    windows = np.stack([corners, corners + sides], axis=-1).astype(int)
+    cut = [image[:, slice(*rows), slice(*columns)] for image, (rows, columns) in zip(images, windows, strict=True)]
+    return np.stack([to_array(to_image(one).resize(size[::-1], Image.Resampling.BILINEAR)) for one in cut])
+
+
+def jitter(rng: np.random.Generator, images: np.ndarray, strength: float) -> np.ndarray:
+    """Changes brightness, then contrast, then saturation of each image uint8 ``[N, 1 or 3, H, W]``.
+
+    Each by a factor of its own, uniform in [1 - strength, 1 + strength]: what differs from black, from the image's mean
+    luma and from each pixel's luma is multiplied. Saturation leaves grey images as they are.
+
+    *Source*: Chen et al. 2019 (A Closer Look at Few-shot Classification), strength 0.4; here without rounding in
+    between.
+    """
+    factors = (1 + strength * (2 * rng.random((3, len(images))) - 1)).astype(np.float32)
+    changed, weights = images.astype(np.float32), _LUMA if images.shape[1] == 3 else np.ones(1, np.float32)
+    for image, each in zip(changed, factors.T, strict=True):
+        for number, factor in enumerate(each):
+            kept = sum(w * channel for w, channel in zip(weights, image, strict=True)) if number else np.float32(0)
+            if number == 1:  # of whole numbers: the same whatever is summed first
+                kept = np.rint(kept).mean(dtype=np.float64).astype(np.float32)
+            np.clip(kept + factor * (image - kept), 0, 255, out=image)
+    return np.rint(changed).astype(np.uint8)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cml_dist.config.load import RUN_CONFIG, Warn, flatten, in_folder, merge, parse_config, read_yaml, silently
-from cml_dist.config.schema import RunConfig
+from cml_dist.config.schema import ImageSettings, RunConfig
 from cml_dist.config.versioned import BEFORE, NEWEST, settled, versions_of
-from cml_dist.errors import CheckpointError, CmlError, NetworkError
+from cml_dist.errors import CheckpointError, CmlError, ConfigError, NetworkError
 from cml_dist.user_code import without_folder
 
 NEUTRAL_KEYS = (
@@ -26,7 +26,7 @@ NEUTRAL_KEYS = (
 )
 """Settings that change no value that is computed, but for rounding."""
 
-FREE_KEYS = (*NEUTRAL_KEYS, "eval.episodes", "eval.split", "eval.untrained", "eval.ensemble")
+FREE_KEYS = (*NEUTRAL_KEYS, "train.patience", "eval.episodes", "eval.split", "eval.untrained", "eval.ensemble")
 """Settings that a resumed run may change: no step of its training depends on them."""
 
 OWN_TEST = "own"
@@ -211,3 +211,19 @@ def run_config(run_dir: str | Path, overrides: Sequence[str], warn: Warn = silen
     data = in_folder(folder.read_config().model_dump(mode="json"), folder.path)
     data["parallel"] |= {"processes": None, "strategy": "auto", "offload": "auto", "deepspeed": None}
     return parse_config(merge(data, overrides, warn), source=f"{run_dir}/config.yaml")
+
+
+def on_set(config: RunConfig, place: str) -> RunConfig:
+    """The configuration of a test on the packed image set at ``place``, or on ``glyphs``.
+
+    Raises:
+        ConfigError: the run reads no images.
+    """
+    name, data = config.domain.name, config.model_dump(mode="json")
+    if not isinstance(config.domain, ImageSettings):
+        raise ConfigError(f"--on names image sets, but domain.name of the run is {name}", "leave --on out")
+    domain = data["domain"] | {"name": "images" if name == "glyphs" else name, "root": place}
+    if place == "glyphs":
+        domain |= {"name": place, "root": None}
+        domain.pop("cache", None)
+    return parse_config({**data, "domain": domain})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from cml_dist.run.folder import NEUTRAL_KEYS, RunFolder, changes
 from cml_dist.run.record import code_commit, versions
 from cml_dist.run.status import now
 from cml_dist.telemetry.console import Console, ResultRow
+from cml_dist.telemetry.text import interval, score, score_label
 from cml_dist.types import Learner, Params
 
 Reports = dict[Learner, EvalReport]
@@ -36,6 +37,25 @@ def evaluate_run(config: RunConfig, which: str, console: Console) -> dict[str, A
     """Test a run's checkpoint by its configuration, see :func:`score_run`. Collective: all ranks."""
     with joined_world(config) as world, memory_explained(world.device):
         return score_run(config, assemble(config, world, console, training=False), world, console, which)
+
+
+def evaluate_sets(tests: Mapping[str, RunConfig], which: str, console: Console) -> None:
+    """Test a run's checkpoint on several sets, each by its configuration, see :func:`score_run`; then show one table.
+
+    All sets are looked at before the first test. Collective: all ranks.
+    """
+    first, *_ = tests.values()
+    with joined_world(first) as world, memory_explained(world.device):
+        parts = {place: assemble(config, world, console, training=False) for place, config in tests.items()}
+        rows, name = [], next(iter(parts.values())).domain.score_name
+        for place, config in tests.items():
+            console.note(f"On {place}:")
+            found = score_run(config, parts.pop(place), world, console, which)
+            for learner, row in ((one, found[one]) for one in ("meta", "co") if one in found):
+                numbers = score(name, row["mean"], 2), interval(name, row["ci95"], 2), row["episodes"]
+                rows.append((place, learner_title(config, learner), *numbers, score(name, found["chance"], 2)))
+    columns = ("set", "learner", score_label(name), "95 % interval", "episodes", "chance")
+    console.table(f"{first.eval.split} splits, step {found['step']} ({found['chosen']})", columns, rows)
 
 
 def overrides_of(config: RunConfig, parts: Parts, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class RunStatus:
     Attributes:
         state: ``running``; ``stopped``: asked to, everything is saved and the same command goes on; ``finished``;
             ``failed``. Of a killed process ``running`` stays.
-        reason: of ``stopped`` and ``failed``; else what it is doing.
+        reason: of ``stopped`` and ``failed``, and of ``finished`` before the last step; else what it is doing.
         step, steps: meta-steps done, and of the whole run.
         time, started: of writing and of this start (ISO 8601, with the zone).
         host, pid: of rank 0.

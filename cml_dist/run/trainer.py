@@ -8,7 +8,6 @@ metrics, the wish to stop, whether to save, memory).
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -38,6 +37,7 @@ from cml_dist.run.record import announce, versions
 from cml_dist.run.report import score_run
 from cml_dist.run.session import Session
 from cml_dist.run.stream import episode_stream, rank_share
+from cml_dist.run.validation import ended_early, kept_steps, take_in, without_gain
 from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.metrics import StepMetrics
 from cml_dist.types import EachTime, Episode
@@ -110,7 +110,7 @@ class Trainer:
                 self.finish()
         except Stopped:
             return self.stopped()
-        self.session.write_status("finished", "")
+        self.session.write_status("finished", self.ended_early)
         return Outcome(self.step, finished=True)
 
     # ------------------------------------------------------------------ phases
@@ -176,7 +176,7 @@ class Trainer:
         shown["method"] = method_title(config)
         with self.session.console.training(config.train.steps, self.step, **shown) as live:
             self.validate_if_due()
-            while self.step < config.train.steps:
+            while self.step < config.train.steps and not self.ended_early:
                 metrics, stop, save = self.meta_step(stream)
                 live.step(metrics)
                 self.on_step(self.step, "step")
@@ -186,6 +186,9 @@ class Trainer:
                 if stop:
                     raise Stopped
                 self.validate_if_due()
+        if why := self.ended_early:
+            ended = f"Training ended at step {self.step} of {config.train.steps}: {why}"
+            self.session.console.note(f"{ended}; raise train.patience to go on")
 
     def finish(self) -> None:
         """Test the best step (and the untrained network), and export it."""
@@ -291,10 +294,9 @@ class Trainer:
         return None if best is None else (best["step"], best["mean"])
 
     @property
-    def kept(self) -> set[int]:
-        """Steps whose checkpoints the test will use."""
-        lines = [line for line in (self.state["best"], *self.state.get("top", ())) if line is not None]
-        return {line["step"] for line in lines}
+    def ended_early(self) -> str:
+        """Why training ends before its last meta-step; empty where it does not."""
+        return ended_early(self.config, self.state, self.step)
 
     @property
     def validation_due(self) -> bool:
@@ -313,19 +315,13 @@ class Trainer:
                 config, self.parts, self.world, self.strategy.params(), (learner,), split="val",
                 num_episodes=config.eval.val_episodes, progress=view.update, stop=self.stop_wanted,
             )[learner]  # fmt: skip
-        best = self.state["best"]
-        sign = 1 if domain.higher_is_better else -1
         line = {"step": self.step, "learner": learner, **report.summary()}
-        self.state["validated"] = self.step
-        if math.isfinite(report.mean) and (best is None or sign * report.mean > sign * best["mean"]):
-            self.state["best"] = line
-        if (most := config.eval.ensemble) > 1:
-            lines = [*self.state.get("top", [best] if best else []), line]
-            lines = [one for one in lines if one["mean"] is not None]  # a diverged learner's
-            self.state["top"] = sorted(lines, key=lambda one: -sign * one["mean"])[:most]
+        take_in(config, self.state, line, domain.higher_is_better)
         self.session.record_validation(line, domain.score_name)
         row = report.row(learner_title(config, learner))
         console.validation(self.step, [row], score_name=domain.score_name, best=self.best)
+        if (count := without_gain(config, self.state)) and config.train.patience:
+            console.note(f"  {count} of {config.train.patience} validations without a gain (train.patience)")
         self.on_step(self.step, "validated")
         self.save()
         self.session.doing = "training"
@@ -341,7 +337,7 @@ class Trainer:
 
         def prune() -> None:
             session.fence()  # again: the write may have hung for as long as a requeue takes
-            checkpoints.prune(folder, self.config.checkpoint.keep_last, self.kept)
+            checkpoints.prune(folder, self.config.checkpoint.keep_last, kept_steps(self.state))
 
         self.world.run_on_main(prune)
         session.doing, self.saved_s = before, time.monotonic()

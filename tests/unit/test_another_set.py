@@ -19,10 +19,10 @@ from cml_dist.data.build import build_domain
 from cml_dist.data.pixels import as_png
 from cml_dist.data.shard_writer import new_shard_set
 from cml_dist.distributed.world import World
-from cml_dist.errors import CheckpointError, DataError
+from cml_dist.errors import CheckpointError, ConfigError, DataError
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.export import export_again
-from cml_dist.run.folder import run_config
+from cml_dist.run.folder import on_set, run_config
 from cml_dist.run.report import evaluate_run
 from cml_dist.run.trained import trained_inputs
 from cml_dist.run.trainer import train
@@ -154,6 +154,43 @@ def test_another_size_colour_or_number_of_classes_is_said_first(run, tmp_path, o
         write_set(tmp_path / "set", images=4, **{"size": SIZE, **other})
     with pytest.raises(DataError, match=said):
         evaluated(folder, f"domain.root={tmp_path / 'set'}", *overrides)
+
+
+def test_several_sets_make_one_table_and_each_is_the_test_on_it_alone(run, root, dark, tmp_path, capsys):
+    alone, folder = (shutil.copytree(run, tmp_path / name) for name in ("alone", "run"))
+    by_one = [evaluated(alone, f"domain.root={place}", "eval.episodes=5") and scores(alone) for place in (root, dark)]
+    assert main(["eval", str(folder), "--on", str(root), str(dark), "eval.episodes=5", "--checkpoint", "best"]) == 0
+    kept = sorted((folder / "evals").glob("*.json"))[1:]  # the first is that of training
+    assert [np.load(path.with_suffix(".npz"))["meta"].tolist() for path in kept] == by_one
+    own, other = (json.loads(path.read_text()) for path in kept)
+    assert own["overrides"] == {"eval.episodes": 5}
+    assert other["overrides"] == {"eval.episodes": 5, "domain.root": str(dark)}
+    *_, title, rows = capsys.readouterr().out.partition("test splits, step 1 (best)")
+    assert title
+    for place, test in ((root, own), (dark, other)):
+        mean, ci95 = (f"{100 * test['meta'][key]:.2f} %" for key in ("mean", "ci95"))
+        (row,) = (line.split("  ") for line in rows.splitlines() if str(place) in line)
+        assert [cell.strip() for cell in row if cell.strip()] == [str(place), "MAML", mean, f"± {ci95}", "5", "33.33 %"]
+
+
+def test_all_sets_are_looked_at_before_the_first_is_tested(run, root, tmp_path, capsys):
+    folder, large = shutil.copytree(run, tmp_path / "run"), write_set(tmp_path / "large", images=4, size=32)
+    before = sorted(path.name for path in (folder / "evals").iterdir())
+    assert main(["eval", str(folder), "--on", str(root), str(large)]) != 0
+    assert "are 32 px in colour, but the network reads 16 px in colour" in capsys.readouterr().err
+    assert sorted(path.name for path in (folder / "evals").iterdir()) == before
+    with pytest.raises(SystemExit):
+        main(["eval", str(folder), "--on", "eval.episodes=5"])
+    assert "--on: name a set before the settings" in capsys.readouterr().err
+
+
+def test_sets_are_packed_ones_and_glyphs_in_either_direction(run, root):
+    images = on_set(run_config(run, ["domain.shots=2"]), "glyphs")
+    assert (images.domain.name, images.domain.root, images.domain.ways, images.domain.shots) == ("glyphs", None, 3, 2)
+    glyphs = on_set(load_config("glyphs", ["domain.ways=7"]), str(root))
+    assert (glyphs.domain.name, glyphs.domain.root, glyphs.domain.ways) == ("images", str(root), 7)
+    with pytest.raises(ConfigError, match="--on names image sets, but domain.name of the run is sinusoid"):
+        on_set(load_config("sinusoid", []), str(root))
 
 
 @pytest.mark.parametrize(

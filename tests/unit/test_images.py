@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 from image_sets import CLASSES, pixels, real_data, seed_of, write_set
+from PIL import ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 
 from cml_dist.config.schema import AugmentConfig, ImagesConfig
 from cml_dist.data.build import build_domain
 from cml_dist.data.free_memory import available_bytes
 from cml_dist.data.images import ImageDomain
-from cml_dist.data.pixels import as_png
-from cml_dist.data.sampling import pad_and_crop
+from cml_dist.data.pixels import as_png, to_array, to_image
+from cml_dist.data.sampling import crop_and_resize, jitter, pad_and_crop
 from cml_dist.data.shard_writer import new_shard_set
 from cml_dist.data.shards import ShardSet
 from cml_dist.errors import ConfigError, DataError
@@ -120,7 +121,7 @@ def test_the_support_set_is_the_same_whatever_queries_is(root, memory_gib):
 
 # --------------------------------------------------------------------------- purity
 
-AUGMENT = AugmentConfig(flip=True, crop_padding=2, rotate_classes=True)
+AUGMENT = AugmentConfig(flip=True, crop_padding=2, rotate_classes=True, random_resized_crop=0.3, color_jitter=0.4)
 
 
 class _Episodes(Dataset):
@@ -203,14 +204,50 @@ def test_free_memory_is_what_the_kernel_says():
 # --------------------------------------------------------------------------- augmentation
 
 
-def test_augmentation_changes_train_alone_and_not_which_images(root):
-    plain, changed = make(root), make(root, augment=AugmentConfig(flip=True, crop_padding=2))
+@pytest.mark.parametrize(
+    "asked", [{"flip": True, "crop_padding": 2}, {"random_resized_crop": 0.3}, {"color_jitter": 0.4}], ids=str
+)
+def test_augmentation_changes_train_alone_and_not_which_images(root, asked):
+    plain, changed = make(root), make(root, augment=AugmentConfig(**asked))
     for split in ("val", "test"):
         assert all(same(plain.episode(split, i), changed.episode(split, i)) for i in range(5))
     assert not same(plain.episode("train", 0), changed.episode("train", 0))
-    assert same(
-        changed.episode("train", 0), make(root, augment=AugmentConfig(flip=True, crop_padding=2)).episode("train", 0)
-    )
+    assert same(changed.episode("train", 0), make(root, augment=AugmentConfig(**asked)).episode("train", 0))
+
+
+@pytest.mark.parametrize("change", [crop_and_resize, jitter])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_change_of_strength_0_is_none(change, channels):
+    images = np.stack([pixels(seed, 6, channels) for seed in range(9)])
+    rng = np.random.default_rng(0)
+    assert np.array_equal(change(rng, images, 1.0 if change is crop_and_resize else 0.0), images)
+
+
+def test_windows_have_the_area_and_the_aspect_that_was_asked_for():
+    """Read from pictures whose channels say in which column and row a pixel lies."""
+    height, width, scale = 40, 60, 0.25
+    columns, rows = np.meshgrid(4 * np.arange(width), 4 * np.arange(height))
+    images = np.broadcast_to(np.stack([columns, rows, 0 * rows]).astype(np.uint8), (2000, 3, height, width))
+    cut = crop_and_resize(np.random.default_rng(0), images, scale)
+    first, last = (cut[:, :2].min(axis=(2, 3)) / 4).round(), (cut[:, :2].max(axis=(2, 3)) / 4).round()
+    wide, high = (last - first + 1).T
+    assert cut.shape == images.shape and (first >= 0).all() and wide.max() <= width and high.max() <= height
+    area, aspect = wide * high / (width * height), wide / high
+    is_whole = area == 1  # where no window fitted
+    assert is_whole.mean() < 0.02 and area.min() > scale - 0.05 and np.quantile(area, 0.2) < 0.45
+    assert aspect[~is_whole].min() > 0.75 - 0.07 and aspect[~is_whole].max() < 4 / 3 + 0.07
+    assert (first[:, 0] == 0).mean() < 0.2 and len(np.unique(first[:, 0])) > 20
+
+
+def test_jitter_is_that_of_pillow():
+    images, strength = np.stack([pixels(seed, 16) // 2 + 60 for seed in range(50)]), 0.4
+    changed = jitter(np.random.default_rng(0), images, strength)
+    factors = 1 + strength * (2 * np.random.default_rng(0).random((3, 50)) - 1)  # as earlier versions drew
+    for image, found, each in zip(images, changed, factors.T, strict=True):
+        expected = to_image(image)
+        for kind, factor in zip(("Brightness", "Contrast", "Color"), each, strict=True):
+            expected = getattr(ImageEnhance, kind)(expected).enhance(factor)
+        assert np.abs(to_array(expected).astype(int) - found).max() <= 5  # Pillow rounds down in between
 
 
 def test_flip_mirrors_each_image_of_train_with_probability_one_half(root):

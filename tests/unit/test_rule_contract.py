@@ -258,6 +258,11 @@ CONTRADICTIONS = [
         "method.inner_steps to 1 or more",
     ),
     (
+        "train.patience=3 eval.every=0",
+        "train.patience is 3, but eval.every is 0: nothing is validated before the end; set eval.every, or "
+        "train.patience=null",
+    ),
+    (
         "eval.ensemble=5 train.steps=2000",
         "eval.ensemble is 5, but the run has 4 validations: lower it, or eval.every",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import io
 import json
 import os
 import shutil
@@ -214,6 +215,27 @@ def test_a_stop_between_tested_episodes_loses_nothing(undisturbed, tmp_path, ask
     assert losses(folder) == losses(undisturbed)
     for name in ("validation.jsonl", "eval.json"):
         assert (folder / name).read_text() == (undisturbed / name).read_text()
+
+
+def test_patience_ends_a_run_at_the_same_step_whatever_interrupts_it(tmp_path):
+    whole, folder, said = tmp_path / "whole", tmp_path / "run", io.StringIO()
+    patient = ("optim.lr=0.03", "eval.every=2", "train.steps=30", "train.patience=3")
+    ended = go(whole, *patient)
+    lines = [json.loads(line) for line in (whole / "validation.jsonl").read_text().splitlines()]
+    best = min(lines, key=lambda line: line["mean"])
+    assert ended.finished and ended.step == lines[-1]["step"] < 30 and lines.index(best) == len(lines) - 4
+    for stops in (stop_after(ended.step - 1), at(ended.step, "testing", lambda: signal.raise_signal(signal.SIGUSR1))):
+        assert not go(folder, *patient, on_step=stops).finished
+    for console in (Console(quiet=True), Console(said)):  # the second of them finds it finished
+        assert train(configure(folder, *patient), console) == ended
+        assert losses(folder) == losses(whole)
+        for name in ("validation.jsonl", "eval.json", f"checkpoints/step-{ended.step:08d}.safetensors"):
+            assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    why = f"no gain in 3 validations, best at step {best['step']}"
+    assert f"Training ended at step {ended.step} of 30: {why}; raise train.patience to go on" in said.getvalue()
+    status = read_status(folder / "status.json")
+    assert (status.state, status.reason, status.step) == ("finished", why, ended.step)
+    assert go(folder, *patient, "train.patience=null", f"train.steps={ended.step + 2}").step == ended.step + 2
 
 
 def test_minutes_make_checkpoints_too_and_change_nothing(undisturbed, tmp_path):
