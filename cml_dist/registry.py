@@ -168,7 +168,7 @@ DOMAINS: dict[str, DomainEntry] = {
     "fc100": DomainEntry("", _IMAGES, usual_inputs=(3, 32, 32)),
     "mini_imagenet": DomainEntry("", _IMAGES, usual_inputs=(3, 84, 84)),
     "sinusoid": DomainEntry(
-        "regression on sine curves", "cml_dist.data.sinusoid:SinusoidDomain", settings="SinusoidConfig"
+        "regression on sine waves, and lines", "cml_dist.data.sinusoid:SinusoidDomain", settings="SinusoidConfig"
     ),
 }
 OWN_DOMAIN = DomainEntry(
