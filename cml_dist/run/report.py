@@ -118,6 +118,7 @@ def score_run(
         scores = io.BytesIO()
         further = {"ensemble": together, "untrained": floor}
         named = reports | {f"{kind}_{one}": report for kind, own in further.items() for one, report in own.items()}
+        named |= {f"{name}_grid": report.grid for name, report in named.items() if report.grid is not None}
         np.savez(scores, **{name: report.scores.numpy() for name, report in named.items()})
         fence()
         kept = folder.new_eval_file(asked)
@@ -164,7 +165,9 @@ def _show(config: RunConfig, parts: Parts, kinds: dict[str, Reports], console: C
     """The table of results, and what explains it; ``kinds`` of reports by what their rows are called."""
     reports = kinds["{}"]
     names = {learner: learner_title(config, learner) for learner in reports}
-    rows = [report.row(kind.format(names[one])) for kind, own in kinds.items() for one, report in own.items()]
+    named = [(kind.format(names[one]), report) for kind, own in kinds.items() for one, report in own.items()]
+    rows = [report.row(name) for name, report in named]
+    rows += [report.grid.row(f"{name}, on the grid") for name, report in named if report.grid is not None]
     if parts.domain.chance is not None:
         rows.append(ResultRow("chance", parts.domain.chance))
     console.results(rows, title=title, score_name=parts.domain.score_name)
