@@ -75,7 +75,9 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         *IMAGES, JSON, OVERRIDES,
     )),
     "eval": ("finished.evaluate", "test a run again: its learners with 95 %% intervals", (
-        RUN_DIR, CHECKPOINT, OVERRIDES,
+        RUN_DIR, CHECKPOINT,
+        _option("--plot", "regression: also draw fits of a few episodes (.png, .pdf or .svg)", metavar="FILE"),
+        OVERRIDES,
     )),
     "status": ("status.status", "how runs stand, from another terminal or machine; reads only", (
         _option("run_dir", "the folder of a run; several make a table", metavar="RUN_DIR", nargs="+"),

@@ -17,7 +17,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
     config = _config_of(args, console)
     from cml_dist.run.report import evaluate_run
 
-    evaluate_run(config, args.checkpoint, console)
+    evaluate_run(config, args.checkpoint, console, args.plot)
 
 
 def export(args: argparse.Namespace, console: Console) -> None:

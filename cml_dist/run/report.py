@@ -23,6 +23,7 @@ from cml_dist.errors import CheckpointError
 from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.checkpoint import Checkpoint, choose, on_all_ranks
 from cml_dist.run.evaluator import EvalReport, evaluate
+from cml_dist.run.fits import check_plot, draw_fits
 from cml_dist.run.folder import NEUTRAL_KEYS, RunFolder, changes
 from cml_dist.run.record import code_commit, versions
 from cml_dist.run.status import now
@@ -32,10 +33,10 @@ from cml_dist.types import Learner, Params
 Reports = dict[Learner, EvalReport]
 
 
-def evaluate_run(config: RunConfig, which: str, console: Console) -> dict[str, Any]:
+def evaluate_run(config: RunConfig, which: str, console: Console, plot: str | None = None) -> dict[str, Any]:
     """Test a run's checkpoint by its configuration, see :func:`score_run`. Collective: all ranks."""
     with joined_world(config) as world, memory_explained(world.device):
-        return score_run(config, assemble(config, world, console, training=False), world, console, which)
+        return score_run(config, assemble(config, world, console, training=False), world, console, which, plot=plot)
 
 
 def overrides_of(config: RunConfig, parts: Parts, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -55,6 +56,7 @@ def score_run(
     which: str = "best",
     stop: Callable[[], bool] = lambda: False,
     fence: Callable[[], None] = lambda: None,
+    plot: str | None = None,
 ) -> dict[str, Any]:
     """Test a run's checkpoint, write summary and per-episode scores, and show the table.
 
@@ -64,12 +66,15 @@ def score_run(
     Args:
         stop: asked before each episode: whether to break off, and raise Stopped on all ranks.
         fence: called by rank 0 right before it writes; an error that it raises calls it off.
+        plot: a picture that rank 0 draws besides, see :func:`draw_fits`.
 
     Raises:
         CheckpointError: there is no checkpoint, or none that fits.
 
     Collective: all ranks.
     """
+    if plot is not None:
+        check_plot(plot, parts.domain, config.eval.split)
     folder = RunFolder(config.run.dir)
     world.heartbeat.beat("looking for a checkpoint")
     checkpoint, how = on_all_ranks(world, lambda warn: choose(folder.checkpoints, which, parts.net, warn), console.warn)
@@ -128,10 +133,14 @@ def score_run(
         if not asked:
             write_json(folder.eval_file, summary)
         rows = {"{}": reports, f"{{}} (ensemble of {len(members)})": together, "untrained {}": floor}
-        _show(config, parts, rows, console, f"{config.eval.split} split, step {checkpoint.step} ({how})")
+        _show(config, parts, rows, console, title := f"{config.eval.split} split, step {checkpoint.step} ({how})")
         if asked:
             own = f"; {folder.eval_file.name} stays that of the run's own settings" * folder.eval_file.is_file()
             console.note(f"Scores: {kept}{own}")
+        if plot is not None:
+            params = {n: p.to(world.device, parts.dtype) for n, p in checkpoint.params().items()}
+            draw_fits(config, parts, params, learners, plot, f"{method_title(config)}, {title}")
+            console.note(f"Picture: {plot}")
 
     world.run_on_main(write)
     return summary
