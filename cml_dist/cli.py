@@ -81,6 +81,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
             "--on", "after RUN_DIR: image sets to test on, with one table: folders or URLs of packed sets, or 'glyphs'",
             nargs="+", default=[], metavar="SET",
         ),
+        _option("--plot", "regression: also draw fits of a few episodes (.png, .pdf or .svg)", metavar="FILE"),
     )),
     "status": ("status.status", "how runs stand, from another terminal or machine; reads only", (
         _option("run_dir", "the folder of a run; several make a table", metavar="RUN_DIR", nargs="+"),

@@ -168,7 +168,7 @@ DOMAINS: dict[str, DomainEntry] = {
     **dict.fromkeys(("cifar_fs", "fc100", "aircraft", "vgg_flower"), _SMALL),
     **dict.fromkeys(("mini_imagenet", "tiered_imagenet", "cub", "cars"), _LARGE),
     "sinusoid": DomainEntry(
-        "regression on sine curves", "cml_dist.data.sinusoid:SinusoidDomain", settings="SinusoidConfig"
+        "regression on sine waves, and lines", "cml_dist.data.sinusoid:SinusoidDomain", settings="SinusoidConfig"
     ),
 }
 OWN_DOMAIN = DomainEntry(

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from cml_dist.distributed.env import check_launch
+from cml_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from cml_dist.config.schema import RunConfig
@@ -18,12 +19,14 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
 
     config = _config_of(args, console)
     sets = {place: on_set(config, place) for place in args.on}
+    if sets and args.plot:
+        raise ConfigError("--plot draws fits of curves, and --on names image sets", "leave one of them out")
     from cml_dist.run.report import evaluate_run, evaluate_sets
 
     if sets:
         evaluate_sets(sets, args.checkpoint, console)
     else:
-        evaluate_run(config, args.checkpoint, console)
+        evaluate_run(config, args.checkpoint, console, args.plot)
 
 
 def export(args: argparse.Namespace, console: Console) -> None:

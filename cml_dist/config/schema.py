@@ -123,6 +123,7 @@ class SinusoidConfig(Section):
     """Regression on y = A sin(x - phase): A in [0.1, 5], phase in [0, pi], x in [-5, 5] (paper, section 5.1)."""
 
     name: Literal["sinusoid"]
+    family: Literal["sinusoid", "mixed"] = Field("sinusoid", description="the curves: sinusoid; mixed: every other episode a line y = a x + b, a and b in [-3, 3] (Finn et al., 1806.02817)")
     shots: int = Field(10, ge=1, le=10_000, description="support points (K)")
     queries: int = Field(10, ge=1, le=10_000, description="query points")
     noise: float = Field(0.0, ge=0, description="standard deviation of Gaussian noise on the targets")

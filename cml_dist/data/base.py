@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from cml_dist.errors import DataError
-from cml_dist.types import Episode
+from cml_dist.types import Batch, Episode
 
 SPLITS = ("train", "val", "test")
 
@@ -72,6 +72,18 @@ class Domain(ABC):
     @abstractmethod
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean score over the examples: a scalar without gradient."""
+
+    def grid(self, split: str, index: int) -> Batch | None:
+        """An episode's curve without noise on inputs that rise and that all episodes share; None: it is no curve.
+
+        For regression on one number: tests report the score on it too, and ``cml-dist eval --plot`` draws it.
+        """
+        return None
+
+    def prepared_grid(self, split: str, index: int, device: torch.device, dtype: torch.dtype) -> Batch | None:
+        """:meth:`grid` as the network reads it."""
+        curve = self.grid(split, index)
+        return None if curve is None else self.prepare(Episode(curve, curve, split, index), device, dtype).query
 
     def load(self, split: str, progress: Progress | None = None) -> bool:
         """Bring a split into memory ahead of its use, where that pays; returns whether it is there."""

@@ -57,8 +57,11 @@ def build(
                 )
             _check_counts(config, name, first)
             prepared = domain.prepare(first, torch.device("cpu"), torch.float32)
-            for part, batch in (("support", prepared.support), ("query", prepared.query)):
-                _check_prepared(domain, f"{name} prepares the {part} set of {split}", batch, config.ways)
+            parts = {"support set": prepared.support, "query set": prepared.query}
+            if (grid := domain.prepared_grid(split, 0, torch.device("cpu"), torch.float32)) is not None:
+                parts["grid"] = grid
+            for part, batch in parts.items():
+                _check_prepared(domain, f"{name} prepares the {part} of {split}", batch, config.ways)
     return domain
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +36,12 @@ class EvalReport:
         order_sd: ``[episodes]``, the standard deviation over label orders; None with one order.
         mean: of the scores.
         ci95: half width of the 95 % interval of the mean over episodes, by Student's t.
+        grid: scores on the curve without noise on a fixed grid, where the domain has one (:meth:`Domain.grid`).
     """
 
     scores: Tensor
     order_sd: Tensor | None = None
+    grid: EvalReport | None = None
 
     @property
     def mean(self) -> float:
@@ -48,12 +51,13 @@ class EvalReport:
     def ci95(self) -> float:
         return half_width(self.scores.std(correction=1).item(), n) if (n := len(self.scores)) > 1 else math.nan
 
-    def summary(self) -> dict[str, float | int | None]:
+    def summary(self) -> dict[str, Any]:
         """For JSON: what is not finite (a diverged learner, the interval of one episode) is null."""
         numbers = {"mean": self.mean, "ci95": self.ci95}
         if self.order_sd is not None:
             numbers["label_order_sd"] = self.order_sd.mean().item()
-        return {k: v if math.isfinite(v) else None for k, v in numbers.items()} | {"episodes": len(self.scores)}
+        found = {k: v if math.isfinite(v) else None for k, v in numbers.items()} | {"episodes": len(self.scores)}
+        return found if self.grid is None else {**found, "grid": self.grid.summary()}
 
     def row(self, name: str) -> ResultRow:
         """For a table, under the learner's name."""
@@ -69,8 +73,9 @@ def score_episode(
     co_adapt: str = "eq9",
     norm: str = "batch",
     others: Sequence[Params] = (),
+    grid: Batch | None = None,
 ) -> Tensor:
-    """Adapt on the support set, score on the query set; no second-order graph is built.
+    """Adapt on the support set, score on the query set, then on ``grid``: ``[1 or 2]``; no second-order graph is built.
 
     Args:
         others: of an ensemble: each adapts by itself, and the mean of the outputs is scored.
@@ -81,8 +86,10 @@ def score_episode(
     """
     by: Learner = "co" if learner == "co" and co_adapt == "eq9" else "meta"
     adapted = (adapt(one, episode, problem, method, by) for one in (params, *others))
-    outputs = torch.stack([problem.answers(one, episode, learner, norm) for one in adapted])
-    return problem.score(outputs.mean(0), episode.query.targets)
+    asked = [episode.query] if grid is None else [episode.query, grid]
+    outputs = [[problem.answers(one, replace(episode, query=b), learner, norm) for b in asked] for one in adapted]
+    pairs = zip(zip(*outputs, strict=True), asked, strict=True)
+    return torch.stack([problem.score(torch.stack(of_all).mean(0), batch.targets) for of_all, batch in pairs])
 
 
 def evaluate(
@@ -112,28 +119,33 @@ def evaluate(
     """
     problem, how = parts.model.problem, (config.eval.co_adapt, config.eval.norm, others)
     method = replace(parts.model.method, inner_steps=parts.plan.test_inner_steps)
-    # Mean and spread over label orders of each learner, and a row that is not 0 where a rank broke off.
-    table = torch.zeros(2 * len(learners) + 1, num_episodes, dtype=torch.float64)
+    # Mean and spread over label orders of each learner, and its mean on the grid (without one the first mean again);
+    # and a row that is not 0 where a rank broke off.
+    table = torch.zeros(3 * len(learners) + 1, num_episodes, dtype=torch.float64)
     mine, workers = range(world.rank, num_episodes, world.size), config.domain.workers
     stream = episode_stream(parts.domain, split, mine, device=world.device, dtype=parts.dtype, workers=workers)
+    has_grid = parts.domain.grid(split, 0) is not None
     world.heartbeat.beat(f"{split}, episode 1 of {len(mine)}")
     for count, episode in enumerate(stream, start=1):
         if stop():
             table[-1] = 1.0
             break
         orders = label_orders(episode, permutations)
+        grid = parts.domain.prepared_grid(split, episode.index, world.device, parts.dtype)
         for number, learner in enumerate(learners):
-            scores = [score_episode(params, one, problem, method, learner, *how).double() for one in orders]
-            table[2 * number, episode.index] = sum(scores) / len(scores)
+            scores = [score_episode(params, one, problem, method, learner, *how, grid).double() for one in orders]
+            mean = sum(scores) / len(scores)
+            table[3 * number, episode.index], table[3 * number + 2, episode.index] = mean[0], mean[-1]
             if permutations > 1:
-                table[2 * number + 1, episode.index] = torch.stack(scores).std(correction=1)
+                table[3 * number + 1, episode.index] = torch.stack(scores)[:, 0].std(correction=1)
         progress(min(count * world.size, num_episodes))
         world.heartbeat.beat(f"{split}, episode {count + 1} of {len(mine)}")
     *table, broken_off = world.sum(table.flatten()).reshape_as(table)
     if broken_off.any():
         raise Stopped
-    pairs = zip(learners, table[::2], table[1::2], strict=True)
-    return {learner: EvalReport(mean, spread if permutations > 1 else None) for learner, mean, spread in pairs}
+    found = zip(learners, table[::3], table[1::3], table[2::3], strict=True)
+    orders, grid = permutations > 1, EvalReport if has_grid else lambda scores: None
+    return {who: EvalReport(mean, spread if orders else None, grid(on_it)) for who, mean, spread, on_it in found}
 
 
 def label_orders(episode: Episode, count: int) -> list[Episode]:

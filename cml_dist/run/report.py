@@ -23,6 +23,7 @@ from cml_dist.errors import CheckpointError
 from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.checkpoint import Checkpoint, choose, on_all_ranks
 from cml_dist.run.evaluator import EvalReport, evaluate
+from cml_dist.run.fits import check_plot, draw_fits
 from cml_dist.run.folder import NEUTRAL_KEYS, RunFolder, changes
 from cml_dist.run.record import code_commit, versions
 from cml_dist.run.status import now
@@ -33,10 +34,10 @@ from cml_dist.types import Learner, Params
 Reports = dict[Learner, EvalReport]
 
 
-def evaluate_run(config: RunConfig, which: str, console: Console) -> dict[str, Any]:
+def evaluate_run(config: RunConfig, which: str, console: Console, plot: str | None = None) -> dict[str, Any]:
     """Test a run's checkpoint by its configuration, see :func:`score_run`. Collective: all ranks."""
     with joined_world(config) as world, memory_explained(world.device):
-        return score_run(config, assemble(config, world, console, training=False), world, console, which)
+        return score_run(config, assemble(config, world, console, training=False), world, console, which, plot=plot)
 
 
 def evaluate_sets(tests: Mapping[str, RunConfig], which: str, console: Console) -> None:
@@ -75,6 +76,7 @@ def score_run(
     which: str = "best",
     stop: Callable[[], bool] = lambda: False,
     fence: Callable[[], None] = lambda: None,
+    plot: str | None = None,
 ) -> dict[str, Any]:
     """Test a run's checkpoint, write summary and per-episode scores, and show the table.
 
@@ -84,12 +86,15 @@ def score_run(
     Args:
         stop: asked before each episode: whether to break off, and raise Stopped on all ranks.
         fence: called by rank 0 right before it writes; an error that it raises calls it off.
+        plot: a picture that rank 0 draws besides, see :func:`draw_fits`.
 
     Raises:
         CheckpointError: there is no checkpoint, or none that fits.
 
     Collective: all ranks.
     """
+    if plot is not None:
+        check_plot(plot, parts.domain, config.eval.split)
     folder = RunFolder(config.run.dir)
     world.heartbeat.beat("looking for a checkpoint")
     checkpoint, how = on_all_ranks(world, lambda warn: choose(folder.checkpoints, which, parts.net, warn), console.warn)
@@ -138,6 +143,7 @@ def score_run(
         scores = io.BytesIO()
         further = {"ensemble": together, "untrained": floor}
         named = reports | {f"{kind}_{one}": report for kind, own in further.items() for one, report in own.items()}
+        named |= {f"{name}_grid": report.grid for name, report in named.items() if report.grid is not None}
         np.savez(scores, **{name: report.scores.numpy() for name, report in named.items()})
         fence()
         kept = folder.new_eval_file(asked)
@@ -147,10 +153,14 @@ def score_run(
         if not asked:
             write_json(folder.eval_file, summary)
         rows = {"{}": reports, f"{{}} (ensemble of {len(members)})": together, "untrained {}": floor}
-        _show(config, parts, rows, console, f"{config.eval.split} split, step {checkpoint.step} ({how})")
+        _show(config, parts, rows, console, title := f"{config.eval.split} split, step {checkpoint.step} ({how})")
         if asked:
             own = f"; {folder.eval_file.name} stays that of the run's own settings" * folder.eval_file.is_file()
             console.note(f"Scores: {kept}{own}")
+        if plot is not None:
+            params = {n: p.to(world.device, parts.dtype) for n, p in checkpoint.params().items()}
+            draw_fits(config, parts, params, learners, plot, f"{method_title(config)}, {title}")
+            console.note(f"Picture: {plot}")
 
     world.run_on_main(write)
     return summary
@@ -184,7 +194,9 @@ def _show(config: RunConfig, parts: Parts, kinds: dict[str, Reports], console: C
     """The table of results, and what explains it; ``kinds`` of reports by what their rows are called."""
     reports = kinds["{}"]
     names = {learner: learner_title(config, learner) for learner in reports}
-    rows = [report.row(kind.format(names[one])) for kind, own in kinds.items() for one, report in own.items()]
+    named = [(kind.format(names[one]), report) for kind, own in kinds.items() for one, report in own.items()]
+    rows = [report.row(name) for name, report in named]
+    rows += [report.grid.row(f"{name}, on the grid") for name, report in named if report.grid is not None]
     if parts.domain.chance is not None:
         rows.append(ResultRow("chance", parts.domain.chance))
     console.results(rows, title=title, score_name=parts.domain.score_name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from contextlib import suppress
@@ -66,6 +67,16 @@ def test_two_processes_train_as_one(on_two, tmp_path):
     for learner in ("meta", "co"):
         assert reports[0][learner]["mean"] == pytest.approx(reports[1][learner]["mean"], rel=1e-9)
         assert reports[0][learner]["episodes"] == reports[1][learner]["episodes"] == 7
+
+
+def test_two_processes_test_again_as_one_and_draw_one_picture(on_two, tmp_path):
+    folder, picture = tmp_path / "run", tmp_path / "fits.png"
+    shutil.copytree(on_two[0], folder)
+    before = json.loads((folder / "eval.json").read_text())
+    code, out = run_ranks(2, "-m", "cml_dist", "eval", str(folder), "--plot", str(picture))
+    assert code == 0 and out.count("Picture") == 1, out
+    assert json.loads((folder / "eval.json").read_text()) == before and "grid" in before["untrained"]["co"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_environment_variable_changes_a_result(on_two, tmp_path):

@@ -93,6 +93,7 @@ NET += "    def __init__(self, shape):\n        super().__init__()\n        self
 NET += "        self.register_buffer('mean', torch.zeros(4))\n"
 NET += "    def forward(self, x):\n        h = self.a(x)\n        "
 BLOBS = FILES["my_data.py"].replace("class Blobs", "class Mine")
+FLAT = "    def grid(self, split, index):\n        return Batch(torch.zeros(3, 1), torch.zeros(3).long())\n"
 FORGETFUL = BLOBS.replace("self.seeds[split]", "self.asked").replace(
     "        rng", "        self.asked = getattr(self, 'asked', 0) + 1\n        rng"
 )
@@ -112,6 +113,7 @@ BROKEN = [
     ("domain.name", BLOBS.replace("    @staticmethod\n    def loss(", "    def loss(self, "), "no static method loss"),
     ("domain.name", FORGETFUL, "another episode where 0 of train is asked for again"),
     ("domain.name", BLOBS.replace("self.config.shots)", "2)"), "but domain.shots is 10"),
+    ("domain.name", BLOBS + FLAT, "the grid of train with inputs of shape (3, 1), not (3, 2)"),
     ("domain.name", BLOBS.replace("dtype if tensor.is_floating_point() else None", "None"), "inputs as torch.float64"),
 ]  # fmt: skip
 

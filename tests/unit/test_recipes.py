@@ -52,6 +52,7 @@ def test_the_sinusoid_recipe_has_the_settings_of_the_paper():
     method = config.method
     assert (method.name, method.inner_steps, method.inner_lr, method.gamma) == ("cml", 1, 0.01, 0.2)
     assert config.train.episodes_per_step == 4
+    assert (config.domain.family, config.domain.shots) == ("sinusoid", 10)
 
 
 @pytest.mark.parametrize("given", ["glyphs", "glyphs.yaml", "configs/recipes/glyphs.yaml"])

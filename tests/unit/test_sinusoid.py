@@ -81,6 +81,35 @@ def test_support_and_query_lie_on_one_wave_within_the_ranges():
     assert deciles.min() >= 15  # 40 expected in each, standard deviation 6
 
 
+def test_every_other_episode_of_the_mixed_family_is_a_line_and_the_others_are_the_same_waves():
+    domain, waves = make(family="mixed"), make()
+    slopes, intercepts = [], []
+    for index in range(400):
+        x, y = points(domain.episode("test", index))
+        if index % 2 == 0:
+            assert same(domain.episode("test", index), waves.episode("test", index))
+            continue
+        slope, intercept = np.polyfit(x, y, 1)
+        assert np.abs(slope * x + intercept - y).max() < 1e-10
+        slopes.append(slope)
+        intercepts.append(intercept)
+    for found in (slopes, intercepts):
+        assert -3 <= min(found) < -2.8 and 2.8 < max(found) <= 3
+        assert abs(np.mean(found)) < 5 * 6 / math.sqrt(12 * 200)
+
+
+@pytest.mark.parametrize("family", ["sinusoid", "mixed"])
+def test_the_grid_is_the_curve_of_the_episode_without_noise(family):
+    noisy, clean = make(family=family, noise=0.3, shots=500), make(family=family, shots=500)
+    for index in range(2):
+        grid = noisy.grid("test", index)
+        assert grid.inputs.shape == grid.targets.shape == (101, 1)
+        assert torch.allclose(grid.inputs[:, 0], torch.linspace(-5, 5, 101, dtype=torch.float64))
+        x, y = points(clean.episode("test", index))
+        order = np.argsort(x)
+        assert np.interp(grid.inputs[5:-5, 0], x[order], y[order]) == pytest.approx(grid.targets[5:-5, 0], abs=0.02)
+
+
 def test_an_episode_depends_on_seed_split_and_index_alone():
     domain = make()
     late = domain.episode("val", 5)
