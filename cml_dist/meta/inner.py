@@ -113,7 +113,7 @@ class InnerLoop:
         if not (self.starts_head and self.problem.head_reads_support):
             return None
         net, episode = self.rule.network(self.meta, 0), self.episode
-        return self.problem.values(net, episode.support, "pooled", episode.context)
+        return self.problem.values(net, episode.support, "pooled")
 
     def pull_back_start(self, back: Cotangent) -> None:
         """Turn a gradient at the start into one with respect to the meta-parameters alone, in ``back.meta``."""
@@ -215,7 +215,7 @@ class InnerLoop:
 
             def loss(at: Point, part: Batch = part, share: float = share) -> Tensor:
                 params = self._view(at, k)
-                outputs = self.problem.outputs(params, part, list(self.weights), self.episode.context)
+                outputs = self.problem.outputs(params, part.in_step(k), list(self.weights))
                 return _weighted(self.weights, [share * self.problem.loss(out, part.targets) for out in outputs])
 
             yield loss
@@ -244,7 +244,7 @@ class InnerLoop:
         parts, values = [], []
         for part, share in problem.micro_batches(query):
             leaves = here.leaves()
-            outputs = list(problem.outputs(self._view(leaves, k), part, learners, self.episode.context))
+            outputs = list(problem.outputs(self._view(leaves, k), part, learners))
             inputs = leaves.tensors()
             if prototypes is not None:
                 inputs.append(prototypes)
@@ -284,7 +284,7 @@ class InnerLoop:
         if not self.problem.uses_prototypes:
             return None
         support = self.episode.support
-        embedded = self.problem.values(self._view(at, k), support, "co", self.episode.context)
+        embedded = self.problem.values(self._view(at, k), support, "co")
         return class_means(embedded, support.targets, self.episode.ways).requires_grad_()
 
     def _pull_back_pass(
@@ -294,7 +294,7 @@ class InnerLoop:
         begin = 0
         for part, _ in self.problem.micro_batches(self.episode.support):
             leaves = at.leaves()
-            (outputs,) = self.problem.outputs(view(leaves), part, (one,), self.episode.context)
+            (outputs,) = self.problem.outputs(view(leaves), part, (one,))
             vector = gradient[begin : begin + len(outputs)]
             begin += len(outputs)
             into.add(at.named(torch.autograd.grad(outputs, leaves.tensors(), vector, allow_unused=True)))
@@ -336,6 +336,7 @@ def adapt(meta: Params, episode: Episode, problem: Problem, method: Method, lear
     else:
         parts = (BODY, HEAD)
     rule = replace(method.rule, parts=parts)
+    episode = replace(episode, support=replace(episode.support, by_step={}))  # what is drawn a step is of training
     loop = InnerLoop(meta, episode, problem, replace(method, rule=rule), {learner: 1.0})
     fast = loop.fast
     for k in range(loop.steps):

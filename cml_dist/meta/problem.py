@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -60,9 +61,7 @@ class Problem:
 
     # ------------------------------------------------------------------ passes through the network
 
-    def outputs(
-        self, params: Params, batch: Batch, passes: Sequence[Pass], context: Mapping[str, Tensor]
-    ) -> tuple[Tensor, ...]:
+    def outputs(self, params: Params, batch: Batch, passes: Sequence[Pass]) -> tuple[Tensor, ...]:
         """What is asked for at ``params``, ``[N, ...]`` each, from one pass through the body.
 
         A co-learner that compares with prototypes gives its embedding: see :meth:`against_prototypes`.
@@ -71,7 +70,7 @@ class Problem:
         # Parameters that the asked-for heads do not use may be absent, so strict stays off; a missing one that *is*
         # used would be a tensor on the meta device and fail at once.
         state = {**self.buffers, **params}
-        arguments = (batch.inputs,), {"learners": passes, **context}
+        arguments = (batch.inputs,), {"learners": passes, **batch.context}
         if self.autocast is None:
             return functional_call(self.structure, state, *arguments)
         # A context a call, left before any gradient is taken: autocast's cache of cast weights dies with it, and cannot
@@ -87,12 +86,12 @@ class Problem:
         if size is None or size >= total:
             return [(batch, 1.0)]
         inputs, targets = batch.inputs.split(size), batch.targets.split(size)
-        return [(Batch(x, t), len(t) / total) for x, t in zip(inputs, targets, strict=True)]
+        return [(replace(batch, inputs=x, targets=t), len(t) / total) for x, t in zip(inputs, targets, strict=True)]
 
-    def values(self, params: Params, batch: Batch, one: Pass, context: Mapping[str, Tensor]) -> Tensor:
+    def values(self, params: Params, batch: Batch, one: Pass) -> Tensor:
         """One kind of output ``[N, ...]`` of a whole batch, without a graph."""
         with torch.no_grad():
-            return torch.cat([self.outputs(params, part, (one,), context)[0] for part, _ in self.micro_batches(batch)])
+            return torch.cat([self.outputs(params, part, (one,))[0] for part, _ in self.micro_batches(batch)])
 
     # ------------------------------------------------------------------ what an episode's support set makes
 
@@ -122,12 +121,12 @@ class Problem:
             norm: norms by batch statistics take those of the query set itself (``batch``, as in the paper), or those of
                 the support set (``support``), so that an answer does not depend on its neighbours.
         """
-        support, query, context = episode.support, episode.query, episode.context
+        support, query = episode.support, episode.query
         prototypes = None
         if learner == "co" and self.uses_prototypes:
-            prototypes = class_means(self.values(params, support, "co", context), support.targets, episode.ways)
+            prototypes = class_means(self.values(params, support, "co"), support.targets, episode.ways)
         with self._norms_of(params, episode, learner) if norm == "support" else nullcontext():
-            outputs = self.values(params, query, learner, context)
+            outputs = self.values(params, query, learner)
         return outputs if prototypes is None else self.against_prototypes(outputs, prototypes)
 
     @contextmanager
@@ -148,7 +147,7 @@ class Problem:
         hooks = [module.register_forward_pre_hook(record(name)) for name, module in norms.items()]
         try:
             if norms:
-                self.values(params, episode.support, learner, episode.context)
+                self.values(params, episode.support, learner)
         finally:
             for hook in hooks:
                 hook.remove()

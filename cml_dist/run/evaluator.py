@@ -20,7 +20,7 @@ from cml_dist.run.interrupts import Stopped
 from cml_dist.run.interval import half_width
 from cml_dist.run.stream import episode_stream
 from cml_dist.telemetry.console import ResultRow
-from cml_dist.types import Batch, Episode, Learner, Params
+from cml_dist.types import Episode, Learner, Params
 
 ORDERS_SEED = 2**32
 """Of label orders: no seed of episodes is so large, so that orders and classes are drawn apart."""
@@ -141,6 +141,6 @@ def label_orders(episode: Episode, count: int) -> list[Episode]:
     found, generator = [episode], episode_rng(ORDERS_SEED, episode.split, episode.index)
     for _ in range(count - 1):
         order = torch.from_numpy(generator.permutation(episode.ways)).to(episode.support.targets.device)
-        support, query = (Batch(b.inputs, order[b.targets]) for b in (episode.support, episode.query))
+        support, query = (replace(b, targets=order[b.targets]) for b in (episode.support, episode.query))
         found.append(replace(episode, support=support, query=query))
     return found
