@@ -113,7 +113,11 @@ def family(name: str) -> str:
 
 @dataclass(frozen=True)
 class BackboneEntry(Entry):
-    """A backbone, which reads ``images``, ``vectors`` or ``all``. Its target is ``build(model, input_shape)``."""
+    """A backbone. Its target is ``build(model, input_shape)``.
+
+    Attributes:
+        reads: ``images``, ``vectors``, ``nodes`` or ``all``.
+    """
 
     reads: str = "images"
 
@@ -121,6 +125,7 @@ class BackboneEntry(Entry):
 BACKBONES: dict[str, BackboneEntry] = {
     "conv4": BackboneEntry("four convolutional blocks", "cml_dist.nets.conv4:build"),
     "mlp": BackboneEntry("hidden layers, for vectors", "cml_dist.nets.mlp:build", reads="vectors"),
+    "gcn": BackboneEntry("two graph convolutions, for nodes", "cml_dist.nets.gcn:build", reads="nodes"),
 }
 TIMM = BackboneEntry("any timm model by name, e.g. resnet18", "cml_dist.nets.timm_backbone:build")
 """What every other name of ``model.backbone`` is."""
@@ -169,6 +174,9 @@ DOMAINS: dict[str, DomainEntry] = {
     "mini_imagenet": DomainEntry("", _IMAGES, usual_inputs=(3, 84, 84)),
     "sinusoid": DomainEntry(
         "regression on sine curves", "cml_dist.data.sinusoid:SinusoidDomain", settings="SinusoidConfig"
+    ),
+    "graph_nodes": DomainEntry(
+        "nodes of one graph", "cml_dist.data.graph_nodes:GraphNodesDomain", settings="GraphNodesConfig"
     ),
 }
 OWN_DOMAIN = DomainEntry(

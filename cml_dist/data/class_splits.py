@@ -1,0 +1,49 @@
+"""The ways to divide classes into train, val and test, by number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import combinations, islice
+
+import numpy as np
+
+ENUMERATED = 1000
+"""Up to so many ways are counted through in order; of more, those with the first numbers are a seeded sample."""
+
+Division = tuple[tuple[int, ...], ...]
+
+
+def num_class_splits(num_classes: int, sizes: Sequence[int]) -> int:
+    """In how many ways classes can be divided into parts of these sizes; what is left over is in no part."""
+    left = [num_classes - sum(sizes[:part]) for part in range(len(sizes))]
+    return math.prod(math.comb(max(most, 0), size) for most, size in zip(left, sizes, strict=True))
+
+
+def class_split(num_classes: int, sizes: Sequence[int], k: int) -> Division:
+    """The ``k``-th of all ways to divide classes ``0..num_classes - 1`` into parts of these sizes, no two alike.
+
+    Args:
+        k: below :func:`num_class_splits`; up to ``ENUMERATED`` ways are in lexical order, more are shuffled by a fixed
+            seed.
+
+    Returns:
+        The classes of each part, ascending. Cost: grows with ``k``.
+    """
+    if num_class_splits(num_classes, sizes) <= ENUMERATED:
+        return next(islice(_divisions(range(num_classes), sizes), k, None))
+    rng, found = np.random.default_rng(0), {}
+    bounds = np.cumsum([0, *sizes])
+    while len(found) <= k:
+        order = rng.permutation(num_classes).tolist()
+        found[tuple(tuple(sorted(order[a:b])) for a, b in zip(bounds[:-1], bounds[1:], strict=True))] = None
+    return next(reversed(found))
+
+
+def _divisions(classes: Sequence[int], sizes: Sequence[int]) -> Iterator[Division]:
+    if not sizes:
+        yield ()
+        return
+    for part in combinations(classes, sizes[0]):
+        for rest in _divisions([c for c in classes if c not in part], sizes[1:]):
+            yield part, *rest
