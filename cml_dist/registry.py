@@ -141,6 +141,7 @@ HEADS: dict[str, Entry] = {
     "linear": Entry("a linear layer", "torch.nn:Linear"),
     "shared": Entry("all classes start from one learned vector (UNICORN-MAML)", "cml_dist.nets.heads:SharedHead"),
     "centroid": Entry("classes start from their mean support feature (Proto-MAML)", "cml_dist.nets.heads:CentroidHead"),
+    "prototype": Entry("embeddings, compared with the support's class means", "cml_dist.nets.heads:Projection"),
     "ridge": Entry("classes start from ridge regression on the support features", "cml_dist.nets.heads:RidgeHead"),
 }
 

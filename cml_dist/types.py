@@ -75,6 +75,10 @@ class Episode:
         """The episode with each of its tensors changed."""
         return replace(self, support=self.support.map(change), query=self.query.map(change))
 
+    @property
+    def batches(self) -> tuple[Batch, Batch]:
+        return self.support, self.query
+
     def to(self, device: torch.device) -> Episode:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 

@@ -95,6 +95,9 @@ def contradictions(config: Any) -> Iterator[str]:
             yield f"engine.micro_batch is {engine.micro_batch}, but {shared}: set engine.micro_batch=auto"
         if config.domain.dropout and model.hidden[0] > 64:
             yield f"domain.dropout reaches 64 hidden units, but model.hidden is {list(model.hidden)}: lower the first"
+    if model.head == "prototype" and isinstance(engine.micro_batch, int):
+        means = "but model.head prototype compares each support example with the means of all"
+        yield f"engine.micro_batch is {engine.micro_batch}, {means}: set engine.micro_batch=auto"
     if model.head == "shared" and method.inner_steps == 0:
         remedy = "set method.inner_steps to 1 or more, or model.head=centroid or ridge"
         yield f"model.head is shared, but method.inner_steps is 0: all classes keep the same vector; {remedy}"

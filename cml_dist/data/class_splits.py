@@ -9,7 +9,7 @@ from itertools import combinations, islice
 import numpy as np
 
 ENUMERATED = 1000
-"""Up to so many ways are counted through in order; of more, those with the first numbers are a seeded sample."""
+"""Up to so many ways are counted through in order; more are drawn by a fixed seed, none twice."""
 
 Division = tuple[tuple[int, ...], ...]
 
@@ -21,22 +21,13 @@ def num_class_splits(num_classes: int, sizes: Sequence[int]) -> int:
 
 
 def class_split(num_classes: int, sizes: Sequence[int], k: int) -> Division:
-    """The ``k``-th of all ways to divide classes ``0..num_classes - 1`` into parts of these sizes, no two alike.
-
-    Args:
-        k: below :func:`num_class_splits`; up to ``ENUMERATED`` ways are in lexical order, more are shuffled by a fixed
-            seed.
-
-    Returns:
-        The classes of each part, ascending. Cost: grows with ``k``.
-    """
+    """The classes of each part, ascending, by the ``k``-th of all :func:`num_class_splits` ways. Cost: grows with k."""
     if num_class_splits(num_classes, sizes) <= ENUMERATED:
         return next(islice(_divisions(range(num_classes), sizes), k, None))
-    rng, found = np.random.default_rng(0), {}
-    bounds = np.cumsum([0, *sizes])
+    rng, found, ends = np.random.default_rng(0), {}, np.cumsum(sizes)
     while len(found) <= k:
-        order = rng.permutation(num_classes).tolist()
-        found[tuple(tuple(sorted(order[a:b])) for a, b in zip(bounds[:-1], bounds[1:], strict=True))] = None
+        *parts, _ = np.split(rng.permutation(num_classes), ends)
+        found[tuple(tuple(sorted(part.tolist())) for part in parts)] = None
     return next(reversed(found))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,42 @@ from cml_dist.config.schema import GraphNodesConfig
 from cml_dist.data import sampling
 from cml_dist.data.base import SPLITS, ClassificationDomain, Progress, episode_rng
 from cml_dist.data.class_splits import class_split, num_class_splits
-from cml_dist.data.graph_files import Graph, Rows, read_graph
+from cml_dist.data.graph_files import Graph, read_graph
 from cml_dist.errors import ConfigError, DataError
 from cml_dist.types import Batch, Episode
 
 MASKED_STEPS, MASKED_UNITS = 32, 64
 """Of dropout: inner steps with masks of their own, after which they begin again, and hidden units that it can reach."""
 
-DENSE = 1 / 3
-"""The part of entries from which on a matrix takes less memory in full."""
+
+@dataclass(frozen=True)
+class Rows:
+    """A sparse matrix by rows: row v has ``values[starts[v] : starts[v + 1]]`` in ``columns[...]``."""
+
+    starts: Tensor
+    columns: Tensor
+    values: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, matrix: Tensor, device: torch.device, dtype: torch.dtype) -> Rows:
+        """The rows of a sparse tensor or one in full."""
+        matrix = matrix.to_sparse().coalesce()
+        row, column = matrix.indices().contiguous()
+        starts = torch.searchsorted(row, torch.arange(matrix.shape[0] + 1))
+        return cls(starts.to(device), column.to(device), matrix.values().to(device, dtype), matrix.shape[1])
+
+    def take(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries of rows ``[M]``: position of the row in ``ids``, column, value."""
+        counts = self.starts[ids + 1] - self.starts[ids]
+        owner = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
+        at = (self.starts[ids] - counts.cumsum(0) + counts)[owner] + torch.arange(len(owner), device=ids.device)
+        return owner, self.columns[at], self.values[at]
+
+    def dense(self, ids: Tensor) -> Tensor:
+        """``[M, width]``."""
+        owner, columns, values = self.take(ids)
+        return values.new_zeros(len(ids), self.width).index_put_((owner, columns), values)
 
 
 class GraphNodesDomain(ClassificationDomain):
@@ -47,36 +74,31 @@ class GraphNodesDomain(ClassificationDomain):
         self, settings: GraphNodesConfig, seeds: Mapping[str, int], processes: int = 1, progress: Progress | None = None
     ) -> None:
         self.settings, self.graph, self._seeds = settings, read_graph(settings.root), seeds
-        self.input_shape = (self.graph.features.width,)
+        self.input_shape = (self.graph.features.shape[1],)
         self.output_dim, self.chance = settings.ways, 1 / settings.ways
         self.splits, short = _split_classes(settings, self.graph), []
         self._nodes: dict[str, list[np.ndarray]] = {}
         for split, classes in self.splits.items():
-            nodes = {c: np.flatnonzero(self.graph.labels == c) for c in classes}
-            enough = {c: ids for c, ids in nodes.items() if len(ids) >= settings.shots + self._queries(split)}
-            self._nodes[split] = list(enough.values())
-            named = ((self.graph.class_names[c], len(nodes[c])) for c in classes if c not in enough)
-            short += [f"{name} ({split}) has {count}" for name, count in named]
-        self.remarks = (
-            *self.graph.notes,
-            *([f"Classes with too few nodes for an episode are left out: {', '.join(short)}"] if short else []),
-        )
-        self._degrees = np.diff(self.graph.edges.indptr) + 1.0  # each node sees itself
-        self._features: dict[tuple[torch.device, torch.dtype], _OnDevice] = {}
+            nodes = {self.graph.class_names[c]: np.flatnonzero(self.graph.labels.numpy() == c) for c in classes}
+            self._nodes[split] = [ids for ids in nodes.values() if len(ids) >= self._nodes_a_class(split)]
+            short += [f"{c} ({split}) has {len(n)}" for c, n in nodes.items() if len(n) < self._nodes_a_class(split)]
+        left_out = f"Classes with too few nodes for an episode are left out: {', '.join(short)}"
+        self.remarks = (*self.graph.notes, *[left_out] * bool(short))
+        self._matrices: dict[tuple[torch.device, torch.dtype], tuple[Rows, Rows]] = {}
 
-    def _queries(self, split: str) -> int:
-        """Query nodes a class."""
-        other = split != "train" and self.settings.eval_queries is not None
-        return self.settings.eval_queries if other else self.settings.queries
+    def _nodes_a_class(self, split: str) -> int:
+        """Of an episode."""
+        queries = self.settings.queries if split == "train" else self.settings.eval_queries or self.settings.queries
+        return self.settings.shots + queries
 
     def check_splits(self, splits: Collection[str]) -> None:
         """Raises DataError where a split has too few classes of enough nodes."""
         for split in splits:
             if (count := len(self._nodes[split])) < self.settings.ways:
-                each = self.settings.shots + self._queries(split)
+                enough = f"have the {self._nodes_a_class(split)} nodes that an episode takes of each"
                 raise DataError(
-                    f"domain.ways is {self.settings.ways}, but split {split!r} of {self.settings.root} has {count} of "
-                    f"{len(self.splits[split])} classes with the {each} nodes that an episode takes of each",
+                    f"domain.ways is {self.settings.ways}, but of the {len(self.splits[split])} classes of split "
+                    f"{split!r} of {self.settings.root} {count} {enough}",
                     "lower domain.ways, shots or queries, or choose another domain.split or split_sizes",
                 )
 
@@ -85,69 +107,81 @@ class GraphNodesDomain(ClassificationDomain):
     def episode(self, split: str, index: int) -> Episode:
         ways, shots, rng = self.settings.ways, self.settings.shots, episode_rng(self._seeds[split], split, index)
         sizes = np.array([len(ids) for ids in self._nodes[split]])
-        classes, drawn = sampling.draw(rng, sizes, ways, shots + self._queries(split))
+        classes, drawn = sampling.draw(rng, sizes, ways, self._nodes_a_class(split))
         nodes = np.stack([self._nodes[split][c][numbers] for c, numbers in zip(classes, drawn, strict=True)])
-        batches = []
-        for part in (nodes[:, :shots], nodes[:, shots:]):
-            labels = torch.arange(ways).repeat_interleave(part.shape[1])
-            batches.append(Batch(torch.from_numpy(part.reshape(-1)), labels))
-        return Episode(*batches, split, index, ways=ways)
+        support, query = (
+            Batch(torch.from_numpy(part.flatten()), torch.arange(ways).repeat_interleave(part.shape[1]))
+            for part in (nodes[:, :shots], nodes[:, shots:])
+        )
+        return Episode(support, query, split, index, ways=ways)
 
     def prepare(self, episode: Episode, device: torch.device, dtype: torch.dtype) -> Episode:
+        if (device, dtype) not in self._matrices:
+            self._matrices[device, dtype] = tuple(Rows.of(matrix, device, dtype) for matrix in self._propagated())
         drawn = episode_rng(self._seeds[episode.split], episode.split, episode.index).spawn(3)
-        pairs = zip((episode.support, episode.query), drawn[:2], strict=True)
-        support, query = (self._seen(batch, rng, device, dtype) for batch, rng in pairs)
+        batches = zip(episode.to(device).batches, drawn[:2], strict=True)
+        support, query = (self._seen(batch, rng, *self._matrices[device, dtype]) for batch, rng in batches)
         if episode.split == "train" and (rate := self.settings.dropout):
             shape = (MASKED_STEPS, support.inputs.shape[1], MASKED_UNITS)
-            keep = torch.from_numpy((drawn[2].random(shape, np.float32) >= rate).astype(np.float32) / (1 - rate))
-            support = replace(support, by_step={"keep": keep.to(device)})
+            keep = torch.from_numpy(drawn[2].random(shape, np.float32) >= rate).to(device, dtype) / (1 - rate)
+            support = replace(support, by_step={"keep": keep})
         return replace(episode, support=support, query=query)
 
-    def _seen(self, batch: Batch, rng: np.random.Generator, device: torch.device, dtype: torch.dtype) -> Batch:
-        """Nodes with what they see of the graph, as :class:`cml_dist.nets.gcn.GCN` reads it."""
-        nodes = batch.inputs.numpy()
-        near, inputs = self._neighbourhood(nodes)
-        features = self._on_device(device, dtype).rows(near)
-        inputs = torch.from_numpy(inputs).to(device, dtype)
-        return Batch(inputs, batch.targets.to(device), {"features": features})
-
-    def _neighbourhood(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The ``[M]`` nodes that some see, themselves too, ascending, and the ``[N, M]`` entries of the adjacency."""
-        places, owner = self.graph.edges.places(nodes)
-        others = np.concatenate([nodes, self.graph.edges.indices[places]])
-        row = np.concatenate([np.arange(len(nodes)), owner])
-        near, column = np.unique(others, return_inverse=True)
-        inputs = np.zeros((len(nodes), len(near)))
-        inputs[row, column] = self._weights(nodes[row], others, self._degrees)
-        return near, inputs
-
-    def _weights(self, rows: np.ndarray, columns: np.ndarray, degrees: np.ndarray) -> np.ndarray:
-        """Entries of the normalised adjacency, whose ``degrees`` count the node itself."""
-        if self.settings.adjacency == "row":
-            return 1 / degrees[rows]
-        return 1 / np.sqrt(degrees[rows] * degrees[columns])
-
-    # ------------------------------------------------------------------ features
-
-    def _on_device(self, device: torch.device, dtype: torch.dtype) -> _OnDevice:
-        """The features that the network reads, A X, made and moved when they are first asked for."""
-        if (device, dtype) not in self._features:
-            self._features[device, dtype] = _OnDevice(self._propagated(), device, dtype)
-        return self._features[device, dtype]
-
-    def _propagated(self) -> Tensor:
-        """A X in float64, in full or sparse: nothing that is learned is in it."""
-        edges, count = self.graph.edges, self.graph.num_nodes
-        rows = np.concatenate([np.repeat(np.arange(count), np.diff(edges.indptr)), np.arange(count)])
-        columns = np.concatenate([edges.indices, np.arange(count)])
-        weights = self._weights(rows, columns, self._degrees)
-        adjacency = _sparse(rows, columns, weights, (count, count))
+    def _propagated(self) -> tuple[Tensor, Tensor]:
+        """The normalised adjacency, and what is read of nodes: A X, in which nothing is learned, or X of subgraphs."""
+        count = len(self.graph.labels)
+        row, column = torch.cat([self.graph.edges, torch.arange(count).expand(2, -1)], 1)
+        weights = self._weights(row, column, row.bincount(minlength=count))
+        adjacency = torch.sparse_coo_tensor(torch.stack([row, column]), weights, (count, count), check_invariants=True)
         with warnings.catch_warnings():  # the product of two sparse matrices uses a form "in beta state"
             warnings.simplefilter("ignore", UserWarning)
-            return torch.sparse.mm(adjacency, _as_tensor(self.graph.features))
+            whole = self.settings.base == "gcn"
+            return adjacency, torch.sparse.mm(adjacency, self.graph.features) if whole else self.graph.features
+
+    def _weights(self, row: Tensor, column: Tensor, degrees: Tensor) -> Tensor:
+        """Entries of the normalised adjacency; degrees count the node itself."""
+        ours = degrees.double()[row]
+        return 1 / ours if self.settings.adjacency == "row" else (ours * degrees.double()[column]).rsqrt()
+
+    def _seen(self, batch: Batch, rng: np.random.Generator, adjacency: Rows, features: Rows) -> Batch:
+        """Nodes with what they see of the graph, as :class:`cml_dist.nets.gcn.GCN` reads it."""
+        if self.settings.base == "g_meta":
+            pairs = [self._subgraph(node, rng, adjacency, features) for node in batch.inputs.split(1)]
+            seen, inputs = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+            inputs = torch.block_diag(*inputs.split([len(part) for part, _ in pairs]))
+            return Batch(inputs, batch.targets, {"features": seen})
+        owner, columns, values = adjacency.take(batch.inputs)
+        near, at = columns.unique(return_inverse=True)
+        inputs = values.new_zeros(len(batch.inputs), len(near)).index_put_((owner, at), values)
+        return Batch(inputs, batch.targets, {"features": features.dense(near)})
+
+    def _subgraph(
+        self, node: Tensor, rng: np.random.Generator, adjacency: Rows, features: Rows
+    ) -> tuple[Tensor, Tensor]:
+        """Of the subgraph S round a node A_S X_S ``[|S|, F]``, and the row ``[|S|]`` that the read-out makes of A_S.
+
+        The mean over S is such a row too, of the means of A_S: what comes after A_S is linear.
+        """
+        hops, cap, readout = self.settings.hops, self.settings.cap, self.settings.readout
+        ids = node
+        for _ in range(hops):
+            ids = adjacency.take(ids)[1].unique()  # each node sees itself
+        if cap is not None and len(ids) > cap:
+            others = ids[ids != node]
+            drawn = torch.from_numpy(rng.choice(len(others), cap - 1, replace=False))
+            ids = torch.cat([node, others[drawn.to(node.device)]]).sort().values
+        row, column, value = adjacency.take(ids)
+        place = torch.searchsorted(ids, column).clamp_max(len(ids) - 1)
+        inside = ids[place] == column
+        row, column, value = row[inside], place[inside], value[inside]
+        if readout == "centre":
+            value = self._weights(row, column, row.bincount()).to(value)
+        matrix = torch.sparse_coo_tensor(torch.stack([row, column]), value, (len(ids),) * 2, check_invariants=True)
+        of = ids == node if readout == "centre" else torch.full_like(ids, 1 / len(ids), dtype=value.dtype)
+        return matrix @ features.dense(ids), matrix.T @ of.to(value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_features": {}}
+        return {**self.__dict__, "_matrices": {}}
 
     # ------------------------------------------------------------------ what is said
 
@@ -155,55 +189,15 @@ class GraphNodesDomain(ClassificationDomain):
         return self.graph.fingerprint()
 
     def describe(self) -> dict[str, Any]:
-        graph = self.graph
+        classes = {split: [self.graph.class_names[c] for c in numbers] for split, numbers in self.splits.items()}
         return {
-            "graph": f"{self.settings.root}: {graph.num_nodes:,} nodes, {graph.num_edges:,} edges, "
-            f"{graph.features.width:,} features",
-            "classes": {split: [graph.class_names[c] for c in classes] for split, classes in self.splits.items()},
+            "graph": f"{self.settings.root}: {self.graph.name}",
+            "classes": "; ".join(f"{split}: {', '.join(names)}" for split, names in classes.items()),
             "input_shape": list(self.input_shape),
         }
 
 
-class _OnDevice:
-    """A matrix on a device, whose rows are asked for in full."""
-
-    def __init__(self, matrix: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-        self._dense, self._width = None, matrix.shape[1]
-        if matrix.is_sparse and matrix._nnz() > DENSE * matrix.numel():
-            matrix = matrix.to_dense()
-        if not matrix.is_sparse:
-            self._dense = matrix.to(device, dtype)
-            return
-        matrix = matrix.coalesce()
-        row, column = matrix.indices()
-        starts = torch.searchsorted(row, torch.arange(matrix.shape[0] + 1)).numpy()
-        self._rows = Rows(starts, np.empty(0), np.empty(0), self._width)
-        self._columns, self._values = column.to(device), matrix.values().to(device, dtype)
-
-    def rows(self, ids: np.ndarray) -> Tensor:
-        """``[M, width]`` of row numbers ``[M]``."""
-        if self._dense is not None:
-            return self._dense[torch.from_numpy(ids).to(self._dense.device)]
-        places, owner = (torch.from_numpy(part).to(self._values.device) for part in self._rows.places(ids))
-        found = self._values.new_zeros(len(ids) * self._width)
-        found[owner * self._width + self._columns[places]] = self._values[places]
-        return found.view(len(ids), self._width)
-
-
-def _sparse(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> Tensor:
-    indices, entries = torch.from_numpy(np.stack([rows, columns])), torch.from_numpy(values.astype(np.float64))
-    return torch.sparse_coo_tensor(indices, entries, shape, check_invariants=True).coalesce()
-
-
-def _as_tensor(rows: Rows) -> Tensor:
-    """In float64, sparse or in full."""
-    owner = np.repeat(np.arange(len(rows.indptr) - 1), np.diff(rows.indptr))
-    shape = (len(rows.indptr) - 1, rows.width)
-    sparse = _sparse(owner, rows.indices, rows.values, shape)
-    return sparse.to_dense() if sparse._nnz() > DENSE * sparse.numel() else sparse
-
-
-def _split_classes(settings: GraphNodesConfig, graph: Graph) -> dict[str, tuple[int, ...]]:
+def _split_classes(settings: GraphNodesConfig, graph: Graph) -> dict[str, Collection[int]]:
     """The classes of each split, as ``domain.split`` says.
 
     Raises:

@@ -36,7 +36,7 @@ class Problem:
     Attributes:
         starts_head: whether each episode starts the head's weight and bias.
         head_reads_support: whether it does from features of the support set.
-        uses_prototypes: whether the co-learner compares embeddings with the classes' means of the support set.
+        compared: learners that give embeddings, compared with the classes' means of the support set.
         on_pass: called before each pass through the network, so between inner steps and micro-batches: a long episode
             can show that it gets on.
     """
@@ -57,14 +57,14 @@ class Problem:
         self.learners: tuple[Learner, ...] = ("meta",) if net.colearner is None else ("meta", "co")
         self.starts_head: bool = net.starts_head
         self.head_reads_support: bool = net.starts_head and net.head.reads_support
-        self.uses_prototypes: bool = net.prototypes
+        self.compared: tuple[Learner, ...] = net.compared
 
     # ------------------------------------------------------------------ passes through the network
 
     def outputs(self, params: Params, batch: Batch, passes: Sequence[Pass]) -> tuple[Tensor, ...]:
         """What is asked for at ``params``, ``[N, ...]`` each, from one pass through the body.
 
-        A co-learner that compares with prototypes gives its embedding: see :meth:`against_prototypes`.
+        A learner that compares with prototypes gives its embedding: see :meth:`against_prototypes`.
         """
         self.on_pass()
         # Parameters that the asked-for heads do not use may be absent, so strict stays off; a missing one that *is*
@@ -107,7 +107,7 @@ class Problem:
         return {f"{HEAD}.{n}": value for n, value in started.items()}
 
     def against_prototypes(self, embedded: Tensor, prototypes: Tensor) -> Tensor:
-        """Outputs ``[N, ways]`` of the prototypical co-learner: minus the squared distances to ``[ways, E]``."""
+        """Outputs ``[N, ways]`` of a prototypical learner: minus the squared distances to ``[ways, E]``."""
         return -(embedded[:, None, :] - prototypes[None]).square().sum(2)
 
     # ------------------------------------------------------------------ tests
@@ -123,8 +123,8 @@ class Problem:
         """
         support, query = episode.support, episode.query
         prototypes = None
-        if learner == "co" and self.uses_prototypes:
-            prototypes = class_means(self.values(params, support, "co"), support.targets, episode.ways)
+        if learner in self.compared:
+            prototypes = class_means(self.values(params, support, learner), support.targets, episode.ways)
         with self._norms_of(params, episode, learner) if norm == "support" else nullcontext():
             outputs = self.values(params, query, learner)
         return outputs if prototypes is None else self.against_prototypes(outputs, prototypes)

@@ -15,23 +15,17 @@ from cml_dist.types import Features
 class GCN(nn.Module):
     """Two graph convolutions, out = A relu((A X) W1 + b1) W2 + b2; ``tap`` and ``pooled`` are both ``out``.
 
-    An output depends on its node's row of A, and on the rows of A X of that node's neighbours, alone: these the domain
-    hands over, so that the pass is the whole graph's, exactly, and costs what the neighbourhoods do.
-
-    Args:
-        features: F, of a node.
-        hidden: units of the two layers.
+    A node's ``out`` depends on its row of A, and on its neighbours' rows of A X, alone. These the domain hands over, so
+    that the pass is exactly the whole graph's, and costs what the neighbourhoods do.
 
     Source: Kipf and Welling, 1609.02907, eq. 9; initial values uniform in +-1/sqrt(units), as in their code.
     """
 
-    couples_examples = True
-    """Examples share the rows of their neighbourhoods."""
+    couples_examples = True  # they share the rows of their neighbourhoods
 
     def __init__(self, features: int, hidden: Sequence[int]) -> None:
         super().__init__()
-        sizes = (features, *hidden)
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList([nn.Linear(features, hidden[0]), nn.Linear(*hidden)])
         for layer in self.layers:
             for value in layer.parameters():
                 nn.init.uniform_(value, -(layer.out_features**-0.5), layer.out_features**-0.5)
@@ -40,23 +34,21 @@ class GCN(nn.Module):
 
     def blocks(self) -> list[list[str]]:
         """Names of the parameters of each layer, first to last."""
-        return [[f"layers.{number}.weight", f"layers.{number}.bias"] for number in range(len(self.layers))]
+        return [[f"layers.{number}.weight", f"layers.{number}.bias"] for number in range(2)]
 
     def forward(self, inputs: Tensor, features: Tensor | None = None, keep: Tensor | None = None) -> Features:
-        """Features of nodes ``[N]``.
+        """Features of N nodes.
 
         Args:
-            inputs: ``[N, M]``, the nodes' rows of A, of the M nodes that any of them sees; without ``features`` those
-                of isolated nodes, ``[N, F]``.
-            features: ``[M, F]``, the rows of A X of those M.
-            keep: dropout of the hidden units: what each is multiplied by, ``[M, units or more]``.
+            inputs: ``[N, M]``, rows of A in the columns of the M nodes that any of them sees; without ``features``
+                features of isolated nodes, ``[N, F]``.
+            features: ``[M, F]``, rows of A X.
+            keep: dropout: what each hidden unit is multiplied by, ``[M, units or more]``.
         """
         hidden = F.relu(self.layers[0](inputs if features is None else features))
         if keep is not None:
-            hidden = hidden * keep[:, : hidden.shape[1]].to(hidden.dtype)
-        if features is not None:
-            hidden = inputs @ hidden
-        out = self.layers[1](hidden)
+            hidden = hidden * keep[:, : hidden.shape[1]]
+        out = self.layers[1](hidden if features is None else inputs @ hidden)
         return Features(tap=out, pooled=out)
 
 
