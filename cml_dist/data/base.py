@@ -92,6 +92,10 @@ class Domain(ABC):
         """What was decided about the data, as JSON: sizes, statistics, what is kept in memory."""
         return {}
 
+    def largest_episode(self, dtype: torch.dtype) -> Episode | None:
+        """Shapes of the largest prepared episode on the meta device; None: all have those of ``input_shape``."""
+        return None
+
     def check_splits(self, splits: Collection[str]) -> None:
         """Raise DataError or ConfigError where these splits cannot fill an episode."""
         return None

@@ -180,6 +180,26 @@ class GraphNodesDomain(ClassificationDomain):
         of = ids == node if readout == "centre" else torch.full_like(ids, 1 / len(ids), dtype=value.dtype)
         return matrix @ features.dense(ids), matrix.T @ of.to(value)
 
+    def largest_episode(self, dtype: torch.dtype) -> Episode:
+        """An upper bound, of nodes that see most: from the degrees alone, as if no two saw the same."""
+        settings, (row, column), count = self.settings, self.graph.edges, len(self.graph.labels)
+        whole, reach = settings.base == "gcn", torch.ones(count, dtype=torch.float64)
+        for _ in range(1 if whole else settings.hops):
+            reach = (reach + torch.zeros_like(reach).index_add(0, row, reach[column])).clamp_max(count)
+        reach = (reach if whole else reach.clamp_max(settings.cap or count)).sort(descending=True).values
+
+        def batch(each: int) -> Batch:
+            nodes = settings.ways * each
+            seen = int(reach[:nodes].sum().clamp_max(count if whole else torch.inf))
+            features = torch.empty(seen, *self.input_shape, dtype=dtype)
+            return Batch(torch.empty(nodes, seen, dtype=dtype), torch.empty(nodes).long(), {"features": features})
+
+        with torch.device("meta"):
+            support, query = batch(settings.shots), batch(max(settings.queries, settings.eval_queries or 0))
+            masks = torch.empty(MASKED_STEPS, support.inputs.shape[1], MASKED_UNITS, dtype=dtype)
+        support = replace(support, by_step={"keep": masks} if settings.dropout else {})
+        return Episode(support, query, "train", 0, ways=settings.ways)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_matrices": {}}
 
