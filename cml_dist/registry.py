@@ -113,7 +113,11 @@ def family(name: str) -> str:
 
 @dataclass(frozen=True)
 class BackboneEntry(Entry):
-    """A backbone, which reads ``images``, ``vectors`` or ``all``. Its target is ``build(model, input_shape)``."""
+    """A backbone. Its target is ``build(model, input_shape)``.
+
+    Attributes:
+        reads: ``images``, ``vectors``, ``nodes`` or ``all``.
+    """
 
     reads: str = "images"
 
@@ -121,6 +125,7 @@ class BackboneEntry(Entry):
 BACKBONES: dict[str, BackboneEntry] = {
     "conv4": BackboneEntry("four convolutional blocks", "cml_dist.nets.conv4:build"),
     "mlp": BackboneEntry("hidden layers, for vectors", "cml_dist.nets.mlp:build", reads="vectors"),
+    "gcn": BackboneEntry("two graph convolutions, for nodes", "cml_dist.nets.gcn:build", reads="nodes"),
 }
 TIMM = BackboneEntry("any timm model, e.g. resnet18, resnet12, resnet12_wide", "cml_dist.nets.timm_backbone:build")
 """What every other name of ``model.backbone`` is."""
@@ -136,6 +141,7 @@ HEADS: dict[str, Entry] = {
     "linear": Entry("a linear layer", "torch.nn:Linear"),
     "shared": Entry("all classes start from one learned vector (UNICORN-MAML)", "cml_dist.nets.heads:SharedHead"),
     "centroid": Entry("classes start from their mean support feature (Proto-MAML)", "cml_dist.nets.heads:CentroidHead"),
+    "prototype": Entry("embeddings, compared with the support's class means", "cml_dist.nets.heads:Projection"),
     "ridge": Entry("classes start from ridge regression on the support features", "cml_dist.nets.heads:RidgeHead"),
 }
 
@@ -169,6 +175,9 @@ DOMAINS: dict[str, DomainEntry] = {
     **dict.fromkeys(("mini_imagenet", "tiered_imagenet", "cub", "cars"), _LARGE),
     "sinusoid": DomainEntry(
         "regression on sine waves, and lines", "cml_dist.data.sinusoid:SinusoidDomain", settings="SinusoidConfig"
+    ),
+    "graph_nodes": DomainEntry(
+        "nodes of one graph", "cml_dist.data.graph_nodes:GraphNodesDomain", settings="GraphNodesConfig"
     ),
 }
 OWN_DOMAIN = DomainEntry(

@@ -30,13 +30,27 @@ class Batch:
     Attributes:
         inputs: ``[N, ...]``; uint8 images before ``Domain.prepare``, floating point after it.
         targets: ``[N]`` int64 class numbers, or ``[N, D]`` floating point values for regression.
+        context: tensors that its examples share, keyword arguments of the body (e.g. of a graph); empty for images.
+        by_step: the same with a leading axis, of a support set in training: inner step k has row k, and from the last
+            row on it begins again.
     """
 
     inputs: Tensor
     targets: Tensor
+    context: Mapping[str, Tensor] = field(default_factory=dict)
+    by_step: Mapping[str, Tensor] = field(default_factory=dict)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(change(self.inputs), change(self.targets))
+        shared = ({n: change(value) for n, value in part.items()} for part in (self.context, self.by_step))
+        return Batch(change(self.inputs), change(self.targets), *shared)
+
+    def in_step(self, k: int) -> Batch:
+        """What the network sees of it in inner step ``k``."""
+        rows = {n: value[k % len(value)] for n, value in self.by_step.items()}
+        return replace(self, context={**self.context, **rows}, by_step={}) if rows else self
+
+    def tensors(self) -> list[Tensor]:
+        return [self.inputs, self.targets, *self.context.values(), *self.by_step.values()]
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,6 @@ class Episode:
         query: what the adapted learner is judged on (Q_i).
         split: ``"train"``, ``"val"`` or ``"test"``.
         index: the global number of the episode within its split.
-        context: tensors that all examples share (e.g. a graph); empty for images.
         ways: classes of the episode (labels are 0 .. ways - 1); 0 for regression.
     """
 
@@ -56,13 +69,15 @@ class Episode:
     query: Batch
     split: str
     index: int
-    context: Mapping[str, Tensor] = field(default_factory=dict)
     ways: int = 0
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Episode:
         """The episode with each of its tensors changed."""
-        context = {name: change(value) for name, value in self.context.items()}
-        return replace(self, support=self.support.map(change), query=self.query.map(change), context=context)
+        return replace(self, support=self.support.map(change), query=self.query.map(change))
+
+    @property
+    def batches(self) -> tuple[Batch, Batch]:
+        return self.support, self.query
 
     def to(self, device: torch.device) -> Episode:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cml_dist.config.methods import dagger_refusal, has_classes, has_trained_colearner, lora_rank
-from cml_dist.registry import method_entry
+from cml_dist.registry import backbone_entry, method_entry
 from cml_dist.user_code import is_code
 
 
@@ -86,6 +86,21 @@ def contradictions(config: Any) -> Iterator[str]:
     ):
         if options and not is_code(named):
             yield f"{key} are {options}, but {named} has none: leave them out, or name code of your own (FILE.py:NAME)"
+    if (reads := backbone_entry(model.backbone).reads) != "all" and not is_code(config.domain.name):
+        nodes = config.domain.name == "graph_nodes"
+        if nodes != (reads == "nodes"):
+            remedy = "model.backbone=gcn" if nodes else "domain.name=graph_nodes, or choose another model.backbone"
+            other = f"but domain.name is {config.domain.name}"
+            yield f"model.backbone {model.backbone} reads {reads}, {other}: set {remedy}"
+    if config.domain.name == "graph_nodes":
+        if isinstance(engine.micro_batch, int):
+            shared = "nodes of a batch share their neighbourhoods, which each part of it would compute anew"
+            yield f"engine.micro_batch is {engine.micro_batch}, but {shared}: set engine.micro_batch=auto"
+        if config.domain.dropout and model.hidden[0] > 64:
+            yield f"domain.dropout reaches 64 hidden units, but model.hidden is {list(model.hidden)}: lower the first"
+    if model.head == "prototype" and isinstance(engine.micro_batch, int):
+        means = "but model.head prototype compares each support example with the means of all"
+        yield f"engine.micro_batch is {engine.micro_batch}, {means}: set engine.micro_batch=auto"
     if model.head == "shared" and method.inner_steps == 0:
         remedy = "set method.inner_steps to 1 or more, or model.head=centroid or ridge"
         yield f"model.head is shared, but method.inner_steps is 0: all classes keep the same vector; {remedy}"

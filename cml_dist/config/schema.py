@@ -131,6 +131,26 @@ class SinusoidConfig(Section):
     workers: int | None = Field(None, ge=0, le=64, description="processes a rank that prepare episodes ahead; null: 0")
 
 
+class GraphNodesConfig(Section):
+    """Nodes of one graph (docs/how-to/nodes.md)."""
+
+    name: Literal["graph_nodes"]
+    root: Place = Field(description="the file of the graph (.npz)")
+    ways: int = Field(2, ge=2, le=1000, description="classes in an episode (N)")
+    shots: int = Field(1, ge=1, le=1000, description="support nodes a class (K)")
+    queries: int = Field(5, ge=1, le=1000, description="query nodes a class")
+    eval_queries: int | None = Field(None, ge=1, le=1000, description="query nodes a class in val and test; null: queries")
+    base: Literal["gcn", "g_meta"] = Field("gcn", description="what a node sees: gcn, the whole graph; g_meta, a subgraph of its own")
+    hops: int = Field(2, ge=1, le=10, description="g_meta: how far from its node a subgraph reaches")
+    cap: int | None = Field(1000, ge=2, description="g_meta: most nodes of a subgraph: of more, its own and a random sample; null: all")
+    readout: Literal["mean", "centre"] = Field("mean", description="g_meta: mean over the nodes of the subgraph, whose adjacency is cut from the whole graph's (the public code with the paper's figures), or the node at its centre, with the subgraph's own degrees (the original)")
+    adjacency: Literal["row", "symmetric"] = Field("row", description="normalisation of A + I by the degrees D: row, D^-1 (A + I), or symmetric, D^-1/2 (A + I) D^-1/2")
+    dropout: float = Field(0.0, ge=0, lt=1, description="the part of hidden units that each inner step of training leaves out at random, of its support set alone")
+    split: Literal["own"] | Annotated[int, Field(ge=0, le=9999)] = Field("own", description="of the classes: own, the file's; K: the K-th of all ways to divide them into split_sizes (above 1,000 ways, of a seeded sample)")
+    split_sizes: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = Field(None, description="classes of train, val and test; null: as many as in the file's own split")
+    workers: int | None = Field(None, ge=0, le=64, description="processes a rank that draw episodes ahead; null: 0")
+
+
 class OwnDomainConfig(Section):
     """A domain of the user's own (docs/how-to/extending.md)."""
 
@@ -162,7 +182,7 @@ class ColearnerConfig(Section):
 
     kind: Literal["auto", "dense", "prototype"] = Field("auto", description="dense: outputs by an own last layer (the paper's); prototype: an own projection, compared with the support set's class means; auto: prototype where a dense one could only guess (the body does not adapt, or the head treats labels alike)")
     depth: int = Field(2, ge=0, le=4, description="blocks before its output layer (paper: 2 conv blocks; 0 is a bare FC)")
-    width: int = Field(64, ge=1, le=65536, description="channels (or units) of each block; conv4 and mlp use their own width")
+    width: int = Field(64, ge=1, le=65536, description="channels (or units) of each block; conv4, mlp and gcn use their own width")
 
 
 class ModelConfig(Section):
@@ -173,7 +193,7 @@ class ModelConfig(Section):
     filters: int = Field(64, ge=1, le=4096, description="conv4: channels of each block")
     options: dict[str, Any] = Field({}, description=f"keyword arguments of {OWN_BACKBONE.help}")
     extra_blocks: int = Field(0, ge=0, le=64, description="conv4: further blocks behind the fourth, without a max-pool of their own (3: the paper's MAML with as many parameters, 232K)")
-    hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field((40, 40), min_length=1, description="mlp: units of each hidden layer")
+    hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field((40, 40), min_length=1, description="mlp and gcn: units of each hidden layer (gcn: of its two)")
     head: HeadName = Field("linear", description=f"{in_words(HEADS)}; all but linear take any number of classes at test, and with method.inner_steps=0 centroid is a prototypical network, ridge R2-D2")
     norm: Literal["batch", "frozen"] = Field("batch", description="BatchNorm: 'batch' statistics of the examples at hand (transductive, as in the paper), or the 'frozen' running statistics of pre-trained weights")
     trained: Terms = Field(("body", "head"), description="what is meta-trained besides the co-learner: body, head, norms, biases, last:N (the last N blocks of the body) or globs over parameter names; the rest is frozen: constants without gradient, moments or second-order work")

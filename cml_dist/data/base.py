@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel
 from torch import Tensor
+from torch.nn import functional
 
 from cml_dist.errors import DataError
 from cml_dist.types import Batch, Episode
@@ -49,6 +50,7 @@ class Domain(ABC):
         score_name: the key of the score in reports: ``"accuracy"`` (a fraction, 0 to 1) or ``"mse"``.
         higher_is_better: whether a larger score is a better one.
         chance: the expected score of guessing, where it is known.
+        remarks: what people should know of the data, a line each.
     """
 
     input_shape: tuple[int, ...]
@@ -56,6 +58,7 @@ class Domain(ABC):
     score_name: str = "accuracy"
     higher_is_better: bool = True
     chance: float | None = None
+    remarks: tuple[str, ...] = ()
 
     @abstractmethod
     def episode(self, split: str, index: int) -> Episode:
@@ -101,6 +104,10 @@ class Domain(ABC):
         """What was decided about the data, as JSON: sizes, statistics, what is kept in memory."""
         return {}
 
+    def largest_episode(self, dtype: torch.dtype) -> Episode | None:
+        """Shapes of the largest prepared episode on the meta device; None: all have those of ``input_shape``."""
+        return None
+
     def check_splits(self, splits: Collection[str]) -> None:
         """Raise DataError or ConfigError where these splits cannot fill an episode."""
         return None
@@ -128,3 +135,15 @@ class Domain(ABC):
     def preprocessing(self) -> dict[str, Any]:
         """What ``prepare`` does to inputs, as JSON: an exported model repeats it (e.g. mean and std of pixels)."""
         return self.model_inputs().model_dump(mode="json", include={"mean", "std"}, exclude_none=True)
+
+
+class ClassificationDomain(Domain):
+    """A domain of classes, judged by cross-entropy and accuracy."""
+
+    @staticmethod
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(outputs, targets)
+
+    @staticmethod
+    def score(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.detach().argmax(dim=-1) == targets).to(outputs.dtype).mean()

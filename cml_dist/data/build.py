@@ -31,7 +31,8 @@ def build_domain(
         processes: how many on this machine hold the same data: they share its memory.
         progress: called as ``progress(done, total, what)`` while data are made, fetched or decoded.
         splits: those of which episodes will be asked for; data need to have no others.
-        trained: what a model reads that is there already, see :meth:`Domain.adopt`; ``tell`` hears what that says.
+        trained: what a model reads that is there already, see :meth:`Domain.adopt`.
+        tell: hears what that says, and the domain's remarks.
 
     Raises:
         ConfigError: if no domain has this name.
@@ -46,5 +47,7 @@ def build_domain(
     domain = entry.load()(config, seeds, processes, progress)
     if trained is not None and (said := domain.adopt(trained)) is not None:
         tell(said)
+    for remark in domain.remarks:
+        tell(remark)
     domain.check_splits(splits)
     return domain

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from cml_dist.config.schema import ImageSettings
 from cml_dist.data import sampling
-from cml_dist.data.base import Domain, ModelInputs, Progress, episode_rng
+from cml_dist.data.base import ClassificationDomain, ModelInputs, Progress, episode_rng
 from cml_dist.data.cores import usable_cores
 from cml_dist.data.free_memory import available_bytes
 from cml_dist.data.pixels import in_threads
@@ -27,7 +26,7 @@ _GIB = 2**30
 _REPORT_EVERY = 256  # images between two progress reports
 
 
-class ImageDomain(Domain):
+class ImageDomain(ClassificationDomain):
     """N-way K-shot episodes over the classes of a packed image set, which is at ``settings.root``.
 
     Labels are ``0..ways-1`` in the order in which the classes were drawn; support and query are ordered class by class.
@@ -228,14 +227,6 @@ class ImageDomain(Domain):
         """``(x / 255 - mean) / std`` of uint8 ``[N, C, H, W]``, on its device, in ``dtype``."""
         mean, std = (torch.tensor(v, dtype=dtype, device=pixels.device).view(-1, 1, 1) for v in (self._mean, self._std))
         return (pixels.to(dtype) / 255 - mean) / std
-
-    @staticmethod
-    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, targets)
-
-    @staticmethod
-    def score(outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs.detach().argmax(dim=-1) == targets).to(outputs.dtype).mean()
 
     def fingerprint(self) -> str:
         """SHA-256 over the checksums of the shards."""

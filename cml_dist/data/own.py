@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -66,8 +65,7 @@ def build(
 
 
 def _tensors(episode: Episode) -> list[Tensor]:
-    batches = (episode.support, episode.query)
-    return [getattr(batch, field.name) for batch in batches for field in fields(Batch)] + [*episode.context.values()]
+    return [*episode.support.tensors(), *episode.query.tensors()]
 
 
 def _same(a: Episode, b: Episode) -> bool:

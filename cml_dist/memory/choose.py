@@ -59,6 +59,7 @@ class KnownInputs:
     loss: Callable[[Tensor, Tensor], Tensor]
     score: Callable[[Tensor, Tensor], Tensor]
     source: str
+    largest_episode: Callable[[torch.dtype], Episode | None] = lambda dtype: None
 
 
 class MemoryPlanner:
@@ -158,6 +159,8 @@ def _episode(config: RunConfig, domain: Domain | KnownInputs) -> Episode:
     """Shapes and types of an episode, as the domain prepares it, on the meta device: no data is read."""
     ways = getattr(config.domain, "ways", 0)  # regression has none
     dtype = getattr(torch, config.run.dtype)
+    if (largest := domain.largest_episode(dtype)) is not None:
+        return largest
 
     def batch(each: int) -> Batch:
         count = each * (ways or 1)

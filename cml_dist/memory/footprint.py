@@ -139,11 +139,11 @@ def _shortened(episode: Episode, micro_batch: int | None) -> Episode:
         if micro_batch is None or count <= 3 * micro_batch:
             return batch
         kept = 2 * micro_batch + count % micro_batch
-        return batch.map(lambda values: values[:1].expand(kept, *values.shape[1:]))
+        inputs, targets = (values[:1].expand(kept, *values.shape[1:]) for values in (batch.inputs, batch.targets))
+        return replace(batch, inputs=inputs, targets=targets)
 
     return replace(episode, support=shorter(episode.support), query=shorter(episode.query))
 
 
 def _size(episode: Episode) -> int:
-    tensors = [episode.support.inputs, episode.support.targets, episode.query.inputs, episode.query.targets]
-    return sum(map(bytes_of, [*tensors, *episode.context.values()]))
+    return sum(map(bytes_of, [*episode.support.tensors(), *episode.query.tensors()]))

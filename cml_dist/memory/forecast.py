@@ -136,9 +136,10 @@ def known_inputs(config: RunConfig, image_size: int | None = None, channels: int
         ConfigError: the size of the images is not known.
     """
     domain = config.domain
-    if is_code(domain.name):
+    if is_code(domain.name) or domain.name == "graph_nodes":
         made = build_domain(domain, train_seed=config.run.seed, eval_seed=config.eval.seed)
-        return KnownInputs(made.input_shape, made.output_dim, made.loss, made.score, "the domain's")
+        source = made.describe().get("graph", "the domain's")
+        return KnownInputs(made.input_shape, made.output_dim, made.loss, made.score, source, made.largest_episode)
     if not has_classes(config):
         from cml_dist.data.sinusoid import SinusoidDomain as Domain
 

@@ -113,7 +113,7 @@ class InnerLoop:
         if not (self.starts_head and self.problem.head_reads_support):
             return None
         net, episode = self.rule.network(self.meta, 0), self.episode
-        return self.problem.values(net, episode.support, "pooled", episode.context)
+        return self.problem.values(net, episode.support, "pooled")
 
     def pull_back_start(self, back: Cotangent) -> None:
         """Turn a gradient at the start into one with respect to the meta-parameters alone, in ``back.meta``."""
@@ -215,7 +215,11 @@ class InnerLoop:
 
             def loss(at: Point, part: Batch = part, share: float = share) -> Tensor:
                 params = self._view(at, k)
-                outputs = self.problem.outputs(params, part, list(self.weights), self.episode.context)
+                outputs = list(self.problem.outputs(params, part.in_step(k), list(self.weights)))
+                for number, learner in enumerate(self.weights):
+                    if learner in self.problem.compared:  # in one piece: the means are of the whole set
+                        means = class_means(outputs[number], part.targets, self.episode.ways)
+                        outputs[number] = self.problem.against_prototypes(outputs[number], means)
                 return _weighted(self.weights, [share * self.problem.loss(out, part.targets) for out in outputs])
 
             yield loss
@@ -239,29 +243,31 @@ class InnerLoop:
         """
         problem, query = self.problem, self.episode.query
         here, learners = Point(self.meta, fast, self.const), list(problem.learners)
-        prototypes = self._prototypes(here, k)
-        by_prototypes = torch.zeros_like(prototypes) if prototypes is not None else None
+        prototypes = {learner: self._prototypes(here, k, learner) for learner in problem.compared}
+        by_prototypes = {learner: torch.zeros_like(means) for learner, means in prototypes.items()}
         parts, values = [], []
         for part, share in problem.micro_batches(query):
             leaves = here.leaves()
-            outputs = list(problem.outputs(self._view(leaves, k), part, learners, self.episode.context))
-            inputs = leaves.tensors()
-            if prototypes is not None:
-                inputs.append(prototypes)
-                outputs[-1] = problem.against_prototypes(outputs[-1], prototypes)
+            outputs = list(problem.outputs(self._view(leaves, k), part, learners))
+            inputs = [*leaves.tensors(), *prototypes.values()]
+            for learner, means in prototypes.items():
+                number = learners.index(learner)
+                outputs[number] = problem.against_prototypes(outputs[number], means)
             losses = [share * problem.loss(out, part.targets) for out in outputs]
             total = _weighted({learner: weights.get(learner, 0.0) for learner in learners}, losses)
             grads = torch.autograd.grad(total, inputs, allow_unused=True)
-            if by_prototypes is not None and grads[-1] is not None:
-                by_prototypes += grads[-1]
             into.add(here.named(grads))
+            for total_of, grad in zip(by_prototypes.values(), grads[len(grads) - len(prototypes) :], strict=True):
+                if grad is not None:
+                    total_of += grad
             parts.append([out.detach() for out in outputs])
             values.append([total.detach(), *(loss.detach() for loss in losses)])
             del leaves, inputs, outputs, losses, total, grads
-        if by_prototypes is not None and weights.get("co"):
-            support = self.episode.support
-            members = class_means(torch.eye(len(support.targets)).to(prototypes), support.targets, self.episode.ways)
-            self._pull_back_pass(here, lambda at: self._view(at, k), "co", members.T @ by_prototypes, into)
+        for learner, gradient in by_prototypes.items():
+            if weights.get(learner):
+                support = self.episode.support
+                members = class_means(torch.eye(len(support.targets)).to(gradient), support.targets, self.episode.ways)
+                self._pull_back_pass(here, lambda at: self._view(at, k), learner, members.T @ gradient, into)
         outputs = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
         loss, *losses = [torch.stack(pieces).sum() for pieces in zip(*values, strict=True)]
         terms = {"loss": loss, "outer_loss": losses[0], "score": problem.score(outputs[0], query.targets)}
@@ -279,12 +285,10 @@ class InnerLoop:
         into.add(leaves.named(torch.autograd.grad(value, leaves.tensors(), allow_unused=True)))
         return value.detach()
 
-    def _prototypes(self, at: Point, k: int) -> Tensor | None:
-        """The classes' mean embeddings ``[ways, E]``, a leaf, where the co-learner compares with them."""
-        if not self.problem.uses_prototypes:
-            return None
+    def _prototypes(self, at: Point, k: int, learner: Learner) -> Tensor:
+        """The classes' mean embeddings ``[ways, E]``, a leaf."""
         support = self.episode.support
-        embedded = self.problem.values(self._view(at, k), support, "co", self.episode.context)
+        embedded = self.problem.values(self._view(at, k), support, learner)
         return class_means(embedded, support.targets, self.episode.ways).requires_grad_()
 
     def _pull_back_pass(
@@ -294,7 +298,7 @@ class InnerLoop:
         begin = 0
         for part, _ in self.problem.micro_batches(self.episode.support):
             leaves = at.leaves()
-            (outputs,) = self.problem.outputs(view(leaves), part, (one,), self.episode.context)
+            (outputs,) = self.problem.outputs(view(leaves), part, (one,))
             vector = gradient[begin : begin + len(outputs)]
             begin += len(outputs)
             into.add(at.named(torch.autograd.grad(outputs, leaves.tensors(), vector, allow_unused=True)))
@@ -336,6 +340,7 @@ def adapt(meta: Params, episode: Episode, problem: Problem, method: Method, lear
     else:
         parts = (BODY, HEAD)
     rule = replace(method.rule, parts=parts)
+    episode = replace(episode, support=replace(episode.support, by_step={}))  # what is drawn a step is of training
     loop = InnerLoop(meta, episode, problem, replace(method, rule=rule), {learner: 1.0})
     fast = loop.fast
     for k in range(loop.steps):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -35,7 +36,7 @@ class Problem:
     Attributes:
         starts_head: whether each episode starts the head's weight and bias.
         head_reads_support: whether it does from features of the support set.
-        uses_prototypes: whether the co-learner compares embeddings with the classes' means of the support set.
+        compared: learners that give embeddings, compared with the classes' means of the support set.
         on_pass: called before each pass through the network, so between inner steps and micro-batches: a long episode
             can show that it gets on.
     """
@@ -56,22 +57,20 @@ class Problem:
         self.learners: tuple[Learner, ...] = ("meta",) if net.colearner is None else ("meta", "co")
         self.starts_head: bool = net.starts_head
         self.head_reads_support: bool = net.starts_head and net.head.reads_support
-        self.uses_prototypes: bool = net.prototypes
+        self.compared: tuple[Learner, ...] = net.compared
 
     # ------------------------------------------------------------------ passes through the network
 
-    def outputs(
-        self, params: Params, batch: Batch, passes: Sequence[Pass], context: Mapping[str, Tensor]
-    ) -> tuple[Tensor, ...]:
+    def outputs(self, params: Params, batch: Batch, passes: Sequence[Pass]) -> tuple[Tensor, ...]:
         """What is asked for at ``params``, ``[N, ...]`` each, from one pass through the body.
 
-        A co-learner that compares with prototypes gives its embedding: see :meth:`against_prototypes`.
+        A learner that compares with prototypes gives its embedding: see :meth:`against_prototypes`.
         """
         self.on_pass()
         # Parameters that the asked-for heads do not use may be absent, so strict stays off; a missing one that *is*
         # used would be a tensor on the meta device and fail at once.
         state = {**self.buffers, **params}
-        arguments = (batch.inputs,), {"learners": passes, **context}
+        arguments = (batch.inputs,), {"learners": passes, **batch.context}
         if self.autocast is None:
             return functional_call(self.structure, state, *arguments)
         # A context a call, left before any gradient is taken: autocast's cache of cast weights dies with it, and cannot
@@ -87,12 +86,12 @@ class Problem:
         if size is None or size >= total:
             return [(batch, 1.0)]
         inputs, targets = batch.inputs.split(size), batch.targets.split(size)
-        return [(Batch(x, t), len(t) / total) for x, t in zip(inputs, targets, strict=True)]
+        return [(replace(batch, inputs=x, targets=t), len(t) / total) for x, t in zip(inputs, targets, strict=True)]
 
-    def values(self, params: Params, batch: Batch, one: Pass, context: Mapping[str, Tensor]) -> Tensor:
+    def values(self, params: Params, batch: Batch, one: Pass) -> Tensor:
         """One kind of output ``[N, ...]`` of a whole batch, without a graph."""
         with torch.no_grad():
-            return torch.cat([self.outputs(params, part, (one,), context)[0] for part, _ in self.micro_batches(batch)])
+            return torch.cat([self.outputs(params, part, (one,))[0] for part, _ in self.micro_batches(batch)])
 
     # ------------------------------------------------------------------ what an episode's support set makes
 
@@ -108,7 +107,7 @@ class Problem:
         return {f"{HEAD}.{n}": value for n, value in started.items()}
 
     def against_prototypes(self, embedded: Tensor, prototypes: Tensor) -> Tensor:
-        """Outputs ``[N, ways]`` of the prototypical co-learner: minus the squared distances to ``[ways, E]``."""
+        """Outputs ``[N, ways]`` of a prototypical learner: minus the squared distances to ``[ways, E]``."""
         return -(embedded[:, None, :] - prototypes[None]).square().sum(2)
 
     # ------------------------------------------------------------------ tests
@@ -122,12 +121,12 @@ class Problem:
             norm: norms by batch statistics take those of the query set itself (``batch``, as in the paper), or those of
                 the support set (``support``), so that an answer does not depend on its neighbours.
         """
-        support, query, context = episode.support, episode.query, episode.context
+        support, query = episode.support, episode.query
         prototypes = None
-        if learner == "co" and self.uses_prototypes:
-            prototypes = class_means(self.values(params, support, "co", context), support.targets, episode.ways)
+        if learner in self.compared:
+            prototypes = class_means(self.values(params, support, learner), support.targets, episode.ways)
         with self._norms_of(params, episode, learner) if norm == "support" else nullcontext():
-            outputs = self.values(params, query, learner, context)
+            outputs = self.values(params, query, learner)
         return outputs if prototypes is None else self.against_prototypes(outputs, prototypes)
 
     @contextmanager
@@ -148,7 +147,7 @@ class Problem:
         hooks = [module.register_forward_pre_hook(record(name)) for name, module in norms.items()]
         try:
             if norms:
-                self.values(params, episode.support, learner, episode.context)
+                self.values(params, episode.support, learner)
         finally:
             for hook in hooks:
                 hook.remove()

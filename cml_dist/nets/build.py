@@ -56,7 +56,7 @@ def build_net(
     backbone, own = backbone_entry(model.backbone), is_code(model.backbone)
     images = backbone.reads == "images"
     if not own and len(input_shape) != (3 if images else 1):
-        reads, others = ("images (C, H, W)", "mlp") if images else ("vectors", "conv4 or a timm model")
+        reads, others = ("images (C, H, W)", "mlp") if images else (backbone.reads, "conv4 or a timm model")
         raise ConfigError(
             f"model.backbone {model.backbone} reads {reads}, but the domain's inputs have shape {tuple(input_shape)}",
             f"set model.backbone to {others}, or choose another domain",

@@ -54,9 +54,10 @@ def has_batch_norm(net: nn.Module) -> bool:
 
 
 def couples_examples(net: nn.Module) -> bool:
-    """Whether an example's output depends on the other examples of its batch (BatchNorm by batch statistics)."""
+    """Whether an example's output depends on the others of its batch: BatchNorm by batch statistics, or it says so."""
     return any(
-        isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+        getattr(module, "couples_examples", False)
+        or (isinstance(module, _BatchNorm) and (module.training or module.running_mean is None))
         for module in net.modules()
     )
 

@@ -92,6 +92,18 @@ class RidgeHead(StartedHead):
         return {"weight": own["scale"] * (features.T @ solved).T, "bias": own["offset"].expand(ways).clone()}
 
 
+class Projection(nn.Linear):
+    """Embeddings, as wide as the features, that are compared with the classes' means of the support set.
+
+    Source: G-Meta (Huang and Zitnik, 2006.07889), section 5 (its prototypes are of N numbers).
+    """
+
+    compares = couples_examples = True  # a support example's loss reads the means of all
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, bias=False)  # which cancels out
+
+
 def build_head(kind: str, dim: int, output_dim: int) -> nn.Module:
     """The head that ``model.head`` names, with PyTorch's own initial values."""
     make = HEADS[kind].load()

@@ -19,6 +19,9 @@ class CmlNet(nn.Module):
             without one.
         prototypes: whether the co-learner's embeddings are compared with the classes' means of the support set.
 
+    Attributes:
+        compared: the learners whose outputs are embeddings of that kind.
+
     Source: CML (UAI 2024), section 3: f_m = (psi, theta), f_c = (psi, phi).
     """
 
@@ -27,7 +30,8 @@ class CmlNet(nn.Module):
     ) -> None:
         super().__init__()
         self.body, self.head, self.colearner = body, head, colearner
-        self.prototypes = prototypes
+        compared = {"meta": getattr(head, "compares", False), "co": prototypes}
+        self.compared = tuple(learner for learner, by_prototypes in compared.items() if by_prototypes)
 
     def forward(self, inputs: Tensor, learners: Sequence[str] = ("meta",), **context: Tensor) -> tuple[Tensor, ...]:
         """What is asked for, from one pass through the body: ``meta``, ``co`` (their outputs) or ``pooled``."""

@@ -153,6 +153,6 @@ def label_orders(episode: Episode, count: int) -> list[Episode]:
     found, generator = [episode], episode_rng(ORDERS_SEED, episode.split, episode.index)
     for _ in range(count - 1):
         order = torch.from_numpy(generator.permutation(episode.ways)).to(episode.support.targets.device)
-        support, query = (Batch(b.inputs, order[b.targets]) for b in (episode.support, episode.query))
+        support, query = (replace(b, targets=order[b.targets]) for b in (episode.support, episode.query))
         found.append(replace(episode, support=support, query=query))
     return found

@@ -55,13 +55,19 @@ A learner for {task} tasks: adapt it on a few labelled examples, then predict.
 | adaptation | {inner_steps} gradient step(s), step size {rates}; {head} head |
 | {score}, mean and 95 % interval | {figure} |
 | meta-training | {step:,} meta-steps of {episodes} episodes, seed {seed} |
+"""
 
+CARD_USE = """
 ```python
 import cml_dist
 
 learner = cml_dist.load("path/of/this/folder")
 predicted = learner.adapt(support_{inputs}, support_{labels}).predict(query_{inputs})
 ```
+"""
+
+CARD_NODES = """
+It reads nodes of a graph, with what they see of it: `cml-dist eval RUN_DIR domain.root=FILE` tests it on one.
 """
 
 CARD_IMAGES = """
@@ -208,7 +214,8 @@ def _card(config: RunConfig, description: dict[str, Any], rates: str, parameters
     domain, tested = config.domain, description["eval"]
     figure = "not tested" if tested is None else text.markdown(_figure(tested))
     shots, ways = domain.shots, getattr(domain, "ways", None)
-    return CARD_TEXT.format(
+    card = CARD_TEXT + (CARD_NODES if domain.name == "graph_nodes" else CARD_USE)
+    return card.format(
         **{key: text.markdown(description[key]) for key in ("backbone", "method", "inner_steps", "score")},
         step=description["step"],
         data=text.markdown(description["image_set"] or domain.name),

@@ -91,6 +91,11 @@ class Learner:
         own = own_class(domain["name"]) if is_code(domain.get("name")) else None
         self.regression: bool = description["score"] == "mse" if own is None else not domain["ways"]
         model = ModelConfig.model_validate(description["model"])
+        if backbone_entry(model.backbone).reads == "nodes":
+            raise ConfigError(
+                f"model.backbone {model.backbone} reads nodes of a graph, which are no examples by themselves",
+                "test it on a graph: cml-dist eval RUN_DIR domain.root=FILE",
+            )
         self.ways: int | None = description["output_dim"] if model.head == "linear" else None
         shapes = {"input_shape": tuple(description["input_shape"]), "output_dim": description["output_dim"]}
         if backbone_entry(model.backbone) is not TIMM and not is_code(model.backbone):

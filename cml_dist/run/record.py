@@ -60,6 +60,7 @@ def announce(console: Console, config: RunConfig, parts: Parts, record: dict[str
     if "name" in data:
         shape = " x ".join(map(str, data["input_shape"]))
         rows["image set"] = f"{data['name']} in {data['root']}, {shape}"
+    rows |= {key: data[key] for key in ("graph", "classes") if key in data}
     console.header("cml-dist train", rows)
     crowded = crowded_cores(record["threads"], launched().local_size)
     border = getattr(parts.net.body, "border_warning", None)

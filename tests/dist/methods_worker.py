@@ -11,17 +11,21 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from dataclasses import dataclass, replace
+import tempfile
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from parity_worker import WAYS, RandomImages, config_of, join
 from torch import Tensor
 from toy import BODIES, make_net
 
 from cml_dist.config.plan import make_plan
+from cml_dist.config.schema import GraphNodesConfig
+from cml_dist.data.graph_nodes import GraphNodesDomain
 from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.rule import InnerRule, Method, part_of
@@ -30,6 +34,7 @@ from cml_dist.methods.lora import Lora
 from cml_dist.methods.maml_pp import MamlPlusPlus
 from cml_dist.methods.meta_sgd import MetaSgd
 from cml_dist.methods.sharp import SharpSgd
+from cml_dist.nets.gcn import GCN
 from cml_dist.nets.heads import build_head
 from cml_dist.nets.network import CmlNet
 from cml_dist.nets.partition import freeze
@@ -60,13 +65,14 @@ class Case:
     """A method with its co-learner.
 
     Attributes:
-        body: of ``toy.py``.
+        body: of ``toy.py``, or ``gcn`` for nodes.
         adapts: the one part that does; None: body and head.
         colearner: ``dense``, ``prototypes``, ``untrained`` (frozen) or ``adapts`` (both heads do).
         diagnose: the cosine of the learners' meta-gradients is asked for.
         frozen: the body is constant.
         squares: the loss is that of one-hot labels: under cross-entropy what all classes share, such as a shared
             head's vector and a ridge head's offset, has a gradient of zero.
+        nodes: settings of the domain of nodes.
     """
 
     body: str
@@ -83,6 +89,7 @@ class Case:
     squares: bool = False
     clip_value: float | None = None
     ascent: float = 0.0
+    nodes: dict[str, Any] = field(default_factory=dict)
 
 
 RATES, SLOW = (0.4, 0.3), (0.08, 0.06)
@@ -114,6 +121,9 @@ CASES = {
     "untrained": Case("vector", SGD, colearner="untrained"),
     "both_adapt": Case("vector", SGD, colearner="adapts"),
     "lora": Case("attention", LORA, adapts=HEAD, micro_batch=2),
+    "nodes": Case("gcn", SGD, steps=3),
+    "nodes_dropout": Case("gcn", MetaSgd(*RATES), nodes={"dropout": 0.5}, diagnose=True),
+    "subgraphs": Case("gcn", SGD, head="prototype", nodes={"base": "g_meta", "cap": 6}),
     "lora_frozen": Case("attention", LORA, adapts=HEAD, frozen=True),
 }
 
@@ -140,9 +150,22 @@ class Noise(RandomImages):
         return replace(super().prepare(episode, device, dtype), ways=episode.ways)
 
 
-def make(case: Case) -> tuple[CmlNet, Method, Noise]:
+def nodes_of(case: Case) -> GraphNodesDomain:
+    """Episodes of the nodes of a small graph of noise."""
+    rng, count = np.random.default_rng(5), 60
+    features = {"feat_data": 4 * rng.standard_normal(count * 5), "feat_indices": np.tile(np.arange(5), count)}
+    features |= {"feat_indptr": np.arange(count + 1) * 5, "feat_shape": (count, 5)}
+    with tempfile.TemporaryDirectory() as folder:
+        path, edges = f"{folder}/small.npz", rng.integers(0, count, (2, 3 * count))
+        np.savez(path, edge_index=edges, labels=np.arange(count) % (3 * WAYS), **features)
+        how = {"ways": WAYS, "shots": 2, "queries": 2, "split": 5, "split_sizes": (WAYS,) * 3, **case.nodes}
+        return GraphNodesDomain(GraphNodesConfig(name="graph_nodes", root=path, **how), {"train": 7})
+
+
+def make(case: Case) -> tuple[CmlNet, Method, Noise | GraphNodesDomain]:
     """The network with its initial values in float64, its method, and the episodes."""
-    made = make_net(case.body)
+    made = make_net("vector" if case.body == "gcn" else case.body)
+    made.body = GCN(5, (8, FEATURES)).double() if case.body == "gcn" else made.body
     head = made.head if case.head == "linear" else build_head(case.head, FEATURES, WAYS).double()
     net = CmlNet(made.body, head, made.colearner, prototypes=case.colearner == "prototypes")
     if case.colearner == "untrained":
@@ -155,7 +178,8 @@ def make(case: Case) -> tuple[CmlNet, Method, Noise]:
     if both_adapt:
         rule = replace(rule, parts=(BODY, HEAD, COLEARNER))
     net.add_rule(rule.init(net.adaptable()), rule.replaces)
-    return net, Method(case.steps, rule, GAMMA, case.order, both_adapt, ascent=case.ascent), Noise(case)
+    domain = nodes_of(case) if case.body == "gcn" else Noise(case)
+    return net, Method(case.steps, rule, GAMMA, case.order, both_adapt, ascent=case.ascent), domain
 
 
 def train(world: World, case: Case, strategy_name: str, dtype_name: str) -> dict[str, Any]:

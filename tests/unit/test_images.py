@@ -65,7 +65,7 @@ def identify(domain: ImageDomain, image: torch.Tensor, split: str) -> tuple[int,
 def test_an_episode_holds_different_images_of_different_classes_in_order(root, split, index):
     domain = make(root)
     episode = domain.episode(split, index)
-    assert (episode.split, episode.index, dict(episode.context)) == (split, index, {})
+    assert (episode.split, episode.index, dict(episode.support.context)) == (split, index, {})
     assert episode.support.inputs.dtype == episode.query.inputs.dtype == torch.uint8
     assert episode.support.inputs.shape == (WAYS * SHOTS, 3, 8, 8)
     assert episode.query.inputs.shape == (WAYS * QUERIES, 3, 8, 8)

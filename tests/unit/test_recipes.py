@@ -13,9 +13,10 @@ from cml_dist.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINES = ["protonet", "r2d2"]
-"""On Glyphs; all others are of the domain that they are called after."""
-NAMES = ["cifar_fs", "glyphs", "mini_imagenet", "omniglot", *BASELINES, "sinusoid", "vgg_flower"]
-IMAGES = [name for name in NAMES if name not in ("sinusoid", *BASELINES)]
+"""On Glyphs; all others are of the domain that they are called after, or of nodes."""
+NODES = ["amazon_computers", "citeseer", "cora_full"]
+IMAGES = ["cifar_fs", "glyphs", "mini_imagenet", "omniglot", "vgg_flower"]
+NAMES = sorted([*IMAGES, *BASELINES, *NODES, "sinusoid"])
 
 
 def load(name: str) -> RunConfig:
@@ -30,7 +31,7 @@ def test_these_are_all_recipes():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_valid_and_has_a_run_folder_of_its_own(name):
     config = load(name)
-    assert config.domain.name == ("glyphs" if name in BASELINES else name)
+    assert config.domain.name == ("glyphs" if name in BASELINES else "graph_nodes" if name in NODES else name)
     assert config.run.dir == f"runs/{name}"
 
 
@@ -55,6 +56,16 @@ def test_the_sinusoid_recipe_has_the_settings_of_the_paper():
     assert (config.domain.family, config.domain.shots) == ("sinusoid", 10)
 
 
+@pytest.mark.parametrize("name", NODES)
+def test_node_recipes_have_the_settings_of_the_paper(name):
+    config = load(name)
+    assert (config.domain.ways, config.domain.shots) == (5 if name == "cora_full" else 2, 1)
+    assert (config.model.backbone, config.model.hidden, config.model.colearner.depth) == ("gcn", (16, 16), 1)
+    method = config.method
+    assert (method.name, method.inner_steps, method.inner_lr, method.gamma, method.order) == ("cml", 20, 0.05, 0.2, 2)
+    assert (config.optim.name, config.optim.lr, config.train.episodes_per_step) == ("adam", 1e-3, 1)
+
+
 @pytest.mark.parametrize("given", ["glyphs", "glyphs.yaml", "configs/recipes/glyphs.yaml"])
 def test_recipes_are_found_from_any_folder(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -75,7 +86,7 @@ def test_a_file_goes_before_a_recipe_of_the_same_name(tmp_path, monkeypatch):
     [
         ("omniglott", "omniglott is neither a file nor a recipe; did you mean omniglot"),
         ("elsewhere/glyphs", "elsewhere/glyphs is neither a file nor a recipe"),
-        ("zzz", "zzz is neither a file nor a recipe; give the path of a YAML file, or one of cifar_fs, glyphs"),
+        ("zzz", "zzz is neither a file nor a recipe; give the path of a YAML file, or one of amazon_computers"),
         (".", ". is a folder; give the path"),
     ],
 )
