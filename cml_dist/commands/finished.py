@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from cml_dist.distributed.env import check_launch
+from cml_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from cml_dist.config.schema import RunConfig
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
 def evaluate(args: argparse.Namespace, console: Console) -> None:
     config = _config_of(args, console)
     from cml_dist.run.report import evaluate_run
+    from cml_dist.run.splits import evaluate_splits
 
-    evaluate_run(config, args.checkpoint, console)
+    (evaluate_splits if config.all_splits else evaluate_run)(config, args.checkpoint, console)
 
 
 def export(args: argparse.Namespace, console: Console) -> None:
     config = _config_of(args, console)
+    if config.all_splits:
+        raise ConfigError(f"{args.run_dir} holds a run for each class split", "name the folder of one of them")
     from cml_dist.run.export import export_again
 
     export_again(config, args.checkpoint, args.to, console)

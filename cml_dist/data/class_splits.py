@@ -9,7 +9,7 @@ from itertools import combinations, islice
 import numpy as np
 
 ENUMERATED = 1000
-"""Up to so many ways are counted through in order; more are drawn by a fixed seed, none twice."""
+"""Up to so many ways are made and shuffled by a fixed seed; of more, as many as are asked for are drawn."""
 
 Division = tuple[tuple[int, ...], ...]
 
@@ -21,9 +21,12 @@ def num_class_splits(num_classes: int, sizes: Sequence[int]) -> int:
 
 
 def class_split(num_classes: int, sizes: Sequence[int], k: int) -> Division:
-    """The classes of each part, ascending, by the ``k``-th of all :func:`num_class_splits` ways. Cost: grows with k."""
-    if num_class_splits(num_classes, sizes) <= ENUMERATED:
-        return next(islice(_divisions(range(num_classes), sizes), k, None))
+    """The classes of each part, ascending, by the ``k``-th of all :func:`num_class_splits` ways. Cost: grows with k.
+
+    The order is a fixed, shuffled one: the first so many ways are a fair sample of all.
+    """
+    if (ways := num_class_splits(num_classes, sizes)) <= ENUMERATED:
+        return next(islice(_divisions(range(num_classes), sizes), np.random.default_rng(0).permutation(ways)[k], None))
     rng, found, ends = np.random.default_rng(0), {}, np.cumsum(sizes)
     while len(found) <= k:
         *parts, _ = np.split(rng.permutation(num_classes), ends)

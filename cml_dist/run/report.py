@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,9 @@ from cml_dist.types import Learner, Params
 Reports = dict[Learner, EvalReport]
 
 
-def evaluate_run(config: RunConfig, which: str, console: Console) -> dict[str, Any]:
+def evaluate_run(config: RunConfig, which: str, console: Console, world: World | None = None) -> dict[str, Any]:
     """Test a run's checkpoint by its configuration, see :func:`score_run`. Collective: all ranks."""
-    with joined_world(config) as world, memory_explained(world.device):
+    with joined_world(config) if world is None else nullcontext(world) as world, memory_explained(world.device):
         return score_run(config, assemble(config, world, console, training=False), world, console, which)
 
 
