@@ -21,16 +21,23 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
     sets = {place: on_set(config, place) for place in args.on}
     if sets and args.plot:
         raise ConfigError("--plot draws fits of curves, and --on names image sets", "leave one of them out")
+    if config.all_splits and args.plot:
+        raise ConfigError("--plot draws fits of one run, and this is one for each class split", "leave it out")
     from cml_dist.run.report import evaluate_run, evaluate_sets
+    from cml_dist.run.splits import evaluate_splits
 
     if sets:
         evaluate_sets(sets, args.checkpoint, console)
+    elif config.all_splits:
+        evaluate_splits(config, args.checkpoint, console)
     else:
         evaluate_run(config, args.checkpoint, console, args.plot)
 
 
 def export(args: argparse.Namespace, console: Console) -> None:
     config = _config_of(args, console)
+    if config.all_splits:
+        raise ConfigError(f"{args.run_dir} holds a run for each class split", "name the folder of one of them")
     from cml_dist.run.export import export_again
 
     export_again(config, args.checkpoint, args.to, console)

@@ -92,6 +92,8 @@ def contradictions(config: Any) -> Iterator[str]:
             remedy = "model.backbone=gcn" if nodes else "domain.name=graph_nodes, or choose another model.backbone"
             other = f"but domain.name is {config.domain.name}"
             yield f"model.backbone {model.backbone} reads {reads}, {other}: set {remedy}"
+    if (number := getattr(config.domain, "splits", None)) is not None and not config.all_splits:
+        yield f"domain.splits is {number}, but domain.split is {config.domain.split}: set domain.split=all"
     if config.domain.name == "graph_nodes":
         if isinstance(engine.micro_batch, int):
             shared = "nodes of a batch share their neighbourhoods, which each part of it would compute anew"

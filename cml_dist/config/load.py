@@ -64,7 +64,7 @@ def load_config(path: str, overrides: Sequence[str] = (), warn: Warn = silently)
 
 
 def _holds_run(folder: Path) -> bool:
-    return (folder / "sessions.jsonl").exists() or any(folder.glob("checkpoints/step-*.safetensors"))
+    return any(any(folder.glob(kept)) for kept in ("sessions.jsonl", "split-000", "checkpoints/step-*.safetensors"))
 
 
 def in_folder(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -146,7 +146,8 @@ class GraphNodesConfig(Section):
     readout: Literal["mean", "centre"] = Field("mean", description="g_meta: mean over the nodes of the subgraph, whose adjacency is cut from the whole graph's (the public code with the paper's figures), or the node at its centre, with the subgraph's own degrees (the original)")
     adjacency: Literal["row", "symmetric"] = Field("row", description="normalisation of A + I by the degrees D: row, D^-1 (A + I), or symmetric, D^-1/2 (A + I) D^-1/2")
     dropout: float = Field(0.0, ge=0, lt=1, description="the part of hidden units that each inner step of training leaves out at random, of its support set alone")
-    split: Literal["own"] | Annotated[int, Field(ge=0, le=9999)] = Field("own", description="of the classes: own, the file's; K: the K-th of all ways to divide them into split_sizes (above 1,000 ways, of a seeded sample)")
+    split: Literal["own", "all"] | Annotated[int, Field(ge=0, le=9999)] = Field("own", description="of the classes: own, the file's; K: the K-th of all ways to divide them into split_sizes, in a fixed, shuffled order; all: a run for each way, in folders of run.dir, and the spread over them")
+    splits: int | None = Field(None, ge=2, le=1000, description="split all only: how many, from K = 0; null: all ways, at most 100")
     split_sizes: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = Field(None, description="classes of train, val and test; null: as many as in the file's own split")
     workers: int | None = Field(None, ge=0, le=64, description="processes a rank that draw episodes ahead; null: 0")
 
@@ -379,6 +380,11 @@ class RunConfig(Section):
             if isinstance(name, str) and name in METHODS:
                 data = {**data, "optim": {**METHODS[name].optim, **optim}}
         return data
+
+    @property
+    def all_splits(self) -> bool:
+        """Whether this is a run for each class split, as ``run/splits.py`` has it."""
+        return getattr(self.domain, "split", None) == "all"
 
     @property
     def num_validations(self) -> int:

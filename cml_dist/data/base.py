@@ -51,6 +51,7 @@ class Domain(ABC):
         higher_is_better: whether a larger score is a better one.
         chance: the expected score of guessing, where it is known.
         remarks: what people should know of the data, a line each.
+        num_splits: in how many ways its classes can be divided; ``domain.split`` chooses by number, or all.
     """
 
     input_shape: tuple[int, ...]
@@ -59,6 +60,7 @@ class Domain(ABC):
     higher_is_better: bool = True
     chance: float | None = None
     remarks: tuple[str, ...] = ()
+    num_splits: int = 1
 
     @abstractmethod
     def episode(self, split: str, index: int) -> Episode:

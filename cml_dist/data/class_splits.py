@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 
 import numpy as np
 
 ENUMERATED = 1000
-"""Up to so many ways are all numbered; more are drawn, none twice."""
+"""Up to so many ways are made and shuffled by a fixed seed; of more, as many as are asked for are drawn."""
 
 Division = tuple[tuple[int, ...], ...]
 
@@ -21,13 +21,13 @@ def num_class_splits(num_classes: int, sizes: Sequence[int]) -> int:
 
 
 def class_split(num_classes: int, sizes: Sequence[int], k: int) -> Division:
-    """The classes of each part, ascending, by the ``k``-th of all :func:`num_class_splits` ways.
+    """The classes of each part, ascending, by the ``k``-th of all :func:`num_class_splits` ways. Cost: grows with k.
 
-    Their order is random, by a fixed seed: the first few stand for all. Cost: grows with k.
+    The order is a fixed, shuffled one: the first so many ways are a fair sample of all.
     """
+    if (ways := num_class_splits(num_classes, sizes)) <= ENUMERATED:
+        return next(islice(_divisions(range(num_classes), sizes), np.random.default_rng(0).permutation(ways)[k], None))
     rng, found, ends = np.random.default_rng(0), {}, np.cumsum(sizes)
-    if (count := num_class_splits(num_classes, sizes)) <= ENUMERATED:
-        return list(_divisions(range(num_classes), sizes))[rng.permutation(count)[k]]
     while len(found) <= k:
         *parts, _ = np.split(rng.permutation(num_classes), ends)
         found[tuple(tuple(sorted(part.tolist())) for part in parts)] = None

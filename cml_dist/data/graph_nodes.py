@@ -77,6 +77,7 @@ class GraphNodesDomain(ClassificationDomain):
         self.input_shape = (self.graph.features.shape[1],)
         self.output_dim, self.chance = settings.ways, 1 / settings.ways
         self.splits, short = _split_classes(settings, self.graph), []
+        self.num_splits = num_class_splits(len(self.graph.class_names), list(map(len, self.splits.values())))
         self._nodes: dict[str, list[np.ndarray]] = {}
         for split, classes in self.splits.items():
             nodes = {self.graph.class_names[c]: np.flatnonzero(self.graph.labels.numpy() == c) for c in classes}
@@ -223,7 +224,7 @@ def _split_classes(settings: GraphNodesConfig, graph: Graph) -> dict[str, Collec
     Raises:
         ConfigError: the file has no split of its own, or there are fewer ways to divide the classes.
     """
-    count, k = len(graph.class_names), settings.split
+    count, k = len(graph.class_names), 0 if settings.split == "all" else settings.split
     sizes = list(settings.split_sizes or map(len, graph.splits.values()))
     if k == "own" and graph.splits:
         return dict(graph.splits)

@@ -26,7 +26,9 @@ NEUTRAL_KEYS = (
 )
 """Settings that change no value that is computed, but for rounding."""
 
-FREE_KEYS = (*NEUTRAL_KEYS, "train.patience", "eval.episodes", "eval.split", "eval.untrained", "eval.ensemble")
+FREE_KEYS = (
+    *NEUTRAL_KEYS, "train.patience", "domain.splits", "eval.episodes", "eval.split", "eval.untrained", "eval.ensemble",
+)  # fmt: skip
 """Settings that a resumed run may change: no step of its training depends on them."""
 
 OWN_TEST = "own"
@@ -52,6 +54,7 @@ class RunFolder:
         self.validation_file = self.path / "validation.jsonl"
         self.eval_file = self.path / "eval.json"
         self.scores_file = self.path / "eval_scores.npz"
+        self.splits_file = self.path / "splits.json"
         self.evals = self.path / "evals"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
@@ -61,6 +64,10 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether a run lives here."""
         return self.config_file.is_file()
+
+    def parts(self, config: RunConfig) -> list[Path]:
+        """The folders of a run for each class split, also of those that have not begun; of another run none."""
+        return [self.path / f"split-{k:03d}" for k in range(config.domain.splits or 0)] if config.all_splits else []
 
     def check_contained(self) -> None:
         """Refuse a folder from which a name leads elsewhere: who sent it would choose what is read and written there.

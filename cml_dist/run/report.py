@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,11 @@ from cml_dist.types import Learner, Params
 Reports = dict[Learner, EvalReport]
 
 
-def evaluate_run(config: RunConfig, which: str, console: Console, plot: str | None = None) -> dict[str, Any]:
+def evaluate_run(
+    config: RunConfig, which: str, console: Console, plot: str | None = None, world: World | None = None
+) -> dict[str, Any]:
     """Test a run's checkpoint by its configuration, see :func:`score_run`. Collective: all ranks."""
-    with joined_world(config) as world, memory_explained(world.device):
+    with joined_world(config) if world is None else nullcontext(world) as world, memory_explained(world.device):
         return score_run(config, assemble(config, world, console, training=False), world, console, which, plot=plot)
 
 

@@ -106,6 +106,7 @@ class Session:
         if self._metrics is not None:
             self._metrics.close()
         self.trackers.close()
+        self.world.heartbeat.log = None
         self._log.close()
         if self._lease is not None:
             self._lease.release(began=self.folder.exists)

@@ -55,12 +55,13 @@ class Outcome:
 
 
 def train(
-    config: RunConfig, console: Console, interrupts: Interrupts | None = None, on_step: OnStep = nothing
-) -> Outcome:
+    config: RunConfig, console: Console, interrupts: Interrupts | None = None, on_step: OnStep = nothing,
+    world: World | None = None,
+) -> Outcome:  # fmt: skip
     """Start the run in ``run.dir``, or resume it there; returns when it is finished or was asked to stop.
 
     Args:
-        interrupts: open already; None: open while this runs.
+        interrupts, world: open, or joined, already; None: while this runs.
         on_step: a hook, called as :mod:`cml_dist.run.hooks` says.
 
     Collective: every process of the world calls it with the same configuration.
@@ -72,7 +73,7 @@ def train(
     config = RunFolder(config.run.dir).going_on(config)
     with nullcontext(interrupts) if interrupts is not None else Interrupts(config.run.stop_signals) as interrupts:
         interrupts.raise_signals()
-        with joined_world(config) as world:
+        with joined_world(config) if world is None else nullcontext(world) as world:
             session = Session(config, world, console)
             trainer = Trainer(config, world, session, interrupts, on_step)
             try:

@@ -34,11 +34,17 @@ def state_of(run_dir: str | Path) -> dict[str, Any]:
     """What ``status.json`` holds, with the state that is: ``state``, and ``reason`` in words, which may be empty.
 
     ``running``; ``stopped`` (and saved); ``finished``; ``failed``; ``dead``: its status says running, but nothing moves
-    any more; ``unknown``: no run, or none that has a status.
+    any more; ``unknown``: no run, or none that has a status. Of a run for each class split that of the worst of them.
     """
     folder = RunFolder(run_dir)
     folder.check_contained()
     status = read_status(folder.status_file)
+    if status is None and folder.exists and (parts := folder.parts(folder.read_config())):
+        found = [one for one in map(state_of, parts) if one["state"] != "unknown"]
+        rest = [{"state": "stopped", "reason": "the next has not begun"}] * (len(found) < len(parts))
+        worst = max(found + rest, key=lambda one: list(EXIT_CODES).index(one["state"]))
+        done = f"{sum(one['state'] == 'finished' for one in found)} of {len(parts)} splits finished"
+        return {"run_dir": str(run_dir), "state": worst["state"], "reason": f"{done}; {worst['reason']}".rstrip("; ")}
     if status is None:
         why = "no run has begun here: it has no status.json" if folder.path.is_dir() else "there is no such folder"
         return {"run_dir": str(run_dir), "state": "unknown", "reason": why}
