@@ -87,6 +87,7 @@ setup(
         "deepspeed": [],  # in all installations now; older commands name it
         "trackers": TRACKER_REQUIREMENTS,
         "http": ["aiohttp"],  # image sets at a URL
+        "graphs": ["torch_geometric>=2.6"],  # to read graphs that PyTorch Geometric saved
         "parquet": ["pyarrow>=17"],  # to pack such sets
         "test": TEST_REQUIREMENTS,
     },

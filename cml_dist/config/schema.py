@@ -135,7 +135,7 @@ class GraphNodesConfig(Section):
     """Nodes of one graph (docs/how-to/nodes.md)."""
 
     name: Literal["graph_nodes"]
-    root: Place = Field(description="the file of the graph (.npz)")
+    root: Place = Field(description="the graph: a file (.npz, or .pt of PyTorch Geometric), or the folder of a set of torch_geometric.datasets")
     ways: int = Field(2, ge=2, le=1000, description="classes in an episode (N)")
     shots: int = Field(1, ge=1, le=1000, description="support nodes a class (K)")
     queries: int = Field(5, ge=1, le=1000, description="query nodes a class")

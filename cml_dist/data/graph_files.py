@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from cml_dist.data.base import SPLITS
-from cml_dist.data.free_memory import available_bytes
+from cml_dist.data.free_memory import check_room
+from cml_dist.data.pyg_files import read_saved
 from cml_dist.errors import DataError
 
 NEEDED = ("feat_data", "feat_indices", "feat_indptr", "feat_shape", "edge_index", "labels")
@@ -54,25 +55,25 @@ class Graph:
 
 
 def read_graph(path: str) -> Graph:
-    """The graph in a file, whose suffix says of what kind.
+    """The graph in a file, whose suffix says of what kind, or in the folder of a set of torch_geometric.
 
     Raises:
         DataError: it cannot be read, or is no sound graph; with what is wrong, and where.
     """
-    if not Path(path).is_file():
-        raise DataError(f"there is no graph at {path}", "point domain.root at a file (docs/how-to/nodes.md)")
-    if (suffix := Path(path).suffix) not in READERS:
+    found = path if Path(path).is_file() else str(Path(path, "processed", "data.pt"))
+    if not Path(found).is_file():
+        remedy = "give domain.root a file, or what torch_geometric wrote: Planetoid('data', 'Cora') writes data/Cora"
+        raise DataError(f"there is neither a file {path} nor {found}", f"{remedy} (docs/how-to/nodes.md)")
+    if (suffix := Path(found).suffix) not in READERS:
         raise DataError(f"{path} ends in {suffix or 'nothing'}", f"use a file that ends in {' or '.join(READERS)}")
-    return READERS[suffix](path)
+    return READERS[suffix](found)
 
 
 def _read_npz(path: str) -> Graph:
     """Arrays without pickles: see docs/how-to/nodes.md."""
     try:
         with zipfile.ZipFile(path) as members:
-            size, room = sum(member.file_size for member in members.infolist()), available_bytes()
-        if size > room // 2:
-            raise DataError(f"{path} holds {size:,} bytes, and {room:,} of memory are free", "use a larger machine")
+            check_room(path, sum(member.file_size for member in members.infolist()))
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
     except (OSError, EOFError, MemoryError, ValueError, zipfile.BadZipFile, zipfile.zlib.error) as error:
@@ -94,7 +95,13 @@ def _read_npz(path: str) -> Graph:
     return make_graph(path, found["edge_index"], features, found["labels"], found.get("class_names"), own)
 
 
-READERS = {".npz": _read_npz}
+def _read_pt(path: str) -> Graph:
+    *arrays, notes = read_saved(path)
+    graph = make_graph(path, *arrays, None, {})
+    return replace(graph, notes=[*graph.notes, *notes])
+
+
+READERS = {".npz": _read_npz, ".pt": _read_pt}
 
 
 def make_graph(
