@@ -16,7 +16,7 @@ TESTED = (
     "tests/unit/test_sources.py",
 )  # fmt: skip
 
-EXTRAS = ("parquet",)
+EXTRAS = ("parquet", "graphs")
 
 
 def lower_bounds() -> dict[str, str]:
