@@ -126,10 +126,10 @@ def make_graph(
         DataError: unknown nodes, features that are not finite, labels outside the classes.
     """
     features, nodes = features.double().coalesce(), features.shape[0]
-    names = list(map(str, range(labels.max(initial=-1) + 1) if class_names is None else class_names))
     if labels.shape != (nodes,) or edge_index.ndim != 2 or len(edge_index) != 2:
         shapes = f"labels {labels.shape} and edge_index {edge_index.shape}"
         raise DataError(f"{path} has features of {nodes:,} nodes, {shapes}", "give a label a node, and edges [2, E]")
+    names = list(map(str, range(min(labels.max(initial=-1) + 1, nodes)) if class_names is None else class_names))
     labels = _ids(f"labels of {path}", labels, len(names))
     source, target = _ids(f"edge_index of {path}", edge_index, nodes)
     own = {split: _ids(f"{split}_classes of {path}", ids, len(names)).tolist() for split, ids in splits.items()}
