@@ -63,7 +63,7 @@ def read_graph(path: str) -> Graph:
     found = path if Path(path).is_file() else str(Path(path, "processed", "data.pt"))
     if not Path(found).is_file():
         remedy = "give domain.root a file, or what torch_geometric wrote: Planetoid('data', 'Cora') writes data/Cora"
-        raise DataError(f"there is neither a file {path} nor {found}", f"{remedy} (docs/how-to/nodes.md)")
+        raise DataError(f"there is no graph at {path}, nor {found}", f"{remedy} (docs/how-to/nodes.md)")
     if (suffix := Path(found).suffix) not in READERS:
         raise DataError(f"{path} ends in {suffix or 'nothing'}", f"use a file that ends in {' or '.join(READERS)}")
     return READERS[suffix](found)

@@ -139,7 +139,7 @@ def test_without_torch_geometric_one_line_says_what_to_install(tmp_path, monkeyp
 def test_a_folder_of_a_set_is_its_processed_file(tmp_path, same):
     saved(tmp_path / "Cora" / "processed" / "data.pt", (fields(), None))
     assert read_graph(str(tmp_path / "Cora")).fingerprint() == same
-    with pytest.raises(DataError, match="neither a file .*PubMed nor .*PubMed/processed/data.pt; .*Planetoid"):
+    with pytest.raises(DataError, match="no graph at .*PubMed, nor .*PubMed/processed/data.pt; .*Planetoid"):
         read_graph(str(tmp_path / "PubMed"))
 
 
