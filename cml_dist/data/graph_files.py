@@ -63,7 +63,7 @@ def read_graph(path: str) -> Graph:
     found = path if Path(path).is_file() else str(Path(path, "processed", "data.pt"))
     if not Path(found).is_file():
         remedy = "give domain.root a file, or what torch_geometric wrote: Planetoid('data', 'Cora') writes data/Cora"
-        raise DataError(f"there is neither a file {path} nor {found}", f"{remedy} (docs/how-to/nodes.md)")
+        raise DataError(f"there is no graph at {path}, nor {found}", f"{remedy} (docs/how-to/nodes.md)")
     if (suffix := Path(found).suffix) not in READERS:
         raise DataError(f"{path} ends in {suffix or 'nothing'}", f"use a file that ends in {' or '.join(READERS)}")
     return READERS[suffix](found)
@@ -126,10 +126,10 @@ def make_graph(
         DataError: unknown nodes, features that are not finite, labels outside the classes.
     """
     features, nodes = features.double().coalesce(), features.shape[0]
-    names = list(map(str, range(labels.max(initial=-1) + 1) if class_names is None else class_names))
     if labels.shape != (nodes,) or edge_index.ndim != 2 or len(edge_index) != 2:
         shapes = f"labels {labels.shape} and edge_index {edge_index.shape}"
         raise DataError(f"{path} has features of {nodes:,} nodes, {shapes}", "give a label a node, and edges [2, E]")
+    names = list(map(str, range(min(labels.max(initial=-1) + 1, nodes)) if class_names is None else class_names))
     labels = _ids(f"labels of {path}", labels, len(names))
     source, target = _ids(f"edge_index of {path}", edge_index, nodes)
     own = {split: _ids(f"{split}_classes of {path}", ids, len(names)).tolist() for split, ids in splits.items()}
