@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import resource
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         graph, run = Path(folder, "graph.npz"), Path(folder, "run")
         write(graph, args.nodes, args.edges, args.features)
+        begun = time.process_time()
         made = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         settings = [f"domain.root={graph}", "domain.split=0", "domain.split_sizes=[20,10,10]", f"run.dir={run}"]
         settings += [f"train.steps={args.steps}", "eval.every=0", "eval.episodes=20", "eval.val_episodes=10"]
@@ -43,6 +45,7 @@ def main() -> None:
         seconds = sorted(line["seconds"] for line in read_metrics(run / "metrics.jsonl"))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(f"seconds a meta-step: median {seconds[len(seconds) // 2]:.3f}, least {seconds[0]:.3f}")
+        print(f"CPU seconds of the whole run: {time.process_time() - begun:.0f}")
         print(f"peak memory of the process: {peak / 2**20:.2f} GiB ({made / 2**20:.2f} once the graph was made up)")
 
 

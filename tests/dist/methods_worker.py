@@ -122,7 +122,7 @@ CASES = {
     "both_adapt": Case("vector", SGD, colearner="adapts"),
     "lora": Case("attention", LORA, adapts=HEAD, micro_batch=2),
     "nodes": Case("gcn", SGD, steps=3),
-    "nodes_dropout": Case("gcn", MetaSgd(*RATES), nodes={"dropout": 0.5}, diagnose=True),
+    "nodes_dropout": Case("gcn", SGD, nodes={"dropout": 0.5}),
     "subgraphs": Case("gcn", SGD, head="prototype", nodes={"base": "g_meta", "cap": 6}),
     "lora_frozen": Case("attention", LORA, adapts=HEAD, frozen=True),
 }
