@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cml_dist.errors import CheckpointError
+from cml_dist.errors import CheckpointError, CmlError
 from cml_dist.run.folder import RunFolder, path_of, steps_in
 from cml_dist.run.status import read_status
 from cml_dist.telemetry import text
@@ -39,13 +39,10 @@ def state_of(run_dir: str | Path) -> dict[str, Any]:
     folder = RunFolder(run_dir)
     folder.check_contained()
     status = read_status(folder.status_file)
-    if status is None and folder.exists and (parts := folder.parts(folder.read_config())):
-        found = [one for one in map(state_of, parts) if one["state"] != "unknown"]
-        rest = [{"state": "stopped", "reason": "the next has not begun"}] * (len(found) < len(parts))
-        worst = max(found + rest, key=lambda one: list(EXIT_CODES).index(one["state"]))
-        done = f"{sum(one['state'] == 'finished' for one in found)} of {len(parts)} splits finished"
-        return {"run_dir": str(run_dir), "state": worst["state"], "reason": f"{done}; {worst['reason']}".rstrip("; ")}
     if status is None:
+        with suppress(CmlError):
+            if parts := folder.parts(folder.read_config()):
+                return {"run_dir": str(run_dir), **_of_all([state_of(part) for part in parts])}
         why = "no run has begun here: it has no status.json" if folder.path.is_dir() else "there is no such folder"
         return {"run_dir": str(run_dir), "state": "unknown", "reason": why}
     quiet_s = max(0.0, time.time() - _mtime(folder.status_file))
@@ -56,6 +53,15 @@ def state_of(run_dir: str | Path) -> dict[str, Any]:
             who = f"process {status.pid} on {status.host} is gone" if gone else f"was {reason or 'running'}"
             state, reason = "dead", f"nothing written for {text.duration(quiet_s)}, {who}"
     return {"run_dir": str(run_dir), **asdict(status), "state": state, "reason": reason, "quiet_s": quiet_s}
+
+
+def _of_all(parts: list[dict[str, Any]]) -> dict[str, str]:
+    """State and reason of a run for each class split: of the split that needs attention most."""
+    begun = [part for part in parts if part["state"] != "unknown"]
+    rest = [{"state": "stopped", "reason": "the next has not begun"}] * (len(begun) < len(parts))
+    worst = max(begun + rest, key=lambda part: list(EXIT_CODES).index(part["state"]))
+    done = f"{[part['state'] for part in parts].count('finished')} of {len(parts)} splits finished"
+    return {"state": worst["state"], "reason": f"{done}; {worst['reason']}".rstrip("; ")}
 
 
 class RunView:
