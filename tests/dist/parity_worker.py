@@ -51,7 +51,7 @@ def resnet12_tiny(pretrained: bool = False, **kwargs: object) -> torch.nn.Module
 NETS = {
     "conv4": (ModelConfig(backbone="conv4", filters=8), (1, 16, 16)),
     "resnet": (ModelConfig(backbone="test_resnet", colearner={"depth": 1, "width": 8}), (3, 32, 32)),
-    "resnet12": (ModelConfig(backbone="resnet12_tiny", colearner={"depth": 1, "width": 8}), (3, 32, 32)),
+    "resnet12": (ModelConfig(backbone="resnet12_tiny", colearner={"depth": 1, "width": 8}), (3, 16, 16)),
     "vit": (ModelConfig(backbone="test_vit", colearner={"depth": 1, "width": 8}), (3, 32, 32)),
 }
 # At 32 px the last batch statistics are of 3 numbers (at 40 of 12): in float32 rounding alone moves the gradient severalfold.

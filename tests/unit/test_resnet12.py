@@ -27,7 +27,7 @@ WIDTHS = {"resnet12": (64, 128, 256, 512), "resnet12_wide": (64, 160, 320, 640)}
 
 
 @timm.models.register_model
-def resnet12_tiny(pretrained=False, **kwargs):
+def resnet12_narrow(pretrained=False, **kwargs):
     return resnet12(pretrained, widths=(4, 4, 8, 16), **kwargs)
 
 
@@ -111,7 +111,7 @@ def run(tmp_path_factory):
     root = str(write_set(folder / "set", images=4, size=16))
     settings = {
         "domain": {"name": "images", "root": root, "ways": 3, "shots": 1, "queries": 2},
-        "model": {"backbone": "resnet12_tiny", "trained": ["head", "last:1"], "colearner": {"depth": 1, "width": 8}},
+        "model": {"backbone": "resnet12_narrow", "trained": ["head", "last:1"], "colearner": {"depth": 1, "width": 8}},
         "method": {"name": "maml_pp", "colearner": True, "inner_steps": 2},
         "train": {"steps": 1, "episodes_per_step": 1},
         "eval": {"every": 0, "val_episodes": 1, "episodes": 2, "untrained": False},
@@ -134,10 +134,11 @@ def test_norms_a_step_of_what_is_trained(run):
 def test_an_export_says_how_timm_comes_to_know_it(run):
     export = f"{run.run.dir}/export"
     with open(f"{export}/README.md") as file:
-        assert "import cml_dist.nets\ntimm.create_model('resnet12_tiny'" in file.read()
+        assert "import cml_dist.nets\ntimm.create_model('resnet12_narrow'" in file.read()
     with open(f"{export}/model.json") as file:
         settings = json.load(file)["timm"]
-    assert timm.create_model("resnet12_tiny", checkpoint_path=f"{export}/timm.safetensors", **settings).num_classes == 3
+    again = timm.create_model("resnet12_narrow", checkpoint_path=f"{export}/timm.safetensors", **settings)
+    assert again.num_classes == 3
     adapted = cml_dist.load(run.run.dir).adapt(torch.zeros(3, 16, 16, 3, dtype=torch.uint8).numpy(), ["a", "b", "c"])
     assert len(adapted.predict(torch.zeros(2, 16, 16, 3, dtype=torch.uint8).numpy())) == 2
 
