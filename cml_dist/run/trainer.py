@@ -24,7 +24,7 @@ from cml_dist.distributed.env import restarts
 from cml_dist.distributed.optim import learning_rate
 from cml_dist.distributed.world import World, joined_world
 from cml_dist.distributed.zero import build_strategy
-from cml_dist.errors import TrainingError
+from cml_dist.errors import ConfigError, TrainingError
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.advice import after_nan
 from cml_dist.run.assemble import assemble
@@ -70,6 +70,8 @@ def train(
         CmlError: anything a user can mend; on all ranks where all can know of it.
         Stopped: asked to stop before there was anything to save.
     """
+    if config.all_splits:
+        raise ConfigError("domain.split is all: that is several runs", "use run.splits.train_splits, or name one split")
     config = RunFolder(config.run.dir).going_on(config)
     with nullcontext(interrupts) if interrupts is not None else Interrupts(config.run.stop_signals) as interrupts:
         interrupts.raise_signals()
