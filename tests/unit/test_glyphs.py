@@ -403,4 +403,4 @@ def test_each_name_of_the_configuration_has_a_builder():
     names = {
         name for config in (GlyphsConfig, ImagesConfig) for name in get_args(config.model_fields["name"].annotation)
     }
-    assert set(DOMAINS) == names | {"sinusoid"}
+    assert set(DOMAINS) == names | {"sinusoid", "graph_nodes"}

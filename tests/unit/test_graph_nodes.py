@@ -78,7 +78,7 @@ def test_a_bad_file_is_one_line(tmp_path, fault):
 
 
 def test_no_file_another_kind_of_file_and_a_damaged_one(tmp_path):
-    for name, content, message in (("a.npz", None, "there is neither a file"), ("a.txt", b"", "ends in .txt"),
+    for name, content, message in (("a.npz", None, "there is no graph"), ("a.txt", b"", "ends in .txt"),
                                    ("b.npz", b"PK\x03\x04nothing", "cannot be read")):  # fmt: skip
         if content is not None:
             (tmp_path / name).write_bytes(content)

@@ -217,7 +217,7 @@ def test_vit_base_is_answered_without_weights(plan):
     ("words", "what", "remedy"),
     [
         (["images", "domain.root=nowhere"], "the size of the images is not known", "--image-size"),
-        (["mini_imagenet", "model.backbone=vit_huge_nothing"], "neither conv4, mlp nor", "nearest"),
+        (["mini_imagenet", "model.backbone=vit_huge_nothing"], "neither conv4, mlp, gcn nor", "nearest"),
         (["mini_imagenet", "--image-size", "8"], "too small for the four poolings", "16"),
         (["mini_imagenet", "parallel.processes=3"], "parallel.processes is 3, but --gpus is 2", "=2"),
         (["mini_imagenet", "modle.backbone=conv4"], "modle is not a setting", "did you mean"),

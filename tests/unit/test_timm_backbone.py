@@ -192,7 +192,7 @@ def test_published_weights_that_cannot_be_had() -> None:
 
 
 def test_unknown_backbone_names_the_nearest() -> None:
-    with pytest.raises(ModelError, match="'resnt18' is neither conv4, mlp nor.*resnet18"):
+    with pytest.raises(ModelError, match="'resnt18' is neither conv4, mlp, gcn nor.*resnet18"):
         _net("resnt18")
 
 
