@@ -24,11 +24,12 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
     if config.all_splits and args.plot:
         raise ConfigError("--plot draws fits of one run, and this is one for each class split", "leave it out")
     from cml_dist.run.report import evaluate_run, evaluate_sets
-    from cml_dist.run.splits import evaluate_splits
 
     if sets:
         evaluate_sets(sets, args.checkpoint, console)
     elif config.all_splits:
+        from cml_dist.run.splits import evaluate_splits
+
         evaluate_splits(config, args.checkpoint, console)
     else:
         evaluate_run(config, args.checkpoint, console, args.plot)

@@ -31,11 +31,12 @@ def train(args: argparse.Namespace, console: Console) -> int:
         # Before the imports below, which take their time.
         make_plan(config, check_launch(config.parallel.processes).size, os.environ)
         console.loading()
-        from cml_dist.run.splits import train_splits
-        from cml_dist.run.trainer import train
+        if config.all_splits:
+            from cml_dist.run.splits import train_splits as train
+        else:
+            from cml_dist.run.trainer import train
 
-        start = train_splits if config.all_splits else train
-        code = _exit_code(start(config, console, interrupts, args.on_step).exit_code)
+        code = _exit_code(train(config, console, interrupts, args.on_step).exit_code)
     except (Stopped, Exception) as stopped:
         if not isinstance(stopped, Stopped) and not interrupts.cut_short:
             interrupts.defer_signals()  # a launcher that ends all after the first must not break off who says why
