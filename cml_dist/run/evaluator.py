@@ -103,6 +103,7 @@ def evaluate(
     num_episodes: int,
     permutations: int = 1,
     others: Sequence[Params] = (),
+    on_grid: bool = False,
     progress: Callable[[int], None] = lambda done: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, EvalReport]:
@@ -115,6 +116,7 @@ def evaluate(
         params: on the device where ``parts.model`` is.
         permutations: label orders (:func:`label_orders`) under which each episode is tested.
         others: of an ensemble, see :func:`score_episode`.
+        on_grid: also score each curve on its grid, where the domain has one.
         stop: asked before each episode: whether to break off, and raise Stopped on all ranks.
     """
     problem, how = parts.model.problem, (config.eval.co_adapt, config.eval.norm, others)
@@ -124,14 +126,15 @@ def evaluate(
     table = torch.zeros(3 * len(learners) + 1, num_episodes, dtype=torch.float64)
     mine, workers = range(world.rank, num_episodes, world.size), config.domain.workers
     stream = episode_stream(parts.domain, split, mine, device=world.device, dtype=parts.dtype, workers=workers)
-    has_grid = parts.domain.grid(split, 0) is not None
+    on_grid = on_grid and parts.domain.grid(split, 0) is not None
     world.heartbeat.beat(f"{split}, episode 1 of {len(mine)}")
     for count, episode in enumerate(stream, start=1):
         if stop():
             table[-1] = 1.0
             break
         orders = label_orders(episode, permutations)
-        grid = parts.domain.prepared_grid(split, episode.index, world.device, parts.dtype)
+        where = (split, episode.index, world.device, parts.dtype)
+        grid = parts.domain.prepared_grid(*where) if on_grid else None
         for number, learner in enumerate(learners):
             scores = [score_episode(params, one, problem, method, learner, *how, grid).double() for one in orders]
             mean = sum(scores) / len(scores)
@@ -144,7 +147,7 @@ def evaluate(
     if broken_off.any():
         raise Stopped
     found = zip(learners, table[::3], table[1::3], table[2::3], strict=True)
-    orders, grid = permutations > 1, EvalReport if has_grid else lambda scores: None
+    orders, grid = permutations > 1, EvalReport if on_grid else lambda scores: None
     return {who: EvalReport(mean, spread if orders else None, grid(on_it)) for who, mean, spread, on_it in found}
 
 

@@ -109,7 +109,7 @@ def score_run(
         with console.progress(what, config.eval.episodes) as view:
             return evaluate(
                 config, parts, world, params, learners, split=config.eval.split, num_episodes=config.eval.episodes,
-                permutations=config.eval.permutations, others=others, progress=view.update, stop=stop,
+                permutations=config.eval.permutations, others=others, on_grid=True, progress=view.update, stop=stop,
             )  # fmt: skip
 
     reports, together, floor = test([world.run_on_all_ranks(checkpoint.params)], "Testing"), {}, {}

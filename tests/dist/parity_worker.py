@@ -97,13 +97,6 @@ RESUMED = Case("", "float32", "conv4", "adjoint", (5,), "adamw")
 ADAMW = Case("", "float32", "conv4", "graph", (5, 5), "adamw")
 
 
-def zero_nets(world: int, strategy: str) -> tuple[str, ...]:
-    """To a strategy ResNet-12 is one more residual network: two stages have it."""
-    if strategy == FURTHER or world != 2:
-        return () if strategy == FURTHER else ("vit",)
-    return tuple(net for net in NETS if net != "resnet12" or strategy in ("zero2", "zero3"))
-
-
 def cases(world: int, device: str | None = None) -> Iterator[Case]:
     """All of a world size, those of one strategy together (on 2 ranks, SAVED_BY first)."""
     if world == 1 and device == "cuda":  # plain ones first: DeepSpeed leaves a lone process in a world of one
@@ -112,7 +105,8 @@ def cases(world: int, device: str | None = None) -> Iterator[Case]:
         return
     plain = "single" if world == 1 else "ddp"
     for strategy in ZERO.get(world, ()):
-        for net, engine in itertools.product(zero_nets(world, strategy), ENGINES):
+        nets = () if strategy == FURTHER else NETS if world == 2 else ("vit",)
+        for net, engine in itertools.product(nets, ENGINES):
             yield Case(strategy, "float32", net, engine, PER_RANK[world])
         yield replace(ADAMW, strategy=strategy)
     for net, engine, episodes in itertools.product(NETS, ENGINES, EPISODES):

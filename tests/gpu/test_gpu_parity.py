@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from launching import ROOT, run
-from parity_worker import ENGINES, EPISODES, NETS, PER_RANK, ZERO, zero_nets
+from parity_worker import ENGINES, EPISODES, FURTHER, NETS, PER_RANK, ZERO
 from test_parity import WORKER, assert_same_adamw, assert_same_in_float32, assert_same_in_float64
 
 if not torch.cuda.is_available():
@@ -74,7 +74,7 @@ def same_as_one_process(there, one, strategy, nets, per_rank):
 
 @pytest.mark.parametrize("strategy", ZERO[2])
 def test_zero_on_one_gpu_ends_at_the_parameters_of_one_process(one, strategy):
-    same_as_one_process(one, one, strategy, zero_nets(2, strategy), PER_RANK[2])
+    same_as_one_process(one, one, strategy, () if strategy == FURTHER else NETS, PER_RANK[2])
 
 
 @pytest.mark.parametrize("strategy", ZERO[2])
@@ -82,5 +82,5 @@ def test_zero_on_several_gpus_ends_at_the_parameters_of_one_process(several, one
     size, there = several
     if strategy not in ZERO[size]:
         pytest.skip(f"not of the matrix with {size} ranks")
-    nets = zero_nets(size, strategy)
+    nets = () if strategy == FURTHER else NETS if size == 2 else ("vit",)
     same_as_one_process(there, one, strategy, nets, PER_RANK[size])

@@ -291,7 +291,7 @@ def test_the_watch_hears_of_every_pass_through_the_network(tmp_path, monkeypatch
     go(tmp_path / "run", *steps, "eval.val_episodes=2", "eval.final=false")
     # Of 5 support and 5 query examples, in threes: three inner steps, the query set, and three steps back.
     assert [heard[f"step 1, episode {number} of 3"] for number in (1, 2, 3)] == 3 * [7 * 3]
-    assert heard["val, episode 1 of 2"] == 4 * 3 + 51  # and the 101 points of the grid
+    assert heard["val, episode 1 of 2"] == 4 * 3
 
 
 def goes_on_elsewhere(folder, monkeypatch):
