@@ -6,6 +6,7 @@ import hashlib
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,14 @@ def read_graph(path: str) -> Graph:
         raise DataError(f"there is no graph at {path}, nor {found}", f"{remedy} (docs/how-to/nodes.md)")
     if (suffix := Path(found).suffix) not in READERS:
         raise DataError(f"{path} ends in {suffix or 'nothing'}", f"use a file that ends in {' or '.join(READERS)}")
-    return READERS[suffix](found)
+    state = Path(found).stat()
+    return _read_once(found, suffix, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=1)
+def _read_once(path: str, suffix: str, *state: int) -> Graph:
+    """The file as it is now: of a run for each class split, every split asks for it, several times."""
+    return READERS[suffix](path)
 
 
 def _read_npz(path: str) -> Graph:
