@@ -359,7 +359,8 @@ def test_another_machine_opens_the_checkpoint_that_rank_0_has_chosen_once_it_see
     warned: list[str] = []
     monkeypatch.setattr(folders, "SEEN_WITHIN_S", 60.0 if shared else 0.3)
     if shared:
-        threading.Timer(0.3, lambda: shutil.copy(source.path, target)).start()
+        whole = shutil.copy(source.path, tmp_path / "whole")  # a checkpoint appears at once, as the trainer writes it
+        threading.Timer(0.3, lambda: os.replace(whole, target)).start()
         found, said = checkpoints.on_all_ranks(replace(ALONE, rank=1, size=2), failing(AssertionError), warned.append)
         assert (found.path, found.step, said) == (target, 12, "said")
     else:
