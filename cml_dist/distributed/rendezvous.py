@@ -41,6 +41,7 @@ MARGIN_S = 15.0
 GROUP_TIMEOUT = timedelta(hours=24)
 """Of torch's own collectives, which count the time of a suspended job: the heartbeat judges what hangs."""
 
+EARLIER_START = "rank 0 of an earlier start still listens there"
 REACH = (
     "see whether rank 0's process runs there, whether MASTER_ADDR and MASTER_PORT are the same everywhere, and whether "
     "a firewall is in between"
@@ -154,7 +155,8 @@ def _serve(here: Launched) -> tuple[TCPStore, Callable[[], TCPStore]]:
 
 
 def _find(here: Launched, until_s: float, seconds: float) -> tuple[TCPStore, Callable[[], TCPStore]]:
-    """Another rank: rank 0's store. What the launcher's says may be of an earlier start, whose rank 0 is gone.
+    """Another rank: rank 0's store. What listens may be of an earlier start, whose rank 0 is gone or about to end: a
+    launcher that restarts this rank alone is faster than rank 0 misses the one that was killed.
 
     Raises:
         NetworkError: nobody listens there.
@@ -166,13 +168,18 @@ def _find(here: Launched, until_s: float, seconds: float) -> tuple[TCPStore, Cal
             if launchers is None:
                 launchers = _client(here.host, here.port)
             if not launcher_serves_store():
-                return launchers, partial(_client, here.host, here.port)
-            if launchers.check([KEY]):
+                store, launchers = launchers, None
+                if not _has_met(store):
+                    return store, partial(_client, here.host, here.port)
+                why = EARLIER_START
+            elif launchers.check([KEY]):
                 address, port, token = json.loads(launchers.get(KEY))
                 why = f"rank 0's store at {address}:{port} does not answer"
                 store, connect = _client(address, port), partial(_client, address, port)
                 if store.check(["start"]) and store.get("start").decode() == token:
-                    return store, connect
+                    if not _has_met(store):
+                        return store, connect
+                    why = EARLIER_START
         except OSError as error:
             why = error.strerror or error
         except DistError as error:
@@ -182,6 +189,11 @@ def _find(here: Launched, until_s: float, seconds: float) -> tuple[TCPStore, Cal
         f"{socket.gethostname()} did not reach the rendezvous at {here.host}:{here.port} within {seconds:.0f} s: {why}",
         REACH,
     )
+
+
+def _has_met(store: Store) -> bool:
+    """Whether all ranks of the start that ``store`` is of have met there; this one has not said yet that it came."""
+    return store.check(["everyone"]) and isinstance(json.loads(store.get("everyone")), list)
 
 
 def _client(host: str, port: int) -> TCPStore:

@@ -558,7 +558,7 @@ def test_the_sheet_of_a_small_set_shows_smaller_episodes_and_says_so(tmp_path):
 REAL = {
     "omniglot.zip": ("folders", (28, 28), 1, {"train": 1028, "val": 172, "test": 423}, 32460),
     "cifar-fs.zip": ("folders", (32, 32), 3, {"train": 64, "val": 16, "test": 20}, 13840),
-    "mini-imagenet.zip": ("ravi", (84, 84), 3, {"train": 64, "val": 16, "test": 20}, 10640),
+    "mini-imagenet.zip": ("csv", (84, 84), 3, {"train": 64, "val": 16, "test": 20}, 10640),
 }
 
 
