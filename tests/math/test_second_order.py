@@ -1,0 +1,52 @@
+"""Operators with second derivatives written out: against torch's own, and against differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cml_dist.nets.second_order import WRITTEN_OUT
+
+CASES = {
+    "convolution": (nn.Conv2d(4, 6, 3, padding=1), (3, 4, 5, 5)),
+    "convolution without bias": (nn.Conv2d(4, 6, 3, bias=False), (3, 4, 5, 5)),
+    "strided, in groups": (nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2), (3, 4, 7, 6)),
+    "batch norm": (nn.BatchNorm2d(4, track_running_stats=False), (3, 4, 5, 5)),
+    "max-pool": (nn.MaxPool2d(2), (3, 4, 5, 6)),
+}
+PATTERNS = [(True, True, True), (True, False, False), (False, True, False), (False, False, True), (True, True, False)]
+"""Which of the gradients by inputs, weight and bias are differentiated again."""
+
+
+def made(name: str, *, ours: bool) -> tuple[nn.Module, torch.Tensor]:
+    module, shape = CASES[name]
+    torch.manual_seed(5)
+    again = type(module).__new__(WRITTEN_OUT[type(module)] if ours else type(module))
+    again.__dict__.update({**module.__dict__, "_parameters": dict(module._parameters)})
+    for key, value in module.named_parameters():
+        setattr(again, key, nn.Parameter(torch.randn_like(value, dtype=torch.float64)))
+    inputs = torch.randint(-3, 4, shape).double()  # integers: many a square has several maxima
+    return again, (inputs if name == "max-pool" else inputs + 0.1 * torch.randn(shape)).requires_grad_()
+
+
+def derivatives(name: str, pattern: tuple[bool, ...], *, ours: bool) -> list[torch.Tensor]:
+    module, inputs = made(name, ours=ours)
+    at = [inputs, *module.parameters()]
+    out = module(inputs)
+    torch.manual_seed(6)
+    g = torch.randn_like(out).requires_grad_()
+    first = torch.autograd.grad(out, at, g, create_graph=True)
+    again = [one for one, counts in zip(first, pattern, strict=False) if counts]
+    if not again:
+        return [out, *first]
+    vectors = [torch.randn_like(one) for one in again]
+    return [out, *first, *torch.autograd.grad(again, [*at, g], vectors, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: "".join("xwb"[i] for i in range(3) if pattern[i]))
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_both_derivatives_are_those_of_torch(name, pattern):
+    got, expected = derivatives(name, pattern, ours=True), derivatives(name, pattern, ours=False)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
