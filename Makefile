@@ -5,19 +5,22 @@ PIP_ARGS ?=
 # More settings for the demo (key=value), and arguments for pytest.
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# Arguments of benchmarks/speed.py.
+SPEED_ARGS ?=
 
 DEMO := runs/demo
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all golden lint clean distclean
+.PHONY: help demo test test-all golden speed lint clean distclean
 
 help:
 	@echo "make demo       meta-train CML on embedded data (all GPUs, or 2 CPU processes), test and export it; under 10 minutes"
 	@echo "make test       run ruff and the tests (PYTEST_ARGS=...); 9 to 20 minutes on 2 cores"
 	@echo "make test-all   the same, and what is slow: container images, two machines, a real SLURM, long faults"
 	@echo "make golden     run five short runs on the commit BASE=... and on the working tree, and compare them to the bit"
+	@echo "make speed      seconds of a meta-step beside a plain unrolled loop and other libraries (SPEED_ARGS=...); 15 minutes"
 	@echo "make lint       run ruff alone"
 	@echo "make clean      remove caches, builds and the demo's run"
 	@echo "make distclean  remove the environment $(VENV) as well"
@@ -44,6 +47,9 @@ test-all: test
 golden: $(INSTALLED)
 	@test -n "$(BASE)" || { echo "error: say which commit to compare with: make golden BASE=COMMIT"; exit 2; }
 	@$(BIN)/python tests/golden/compare.py "$(BASE)"
+
+speed: $(INSTALLED)
+	@$(BIN)/python benchmarks/speed.py $(SPEED_ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --output-format concise
