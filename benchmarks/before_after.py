@@ -26,6 +26,8 @@ CASES = {
     "conv4 32 px, K = 1, graph": ("conv4", 32, 1, "graph", None, 8),
     "conv4 32 px, K = 5, graph": ("conv4", 32, 5, "graph", None, 4),
     "conv4 32 px, K = 5, adjoint": ("conv4", 32, 5, "adjoint", None, 4),
+    "resnet12 32 px, K = 1, graph": ("resnet12", 32, 1, "graph", None, 1),
+    "resnet18 32 px, K = 1, graph": ("resnet18", 32, 1, "graph", None, 1),
     "vit_tiny 224 px, K = 5, adjoint, micro-batch 5": ("vit_tiny_patch16_224", 224, 5, "adjoint", 5, 1),
 }
 WAYS, SHOTS, QUERIES = 5, 5, 15
