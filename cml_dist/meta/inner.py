@@ -113,7 +113,7 @@ class InnerLoop:
         if not (self.starts_head and self.problem.head_reads_support):
             return None
         net, episode = self.rule.network(self.meta, 0), self.episode
-        return self.problem.values(net, episode.support, "pooled")
+        return self.problem.values(net, episode.support, ("pooled",))[0]
 
     def pull_back_start(self, back: Cotangent) -> None:
         """Turn a gradient at the start into one with respect to the meta-parameters alone, in ``back.meta``."""
@@ -288,7 +288,7 @@ class InnerLoop:
     def _prototypes(self, at: Point, k: int, learner: Learner) -> Tensor:
         """The classes' mean embeddings ``[ways, E]``, a leaf."""
         support = self.episode.support
-        embedded = self.problem.values(self._view(at, k), support, learner)
+        (embedded,) = self.problem.values(self._view(at, k), support, (learner,))
         return class_means(embedded, support.targets, self.episode.ways).requires_grad_()
 
     def _pull_back_pass(

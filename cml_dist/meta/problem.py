@@ -88,10 +88,11 @@ class Problem:
         inputs, targets = batch.inputs.split(size), batch.targets.split(size)
         return [(replace(batch, inputs=x, targets=t), len(t) / total) for x, t in zip(inputs, targets, strict=True)]
 
-    def values(self, params: Params, batch: Batch, one: Pass) -> Tensor:
-        """One kind of output ``[N, ...]`` of a whole batch, without a graph."""
+    def values(self, params: Params, batch: Batch, passes: Sequence[Pass]) -> list[Tensor]:
+        """:meth:`outputs` of a whole batch, without a graph."""
         with torch.no_grad():
-            return torch.cat([self.outputs(params, part, (one,))[0] for part, _ in self.micro_batches(batch)])
+            parts = [self.outputs(params, part, passes) for part, _ in self.micro_batches(batch)]
+            return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
 
     # ------------------------------------------------------------------ what an episode's support set makes
 
@@ -113,24 +114,29 @@ class Problem:
     # ------------------------------------------------------------------ tests
 
     def answers(
-        self, params: Params, episode: Episode, learner: Learner, norm: Literal["batch", "support"] = "batch"
-    ) -> Tensor:
-        """Outputs ``[N, output_dim]`` of one learner on the query set at adapted parameters, without a graph.
+        self,
+        params: Params,
+        episode: Episode,
+        learners: Sequence[Learner],
+        norm: Literal["batch", "support"] = "batch",
+    ) -> list[Tensor]:
+        """Outputs ``[N, output_dim]`` of each learner on the query set at adapted parameters, without a graph.
 
         Args:
+            learners: one pass through the body serves all.
             norm: norms by batch statistics take those of the query set itself (``batch``, as in the paper), or those of
                 the support set (``support``), so that an answer does not depend on its neighbours.
         """
         support, query = episode.support, episode.query
-        prototypes = None
-        if learner in self.compared:
-            prototypes = class_means(self.values(params, support, learner), support.targets, episode.ways)
-        with self._norms_of(params, episode, learner) if norm == "support" else nullcontext():
-            outputs = self.values(params, query, learner)
-        return outputs if prototypes is None else self.against_prototypes(outputs, prototypes)
+        compared = [learner for learner in learners if learner in self.compared]
+        embedded = self.values(params, support, compared) if compared else []
+        means = {one: class_means(e, support.targets, episode.ways) for one, e in zip(compared, embedded, strict=True)}
+        with self._norms_of(params, episode, learners) if norm == "support" else nullcontext():
+            outputs = dict(zip(learners, self.values(params, query, learners), strict=True))
+        return [self.against_prototypes(out, means[one]) if one in means else out for one, out in outputs.items()]
 
     @contextmanager
-    def _norms_of(self, params: Params, episode: Episode, learner: Learner) -> Iterator[None]:
+    def _norms_of(self, params: Params, episode: Episode, learners: Sequence[Learner]) -> Iterator[None]:
         """Inside, norms by batch statistics use those of the support set at ``params``."""
         every = self.structure.named_modules()
         norms = {n: m for n, m in every if isinstance(m, _BatchNorm) and m.running_mean is None}
@@ -147,7 +153,7 @@ class Problem:
         hooks = [module.register_forward_pre_hook(record(name)) for name, module in norms.items()]
         try:
             if norms:
-                self.values(params, episode.support, learner)
+                self.values(params, episode.support, learners)
         finally:
             for hook in hooks:
                 hook.remove()

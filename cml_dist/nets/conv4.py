@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import torch
 from torch import Tensor, nn
 
 from cml_dist.config.schema import ModelConfig
@@ -46,6 +47,7 @@ class Conv4(nn.Module):
     """Four times [3x3 conv with bias, BatchNorm, ReLU, 2x2 max-pool]; more blocks may precede the last max-pool.
 
     Max-pool and ReLU commute, in value and gradient: the pool comes first, and leaves the ReLU a quarter of the work.
+    On a CPU the maps lie in memory channels last: batch norm and max-pool then take a third of the time, or less.
 
     ``tap`` is the last block's map before the max-pool (``[N, 64, 10, 10]`` at 84 px), ``pooled`` the same map
     max-pooled and flattened (``[N, 1600]`` at 84 px, ``[N, 64]`` at 28 px). Initial values are PyTorch's own.
@@ -83,7 +85,8 @@ class Conv4(nn.Module):
 
     def forward(self, inputs: Tensor) -> Features:
         """Features of images ``[N, C, H, W]``."""
-        maps = inputs
+        # A clone, since ``to`` leaves images of one channel as they lie: their maps would not lie channels last.
+        maps = inputs.clone(memory_format=torch.channels_last) if inputs.device.type == "cpu" else inputs
         for number, block in enumerate(self.children(), start=1):
             maps = block.norm(block.conv(maps))
             if number < NUM_BLOCKS:

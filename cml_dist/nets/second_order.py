@@ -189,7 +189,8 @@ class _MaxPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, maps: Tensor) -> Tensor:
-        out, places = _halves(maps) if maps.device.type == "cpu" else aten.max_pool2d_with_indices(maps, [2, 2])
+        by_rows = maps.device.type == "cpu" and maps.is_contiguous()  # channels last, torch's is fast
+        out, places = _halves(maps) if by_rows else aten.max_pool2d_with_indices(maps, [2, 2])
         ctx.save_for_backward(places)
         ctx.shape = maps.shape
         return out
@@ -203,7 +204,9 @@ class _MaxPoolBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, g: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
         ctx.save_for_backward(places)
-        maps = g.new_empty(1).expand(shape)  # of which the shape alone counts
+        maps = g.new_empty(1).expand(shape)  # of which shape and order in memory alone count
+        if not places.is_contiguous():
+            maps = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=torch.channels_last)
         return aten.max_pool2d_with_indices_backward(g, maps, [2, 2], [2, 2], [0, 0], [1, 1], False, places)
 
     @staticmethod
@@ -214,7 +217,9 @@ class _MaxPoolBackward(torch.autograd.Function):
 
 
 def _halves(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """The max-pool, and where in its ``[H, W]`` map each maximum was; several times as fast as torch's on a CPU.
+    """The max-pool, and where in its ``[H, W]`` map each maximum was.
+
+    Several times as fast as torch's on a CPU, unless channels lie last.
 
     The larger of two columns, then of two rows, the first where they are equal: the order in which torch looks too.
     """

@@ -69,27 +69,36 @@ def score_episode(
     episode: Episode,
     problem: Problem,
     method: Method,
-    learner: Learner,
+    learners: Sequence[Learner],
     co_adapt: str = "eq9",
     norm: str = "batch",
     others: Sequence[Params] = (),
     grid: Batch | None = None,
 ) -> Tensor:
-    """Adapt on the support set, score on the query set, then on ``grid``: ``[1 or 2]``; no second-order graph is built.
+    """Adapt on the support set, score on the query set, then on ``grid``: ``[learners, 1 or 2]``.
+
+    No second-order graph is built. Learners that adapt alike share one adaptation, and one pass on each set.
 
     Args:
         others: of an ensemble: each adapts by itself, and the mean of the outputs is scored.
         norm: see :meth:`Problem.answers`.
-        learner: ``meta`` adapts psi and theta and scores f_m (eq. 8); ``co`` scores f_c = (psi', phi).
+        learners: ``meta`` adapts psi and theta and scores f_m (eq. 8); ``co`` scores f_c = (psi', phi).
         co_adapt: for ``co``: ``eq9`` adapts psi by the co-learner's own support loss with phi frozen; ``released``
             adapts psi and theta by the meta-learner's loss, as the authors' test script does.
     """
-    by: Learner = "co" if learner == "co" and co_adapt == "eq9" else "meta"
-    adapted = (adapt(one, episode, problem, method, by) for one in (params, *others))
     asked = [episode.query] if grid is None else [episode.query, grid]
-    outputs = [[problem.answers(one, replace(episode, query=b), learner, norm) for b in asked] for one in adapted]
-    pairs = zip(zip(*outputs, strict=True), asked, strict=True)
-    return torch.stack([problem.score(torch.stack(of_all).mean(0), batch.targets) for of_all, batch in pairs])
+    groups: dict[Learner, list[Learner]] = {}  # by whose loss it adapts
+    for learner in learners:
+        groups.setdefault(learner if co_adapt == "eq9" else "meta", []).append(learner)
+    scores: dict[Learner, Tensor] = {}
+    for by, group in groups.items():
+        adapted = (adapt(one, episode, problem, method, by) for one in (params, *others))
+        outputs = [[problem.answers(one, replace(episode, query=b), group, norm) for b in asked] for one in adapted]
+        for number, learner in enumerate(group):
+            means = [torch.stack([one[i][number] for one in outputs]).mean(0) for i in range(len(asked))]
+            found = [problem.score(mean, batch.targets) for mean, batch in zip(means, asked, strict=True)]
+            scores[learner] = torch.stack(found)
+    return torch.stack([scores[learner] for learner in learners])
 
 
 def evaluate(
@@ -135,12 +144,11 @@ def evaluate(
         orders = label_orders(episode, permutations)
         where = (split, episode.index, world.device, parts.dtype)
         grid = parts.domain.prepared_grid(*where) if on_grid else None
-        for number, learner in enumerate(learners):
-            scores = [score_episode(params, one, problem, method, learner, *how, grid).double() for one in orders]
-            mean = sum(scores) / len(scores)
-            table[3 * number, episode.index], table[3 * number + 2, episode.index] = mean[0], mean[-1]
-            if permutations > 1:
-                table[3 * number + 1, episode.index] = torch.stack(scores)[:, 0].std(correction=1)
+        scores = [score_episode(params, one, problem, method, learners, *how, grid).double().cpu() for one in orders]
+        mean = sum(scores) / len(scores)
+        table[0:-1:3, episode.index], table[2:-1:3, episode.index] = mean[:, 0], mean[:, -1]
+        if permutations > 1:
+            table[1:-1:3, episode.index] = torch.stack(scores)[:, :, 0].std(0, correction=1)
         progress(min(count * world.size, num_episodes))
         world.heartbeat.beat(f"{split}, episode {count + 1} of {len(mine)}")
     *table, broken_off = world.sum(table.flatten()).reshape_as(table)

@@ -51,8 +51,8 @@ def draw_fits(
             for learner in learners:
                 by = learner if config.eval.co_adapt == "eq9" else "meta"
                 adapted = adapt(params, episode, problem, method, by)
-                y = problem.answers(adapted, replace(episode, query=grid), learner, config.eval.norm).cpu()
-                axes.plot(x, y, style, color=COLOURS[learner], label=f"{learner_title(config, learner)}, {when}")
+                (y,) = problem.answers(adapted, replace(episode, query=grid), (learner,), config.eval.norm)
+                axes.plot(x, y.cpu(), style, color=COLOURS[learner], label=f"{learner_title(config, learner)}, {when}")
         axes.set(title=f"episode {index}", xlabel="x", ylabel="y")
     figure.suptitle(title)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)

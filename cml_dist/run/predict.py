@@ -193,7 +193,7 @@ class AdaptedLearner:
     def _outputs(self, images: Any) -> Tensor:
         inputs = self._learner.inputs(images)
         asked = replace(self._episode, query=Batch(inputs, inputs))
-        return self._learner.problem.answers(self._params, asked, "meta", "support")
+        return self._learner.problem.answers(self._params, asked, ("meta",), "support")[0]
 
 
 def _pixels(image: Any, what: str, shape: tuple[int, ...]) -> np.ndarray:

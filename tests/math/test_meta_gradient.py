@@ -300,6 +300,6 @@ def test_evaluation_by_hand(learner, co_adapt):
 
     problem = Problem(net, cross_entropy, score, {})
     params = {n: p.detach() for n, p in net.named_parameters()}
-    got = score_episode(params, episode, problem, method, learner, co_adapt)
+    got = score_episode(params, episode, problem, method, (learner,), co_adapt)
     assert torch.allclose(seen[0], expected, rtol=1e-12, atol=1e-13)
     assert got == accuracy(expected, episode.query.targets)

@@ -37,9 +37,9 @@ def test_any_micro_batch_gives_the_same_gradient_and_terms(family, order, size, 
 def test_scores_are_the_same_in_micro_batches(size, learner):
     problem, params = make_problem(make_net("attention"))
     episode, method = make_episode("attention"), Method.sgd(3, 0.4, 0.3, gamma=0.7)
-    whole = score_episode(params, episode, problem, method, learner)
+    whole = score_episode(params, episode, problem, method, (learner,))
     problem.micro_batch = size
-    assert torch.equal(score_episode(params, episode, problem, method, learner), whole)
+    assert torch.equal(score_episode(params, episode, problem, method, (learner,)), whole)
 
 
 def test_a_micro_batch_bounds_what_passes_through_the_network():

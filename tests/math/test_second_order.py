@@ -30,23 +30,25 @@ def made(name: str, *, ours: bool) -> tuple[nn.Module, torch.Tensor]:
     return again, (inputs if name == "max-pool" else inputs + 0.1 * torch.randn(shape)).requires_grad_()
 
 
-def derivatives(name: str, pattern: tuple[bool, ...], *, ours: bool) -> list[torch.Tensor]:
+def derivatives(name: str, pattern: tuple[bool, ...], layout: torch.memory_format, *, ours: bool) -> list[torch.Tensor]:
     module, inputs = made(name, ours=ours)
+    inputs = inputs.detach().contiguous(memory_format=layout).requires_grad_()
     at = [inputs, *module.parameters()]
     out = module(inputs)
     torch.manual_seed(6)
-    g = torch.randn_like(out).requires_grad_()
+    g = torch.randn(out.shape, dtype=out.dtype).contiguous(memory_format=layout).requires_grad_()
     first = torch.autograd.grad(out, at, g, create_graph=True)
     again = [one for one, counts in zip(first, pattern, strict=False) if counts]
     if not again:
         return [out, *first]
-    vectors = [torch.randn_like(one) for one in again]
+    vectors = [torch.randn(one.shape, dtype=one.dtype) for one in again]
     return [out, *first, *torch.autograd.grad(again, [*at, g], vectors, materialize_grads=True)]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: "".join("xwb"[i] for i in range(3) if pattern[i]))
 @pytest.mark.parametrize("name", CASES)
-def test_value_and_both_derivatives_are_those_of_torch(name, pattern):
-    got, expected = derivatives(name, pattern, ours=True), derivatives(name, pattern, ours=False)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels last"])
+def test_value_and_both_derivatives_are_those_of_torch(name, pattern, layout):
+    got, expected = (derivatives(name, pattern, layout, ours=ours) for ours in (True, False))
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)

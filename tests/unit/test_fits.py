@@ -52,7 +52,7 @@ def test_the_score_on_the_grid_is_that_of_the_adapted_learner_beside_the_one_on_
         for index in range(4):
             episode, grid = parts.domain.episode("test", index), parts.domain.grid("test", index)
             adapted = adapt(params, episode, parts.model.problem, parts.model.method, learner)
-            outputs = parts.model.problem.answers(adapted, replace(episode, query=grid), learner)
+            (outputs,) = parts.model.problem.answers(adapted, replace(episode, query=grid), (learner,))
             by_hand.append((outputs - grid.targets).square().mean().item())
         assert scores[f"{learner}_grid"] == pytest.approx(by_hand, rel=1e-12)
         found = report[learner]["grid"]

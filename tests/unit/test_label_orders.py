@@ -63,7 +63,7 @@ def test_scores_are_means_over_label_orders_and_the_spread_is_told():
     found = report(net, 4)
     for index in range(6):
         orders = label_orders(Noise().episode("test", index), 4)
-        scores = torch.stack([score_episode(params, one, problem, METHOD, "meta") for one in orders])
+        scores = torch.stack([score_episode(params, one, problem, METHOD, ("meta",)) for one in orders])
         assert found.scores[index] == pytest.approx(scores.mean().item(), abs=1e-12)
         assert found.order_sd[index] == pytest.approx(scores.std().item(), abs=1e-12)
     assert found.summary()["label_order_sd"] > 0
@@ -74,9 +74,9 @@ def test_an_ensemble_is_scored_by_the_mean_of_its_outputs():
     nets = [make_net("vector", colearner=False, seed=seed) for seed in range(3)]
     (first, problem), *rest = [parts(net) for net in nets]
     others, episode = [params for params, _ in rest], Noise().episode("test", 0)
-    outputs = [problem.answers(adapt(p, episode, problem, METHOD), episode, "meta") for p in (first, *others)]
+    outputs = [problem.answers(adapt(p, episode, problem, METHOD), episode, ("meta",))[0] for p in (first, *others)]
     problem.score = cross_entropy  # which no rounding hides
-    found = score_episode(first, episode, problem, METHOD, "meta", others=others)
+    found = score_episode(first, episode, problem, METHOD, ("meta",), others=others)
     assert found.item() == pytest.approx(cross_entropy(sum(outputs) / 3, episode.query.targets).item(), rel=1e-12)
 
 
@@ -108,7 +108,7 @@ def test_by_the_support_sets_statistics_an_answer_is_its_own():
 
     def answers(query, norm):
         asked = Episode(episode.support, query, "test", 0, ways=NUM_CLASSES)
-        return problem.answers(adapted, asked, "meta", norm)
+        return problem.answers(adapted, asked, ("meta",), norm)[0]
 
     def one(number):
         return Batch(episode.query.inputs[number : number + 1], episode.query.targets[number : number + 1])
