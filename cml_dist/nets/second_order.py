@@ -182,8 +182,11 @@ def _batch_norm_backward(
 
 
 def _mean_and_var(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each column of ``[n, C]``. In float32 to 1e-7; torch's batch norm of maps that lie channels last adds up row by
-    row, to 1e-5, and the ReLUs and maxima that this switches move a meta-gradient by a percent."""
+    """Of each column of ``[n, C]``, in float32 to 1e-7.
+
+    torch's batch norm of maps that lie channels last adds up row by row, to 1e-5, and the ReLUs and maxima that this
+    switches move a meta-gradient by a percent.
+    """
     mean, squares = rows.mean(0), torch.zeros_like(rows[0])
     for part in rows.split(4096):  # which stays in the cache
         squares += (part - mean).square_().sum(0)
