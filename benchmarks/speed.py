@@ -18,19 +18,23 @@ former that each reaches, from counted FLOPs of convolutions and products.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from cml_dist.data.base import ClassificationDomain
 from cml_dist.distributed.allocator import keep_freed_memory
 from cml_dist.meta.gradient import meta_gradient
 from cml_dist.meta.problem import Problem
@@ -72,10 +76,10 @@ def plain(steps: int) -> Contender:
         for episode in episodes:
             fast = leaves
             for _ in range(steps):
-                loss = F.cross_entropy(plain_forward(fast, episode.support.inputs), episode.support.targets)
+                loss = loss_of(partial(plain_forward, fast), episode.support)
                 grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
                 fast = {name: p - RATE * g for (name, p), g in zip(fast.items(), grads, strict=True)}
-            outer = outer + F.cross_entropy(plain_forward(fast, episode.query.inputs), episode.query.targets)
+            outer = outer + loss_of(partial(plain_forward, fast), episode.query)
         (outer / len(episodes)).backward()
         return {name: p.grad for name, p in leaves.items()}
 
@@ -93,68 +97,72 @@ class PlainConv4(nn.Module):
             norm = nn.BatchNorm2d(64, track_running_stats=False)
             blocks += [nn.Conv2d(channels, 64, 3, padding=1), norm, nn.ReLU(), nn.MaxPool2d(2)]
         self.all = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(*reversed(like["head.weight"].shape)))
-        with torch.no_grad():
-            for mine, value in zip(self.parameters(), like.values(), strict=True):
-                mine.data = value.clone()
+        for mine, value in zip(self.parameters(), like.values(), strict=True):
+            mine.data = value.clone()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.all(images)
 
 
-def by_higher(steps: int) -> Contender:
-    import higher
-
-    def run(params: Params, episodes: list[Episode]) -> Params:
-        net = PlainConv4(params)
-        inner = torch.optim.SGD(net.parameters(), lr=RATE)
-        for episode in episodes:
-            with higher.innerloop_ctx(net, inner, copy_initial_weights=False) as (fast, optimizer):
-                for _ in range(steps):
-                    optimizer.step(F.cross_entropy(fast(episode.support.inputs), episode.support.targets))
-                (F.cross_entropy(fast(episode.query.inputs), episode.query.targets) / len(episodes)).backward()
-        return {name: p.grad for name, p in zip(params, net.parameters(), strict=True)}
-
-    return run
+def loss_of(net: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+    return F.cross_entropy(net(batch.inputs), batch.targets)
 
 
-def by_learn2learn(steps: int) -> Contender:
+# Each adapts a module on a support set, and gives what answers the query set.
+
+
+@contextmanager
+def higher(net: nn.Module, support: Batch, steps: int) -> Iterator[nn.Module]:
+    from higher import innerloop_ctx
+
+    inner = torch.optim.SGD(net.parameters(), lr=RATE)
+    with innerloop_ctx(net, inner, copy_initial_weights=False) as (fast, optimizer):
+        for _ in range(steps):
+            optimizer.step(loss_of(fast, support))
+        yield fast
+
+
+@contextmanager
+def learn2learn(net: nn.Module, support: Batch, steps: int) -> Iterator[nn.Module]:
     from learn2learn.algorithms import MAML
 
+    fast = MAML(net, lr=RATE).clone()
+    for _ in range(steps):
+        fast.adapt(loss_of(fast, support))
+    yield fast
+
+
+@contextmanager
+def torchopt(net: nn.Module, support: Batch, steps: int) -> Iterator[nn.Module]:
+    from torchopt import MetaSGD, extract_state_dict, recover_state_dict
+
+    start, inner = extract_state_dict(net, by="reference"), MetaSGD(net, lr=RATE)
+    for _ in range(steps):
+        inner.step(loss_of(net, support))
+    yield net
+    recover_state_dict(net, start)
+
+
+def by_library(adapted: Callable[..., AbstractContextManager[nn.Module]], steps: int) -> Contender:
     def run(params: Params, episodes: list[Episode]) -> Params:
         net = PlainConv4(params)
-        maml = MAML(net, lr=RATE)
+        start = list(net.parameters())
         for episode in episodes:
-            fast = maml.clone()
-            for _ in range(steps):
-                fast.adapt(F.cross_entropy(fast(episode.support.inputs), episode.support.targets))
-            (F.cross_entropy(fast(episode.query.inputs), episode.query.targets) / len(episodes)).backward()
-        return {name: p.grad for name, p in zip(params, net.parameters(), strict=True)}
+            with adapted(net, episode.support, steps) as fast:
+                (loss_of(fast, episode.query) / len(episodes)).backward()
+        return {name: p.grad for name, p in zip(params, start, strict=True)}
 
     return run
 
 
-def by_torchopt(steps: int) -> Contender:
-    import torchopt
-
-    def run(params: Params, episodes: list[Episode]) -> Params:
-        net = PlainConv4(params)
-        inner = torchopt.MetaSGD(net, lr=RATE)
-        start, moments = torchopt.extract_state_dict(net, by="reference"), torchopt.extract_state_dict(inner)
-        for episode in episodes:
-            for _ in range(steps):
-                inner.step(F.cross_entropy(net(episode.support.inputs), episode.support.targets))
-            (F.cross_entropy(net(episode.query.inputs), episode.query.targets) / len(episodes)).backward()
-            torchopt.recover_state_dict(net, start)
-            torchopt.recover_state_dict(inner, moments)
-        return {name: p.grad for name, p in zip(params, net.parameters(), strict=True)}
-
-    return run
+def network(pixels: int) -> CmlNet:
+    torch.manual_seed(0)
+    body = Conv4((3, pixels, pixels))
+    return CmlNet(body, nn.Linear(body.pooled_dim, WAYS))
 
 
 def ours(steps: int, engine: str, pixels: int) -> Contender:
-    body = Conv4((3, pixels, pixels))
-    net = CmlNet(body, nn.Linear(body.pooled_dim, WAYS))
-    problem = Problem(net, F.cross_entropy, lambda out, targets: (out.argmax(1) == targets).float().mean(), {})
+    problem = Problem(network(pixels), ClassificationDomain.loss, ClassificationDomain.score, {})
     method = Method.sgd(steps, RATE, RATE)
 
     def run(params: Params, episodes: list[Episode]) -> Params:
@@ -169,11 +177,13 @@ def ours(steps: int, engine: str, pixels: int) -> Contender:
 
 def contenders(pixels: int, steps: int) -> dict[str, Contender]:
     found = {"plain": plain(steps)}
-    for name, make in (("higher", by_higher), ("learn2learn", by_learn2learn), ("torchopt", by_torchopt)):
+    for library in (higher, learn2learn, torchopt):
         try:
-            found[name] = make(steps)
-        except Exception as error:
-            print(f"  {name} is left out: {type(error).__name__}: {error}", file=sys.stderr)
+            importlib.import_module(library.__name__)
+        except ImportError as error:
+            print(f"  {library.__name__} is left out: {error}", file=sys.stderr)
+        else:
+            found[library.__name__] = by_library(library, steps)
     return found | {f"ours, {engine}": ours(steps, engine, pixels) for engine in ("graph", "adjoint")}
 
 
@@ -181,9 +191,7 @@ def contenders(pixels: int, steps: int) -> dict[str, Contender]:
 
 
 def start(pixels: int, dtype: torch.dtype) -> Params:
-    torch.manual_seed(0)
-    body = Conv4((3, pixels, pixels))
-    return {n: p.detach().to(dtype) for n, p in CmlNet(body, nn.Linear(body.pooled_dim, WAYS)).named_parameters()}
+    return {n: p.detach().to(dtype) for n, p in network(pixels).named_parameters()}
 
 
 def flat(grads: Params) -> Tensor:
