@@ -165,21 +165,21 @@ def _find(here: Launched, until_s: float, seconds: float) -> tuple[TCPStore, Cal
     launchers: TCPStore | None = None
     while time.monotonic() < until_s:
         try:
+            found = None
             if launchers is None:
                 launchers = _client(here.host, here.port)
             if not launcher_serves_store():
-                store, launchers = launchers, None
-                if not _has_met(store):
-                    return store, partial(_client, here.host, here.port)
-                why = EARLIER_START
+                found, launchers = (launchers, partial(_client, here.host, here.port)), None
             elif launchers.check([KEY]):
                 address, port, token = json.loads(launchers.get(KEY))
                 why = f"rank 0's store at {address}:{port} does not answer"
                 store, connect = _client(address, port), partial(_client, address, port)
                 if store.check(["start"]) and store.get("start").decode() == token:
-                    if not _has_met(store):
-                        return store, connect
-                    why = EARLIER_START
+                    found = store, connect
+            if found is not None:
+                if not _has_met(found[0]):
+                    return found
+                why = EARLIER_START
         except OSError as error:
             why = error.strerror or error
         except DistError as error:
