@@ -64,6 +64,39 @@ class EvalReport:
         return ResultRow(name, self.mean, self.ci95, len(self.scores))
 
 
+def answers_of(
+    params: Params,
+    episode: Episode,
+    problem: Problem,
+    method: Method,
+    learners: Sequence[Learner],
+    asked: Sequence[Batch],
+    co_adapt: str = "eq9",
+    norm: str = "batch",
+) -> dict[Learner, list[Tensor]]:
+    """Adapt on the support set; each learner's outputs on each batch of ``asked``. No second-order graph is built.
+
+    Learners that adapt alike share one adaptation, and one pass on each batch.
+
+    Args:
+        norm: see :meth:`Problem.answers`.
+        learners: ``meta`` adapts psi and theta, and answers by f_m (eq. 8); ``co`` by f_c = (psi', phi).
+        co_adapt: for ``co``: ``eq9`` adapts psi by the co-learner's own support loss with phi frozen; ``released``
+            adapts psi and theta by the meta-learner's loss, as the authors' test script does.
+    """
+    groups: dict[Learner, list[Learner]] = {}  # by whose loss it adapts
+    for learner in learners:
+        groups.setdefault(learner if co_adapt == "eq9" else "meta", []).append(learner)
+    found: dict[Learner, list[Tensor]] = {learner: [] for learner in learners}
+    for by, group in groups.items():
+        adapted = adapt(params, episode, problem, method, by)
+        for batch in asked:
+            outputs = problem.answers(adapted, replace(episode, query=batch), group, norm)
+            for learner, output in zip(group, outputs, strict=True):
+                found[learner].append(output)
+    return found
+
+
 def score_episode(
     params: Params,
     episode: Episode,
@@ -77,28 +110,18 @@ def score_episode(
 ) -> Tensor:
     """Adapt on the support set, score on the query set, then on ``grid``: ``[learners, 1 or 2]``.
 
-    No second-order graph is built. Learners that adapt alike share one adaptation, and one pass on each set.
-
     Args:
+        learners, co_adapt, norm: see :func:`answers_of`.
         others: of an ensemble: each adapts by itself, and the mean of the outputs is scored.
-        norm: see :meth:`Problem.answers`.
-        learners: ``meta`` adapts psi and theta and scores f_m (eq. 8); ``co`` scores f_c = (psi', phi).
-        co_adapt: for ``co``: ``eq9`` adapts psi by the co-learner's own support loss with phi frozen; ``released``
-            adapts psi and theta by the meta-learner's loss, as the authors' test script does.
     """
     asked = [episode.query] if grid is None else [episode.query, grid]
-    groups: dict[Learner, list[Learner]] = {}  # by whose loss it adapts
-    for learner in learners:
-        groups.setdefault(learner if co_adapt == "eq9" else "meta", []).append(learner)
-    scores: dict[Learner, Tensor] = {}
-    for by, group in groups.items():
-        adapted = (adapt(one, episode, problem, method, by) for one in (params, *others))
-        outputs = [[problem.answers(one, replace(episode, query=b), group, norm) for b in asked] for one in adapted]
-        for number, learner in enumerate(group):
-            means = [torch.stack([one[i][number] for one in outputs]).mean(0) for i in range(len(asked))]
-            found = [problem.score(mean, batch.targets) for mean, batch in zip(means, asked, strict=True)]
-            scores[learner] = torch.stack(found)
-    return torch.stack([scores[learner] for learner in learners])
+    members = [answers_of(p, episode, problem, method, learners, asked, co_adapt, norm) for p in (params, *others)]
+
+    def scores(learner: Learner) -> Tensor:
+        pairs = zip(zip(*(member[learner] for member in members), strict=True), asked, strict=True)
+        return torch.stack([problem.score(torch.stack(of_all).mean(0), batch.targets) for of_all, batch in pairs])
+
+    return torch.stack([scores(learner) for learner in learners])
 
 
 def evaluate(

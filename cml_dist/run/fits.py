@@ -12,8 +12,8 @@ from cml_dist.config.methods import learner_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.data.base import Domain
 from cml_dist.errors import ConfigError
-from cml_dist.meta.inner import adapt
 from cml_dist.run.assemble import Parts
+from cml_dist.run.evaluator import answers_of
 from cml_dist.types import Learner, Params
 
 STEPS = {0: ("before adaptation", ":"), 1: ("1 step", "--"), 10: ("10 steps", "-")}
@@ -48,10 +48,8 @@ def draw_fits(
         axes.plot(support.inputs, support.targets, "ko", markersize=5, zorder=3, label="support points")
         for steps, (when, style) in STEPS.items():
             method = replace(parts.model.method, inner_steps=steps)
-            for learner in learners:
-                by = learner if config.eval.co_adapt == "eq9" else "meta"
-                adapted = adapt(params, episode, problem, method, by)
-                (y,) = problem.answers(adapted, replace(episode, query=grid), (learner,), config.eval.norm)
+            how = config.eval.co_adapt, config.eval.norm
+            for learner, (y,) in answers_of(params, episode, problem, method, learners, [grid], *how).items():
                 axes.plot(x, y.cpu(), style, color=COLOURS[learner], label=f"{learner_title(config, learner)}, {when}")
         axes.set(title=f"episode {index}", xlabel="x", ylabel="y")
     figure.suptitle(title)
