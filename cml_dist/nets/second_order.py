@@ -7,6 +7,8 @@ max-pool's to the bit. A third derivative is an error.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -174,10 +176,9 @@ class _BatchNormBackward(torch.autograd.Function):
 
 
 def _batch_norm_backward(
-    g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inv: Tensor, wanted: list[bool] | None = None
+    g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inv: Tensor, wanted: Sequence[bool] = (True, True, True)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """weight inv (g - m(g) - z m(g z)), sum(g z), sum(g), in one pass and one more."""
-    wanted = [True, True, True] if wanted is None else wanted
+    """weight inv (g - m(g) - z m(g z)), sum(g z), sum(g)."""
     return aten.native_batch_norm_backward(g, x, weight, None, None, mean, inv, True, 0.0, wanted)
 
 

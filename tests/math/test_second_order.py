@@ -1,11 +1,14 @@
-"""Operators with second derivatives written out: against torch's own, and against differences."""
+"""Operators with second derivatives written out, against torch's own."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 
+from cml_dist.nets.guard import prepare_for_second_order
 from cml_dist.nets.second_order import WRITTEN_OUT
 
 CASES = {
@@ -19,20 +22,22 @@ PATTERNS = [(True, True, True), (True, False, False), (False, True, False), (Fal
 """Which of the gradients by inputs, weight and bias are differentiated again."""
 
 
-def made(name: str, *, ours: bool) -> tuple[nn.Module, torch.Tensor]:
+def made(name: str, layout: torch.memory_format) -> tuple[nn.Module, torch.Tensor]:
     module, shape = CASES[name]
+    module = copy.deepcopy(module).double()
     torch.manual_seed(5)
-    again = type(module).__new__(WRITTEN_OUT[type(module)] if ours else type(module))
-    again.__dict__.update({**module.__dict__, "_parameters": dict(module._parameters)})
-    for key, value in module.named_parameters():
-        setattr(again, key, nn.Parameter(torch.randn_like(value, dtype=torch.float64)))
+    for value in module.parameters():
+        nn.init.normal_(value)
     inputs = torch.randint(-3, 4, shape).double()  # integers: many a square has several maxima
-    return again, (inputs if name == "max-pool" else inputs + 0.1 * torch.randn(shape)).requires_grad_()
+    inputs = inputs if name == "max-pool" else inputs + 0.1 * torch.randn(shape)
+    return module, inputs.contiguous(memory_format=layout).requires_grad_()
 
 
 def derivatives(name: str, pattern: tuple[bool, ...], layout: torch.memory_format, *, ours: bool) -> list[torch.Tensor]:
-    module, inputs = made(name, ours=ours)
-    inputs = inputs.detach().contiguous(memory_format=layout).requires_grad_()
+    module, inputs = made(name, layout)
+    if ours:
+        prepare_for_second_order(module, "batch")
+        assert type(module) in WRITTEN_OUT.values()
     at = [inputs, *module.parameters()]
     out = module(inputs)
     torch.manual_seed(6)
