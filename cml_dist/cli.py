@@ -124,9 +124,9 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         _option("dest", "the folder to make; it must not exist", metavar="DEST"),
         _option("--download", "fetch cifar_fs, fc100, omniglot, cub, aircraft, vgg_flower into SOURCE", metavar="SET"),
         _option(
-            "--layout", "folders, csv, json, arrays, parquet, cifar100, omniglot, aircraft or vgg_flower (default: "
-            "recognised)", metavar="NAME",
-            choices="folders csv json arrays parquet cifar100 omniglot aircraft vgg_flower ravi".split(),
+            "--layout", "folders, csv, json, arrays, parquet, cifar100, omniglot, cars, aircraft or vgg_flower "
+            "(default: recognised)", metavar="NAME",
+            choices="folders csv json arrays parquet cifar100 omniglot cars aircraft vgg_flower ravi".split(),
         ),
         _option(
             "--splits", "folder of train.txt, val.txt and test.txt with class paths; shares of train, val and test to "

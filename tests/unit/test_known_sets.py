@@ -48,23 +48,43 @@ def aircraft(folder: str = "fgvc-aircraft-2013b/data") -> dict[str, bytes]:
     return files
 
 
-def matrix(labels: np.ndarray, name: bytes = b"labels", deflated: bool = True) -> bytes:
-    """A MATLAB 5 file with one row of uint8."""
+def element(kind: int, data: bytes) -> bytes:
+    """An element of a MATLAB 5 file, in the small form where that is usual."""
+    if 0 < len(data) <= 4:
+        return struct.pack("<HH", kind, len(data)) + data.ljust(4, b"\0")
+    return struct.pack("<II", kind, len(data)) + data + bytes(-len(data) % 8)
 
-    def element(kind: int, data: bytes) -> bytes:
-        return struct.pack("<II", kind, len(data)) + data + bytes(-len(data) % 8)
 
-    body = element(6, struct.pack("<II", 9, 0)) + element(5, struct.pack("<ii", 1, len(labels)))
-    body = element(14, body + element(1, name) + element(2, labels.astype(np.uint8).tobytes()))
-    packed = zlib.compress(body)
-    start = b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM"
-    return start + (struct.pack("<II", 15, len(packed)) + packed if deflated else body)
+def matrix(value: np.ndarray | str | list | dict[str, list], name: str = "") -> bytes:
+    """Numbers of uint8 or float64, text, a cell, or a struct array with a list for each field."""
+    if isinstance(value, dict):
+        fields = b"".join(field.encode().ljust(32, b"\0") for field in value)
+        rows = b"".join(matrix(one) for row in zip(*value.values(), strict=True) for one in row)
+        number, length, content = 2, len(next(iter(value.values()))), element(5, struct.pack("<i", 32))
+        content += element(1, fields) + rows
+    elif isinstance(value, list):
+        number, length, content = 1, len(value), b"".join(map(matrix, value))
+    elif isinstance(value, str):
+        number, length, content = 4, len(value), element(4, value.encode("utf-16-le"))
+    else:
+        number, kind = (9, 2) if value.dtype == np.uint8 else (6, 9)
+        length, content = value.size, element(kind, value.tobytes())
+    head = element(6, struct.pack("<II", number, 0)) + element(5, struct.pack("<ii", 1, length))
+    return element(14, head + element(1, name.encode()) + content)
+
+
+def mat(deflated: bool = True, **variables) -> bytes:
+    """A MATLAB 5 file."""
+    parts = [matrix(value, name) for name, value in variables.items()]
+    if deflated:
+        parts = [struct.pack("<II", 15, len(packed)) + packed for packed in map(zlib.compress, parts)]
+    return b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM" + b"".join(parts)
 
 
 def flowers(**how) -> dict[str, bytes]:
     labels = np.repeat(np.arange(1, 103), 2)
     files = {f"jpg/image_{number:05d}.jpg": picture(number) for number in range(1, 205)}
-    return {**files, "imagelabels.mat": matrix(labels, **how)}
+    return {**files, "imagelabels.mat": mat(labels=labels.astype(np.uint8), **how)}
 
 
 CARS = [name.replace("/", "-") for name in names_of("cars")]  # as Kaggle writes them
@@ -167,7 +187,7 @@ def test_masks_in_folders_of_the_same_names_are_not_mixed_in(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"imagelabels.mat": matrix(np.arange(1, 103), b"labelz")}, "imagelabels.mat in .* be read .*no matrix lab"),
+        ({"imagelabels.mat": mat(labelz=np.arange(1.0, 103))}, "imagelabels.mat in .* be read .*no matrix lab"),
         ({"imagelabels.mat": b"x" * 100}, "imagelabels.mat in .* cannot be read"),
         ({"jpg/image_00007.jpg": None}, "jpg/image_00007.jpg of imagelabels.mat is absent from .*102flowers.tgz"),
     ],
@@ -181,6 +201,111 @@ def test_flowers_with_parts_damaged_or_missing_are_one_line(tmp_path, files, mes
 def test_labels_of_flowers_may_lie_in_the_file_as_they_are(tmp_path):
     report = pack(write_zip(tmp_path / "src.zip", flowers(deflated=False)), tmp_path / "set")
     assert num_classes(report) == [71, 15, 16]
+
+
+# --------------------------------------------------------------------------- Stanford Cars as published
+
+CARS_IN_ORDER = [  # of the devkit: every second class is of train, of the rest every second of val
+    known_sets()["cars"].splits[("train", "val", "train", "test")[place % 4]][place // (4 if place % 2 else 2)]
+    for place in range(196)
+]
+DEVKIT, LABELS = "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat"
+
+
+def annotations(field: str, files: list[str], numbers: list[int], **how) -> bytes:
+    """A struct array with the fields of the devkit that count and one that does not."""
+    rows = {"bbox_x1": [np.array([7.0])] * len(files), "class": [np.array([one], np.uint8) for one in numbers]}
+    names = {"class_names": CARS_IN_ORDER} if field == "relative_im_path" else {}
+    return mat(annotations={**rows, field: files}, **names, **how)
+
+
+def cars_parts(**how) -> dict[str, bytes]:
+    """One picture of each class in ``cars_train/`` and in ``cars_test/``, where the same names mean other classes."""
+    numbers, files = list(range(1, 197)), [f"{number:05d}.jpg" for number in range(1, 197)]
+    return {
+        **{f"cars_train/{file}": picture(number) for number, file in enumerate(files)},
+        **{f"cars_test/{file}": picture(1000 + number) for number, file in enumerate(files)},
+        "devkit/cars_meta.mat": mat(class_names=CARS_IN_ORDER, **how),
+        DEVKIT: annotations("fname", files, numbers, **how),
+        LABELS: annotations("fname", files, numbers[::-1], **how),
+    }
+
+
+def cars_whole() -> dict[str, bytes]:
+    files = [f"car_ims/{number:06d}.jpg" for number in range(1, 393)]
+    annos = annotations("relative_im_path", files, [number // 2 + 1 for number in range(392)])
+    return {**{file: picture(number) for number, file in enumerate(files)}, "cars_annos.mat": annos}
+
+
+def first_bytes(shards: ShardSet, class_name: str) -> list[int]:
+    """What tells the pictures of a class apart: the value of each, as ``picture`` numbers them."""
+    split = next(one for one in shards.splits if class_name in shards.split_info(one).classes)
+    first = shards.first_image(split) + 2 * shards.split_info(split).classes.index(class_name)
+    pixels = [shards.decode(image) for image in (first, first + 1)]
+    return [int(one[0, 0, 0]) + 256 * int(one[1, 0, 0]) for one in pixels]
+
+
+def test_cars_as_published_are_train_and_test_together(tmp_path):
+    report = pack(write_zip(tmp_path / "src.zip", cars_parts()), tmp_path / "set", strict=True)
+    assert (report.layout, report.known, num_classes(report)) == ("cars", "cars", [98, 49, 49])
+    for place in (0, 3, 174, 195):
+        assert first_bytes(report.shards, CARS_IN_ORDER[place]) == [place, 1195 - place]
+    assert [(one.what, one.files) for one in report.accounts] == [("packed", 392), ("read as lists or arrays", 3)]
+
+
+def test_the_older_archive_of_cars_and_lists_that_are_not_compressed(tmp_path):
+    report = pack(write_zip(tmp_path / "old.zip", cars_whole()), tmp_path / "old", strict=True)
+    assert (report.layout, num_classes(report)) == ("cars", [98, 49, 49])
+    assert first_bytes(report.shards, CARS_IN_ORDER[100]) == [200, 201]
+    source = write_zip(tmp_path / "flat.zip", cars_parts(deflated=False))
+    assert num_classes(pack(source, tmp_path / "flat", strict=True)) == [98, 49, 49]
+
+
+def test_folders_for_the_classes_of_cars_are_read_as_such_beside_a_devkit(tmp_path):
+    files = {**SOURCES["cars"](), DEVKIT: b"", "devkit/cars_meta.mat": b""}
+    report = pack(write_zip(tmp_path / "src.zip", files), tmp_path / "set")
+    assert (report.layout, report.known) == ("folders", "cars")
+
+
+def test_archives_of_cars_are_read_as_they_are(tmp_path):
+    files = cars_parts()
+    with tarfile.open(tmp_path / "cars_train.tgz", "w:gz") as tar:
+        for name in [name for name in files if name.startswith("cars_train/")]:
+            member, data = tarfile.TarInfo(name), files.pop(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    write_folder(tmp_path / "src", files)
+    (tmp_path / "cars_train.tgz").rename(tmp_path / "src" / "cars_train.tgz")
+    assert num_classes(pack(tmp_path / "src", tmp_path / "set", strict=True)) == [98, 49, 49]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({LABELS: None}, f"no {LABELS}, which gives the classes of the pictures in cars_test; add that file"),
+        ({"devkit/cars_meta.mat": None}, "has no cars_meta.mat, which gives the names of the classes; add that file"),
+        ({"cars_test/00007.jpg": None}, f"cars_test/00007.jpg of {LABELS} is absent from .*; give .* of cars_test"),
+        ({"a/cars_test/00007.jpg": b"\xff\xd8\xff"}, f"cars_test/00007.jpg of {LABELS} is found several times in"),
+        ({LABELS: lambda data: data[:900]}, f"{LABELS} in .*src.zip cannot be read .*; replace the source"),
+        ({LABELS: lambda data: data[:100]}, f"{LABELS} in .* cannot be read .*it is no MATLAB 5 file"),
+        ({LABELS: lambda _: mat(other=np.zeros(1))}, f"{LABELS} in .* cannot be read .*no matrix annotations"),
+        ({LABELS: lambda _: mat(annotations=np.zeros(1))}, f"{LABELS} in .* cannot be read"),
+        ({LABELS: lambda _: mat(annotations={"fname": ["1.jpg"]})}, f"{LABELS} in .* cannot be read .*class"),
+        ({LABELS: lambda _: mat(annotations=np.zeros(2**23))}, "cannot be read .*it unpacks to more than 64 MiB"),
+        (
+            {DEVKIT: lambda _: annotations("fname", ["00001.jpg", "00002.jpg"], [1, 197])},
+            f"cars_train/00002.jpg of {DEVKIT} in .* has class 197, but devkit/cars_meta.mat names 1 to 196; give",
+        ),
+    ],
+)
+def test_cars_with_parts_damaged_or_missing_are_one_line(tmp_path, changed, message):
+    files = cars_parts()
+    for name, change in changed.items():
+        files[name] = change(files[name]) if callable(change) else change
+    files = {name: data for name, data in files.items() if data is not None}
+    with pytest.raises(DataError, match=message) as caught:
+        pack(write_zip(tmp_path / "src.zip", files), tmp_path / "set")
+    assert "\n" not in str(caught.value) and not (tmp_path / "set").exists()
 
 
 # --------------------------------------------------------------------------- download
@@ -212,7 +337,7 @@ def test_archives_are_downloaded_and_packed_as_they_are(tmp_path, monkeypatch):
     ("known", "message"),
     [
         ("fc100", "FC100 cannot be downloaded: http.*no route>; put cifar-100-python.tar.gz into .*got, then .*fc100 "),
-        ("cars", "Stanford Cars cannot be downloaded; put a folder .* into .*got, then pack it with --splits cars"),
+        ("cars", "Stanford Cars cannot be downloaded; put cars_train.tgz and .* into .*got, then .*--splits cars"),
         ("birds", "download is 'birds'; use one of mini_imagenet,"),
     ],
 )

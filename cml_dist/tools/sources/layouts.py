@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from cml_dist.data.base import SPLITS
 from cml_dist.errors import DataError
 from cml_dist.tools.sources.arrays import ARRAYS
+from cml_dist.tools.sources.cars import CARS
 from cml_dist.tools.sources.cifar100 import CIFAR100
 from cml_dist.tools.sources.folders import FOLDERS, OMNIGLOT
 from cml_dist.tools.sources.numbered import AIRCRAFT, VGG_FLOWER
@@ -19,9 +20,9 @@ from cml_dist.tools.sources.tree import SourceTree
 
 LAYOUTS: dict[str, Layout] = {
     "folders": FOLDERS, "csv": CSV, "json": JSON, "arrays": ARRAYS, "parquet": PARQUET, "cifar100": CIFAR100,
-    "omniglot": OMNIGLOT, "aircraft": AIRCRAFT, "vgg_flower": VGG_FLOWER,
+    "omniglot": OMNIGLOT, "cars": CARS, "aircraft": AIRCRAFT, "vgg_flower": VGG_FLOWER,
 }  # fmt: skip
-_UNMISTAKABLE = ("cifar100", "omniglot", "aircraft", "vgg_flower")  # though their folders also look like others
+_UNMISTAKABLE = ("cifar100", "omniglot", "cars", "aircraft", "vgg_flower")  # though their folders also look like others
 
 
 def recognise(tree: SourceTree, own_splits: bool) -> str:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import posixpath
-import struct
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 
-import numpy as np
-
 from cml_dist.errors import DataError
+from cml_dist.tools.sources.matlab import read_variable
 from cml_dist.tools.sources.shape import Found, Layout
 from cml_dist.tools.sources.tree import SourceTree
 
@@ -25,14 +22,24 @@ def _layout(name: str, pairs: Callable[[SourceTree, str], Iterator[tuple[str, st
         classes: dict[str, dict[str, None]] = {}
         for path in lists(tree, _):
             for picture, class_name in pairs(tree, path):
-                found = tree.find(picture)
-                if len(found) != 1:
-                    what = f"{picture} of {path} is {'found several times in' if found else 'absent from'} {tree.where}"
-                    raise DataError(what, f"give a folder with {files}, packed or unpacked")
-                classes.setdefault(class_name, {})[found[0]] = None
+                what = f"{files}, packed or unpacked"
+                found = one_picture(tree, tree.find(picture), picture, path, what)
+                classes.setdefault(class_name, {})[found] = None
         return Found({name: list(paths) for name, paths in classes.items()}, None, tree)
 
     return Layout({name: lists}, read)
+
+
+def one_picture(tree: SourceTree, found: Sequence[str], picture: str, path: str, needed: str) -> str:
+    """The one path that was found for a picture of the list ``path``.
+
+    Raises:
+        DataError: if it is none, or several.
+    """
+    if len(found) != 1:
+        what = f"{picture} of {path} is {'found several times in' if found else 'absent from'} {tree.where}"
+        raise DataError(what, f"give a folder with {needed}")
+    return found[0]
 
 
 def _aircraft(tree: SourceTree, path: str) -> Iterator[tuple[str, str]]:
@@ -41,14 +48,8 @@ def _aircraft(tree: SourceTree, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _flowers(tree: SourceTree, path: str) -> Iterator[tuple[str, str]]:
-    """By the matrix ``labels``, of which a MATLAB 5 file has the parts at these places (MathWorks, MAT-File Format)."""
-    with tree.open(path) as stream, tree.reading(path):
-        data = stream.read(2**20)[128:]
-        data = data if data[0] == 14 else zlib.decompressobj().decompress(data[8:], 2**20)
-        if data[48:54] != b"labels":
-            raise ValueError("it has no matrix labels")
-        kind, size = struct.unpack_from("<II", data, 56)
-        labels = np.frombuffer(data[64 : 64 + size], {2: "u1", 4: "<u2", 9: "<f8"}[kind]).astype(int)
+    with tree.reading(path):
+        labels = read_variable(tree, path, "labels").astype(int)
     yield from ((f"jpg/image_{number:05d}.jpg", str(label)) for number, label in enumerate(labels, start=1))
 
 

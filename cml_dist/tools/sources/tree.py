@@ -238,7 +238,8 @@ def open_source(
 
 def _folder_members(root: Path, scratch: str | os.PathLike[str] | None) -> Met:
     """All that lies below a folder, links followed; archives in which a known set is published appear as unpacked."""
-    published = {name for known in known_sets().values() for name in known.files if ARCHIVE.search(name)}
+    words = {word for known in known_sets().values() for name in known.files for word in name.split()}
+    published = set(filter(ARCHIVE.search, words))
     status = root.stat()
     pending = [(str(root), "", ((status.st_dev, status.st_ino),))]
     while pending:
