@@ -36,7 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cml_dist.data.base import ClassificationDomain
 from cml_dist.distributed.allocator import keep_freed_memory
-from cml_dist.meta.gradient import meta_gradient
+from cml_dist.meta.compiled import CompiledGradient
+from cml_dist.meta.gradient import MetaGradient, meta_gradient
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
 from cml_dist.nets.conv4 import Conv4
@@ -161,21 +162,21 @@ def network(pixels: int) -> CmlNet:
     return CmlNet(body, nn.Linear(body.pooled_dim, WAYS))
 
 
-def ours(steps: int, engine: str, pixels: int) -> Contender:
+def ours(steps: int, engine: str, pixels: int, compute: Callable[..., MetaGradient] = meta_gradient) -> Contender:
     problem = Problem(network(pixels), ClassificationDomain.loss, ClassificationDomain.score, {})
     method = Method.sgd(steps, RATE, RATE)
 
     def run(params: Params, episodes: list[Episode]) -> Params:
         total = {name: torch.zeros_like(p) for name, p in params.items()}
         for episode in episodes:
-            for name, grad in meta_gradient(params, episode, problem, method, engine).grads.items():
+            for name, grad in compute(params, episode, problem, method, engine).grads.items():
                 total[name].add_(grad, alpha=1 / len(episodes))
         return total
 
     return run
 
 
-def contenders(pixels: int, steps: int) -> dict[str, Contender]:
+def contenders(pixels: int, steps: int, compiled: bool) -> dict[str, Contender]:
     found = {"plain": plain(steps)}
     for library in (higher, learn2learn, torchopt):
         try:
@@ -184,7 +185,12 @@ def contenders(pixels: int, steps: int) -> dict[str, Contender]:
             print(f"  {library.__name__} is left out: {error}", file=sys.stderr)
         else:
             found[library.__name__] = by_library(library, steps)
-    return found | {f"ours, {engine}": ours(steps, engine, pixels) for engine in ("graph", "adjoint")}
+    found |= {f"ours, {engine}": ours(steps, engine, pixels) for engine in ("graph", "adjoint")}
+    return found | ({"ours, compiled": ours(steps, "graph", pixels, CompiledGradient(tell=tell))} if compiled else {})
+
+
+def tell(sentence: str) -> None:
+    print(f"  {sentence}", file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------- measuring
@@ -204,12 +210,12 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began_s
 
 
-def measure(pixels: int, steps: int, rounds: int, threads: int, kept: bool) -> dict:
+def measure(pixels: int, steps: int, rounds: int, threads: int, kept: bool, compiled: bool) -> dict:
     """In a fresh process."""
     torch.set_num_threads(threads)
     if kept:
         keep_freed_memory()
-    ways = contenders(pixels, steps)
+    ways = contenders(pixels, steps, compiled)
     params, episodes = start(pixels, torch.float64), make_episodes(pixels, torch.float64)[:1]
     exact = {name: flat(way(params, episodes)) for name, way in ways.items()}
     errors = {name: ((g - exact["plain"]).norm() / exact["plain"].norm()).item() for name, g in exact.items()}
@@ -258,6 +264,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--compiled", action="store_true", help="also engine.compile: minutes more for each case")
     parser.add_argument("--in-here", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.in_here:
@@ -268,7 +275,7 @@ def main() -> None:
         if asked.only not in case:
             continue
         for kept in (True, False):
-            words = json.dumps([pixels, steps, asked.rounds, asked.threads, kept])
+            words = json.dumps([pixels, steps, asked.rounds, asked.threads, kept, asked.compiled])
             command = [sys.executable, "-W", "ignore", __file__, "--in-here", words]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
             show(case, kept, json.loads(done.stdout.splitlines()[-1]))

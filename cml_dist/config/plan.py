@@ -152,6 +152,7 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
         ),
         "engine": _listed(
             plan.engine,
+            {"off": "", "on": "compiled", "auto": "compiled if that pays"}[config.engine.compile],
             plan.micro_batch and f"micro-batches of {plan.micro_batch}",
             plan.trajectory_device == "cpu" and "copies on the CPU",
             plan.trajectory == "sqrt" and "every sqrt(K)-th point kept",

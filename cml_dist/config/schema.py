@@ -57,6 +57,11 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _on_or_off(value: object) -> object:
+    """YAML reads the words on and off as true and false."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
 def _as_list(value: object) -> object:
     """One term where a list of terms is meant."""
     return [value] if isinstance(value, str) else value
@@ -245,6 +250,8 @@ class EngineConfig(Section):
     name: Literal["auto", "graph", "adjoint"] = Field("auto", description="graph: unrolled loop; adjoint: memory flat in inner steps; auto: graph where it fits into the memory budget (on the CPU, which has none by default: where it is the faster one), else adjoint")
     micro_batch: int | str | None = Field("auto", description="most examples of an episode that pass through the network at once (adjoint; needs a network whose norms couple no examples); null: all; auto: all that the memory budget holds")
     trajectory: Literal["auto", "all", "sqrt"] = Field("auto", description="adjoint: which points of the inner loop are kept: all, or about every sqrt(K)-th, the others computed anew (2 sqrt(K) copies of what adapts for one more forward sweep); auto: all, and sqrt where the memory budget asks for it")
+    compile: Annotated[Literal["off", "on", "auto"], BeforeValidator(_on_or_off)] = Field("off", description="on: the meta-gradient as one graph by torch.compile: a minute or more at the first step, seconds where the machine has compiled it before; checked on the first episodes, eager where it cannot be compiled, and at the steps that are logged where there is a co-learner; auto: only in a run that is long enough for it, by measured steps, and only as long as it is faster (when it begins depends on time, so such a run repeats to rounding and not to the bit)")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = Field("default", description="compile: mode of torch.compile; reduce-overhead replays CUDA graphs on a GPU")
     trajectory_device: Literal["auto", "device", "cpu"] = Field("auto", description="adjoint: where the adapted parameters of each inner step are kept; auto: device, and cpu where the memory budget asks for it")
 
     @field_validator("micro_batch", mode="before")

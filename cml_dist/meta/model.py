@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from cml_dist.meta.gradient import Engine, meta_gradient
+from cml_dist.meta.gradient import Engine, MetaGradient, meta_gradient
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
 from cml_dist.types import Episode, Params
@@ -30,6 +30,9 @@ class MetaModel(nn.Module):
         engine: how it is computed.
         micro_batch, autocast: see :class:`Problem`.
         clip_value: the largest element of the meta-gradient over all ranks; None: it is not clamped.
+
+    Attributes:
+        compute: :func:`meta_gradient`, or what gives the same.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class MetaModel(nn.Module):
         self._problem = (Problem(net, loss, score, {}, micro_batch, autocast),)
         self.method, self.clip_value = method, clip_value
         self.engine = Engine(engine) if isinstance(engine, str) else engine
+        self.compute: Callable[..., MetaGradient] = meta_gradient
 
     @property
     def problem(self) -> Problem:
@@ -119,7 +123,7 @@ class MetaModel(nn.Module):
         problem, sums = self.problem, {}
         totals = [torch.zeros_like(p) for p in self.values]
         for episode in episodes:
-            one = meta_gradient(
+            one = self.compute(
                 params,
                 episode,
                 problem,

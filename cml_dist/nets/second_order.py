@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn import functional as F
 
 aten = torch.ops.aten
 
@@ -49,7 +51,7 @@ class MaxPool2d(nn.MaxPool2d):
 
 def max_pool(maps: Tensor) -> Tensor:
     """The largest of each 2x2 square (its first, where several are): ``[N, C, H, W]`` to ``[N, C, H // 2, W // 2]``."""
-    return _MaxPool.apply(maps)
+    return (_MaskedMaxPool if _is_traced() and _lies_channels_last(maps) else _MaxPool).apply(maps)
 
 
 WRITTEN_OUT: dict[type[nn.Module], type[nn.Module]] = {
@@ -65,6 +67,11 @@ def _is_plain(inputs: Tensor, weight: Tensor) -> bool:
     device = inputs.device.type
     casts = device != "meta" and torch.is_autocast_enabled(device)
     return inputs.ndim == 4 and inputs.dtype == weight.dtype and not casts
+
+
+def _is_traced() -> bool:
+    """Whether this is being written down for a compiler, which fuses what runs element by element, and nothing else."""
+    return get_proxy_mode() is not None
 
 
 # --------------------------------------------------------------------------- convolution
@@ -188,6 +195,8 @@ def _mean_and_var(rows: Tensor) -> tuple[Tensor, Tensor]:
     torch's batch norm of maps that lie channels last adds up row by row, to 1e-5, and the ReLUs and maxima that this
     switches move a meta-gradient by a percent.
     """
+    if _is_traced():
+        return torch.var_mean(rows, 0, correction=0)[::-1]
     mean, squares = rows.mean(0), torch.zeros_like(rows[0])
     for part in rows.split(4096):  # which stays in the cache
         squares += (part - mean).square_().sum(0)
@@ -254,3 +263,48 @@ def _halves(maps: Tensor) -> tuple[Tensor, Tensor]:
     column = of_upper ^ (in_lower & (of_upper ^ of_lower))  # torch.where takes ten times as long for bools
     places = torch.add(rows[:, None] * width + columns, in_lower.long(), alpha=width).add_(column.long())
     return torch.maximum(upper, lower), places
+
+
+class _MaskedMaxPool(torch.autograd.Function):
+    """The same of maps that lie channels last, element by element: keeps in which row and column each maximum was."""
+
+    @staticmethod
+    def forward(ctx, maps: Tensor) -> Tensor:
+        (one, two), (three, four) = _squares(maps)
+        upper, lower = torch.maximum(one, two), torch.maximum(three, four)
+        in_lower = lower > upper
+        ctx.save_for_backward(in_lower, torch.where(in_lower, four > three, two > one))
+        ctx.shape = maps.shape
+        return torch.maximum(upper, lower)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return _MaskedMaxPoolBackward.apply(g, *ctx.saved_tensors, ctx.shape)
+
+
+class _MaskedMaxPoolBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, g: Tensor, in_lower: Tensor, in_right: Tensor, shape: torch.Size) -> Tensor:
+        ctx.save_for_backward(in_lower, in_right)
+        batch, channels, height, width = shape
+        second = torch.arange(2, device=g.device) > 0
+
+        def spread(pooled: Tensor) -> Tensor:  # [N, h, 1, w, 1, C]
+            return pooled.permute(0, 2, 3, 1)[:, :, None, :, None]
+
+        chosen = (spread(in_lower) == second.view(2, 1, 1, 1)) & (spread(in_right) == second.view(2, 1))
+        even = torch.where(chosen, spread(g), 0).view(batch, height // 2 * 2, width // 2 * 2, channels)
+        return F.pad(even.permute(0, 3, 1, 2), (0, width % 2, 0, height % 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, v: Tensor):
+        in_lower, in_right = ctx.saved_tensors
+        upper, lower = (torch.where(in_right, right, left) for left, right in _squares(v))
+        return torch.where(in_lower, lower, upper), None, None, None
+
+
+def _squares(maps: Tensor) -> list[list[Tensor]]:
+    """The four elements of each 2x2 square, by row and column."""
+    height, width = (side // 2 * 2 for side in maps.shape[-2:])
+    return [[maps[..., i:height:2, j:width:2] for j in (0, 1)] for i in (0, 1)]

@@ -28,6 +28,7 @@ from cml_dist.errors import ConfigError, TrainingError
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.advice import after_nan
 from cml_dist.run.assemble import assemble
+from cml_dist.run.compiling import Compiling
 from cml_dist.run.evaluator import evaluate
 from cml_dist.run.export import export_run
 from cml_dist.run.folder import RunFolder, same_everywhere, steps_in
@@ -158,6 +159,8 @@ class Trainer:
             self.strategy.load(found.read, found.layout)
             self.step, self.state = found.step, {**self.state, **found.state}
             session.console.note(f"Resuming at step {self.step} of {config.train.steps} from {found.path}")
+        compiled = self.state.get("compiled")
+        self.compiling = Compiling(config, self.parts.model, world, session.console, compiled)
         record = session.begin(self.parts, self.step, self.state["validated"])
         # Right after a collective: a rank that a signal still ends at once would leave the others waiting for it.
         self.interrupts.defer_signals()
@@ -254,6 +257,8 @@ class Trainer:
             score_name=self.parts.domain.score_name,
         )
         self.session.record_step(metrics)
+        self.compiling.after_step(seconds, config.train.steps - self.step)
+        self.state["compiled"] = self.compiling.decided
         if self.state["skipped_in_a_row"] >= (most := config.train.max_nonfinite):
             what = f"the meta-gradient was NaN or inf in {most} steps in a row, up to step {self.step}"
             raise TrainingError(what, after_nan(config, self.step, self.state["skipped"], self.session.folder))

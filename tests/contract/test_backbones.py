@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from cml_dist.config.schema import ModelConfig
+from cml_dist.meta.compiled import CHECKED, CompiledGradient, distance
 from cml_dist.meta.gradient import meta_gradient
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
@@ -176,3 +177,18 @@ def test_couples_examples_says_what_the_network_does(name: str) -> None:
     together = torch.cat(case.outputs(case.params, inputs, "meta", "co"), dim=1)
     apart = torch.cat([torch.cat(case.outputs(case.params, chunk, "meta", "co"), dim=1) for chunk in inputs.split(3)])
     assert couples_examples(case.net) == (not torch.allclose(together, apart, rtol=1e-9, atol=1e-9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("name", ["mlp", "conv4", "resnet12", "test_efficientnet", "test_vit"])
+def test_compiled_is_eager(name: str, steps: int) -> None:
+    case, compute = _case(name), CompiledGradient()
+    problem = Problem(case.net, F.cross_entropy, lambda outputs, targets: outputs.new_zeros(()), case.buffers)
+    method = Method.sgd(steps, 0.01, 0.01, GAMMA)
+    for index in range(CHECKED + 1):
+        support, query = ((inputs.roll(index, -1), targets) for inputs, targets in (case.support, case.query))
+        episode = Episode(Batch(*support), Batch(*query), "train", index)
+        found, eager = (how(case.params, episode, problem, method, "graph") for how in (compute, meta_gradient))
+        assert distance(found.grads, eager.grads) < 1e-10
+    assert [graph.run is not None for graph in compute.graphs.values()] == [True]

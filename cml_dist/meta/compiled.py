@@ -1,0 +1,182 @@
+"""The meta-gradient compiled: one graph of values, with all its derivatives, for each shape of an episode."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from cml_dist.meta.gradient import Engine, MetaGradient, meta_gradient
+from cml_dist.meta.problem import Problem
+from cml_dist.meta.rule import Method
+from cml_dist.types import Episode, Params
+
+MOST_GRAPHS = 4
+"""Of different shapes or schedules; a run that needs more would compile all day."""
+
+CHECKED = 2
+"""Episodes on which a graph is compared with eager arithmetic: what one episode leaves in it shows at the next."""
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
+"""Of the difference, relative, beside three times the eager value's own distance from that in float64."""
+
+
+@dataclass
+class Graph:
+    """A compiled meta-gradient; None where it could not be made, or was found wrong."""
+
+    run: Callable[..., tuple[Params, dict[str, Tensor]]] | None
+    checked: int = 0
+
+
+class CompiledGradient:
+    """:func:`meta_gradient` by a compiled graph for each shape of an episode; eager where that cannot be had.
+
+    ``torch.compile`` has no double backward, so what it gets is not the loss but the finished meta-gradient, traced
+    with both derivatives inside. It can be silently wrong all the same: each graph's first episodes are compared with
+    eager arithmetic.
+
+    Args:
+        backend, mode: of ``torch.compile``.
+        tell: takes sentences for people: what is compiled, how long it took, why it is not used.
+        busy: entered while a graph is made, which takes up to minutes.
+
+    Episodes that are diagnosed are computed eagerly.
+    """
+
+    def __init__(
+        self,
+        backend: str = "inductor",
+        mode: str | None = None,
+        tell: Callable[[str], None] = lambda sentence: None,
+        busy: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.backend, self.mode, self.tell, self.busy = backend, mode, tell, busy
+        self.graphs: dict[Hashable, Graph] = {}
+
+    def __call__(
+        self,
+        params: Params,
+        episode: Episode,
+        problem: Problem,
+        method: Method,
+        engine: Engine | str,
+        *,
+        diagnose: bool = False,
+        meta_step: int = 0,
+    ) -> MetaGradient:
+        """As :func:`meta_gradient`; the same value to rounding."""
+
+        def eager(diagnose: bool = False) -> MetaGradient:
+            return meta_gradient(params, episode, problem, method, engine, diagnose=diagnose, meta_step=meta_step)
+
+        if diagnose and len(problem.learners) == 2:
+            return eager(diagnose=True)
+        tensors = [tensor for batch in episode.batches for tensor in batch.tensors()]
+        arguments = params, dict(problem.buffers), tensors
+        shapes = tuple((t.shape, t.stride(), t.dtype) for t in (*params.values(), *tensors))
+        terms = method.rule.terms(meta_step, method.inner_steps)
+        key = shapes, episode.ways, meta_step < method.first_order_steps, terms
+        if key not in self.graphs:
+            self.graphs[key] = self._made(arguments, episode, problem, method, engine, meta_step)
+        graph = self.graphs[key]
+        if graph.run is None:
+            return eager()
+        with torch.no_grad():
+            if self.mode == "reduce-overhead":
+                torch.compiler.cudagraph_mark_step_begin()  # what the graph gave before may be overwritten
+            found = MetaGradient(*graph.run(*arguments))
+        if graph.checked < CHECKED:
+            graph.checked += 1
+            if self._differs(found, eager(), params, episode, problem, method, engine, meta_step):
+                graph.run = None
+                return eager()
+        return found
+
+    def _made(
+        self,
+        arguments: tuple[Params, Params, list[Tensor]],
+        episode: Episode,
+        problem: Problem,
+        method: Method,
+        engine: Engine | str,
+        meta_step: int,
+    ) -> Graph:
+        if len(self.graphs) >= MOST_GRAPHS:
+            if len(self.graphs) == MOST_GRAPHS:
+                self.tell(f"Meta-steps of more than {MOST_GRAPHS} shapes or schedules: the others are not compiled")
+            return Graph(None)
+
+        def whole(params: Params, buffers: Params, tensors: list[Tensor]) -> tuple[Params, dict[str, Tensor]]:
+            left, here = iter(tensors), copy.copy(problem)
+            here.buffers = buffers
+            found = meta_gradient(
+                params, episode.map(lambda _: next(left)), here, method, engine, meta_step=meta_step
+            )
+            return found.grads, found.terms
+
+        self.tell("Compiling the meta-step: about a minute, seconds where it was compiled before")
+        began_s = time.monotonic()
+        try:
+            with self.busy():
+                # Traced without values: what would depend on them, as a branch in Python does, is an error.
+                traced = make_fx(whole, tracing_mode="fake")(*arguments)
+                run = torch.compile(traced, backend=self.backend, mode=self.mode, fullgraph=True, dynamic=False)
+                with torch.no_grad():
+                    run(*arguments)
+        except Exception as error:  # whatever a tracer, a compiler or a missing C++ compiler says
+            error = getattr(error, "inner_exception", error)
+            reason = (str(error).strip().splitlines() or [""])[0]
+            self.tell(f"The meta-step is not compiled: {type(error).__name__}: {reason}")
+            return Graph(None)
+        self.tell(f"Compiled the meta-step in {time.monotonic() - began_s:.0f} s")
+        return Graph(run)
+
+    def _differs(
+        self,
+        found: MetaGradient,
+        eager: MetaGradient,
+        params: Params,
+        episode: Episode,
+        problem: Problem,
+        method: Method,
+        engine: Engine | str,
+        meta_step: int,
+    ) -> bool:
+        """Whether a compiled value is further from eager arithmetic than rounding can explain; says so."""
+        dtype = next(iter(params.values())).dtype
+        error = distance(found.grads, eager.grads)
+        if error <= TOLERANCE[dtype] or not all(g.isfinite().all() for g in eager.grads.values()):
+            return False
+        # Second-order gradients can be so sensitive to rounding that two right values differ by percents.
+        exact, off = copy.copy(problem), float("nan")
+        if dtype == torch.float32:
+            exact.buffers, exact.autocast = {n: _double(b) for n, b in problem.buffers.items()}, None
+            doubled = {n: p.double() for n, p in params.items()}, episode.map(_double)
+            right = meta_gradient(*doubled, exact, method, engine, meta_step=meta_step).grads
+            error, off = distance(found.grads, right), distance(eager.grads, right)
+            if error <= 3 * off + TOLERANCE[dtype]:
+                return False
+        self.tell(
+            f"The compiled meta-step is wrong: its gradient is {error:.1e} off, that of eager arithmetic {off:.1e}; "
+            "it is not used"
+        )
+        return True
+
+
+def distance(one: Params, other: Params) -> float:
+    """L2 distance of two gradients over the norm of the second."""
+    pairs = [(g.double() - other[n].double(), other[n].double()) for n, g in one.items()]
+    parts = (torch.stack([torch.linalg.vector_norm(t) for t in side]).norm() for side in zip(*pairs, strict=True))
+    difference, norm = (part.item() for part in parts)
+    return difference / norm if norm else difference
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
