@@ -55,6 +55,8 @@ def contradictions(config: Any) -> Iterator[str]:
     if config.train.patience and not test.every:
         never = "but eval.every is 0: nothing is validated before the end; set eval.every, or train.patience=null"
         yield f"train.patience is {config.train.patience}, {never}"
+    if (profiled := config.run.profiled_steps) and profiled[-1] > (steps := config.train.steps):
+        yield f"run.profile is {config.run.profile}, but train.steps is {steps}: end it at {steps}, or train longer"
     if test.ensemble > (most := config.num_validations):
         yield f"eval.ensemble is {test.ensemble}, but the run has {most} validations: lower it, or eval.every"
     if prototype and method.colearner == "adapts":

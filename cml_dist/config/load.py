@@ -81,6 +81,17 @@ def in_folder(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 # --------------------------------------------------------------------------- files
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without whole numbers to base 60, of which 1.2 knows none either: ``run.profile=2:3`` is no 123."""
+
+
+def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | str:
+    return node.value if ":" in node.value else loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
 def recipes() -> dict[str, Path]:
     """Every shipped recipe by its short name, e.g. ``glyphs``, in order of name."""
     found = ({path.stem: path for path in sorted(place.glob("*.yaml"))} for place in _RECIPES)
@@ -112,7 +123,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             text = file.read(MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
             raise ConfigError(f"{path} is larger than {MOST_BYTES:,} bytes", "start from a file in configs/recipes")
-        data = yaml.safe_load(text.decode("utf-8"))
+        data = yaml.load(text.decode("utf-8"), _Loader)
         _count(data)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
@@ -198,7 +209,7 @@ def _assigned(given: Mapping[str, Any], overrides: Iterable[str], warn: Warn) ->
         if not equals or not all(key.split(".")):
             raise ConfigError(f"override {override!r} is not of the form section.key=value", "write train.steps=1000")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"the value of {override!r} is no valid YAML", "quote it for your shell") from error
         for other in list(settings):  # a section that is given as a whole replaces all of it

@@ -6,6 +6,7 @@ Names come from ``registry.py``; what cannot be together is refused in ``checks.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Union
 
@@ -351,10 +352,27 @@ class RunSection(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="fp32; bf16: inside the network by autocast, while parameters, adapted ones too, losses and moments stay float32 (float16 would overflow in second-order gradients); fp64: parameters and arithmetic, for checks")
     deterministic: bool = Field(True, description="only deterministic kernels; on CUDA a few have no such form, which is warned of")
+    profile: str | None = Field(None, description="A:B: the first and the last of the meta-steps (from 1) of which each rank writes a trace into the run's folder, for Perfetto or chrome://tracing, with memory in it as a curve; on a GPU a snapshot of its memory besides, for pytorch.org/memory_viz; changes no value, and takes time in these steps alone; null: none")
     log_every: int = Field(50, ge=1, description="meta-steps between lines where the output is no terminal (metrics.jsonl has every step)")
     trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_as_list)] = Field((), description="also shown in: tensorboard (in the run's folder), wandb (WANDB_MODE=offline: contacts nobody); metrics, validations, test and configuration, by rank 0; needs pip install 'cml-dist[trackers]'")
     tracker_project: str | None = Field(None, min_length=1, description="W&B's project; null: WANDB_PROJECT, else cml-dist (the run is named after its folder)")
     stop_signals: tuple[Literal[STOP_SIGNALS], ...] = Field(("SIGUSR1", "SIGTERM"), description="signals besides Ctrl-C that end the running meta-step, save and leave with exit code 75; a second one changes nothing")
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _two_steps(cls, value: object) -> object:
+        if value is None:
+            return None
+        found = re.fullmatch(r"([1-9]\d{0,9}):([1-9]\d{0,9})", value) if isinstance(value, str) else None
+        if found and int(found[1]) <= int(found[2]):
+            return value
+        raise ValueError(f"{value!r} is no range of meta-steps: give the first and the last, from 1, e.g. 10:12, or null")
+
+    @property
+    def profiled_steps(self) -> range:
+        """Numbers of the meta-steps of ``profile``, from 1."""
+        first, last = map(int, self.profile.split(":")) if self.profile else (1, 0)
+        return range(first, last + 1)
 
     @property
     def dtype(self) -> Literal["float32", "float64"]:

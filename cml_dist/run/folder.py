@@ -20,7 +20,8 @@ from cml_dist.errors import CheckpointError, CmlError, ConfigError, NetworkError
 from cml_dist.user_code import without_folder
 
 NEUTRAL_KEYS = (
-    *("run.dir", "run.device", "run.log_every", "run.stop_signals", "run.tracker", "train.max_nonfinite", "eval.final"),
+    *("run.dir", "run.device", "run.log_every", "run.profile", "run.stop_signals", "run.tracker"),
+    *("train.max_nonfinite", "eval.final"),
     *("domain.root", "domain.cache", "domain.memory_gib", "domain.workers"),
     *("parallel.", "engine.", "memory.", "checkpoint."),
 )
@@ -58,6 +59,7 @@ class RunFolder:
         self.evals = self.path / "evals"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
+        self.profile = self.path / "profile"
         self.export = self.path / "export"
 
     @property

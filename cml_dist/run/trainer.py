@@ -34,6 +34,7 @@ from cml_dist.run.export import export_run
 from cml_dist.run.folder import RunFolder, same_everywhere, steps_in
 from cml_dist.run.hooks import OnStep, nothing
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
+from cml_dist.run.profile import StepProfile
 from cml_dist.run.record import announce, versions
 from cml_dist.run.report import score_run
 from cml_dist.run.session import Session
@@ -180,10 +181,13 @@ class Trainer:
         stream = episode_stream(parts.domain, "train", indices, **how)
         shown = {"score_name": parts.domain.score_name, "log_every": config.run.log_every, "best": self.best}
         shown["method"] = method_title(config)
-        with self.session.console.training(config.train.steps, self.step, **shown) as live:
+        console = self.session.console
+        profile = StepProfile(config, world, console, self.session.folder.profile, self.step)
+        with console.training(config.train.steps, self.step, **shown) as live, profile:
             self.validate_if_due()
             while self.step < config.train.steps and not self.ended_early:
-                metrics, stop, save = self.meta_step(stream)
+                with profile.step(self.step + 1):
+                    metrics, stop, save = self.meta_step(stream)
                 live.step(metrics)
                 self.on_step(self.step, "step")
                 # Before a validation too, which may take long: a run that is stopped or killed in it loses no step.
@@ -194,7 +198,7 @@ class Trainer:
                 self.validate_if_due()
         if why := self.ended_early:
             ended = f"Training ended at step {self.step} of {config.train.steps}: {why}"
-            self.session.console.note(f"{ended}; raise train.patience to go on")
+            console.note(f"{ended}; raise train.patience to go on")
 
     def finish(self) -> None:
         """Test the best step (and the untrained network), and export it."""
