@@ -169,8 +169,8 @@ def measure_on_gpu(
     }
 
 
-def gpu_arithmetic():
-    """The first GPU, computing as the trainer does (deterministic kernels, no TF32)."""
+def gpu_arithmetic(precision: str = "fp32"):
+    """The first GPU, computing as the trainer does under ``run.precision`` (deterministic kernels)."""
     import torch
 
     from cml_dist.config.load import parse_config
@@ -178,7 +178,7 @@ def gpu_arithmetic():
 
     device = torch.device("cuda", 0)
     world = World(accelerator=None, rank=0, size=1, local_rank=0, local_size=1, device=device)
-    set_arithmetic(parse_config({"domain": {"name": "sinusoid"}}), world)
+    set_arithmetic(parse_config({"domain": {"name": "sinusoid"}, "run": {"precision": precision}}), world)
     return device
 
 

@@ -55,6 +55,8 @@ def contradictions(config: Any) -> Iterator[str]:
     if config.train.patience and not test.every:
         never = "but eval.every is 0: nothing is validated before the end; set eval.every, or train.patience=null"
         yield f"train.patience is {config.train.patience}, {never}"
+    if config.run.precision == "tf32" and config.run.device == "cpu":
+        yield "run.precision is tf32, which no CPU has, but run.device is cpu: set run.precision=fp32"
     if (profiled := config.run.profiled_steps) and profiled[-1] > (steps := config.train.steps):
         yield f"run.profile is {config.run.profile}, but train.steps is {steps}: end it at {steps}, or train longer"
     if test.ensemble > (most := config.num_validations):

@@ -157,6 +157,7 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
             plan.trajectory_device == "cpu" and "copies on the CPU",
             plan.trajectory == "sqrt" and "every sqrt(K)-th point kept",
             config.run.precision == "bf16" and "bfloat16 inside the network",
+            config.run.precision == "tf32" and "TF32 in matrix products and convolutions",
         ),
         **({"memory": plan.memory} if plan.memory else {}),
         "world": f"{plan.processes} process{'es' * (plan.processes != 1)} "

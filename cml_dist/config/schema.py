@@ -350,7 +350,7 @@ class RunSection(Section):
     dir: Place = Field("runs/default", min_length=1, description="the run's folder; an existing run in it is resumed")
     seed: int = Field(0, ge=0, lt=2**32, description="initial parameters and training episodes")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
-    precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="fp32; bf16: inside the network by autocast, while parameters, adapted ones too, losses and moments stay float32 (float16 would overflow in second-order gradients); fp64: parameters and arithmetic, for checks")
+    precision: Literal["fp32", "tf32", "bf16", "fp64"] = Field("fp32", description="fp32; tf32: the same, but matrix products and convolutions by tensor cores that read 10 bits of the mantissa (GPUs of compute capability 8.0 and newer); bf16: inside the network by autocast, while parameters, adapted ones too, losses and moments stay float32 (float16 would overflow in second-order gradients); fp64: parameters and arithmetic, for checks")
     deterministic: bool = Field(True, description="only deterministic kernels; on CUDA a few have no such form, which is warned of")
     profile: str | None = Field(None, description="A:B: the first and the last of the meta-steps (from 1) of which each rank writes a trace into the run's folder, for Perfetto or chrome://tracing, with memory in it as a curve; on a GPU a snapshot of its memory besides, for pytorch.org/memory_viz; changes no value, and takes time in these steps alone; null: none")
     log_every: int = Field(50, ge=1, description="meta-steps between lines where the output is no terminal (metrics.jsonl has every step)")

@@ -167,8 +167,8 @@ def join_world(config: RunConfig) -> World:
     """Meet the other processes, and make sure that they are those that were asked for.
 
     Raises:
-        WorldError: another number of processes than ``parallel.processes``, several worlds where one was meant, or a
-            launcher that set up another strategy or device.
+        WorldError: another number of processes than ``parallel.processes``, several worlds where one was meant, a
+            launcher that set up another strategy or device, or a device without the arithmetic of ``run.precision``.
         NetworkError: this machine has no way to rank 0's.
     """
     here = check_launch(config.parallel.processes)
@@ -182,6 +182,8 @@ def join_world(config: RunConfig) -> World:
             f"{here.local_size} processes were launched on this machine, which has {gpus} GPUs",
             f"launch {gpus} a machine, or set run.device=cpu",
         )
+    if config.run.precision == "tf32" and (lacks := _lacks_tf32(use_cpu, here.local_rank)):
+        raise WorldError(f"run.precision is tf32, which {lacks} does not have", "set run.precision=fp32 or bf16")
     plan = make_plan(config, here.size, os.environ)
     if here.size > here.local_size:
         choose_interface(here.host, here.port)
@@ -222,6 +224,14 @@ def joined_world(config: RunConfig) -> Iterator[World]:
         world = join_world(config)
         yield world
         world.close()
+
+
+def _lacks_tf32(use_cpu: bool, gpu: int) -> str:
+    """The device of this process, where it has no TF32; else empty."""
+    if use_cpu:
+        return "the CPU"
+    major, minor = torch.cuda.get_device_capability(gpu)
+    return "" if major >= 8 else f"{torch.cuda.get_device_name(gpu)} (compute capability {major}.{minor}, below 8.0)"
 
 
 def _join_group(config: RunConfig, here: Launched, use_cpu: bool, by_deepspeed: bool) -> None:
@@ -285,8 +295,8 @@ def set_arithmetic(config: RunConfig, world: World) -> int:
         torch.backends.cudnn.benchmark = False
         # Every new tensor would be filled besides, for code that reads what nobody wrote: no kernel here does.
         torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    # For the whole process. The names of torch 2.6: newer ones (fp32_precision) must not be mixed with them.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.precision == "tf32"
     return threads
 
 

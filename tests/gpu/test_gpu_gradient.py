@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from parity_worker import NETS, WAYS, RandomImages
+from plan import gpu_arithmetic
 
 from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
@@ -70,6 +71,28 @@ def test_float32_is_float32_and_not_tensor_cores_tf32(gpu, monkeypatch):
     assert ours < 1e-5
     if torch.cuda.get_device_capability(gpu) >= (8, 0):
         assert tf32 > 10 * ours
+
+
+def test_tf32_is_taken_for_products_and_convolutions_where_it_is_asked_for_alone(gpu):
+    """On the smooth network, and for a convolution of Conv-4's size: for small ones there may be no such kernel."""
+    if torch.cuda.get_device_capability(gpu) < (8, 0):
+        pytest.skip("this GPU has no TF32")
+    generator = torch.Generator().manual_seed(0)
+    shapes = (75, 64, 42, 42), (64, 64, 3, 3)
+    images, weight = (torch.randn(shape, generator=generator, dtype=torch.float64).to(gpu) for shape in shapes)
+    exact = {"gradient": gradient(CPU, "vit", "graph"), "convolution": torch.conv2d(images, weight)}
+    found = {}
+    try:
+        for precision in ("tf32", "fp32"):
+            gpu_arithmetic(precision)
+            ours = {"gradient": gradient(gpu, "vit", "adjoint", torch.float32)}
+            ours["convolution"] = torch.conv2d(images.float(), weight.float()).double()
+            found[precision] = {what: distance(value, exact[what]) for what, value in ours.items()}
+    finally:
+        gpu_arithmetic()
+    print(found)
+    for what in exact:
+        assert found["fp32"][what] < 1e-5 and 1e-4 < found["tf32"][what] < 1e-2, what
 
 
 @pytest.mark.parametrize("engine", ["graph", "adjoint"])

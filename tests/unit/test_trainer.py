@@ -26,7 +26,7 @@ from cml_dist.distributed import strategy as strategies
 from cml_dist.distributed.failure import Failure
 from cml_dist.distributed.heartbeat import Heartbeat, this_heartbeat
 from cml_dist.distributed.optim import build_optimizer
-from cml_dist.distributed.world import World
+from cml_dist.distributed.world import World, set_arithmetic
 from cml_dist.errors import (
     CheckpointError,
     ConfigError,
@@ -605,6 +605,31 @@ def test_the_world_that_was_asked_for_is_checked(tmp_path):
 def test_a_missing_gpu_is_said(tmp_path):
     with pytest.raises(WorldError, match="run.device is cuda"):
         go(tmp_path / "run", "run.device=cuda")
+
+
+def test_tf32_is_refused_where_it_is_not(tmp_path, monkeypatch):
+    """Before anything else: no folder is made."""
+    asked = "run.precision=tf32"
+    with pytest.raises(WorldError, match="run.precision is tf32, which the CPU does not have") as found:
+        go(tmp_path / "run", asked)
+    assert "run.precision=fp32" in found.value.remedy
+    with pytest.raises(ConfigError, match="which no CPU has, but run.device is cpu: set run.precision=fp32"):
+        configure(tmp_path / "run", asked, "run.device=cpu")
+    gpu = {"is_available": True, "device_count": 1, "get_device_capability": (7, 0), "get_device_name": "Tesla V100"}
+    for name, value in gpu.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    with pytest.raises(WorldError, match=r"which Tesla V100 \(compute capability 7.0, below 8.0\) does not have"):
+        go(tmp_path / "run", asked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tf32_is_taken_where_it_is_asked_for_alone(tmp_path):
+    found = {}
+    for precision in ("tf32", "fp32"):
+        set_arithmetic(configure(tmp_path, f"run.precision={precision}"), ALONE)
+        found[precision] = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    assert found == {"tf32": (True, True), "fp32": (False, False)}
+    assert configure(tmp_path, "run.precision=tf32").run.dtype == "float32"
 
 
 # --------------------------------------------------------------------------- methods, evaluation, command line
