@@ -5,15 +5,16 @@ PIP_ARGS ?=
 # More settings for the demo (key=value), and arguments for pytest.
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
-# Arguments of benchmarks/speed.py.
+# Arguments of benchmarks/speed.py, and of benchmarks/gpu_check.py.
 SPEED_ARGS ?=
+GPU_CHECK_ARGS ?=
 
 DEMO := runs/demo
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all golden speed lint clean distclean
+.PHONY: help demo test test-all golden speed gpu-check lint clean distclean
 
 help:
 	@echo "make demo       meta-train CML on embedded data (all GPUs, or 2 CPU processes), test and export it; under 10 minutes"
@@ -21,6 +22,7 @@ help:
 	@echo "make test-all   the same, and what is slow: container images, two machines, a real SLURM, long faults"
 	@echo "make golden     run five short runs on the commit BASE=... and on the working tree, and compare them to the bit"
 	@echo "make speed      seconds of a meta-step beside a plain unrolled loop and other libraries (SPEED_ARGS=...); 15 minutes"
+	@echo "make gpu-check  parity, seconds and memory on a GPU, and the largest ViT that trains on it (GPU_CHECK_ARGS=...); 10 minutes"
 	@echo "make lint       run ruff alone"
 	@echo "make clean      remove caches, builds and the demo's run"
 	@echo "make distclean  remove the environment $(VENV) as well"
@@ -50,6 +52,9 @@ golden: $(INSTALLED)
 
 speed: $(INSTALLED)
 	@$(BIN)/python benchmarks/speed.py $(SPEED_ARGS)
+
+gpu-check: $(INSTALLED)
+	@$(BIN)/python benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --output-format concise

@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cml_dist.data.base import ClassificationDomain
 from cml_dist.distributed.allocator import keep_freed_memory
 from cml_dist.meta.compiled import CompiledGradient
-from cml_dist.meta.gradient import MetaGradient, meta_gradient
+from cml_dist.meta.gradient import Engine, MetaGradient, meta_gradient
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
 from cml_dist.nets.conv4 import Conv4
@@ -49,14 +49,14 @@ WAYS, SHOTS, QUERIES, EPISODES, RATE = 5, 5, 15, 4, 0.1
 Contender = Callable[[Params, list[Episode]], Params]
 
 
-def make_episodes(pixels: int, dtype: torch.dtype) -> list[Episode]:
+def make_episodes(pixels: int, dtype: torch.dtype, shots: int = SHOTS, queries: int = QUERIES) -> list[Episode]:
     generator = torch.Generator().manual_seed(0)
 
     def batch(each: int) -> Batch:
         images = torch.randn(WAYS * each, 3, pixels, pixels, generator=generator, dtype=torch.float64)
         return Batch(images.to(dtype), torch.arange(WAYS).repeat_interleave(each))
 
-    return [Episode(batch(SHOTS), batch(QUERIES), "train", i, ways=WAYS) for i in range(EPISODES)]
+    return [Episode(batch(shots), batch(queries), "train", i, ways=WAYS) for i in range(EPISODES)]
 
 
 # --------------------------------------------------------------------------- contenders
@@ -70,17 +70,19 @@ def plain_forward(params: Params, images: Tensor) -> Tensor:
     return F.linear(images.flatten(1), params["head.weight"], params["head.bias"])
 
 
-def plain(steps: int) -> Contender:
+def plain(
+    steps: int, forward: Callable[[Params, Tensor], Tensor] = plain_forward, rate: float = RATE
+) -> Contender:  # fmt: skip
     def run(params: Params, episodes: list[Episode]) -> Params:
         leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
         outer = 0.0
         for episode in episodes:
             fast = leaves
             for _ in range(steps):
-                loss = loss_of(partial(plain_forward, fast), episode.support)
+                loss = loss_of(partial(forward, fast), episode.support)
                 grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
-                fast = {name: p - RATE * g for (name, p), g in zip(fast.items(), grads, strict=True)}
-            outer = outer + loss_of(partial(plain_forward, fast), episode.query)
+                fast = {name: p - rate * g for (name, p), g in zip(fast.items(), grads, strict=True)}
+            outer = outer + loss_of(partial(forward, fast), episode.query)
         (outer / len(episodes)).backward()
         return {name: p.grad for name, p in leaves.items()}
 
@@ -162,9 +164,17 @@ def network(pixels: int) -> CmlNet:
     return CmlNet(body, nn.Linear(body.pooled_dim, WAYS))
 
 
-def ours(steps: int, engine: str, pixels: int, compute: Callable[..., MetaGradient] = meta_gradient) -> Contender:
-    problem = Problem(network(pixels), ClassificationDomain.loss, ClassificationDomain.score, {})
-    method = Method.sgd(steps, RATE, RATE)
+def ours(
+    steps: int,
+    engine: Engine | str,
+    net: CmlNet,
+    micro_batch: int | None = None,
+    rate: float = RATE,
+    compute: Callable[..., MetaGradient] = meta_gradient,
+) -> Contender:
+    constants = dict(net.named_buffers())
+    problem = Problem(net, ClassificationDomain.loss, ClassificationDomain.score, constants, micro_batch)
+    method = Method.sgd(steps, rate, rate)
 
     def run(params: Params, episodes: list[Episode]) -> Params:
         total = {name: torch.zeros_like(p) for name, p in params.items()}
@@ -185,8 +195,10 @@ def contenders(pixels: int, steps: int, compiled: bool) -> dict[str, Contender]:
             print(f"  {library.__name__} is left out: {error}", file=sys.stderr)
         else:
             found[library.__name__] = by_library(library, steps)
-    found |= {f"ours, {engine}": ours(steps, engine, pixels) for engine in ("graph", "adjoint")}
-    return found | ({"ours, compiled": ours(steps, "graph", pixels, CompiledGradient(tell=tell))} if compiled else {})
+    found |= {f"ours, {engine}": ours(steps, engine, network(pixels)) for engine in ("graph", "adjoint")}
+    if compiled:
+        found["ours, compiled"] = ours(steps, "graph", network(pixels), compute=CompiledGradient(tell=tell))
+    return found
 
 
 def tell(sentence: str) -> None:

@@ -92,7 +92,7 @@ def test_tf32_is_taken_for_products_and_convolutions_where_it_is_asked_for_alone
         gpu_arithmetic()
     print(found)
     for what in exact:
-        assert found["fp32"][what] < 1e-5 and 1e-4 < found["tf32"][what] < 1e-2, what
+        assert found["fp32"][what] < 1e-5 and 1e-4 < found["tf32"][what] < 0.05, what
 
 
 @pytest.mark.parametrize("engine", ["graph", "adjoint"])
