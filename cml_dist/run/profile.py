@@ -75,10 +75,11 @@ class StepProfile:
         # The profiler's C++ part speaks on the terminal whenever it begins and ends.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
-        self._profiler = profile(activities=activities, profile_memory=True, record_shapes=True)
+        profiler = profile(activities=activities, profile_memory=True, record_shapes=True)
         if self._on_gpu:
             torch.cuda.memory._record_memory_history(stacks="python", max_entries=ALLOCATIONS)
-        self._profiler.start()
+        profiler.start()
+        self._profiler = profiler  # now there is something to end
 
     def _end(self) -> None:
         profiler, self._profiler = self._profiler, None
@@ -90,11 +91,13 @@ class StepProfile:
             self._folder.mkdir(parents=True, exist_ok=True)
             if self._on_gpu:
                 torch.cuda.memory._dump_snapshot(str(memory))
-                torch.cuda.memory._record_memory_history(enabled=None)
             write_trace(profiler, trace)
         except (OSError, RuntimeError) as error:  # a run does not end for it, nor in another way than it was to
             self._console.warn(f"the profile could not be written: {error}")
             return
+        finally:
+            if self._on_gpu:
+                torch.cuda.memory._record_memory_history(enabled=None)
         self._show(profiler)
         self._console.note(f"Trace: {trace}, for https://ui.perfetto.dev or chrome://tracing")
         if self._on_gpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -53,6 +54,17 @@ def test_what_is_said(undisturbed):
     assert "Warning" not in out and "warning" not in out, out
     (session,) = map(json.loads, (folder / "sessions.jsonl").read_text().splitlines())
     assert session["plan"]["memory"], "the GPU's memory is a budget"
+
+
+def test_a_profile_has_kernels_and_a_snapshot_of_the_memory(undisturbed, tmp_path):
+    code, out = run(1, *command(tmp_path, "run.profile=2:3", "eval.final=false"), **HERE)
+    assert code == 0 and "ms on the GPU" in out and "warning" not in out, out
+    with gzip.open(tmp_path / "profile" / "steps_2-3.rank0.trace.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    assert {event.get("cat") for event in events} >= {"kernel", "cpu_op"}
+    assert {event["name"] for event in events if event["ph"] == "C"} >= {"memory of GPU 0"}
+    assert (tmp_path / "profile" / "steps_2-3.rank0.memory.pickle").stat().st_size > 1000
+    assert [line["loss"] for line in curve(tmp_path)] == [line["loss"] for line in curve(undisturbed[0])]
 
 
 def test_float64_is_the_curve_of_the_cpu(tmp_path):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import io
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from test_trainer import at, configure, failing, losses
 
 from cml_dist.errors import ConfigError
 from cml_dist.run.hooks import nothing
+from cml_dist.run.profile import StepProfile
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import Console
 
@@ -59,6 +62,20 @@ def test_a_resumed_run_profiles_what_is_left_and_says_so_where_nothing_is(plain,
     said = go(folder, "train.steps=5", "run.profile=2:3")
     assert "run.profile is 2:3, but 4 meta-steps are done: nothing is profiled" in said
     assert len(list((folder / "profile").iterdir())) == 1
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_on_a_gpu_a_snapshot_of_its_memory_besides(plain, tmp_path, monkeypatch):
+    """Without one: what is asked of torch, with the names that it has."""
+    asked = []
+    monkeypatch.setattr(StepProfile, "_on_gpu", True)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **how: asked.append(how))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).touch())
+    said = go(tmp_path / "run", "run.profile=2:3")
+    (memory,) = (tmp_path / "run" / "profile").glob("*.pickle")
+    assert memory.name == "steps_2-3.rank0.memory.pickle" and losses(tmp_path / "run") == plain
+    assert asked == [{"stacks": "python", "max_entries": 100_000}, {"enabled": None}]
+    assert f"Memory: {memory}, for https://pytorch.org/memory_viz" in said and "the profiler saw no kernel" in said
 
 
 def test_a_run_that_fails_in_these_steps_leaves_a_trace_of_what_there_was(tmp_path):
