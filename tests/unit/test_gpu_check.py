@@ -16,6 +16,7 @@ def check(*words):
     return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.slow
 def test_both_tables_and_parity_in_float64(tmp_path):
     done = check("--out", str(tmp_path / "out.json"))
     assert done.returncode == 0 and not done.stderr, done.stderr
