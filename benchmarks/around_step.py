@@ -1,0 +1,216 @@
+"""What a meta-step takes besides its gradient: the wait for data, the optimizer, and all the rest of the loop.
+
+    python benchmarks/around_step.py                          # every case; --only sinusoid: those with this in the name
+    python benchmarks/around_step.py --only streamed --threads 1
+
+Each case is a run of the trainer in a fresh process, with its parts timed; the first steps are left out, of the others
+the mean and the median count. Waits are by the clock, the rest of the loop in CPU time of its thread, which other work
+on the machine disturbs less. The simulated GPU computes an episode in 5 ms of sleep, in which the CPU is free. Images
+are 84 px JPEGs, made up: smooth colours with some grain, 3 KB each, as those of miniImageNet have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+WARM_UP = 5
+GPU_S = 0.005
+"""Seconds of an episode's meta-gradient on the simulated GPU: 20 ms for a meta-step of 4."""
+
+IMAGES = (
+    "domain.name=images", "domain.root=SET", "domain.shots=5", "train.episodes_per_step=4", "method.name=maml",
+    "engine.name=graph", "domain.augment.rotate_classes=false",
+)  # fmt: skip
+STREAMED = (*IMAGES, "domain.memory_gib=0")
+CASES = {
+    # name: recipe, settings, meta-steps, whether the GPU is simulated
+    "sinusoid": ("sinusoid", (), 1500, False),
+    "glyphs": ("glyphs", (), 60, False),
+    "glyphs, in memory, simulated GPU": ("glyphs", ("domain.shots=5",), 150, True),
+    "84 px, in memory": ("glyphs", IMAGES, 12, False),
+    "84 px, streamed": ("glyphs", STREAMED, 12, False),
+    "84 px, in memory, simulated GPU": ("glyphs", IMAGES, 150, True),
+    "84 px, streamed, 0 workers, simulated GPU": ("glyphs", (*STREAMED, "domain.workers=0"), 60, True),
+    "84 px, streamed, 1 worker, simulated GPU": ("glyphs", (*STREAMED, "domain.workers=1"), 100, True),
+    "84 px, streamed, 2 workers, simulated GPU": ("glyphs", (*STREAMED, "domain.workers=2"), 150, True),
+}
+PARTS = ("data", "prepare", "meta_gradient", "gradient", "apply", "reduce", "record", "show", "whole")
+COLUMNS = (
+    "ms a step", "step", "wait for data, mean", "share", "prepare", "step, CPU", "rest, CPU", "share",
+    "of it the loop", "reduce", "metrics line", "screen", "(optimizer)",
+)  # fmt: skip
+
+
+class Enough(Exception):
+    """All steps are measured."""
+
+
+class Clock:
+    """Milliseconds by part of each meta-step, as numpy arrays: by the clock, and of this thread's CPU."""
+
+    def __init__(self) -> None:
+        self.now = defaultdict(lambda: np.zeros(2))
+        self.steps: list[dict[str, list[float]]] = []
+        self._began = self._read()
+
+    def timed(self, part: str, work):
+        def measured(*args, **named):
+            began = self._read()
+            try:
+                return work(*args, **named)
+            finally:
+                self.now[part] += self._read() - began
+
+        return measured
+
+    def step(self, most: int) -> None:
+        """A meta-step is done, and maybe the last of ``most``."""
+        now = self._read()
+        self.steps.append({part: list(spent) for part, spent in {**self.now, "whole": now - self._began}.items()})
+        self.now.clear()
+        if len(self.steps) == most:
+            raise Enough
+        self._began = self._read()
+
+    @staticmethod
+    def _read() -> np.ndarray:
+        return 1000 * np.array([time.perf_counter(), time.thread_time()])
+
+
+def measure(recipe: str, settings: list[str], steps: int, simulated: bool, threads: int, root: str) -> list[dict]:
+    """In a fresh process: the seconds of each step by part."""
+    import torch
+
+    from cml_dist.config.load import load_config
+    from cml_dist.distributed.strategy import Carrier, DataParallel
+    from cml_dist.meta import model as meta
+    from cml_dist.meta.gradient import MetaGradient
+    from cml_dist.run import trainer
+    from cml_dist.run.session import Session
+    from cml_dist.telemetry.console import Console
+    from cml_dist.telemetry.live import TrainingView
+
+    clock, stream = Clock(), trainer.episode_stream
+
+    def timed_stream(domain, split, indices, **how):
+        # On a GPU it takes no time of the CPU.
+        domain.prepare = (lambda episode, *_: episode) if simulated else clock.timed("prepare", domain.prepare)
+        episodes = stream(domain, split, indices, **how)
+        take = clock.timed("data", lambda: next(episodes))
+        while True:
+            yield take()
+
+    def on_gpu(params, episode, *_, **__):
+        time.sleep(GPU_S)
+        terms = {name: torch.zeros(()) for name in ("loss", "outer_loss", "score")}
+        return MetaGradient({name: torch.zeros_like(value) for name, value in params.items()}, terms)
+
+    trainer.episode_stream = timed_stream
+    meta.meta_gradient = clock.timed("meta_gradient", on_gpu if simulated else meta.meta_gradient)
+    for owner, name, part in (
+        (Carrier, "gradient", "gradient"),
+        (DataParallel, "apply", "apply"),
+        (trainer.Trainer, "reduce", "reduce"),
+        (Session, "record_step", "record"),
+        (TrainingView, "step", "show"),
+    ):
+        setattr(owner, name, clock.timed(part, getattr(owner, name)))
+
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = ("train.steps=1000000", "eval.every=0", "checkpoint.every=1000000", "eval.final=false",
+                 "run.device=cpu", f"parallel.threads={threads}", f"run.dir={folder}/run")  # fmt: skip
+        config = load_config(recipe, (*(word.replace("SET", root) for word in settings), *fixed))
+        with suppress(Enough):
+            console = Console(open(os.devnull, "w"))
+            trainer.train(config, console, on_step=lambda _, what: clock.step(steps) if what == "step" else None)
+    return clock.steps[WARM_UP:]
+
+
+def make_images(root: Path, classes: int = 64, images: int = 100) -> None:
+    """A packed set of 84 px JPEGs."""
+    import io
+
+    from PIL import Image
+
+    from cml_dist.data.pixels import Picture, to_array
+    from cml_dist.data.shard_writer import new_shard_set
+
+    rng = np.random.default_rng(0)
+    with new_shard_set(root, name="made", image_size=(84, 84), channels=3, source="made") as writer:
+        for split, count in (("train", classes), ("val", 5)):
+            for number in range(count * images):
+                coarse = Image.fromarray(rng.integers(0, 256, (10, 10, 3), dtype=np.uint8)).resize((84, 84), 3)
+                grain = rng.normal(0, 6, (84, 84, 3))
+                image = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
+                buffer = io.BytesIO()
+                image.save(buffer, "JPEG", quality=85)
+                data, name = buffer.getvalue(), f"{split}-{number // images}"
+                pixels = to_array(Image.open(io.BytesIO(data)))
+                writer.add(split, name, f"{name}/{number}", Picture(data, "jpg", pixels))
+
+
+def decoding(root: Path) -> str:
+    """What one image costs one core."""
+    from cml_dist.data.shards import ShardSet
+
+    shards, times = ShardSet.open(root), []
+    for number in range(1000):
+        began_s = time.process_time()
+        shards.decode(number)
+        times.append(time.process_time() - began_s)
+    size = np.mean([len(shards.read(number)) for number in range(1000)])
+    return f"an image has {size / 1000:.1f} KB and takes {1000 * np.median(times):.3f} ms of CPU to decode"
+
+
+def show(name: str, steps: list[dict]) -> None:
+    """A line of the table."""
+    wall, cpu = ({part: np.array([s.get(part, (0, 0))[kind] for s in steps]) for part in PARTS} for kind in (0, 1))
+    wait = wall["data"] - wall["prepare"]  # the gradient asks for the episodes itself
+    rest = cpu["whole"] - cpu["meta_gradient"] - cpu["apply"] - cpu["data"]
+    loop = cpu["whole"] - cpu["gradient"] - cpu["apply"]
+    share = f"{wait.sum() / wall['whole'].sum():.2%}"
+    own = f"{rest.sum() / cpu['whole'].sum():.2%}"
+    medians = [f"{np.median(ms):.3f}" for ms in (loop, cpu["reduce"], cpu["record"], cpu["show"], cpu["apply"])]
+    cells = (
+        name, f"{np.median(wall['whole']):.1f}", f"{wait.mean():.2f}", share, f"{np.median(wall['prepare']):.2f}",
+        f"{np.median(cpu['whole']):.1f}", f"{np.median(rest):.3f}", own, *medians,
+    )  # fmt: skip
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--in-here", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.in_here:
+        print(json.dumps(measure(*json.loads(asked.in_here))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "set"
+        if any("84 px" in name and asked.only in name for name in CASES):
+            make_images(root)
+            print(decoding(root))
+        print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+        for name, (recipe, settings, steps, simulated) in CASES.items():
+            if asked.only in name:
+                words = json.dumps([recipe, settings, steps, simulated, asked.threads, str(root)])
+                command = [sys.executable, "-W", "ignore", __file__, "--in-here", words]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                show(name, json.loads(done.stdout.splitlines()[-1]))
+
+
+if __name__ == "__main__":
+    main()
