@@ -57,10 +57,10 @@ class Enough(Exception):
 
 
 class Clock:
-    """Milliseconds by part of each meta-step, as numpy arrays: by the clock, and of this thread's CPU."""
+    """Milliseconds by part of each meta-step: by the clock, and of this thread's CPU."""
 
     def __init__(self) -> None:
-        self.now = defaultdict(lambda: np.zeros(2))
+        self.now = defaultdict(lambda: [0.0, 0.0])
         self.steps: list[dict[str, list[float]]] = []
         self._began = self._read()
 
@@ -70,22 +70,27 @@ class Clock:
             try:
                 return work(*args, **named)
             finally:
-                self.now[part] += self._read() - began
+                self._add(part, began)
 
         return measured
 
     def step(self, most: int) -> None:
         """A meta-step is done, and maybe the last of ``most``."""
-        now = self._read()
-        self.steps.append({part: list(spent) for part, spent in {**self.now, "whole": now - self._began}.items()})
+        self._add("whole", self._began)
+        self.steps.append(dict(self.now))
         self.now.clear()
         if len(self.steps) == most:
             raise Enough
         self._began = self._read()
 
+    def _add(self, part: str, began: tuple[float, float]) -> None:
+        spent = self.now[part]
+        for kind, now in enumerate(self._read()):
+            spent[kind] += now - began[kind]
+
     @staticmethod
-    def _read() -> np.ndarray:
-        return 1000 * np.array([time.perf_counter(), time.thread_time()])
+    def _read() -> tuple[float, float]:
+        return 1000 * time.perf_counter(), 1000 * time.thread_time()
 
 
 def measure(recipe: str, settings: list[str], steps: int, simulated: bool, threads: int, root: str) -> list[dict]:
@@ -94,6 +99,7 @@ def measure(recipe: str, settings: list[str], steps: int, simulated: bool, threa
 
     from cml_dist.config.load import load_config
     from cml_dist.distributed.strategy import Carrier, DataParallel
+    from cml_dist.distributed.world import World
     from cml_dist.meta import model as meta
     from cml_dist.meta.gradient import MetaGradient
     from cml_dist.run import trainer
@@ -121,7 +127,7 @@ def measure(recipe: str, settings: list[str], steps: int, simulated: bool, threa
     for owner, name, part in (
         (Carrier, "gradient", "gradient"),
         (DataParallel, "apply", "apply"),
-        (trainer.Trainer, "reduce", "reduce"),
+        (World, "start_sum", "reduce"),
         (Session, "record_step", "record"),
         (TrainingView, "step", "show"),
     ):
@@ -148,7 +154,7 @@ def make_images(root: Path, classes: int = 64, images: int = 100) -> None:
 
     rng = np.random.default_rng(0)
     with new_shard_set(root, name="made", image_size=(84, 84), channels=3, source="made") as writer:
-        for split, count in (("train", classes), ("val", 5)):
+        for split, count in (("train", classes), ("val", 5), ("test", 5)):
             for number in range(count * images):
                 coarse = Image.fromarray(rng.integers(0, 256, (10, 10, 3), dtype=np.uint8)).resize((84, 84), 3)
                 grain = rng.normal(0, 6, (84, 84, 3))

@@ -225,7 +225,9 @@ class ImageDomain(ClassificationDomain):
 
     def normalise(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """``(x / 255 - mean) / std`` of uint8 ``[N, C, H, W]``, on its device, in ``dtype``."""
-        mean, std = (torch.tensor(v, dtype=dtype, device=pixels.device).view(-1, 1, 1) for v in (self._mean, self._std))
+        # Made on the CPU and sent: made on a GPU, each would wait for all that it has to do.
+        sent = (torch.tensor(v, dtype=dtype).view(-1, 1, 1) for v in (self._mean, self._std))
+        mean, std = (v.to(pixels.device, non_blocking=True) for v in sent)
         return (pixels.to(dtype) / 255 - mean) / std
 
     def fingerprint(self) -> str:

@@ -75,7 +75,7 @@ class SinusoidDomain(Domain):
         return rng, lambda x: amplitude * np.sin(x - phase)
 
     def prepare(self, episode: Episode, device: torch.device, dtype: torch.dtype) -> Episode:
-        return episode.map(lambda tensor: tensor.to(device, dtype))  # targets too
+        return episode.map(lambda tensor: tensor.to(device, dtype, non_blocking=True))  # targets too
 
     @staticmethod
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:

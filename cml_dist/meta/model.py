@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -120,7 +121,7 @@ class MetaModel(nn.Module):
         self, params: Params, episodes: Iterable[Episode], weight: float, diagnose: frozenset[int], meta_step: int
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The weighted sum of the episodes' meta-gradients at ``params``, and the sums of their terms."""
-        problem, sums = self.problem, {}
+        problem, sums, counts = self.problem, {}, Counter()
         totals = [torch.zeros_like(p) for p in self.values]
         for episode in episodes:
             one = self.compute(
@@ -135,10 +136,10 @@ class MetaModel(nn.Module):
             for total, name in zip(totals, self.names, strict=True):
                 total.add_(one.grads[name], alpha=weight)
             for term, value in one.terms.items():
-                now = torch.stack([value.double(), torch.ones_like(value, dtype=torch.float64)])
-                sums[term] = sums[term] + now if term in sums else now
+                sums[term] = sums[term] + value.double() if term in sums else value.double()
+            counts.update(one.terms.keys())
             del one  # or its gradients would stay while the next episode is at its peak
-        return totals, sums
+        return totals, {t: torch.stack([total, torch.full_like(total, counts[t])]) for t, total in sums.items()}
 
 
 def _ascended(params: Params, gradient: list[Tensor], radius: float) -> Params:

@@ -2,8 +2,8 @@
 
 A meta-step: this rank's episodes -> meta-gradient (reduced over ranks by the strategy) -> outer step -> metrics;
 validation and checkpoints in between; at the end the test of the best step, and its export. Ranks talk in
-``strategy.gradient`` (the meta-gradient) and twice more a step in ``world.sum`` and ``world.max`` (terms of the
-metrics, the wish to stop, whether to save, memory).
+``strategy.gradient`` (the meta-gradient) and once more a step in ``world.start_sum`` (terms of the metrics, the wish to
+stop, whether to save, memory). The host waits for a GPU once a step, where it needs the norm of the meta-gradient.
 """
 
 from __future__ import annotations
@@ -241,10 +241,11 @@ class Trainer:
         world.heartbeat.wait(f"the start of step {self.step + 1}")  # where ZeRO-3 gathers the parameters
         episodes = EachTime(lambda: self.episodes(stream))
         sums = self.strategy.gradient(episodes, num_episodes, diagnose, self.step)
+        told = world.start_sum(self.to_tell(sums))  # on its way when the optimizer waits for the norm
         lr = learning_rate(config.optim, self.step, config.train.steps)
         norm, taken = self.strategy.apply(lr, config.optim.clip_norm)
         world.heartbeat.beat(f"the end of step {self.step + 1}")
-        terms, stop, save = self.reduce(sums)
+        terms, stop, save, memory_gib = self.read(told())
         self.step += 1
         self.state["skipped"] += not taken
         self.state["skipped_in_a_row"] = 0 if taken else self.state["skipped_in_a_row"] + 1
@@ -256,7 +257,7 @@ class Trainer:
             lr=lr,
             seconds=seconds,
             episodes_per_s=num_episodes / seconds,
-            peak_memory_gib=world.max(peak_memory_gib(world.device)),
+            peak_memory_gib=memory_gib,
             skipped=not taken,
             score_name=self.parts.domain.score_name,
         )
@@ -268,19 +269,27 @@ class Trainer:
             raise TrainingError(what, after_nan(config, self.step, self.state["skipped"], self.session.folder))
         return metrics, stop, save or self.step % config.checkpoint.every == 0
 
-    def reduce(self, sums: dict[str, torch.Tensor]) -> tuple[dict[str, float | None], bool, bool]:
-        """Means of the terms by global count (never means of means), whether to stop, and whether to save by time."""
-        vector = torch.zeros(2 * len(TERMS) + 2, dtype=torch.float64, device=self.world.device)
+    def to_tell(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What this rank adds to the sum over all ranks: terms, whether to stop and to save by time, and its memory."""
+        world, pairs = self.world, 2 * len(TERMS)
+        vector = torch.zeros(pairs + 2 + world.size, dtype=torch.float64, device=world.device)
         for number, term in enumerate(TERMS):
             if term in sums:
                 vector[2 * number : 2 * number + 2] = sums[term]
         minutes = self.config.checkpoint.every_minutes
         # By the clock of rank 0 alone: clocks differ.
-        is_time = self.world.is_main and minutes is not None and time.monotonic() - self.saved_s >= 60 * minutes
-        vector[-2], vector[-1] = float(self.interrupts.stop is not None), float(is_time)
-        *values, stop, save = self.world.sum(vector).tolist()
+        is_time = world.is_main and minutes is not None and time.monotonic() - self.saved_s >= 60 * minutes
+        vector[pairs], vector[pairs + 1] = float(self.interrupts.stop is not None), float(is_time)
+        vector[pairs + 2 + world.rank] = peak_memory_gib(world.device)  # a place a rank: a sum is no maximum
+        return vector
+
+    @staticmethod
+    def read(told: list[float]) -> tuple[dict[str, float | None], bool, bool, float]:
+        """Means of the terms by global count (never means of means), whether to stop, to save by time, most memory."""
+        values, (stop, save, *memory_gib) = told[: 2 * len(TERMS)], told[2 * len(TERMS) :]
         pairs = zip(TERMS, values[::2], values[1::2], strict=True)
-        return {term: total / count if count else None for term, total, count in pairs}, stop > 0, save > 0
+        terms = {term: total / count if count else None for term, total, count in pairs}
+        return terms, stop > 0, save > 0, max(memory_gib)
 
     def episodes(self, stream: Iterator[Episode]) -> Iterator[Episode]:
         """A pass over this rank's episodes of the next meta-step; after it a reduction brings the ranks together."""

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class StepMetrics:
 
     def record(self) -> dict[str, Any]:
         """The line's keys and values in order; NaN and inf are null."""
-        values = asdict(self)
+        values = dict(vars(self))
         score_name = values.pop("score_name")
         names = {"score": score_name, "colearner_score": f"colearner_{score_name}"}
         return {names.get(key, key): _finite(value) for key, value in values.items()}

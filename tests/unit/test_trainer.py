@@ -17,6 +17,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import cml_dist
 from cml_dist.cli import main
@@ -806,3 +807,34 @@ def test_command_line_ends_in_one_clear_line(undisturbed, capfd):
     assert err.startswith("error: ") and err.count("\n") == 1 and "domain.shots is 0" in err
     assert main(["eval", str(undisturbed / "nowhere")]) == 1
     assert "no run folder" in capfd.readouterr().err
+
+
+class _Reads(TorchFunctionMode):
+    """Counts what reads values of tensors: on a GPU the host would wait for it there."""
+
+    READ = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "nonzero", "isfinite")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in self.READ:
+            self.seen[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_once_for_the_device(tmp_path):
+    """For the norm; the metrics are on their way by then, and reading them waits for nothing more."""
+    reads, by_step = _Reads(), []
+
+    def on_step(step, what):
+        if what == "step":
+            by_step.append(dict(reads.seen))
+        if what in ("started", "step"):
+            reads.seen.clear()
+
+    settings = ("eval.every=0", "eval.final=false", "checkpoint.every=100", "optim.name=sgd")
+    with reads:  # torch's Adam has its count on the CPU, and reads it there
+        go(tmp_path / "run", *settings, on_step=on_step)
+    assert by_step == [{"tolist": 2}] * 12
