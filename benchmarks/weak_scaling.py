@@ -40,8 +40,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "cluster"))
 import lossy_wire  # noqa: E402
 
-CASES = {"conv4": (), "resnet12": ("model.backbone=resnet12", "method.name=maml")}
-"""5-way 5-shot, 15 queries, Glyphs (28 px), 4 episodes a rank, one inner step, second order."""
+CASES = {
+    "conv4": ("domain.shots=5",),
+    "resnet12": ("model.backbone=resnet12", "method.name=maml", "domain.shots=1", "domain.queries=5"),
+}
+"""5-way, Glyphs (28 px), 4 episodes a rank, one inner step, second order; conv4 with the co-learner, 15 queries."""
 
 EPISODES, WARM_UP, STEPS = 4, 3, 8
 DELAY_S = 0.0002
@@ -200,7 +203,7 @@ def run(case: str, size: int, wait_s: float | None = None, names: list[str] | No
     told = fork.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         settings = (
-            "domain.shots=5", *CASES[case], f"train.episodes_per_step={EPISODES * size}", f"train.steps={STEPS}",
+            *CASES[case], f"train.episodes_per_step={EPISODES * size}", f"train.steps={STEPS}",
             "eval.every=0", "eval.val_episodes=1", "eval.final=false", f"checkpoint.every={STEPS}", "engine.name=graph",
             "run.device=cpu", "run.log_every=1000", "parallel.threads=1", f"run.dir={folder}/run",
         )  # fmt: skip

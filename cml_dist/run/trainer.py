@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,7 +183,9 @@ class Trainer:
         shown["method"] = method_title(config)
         console = self.session.console
         profile = StepProfile(config, world, console, self.session.folder.profile, self.step)
-        with console.training(config.train.steps, self.step, **shown) as live, profile:
+        training = console.training(config.train.steps, self.step, **shown)
+        # Closed: a traceback would keep it, and processes that make episodes are waited for when this one ends.
+        with closing(stream), training as live, profile:
             self.validate_if_due()
             while self.step < config.train.steps and not self.ended_early:
                 with profile.step(self.step + 1):

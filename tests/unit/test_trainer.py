@@ -6,6 +6,7 @@ import errno
 import importlib.metadata
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -660,6 +661,13 @@ def test_engines_train_alike(undisturbed, tmp_path):
 def test_workers_change_nothing(undisturbed, tmp_path):
     go(tmp_path / "run", "domain.workers=1")
     assert losses(tmp_path / "run") == losses(undisturbed)
+
+
+def test_a_run_that_fails_leaves_no_worker(tmp_path):
+    """Python would wait at its end for one that a traceback keeps."""
+    with pytest.raises(OSError, match="boom") as caught:
+        go(tmp_path / "run", "domain.workers=1", on_step=at(3, "step", failing(OSError("boom"))))
+    assert caught.tb is not None and not multiprocessing.active_children()
 
 
 def test_a_second_pass_asks_for_the_same_episodes_again_by_index(tmp_path, monkeypatch):
