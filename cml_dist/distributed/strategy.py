@@ -37,6 +37,7 @@ class Carrier:
         num_global: int,
         diagnose: frozenset[int] = frozenset(),
         meta_step: int = 0,
+        meanwhile: Callable[[dict[str, Tensor]], object] = lambda sums: None,
     ) -> dict[str, Tensor]:
         """Put the mean meta-gradient of all ranks' episodes where ``apply`` finds it; return this rank's sums of terms.
 
@@ -45,12 +46,14 @@ class Carrier:
             num_global: episodes of the meta-step over all ranks. The wrapper averages over ranks, so each episode
                 weighs N / num_global: exact also where N does not divide num_global.
             diagnose, meta_step: see :class:`MetaModel`.
+            meanwhile: called with the sums just before the reduction, beside which it may start one of its own.
 
         Collective: all ranks.
         """
         self._clear()
         weight = self.world.size / num_global
         loss, sums = self._wrapped(episodes, weight, diagnose, meta_step, self.world.average)
+        meanwhile(sums)
         self._backward(loss)
         return sums
 

@@ -71,21 +71,24 @@ class World:
             return values.cpu()
 
     def start_sum(self, values: torch.Tensor) -> Callable[[], list[float]]:
-        """The same begun: the function that is returned gives the sums, and waits for the device where nobody has yet.
+        """Begin to put the sums over all ranks in their place; the returned function waits for them, and gives them.
 
         The caller's heartbeat waits for the other ranks meanwhile. Collective: all ranks, here.
         """
-        if self.size > 1:
-            values = values.to(self.device, copy=True)
-            torch.distributed.all_reduce(values)
-        if values.device.type == "cpu":
-            return values.tolist
-        here, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
-        arrived.record()
+        sent = torch.distributed.all_reduce(values, async_op=True) if self.size > 1 else None
+        arrived = None
+        if values.device.type != "cpu":
+            if sent is not None:
+                sent.wait()  # the stream does, and not the host
+            values, sent, arrived = values.to("cpu", non_blocking=True), None, torch.cuda.Event()
+            arrived.record()
 
         def read() -> list[float]:
-            arrived.synchronize()
-            return here.tolist()
+            if sent is not None:
+                sent.wait()
+            if arrived is not None:
+                arrived.synchronize()
+            return values.tolist()
 
         return read
 

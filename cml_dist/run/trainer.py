@@ -2,8 +2,8 @@
 
 A meta-step: this rank's episodes -> meta-gradient (reduced over ranks by the strategy) -> outer step -> metrics;
 validation and checkpoints in between; at the end the test of the best step, and its export. Ranks talk in
-``strategy.gradient`` (the meta-gradient) and once more a step in ``world.start_sum`` (terms of the metrics, the wish to
-stop, whether to save, memory). The host waits for a GPU once a step, where it needs the norm of the meta-gradient.
+``strategy.gradient`` (the meta-gradient) and beside it in ``world.start_sum`` (terms of the metrics, the wish to stop,
+whether to save, memory). The host waits for a GPU once a step, where it needs the norm of the meta-gradient.
 """
 
 from __future__ import annotations
@@ -242,12 +242,15 @@ class Trainer:
         diagnose = frozenset(range(self.step * num_episodes, (self.step + 1) * num_episodes) if is_logged else ())
         world.heartbeat.wait(f"the start of step {self.step + 1}")  # where ZeRO-3 gathers the parameters
         episodes = EachTime(lambda: self.episodes(stream))
-        sums = self.strategy.gradient(episodes, num_episodes, diagnose, self.step)
-        told = world.start_sum(self.to_tell(sums))  # on its way when the optimizer waits for the norm
+        told = []  # beside the reduction of the meta-gradient, and there before the optimizer is
+        self.strategy.gradient(
+            episodes, num_episodes, diagnose, self.step,
+            meanwhile=lambda sums: told.append(world.start_sum(self.to_tell(sums))),
+        )  # fmt: skip
         lr = learning_rate(config.optim, self.step, config.train.steps)
         norm, taken = self.strategy.apply(lr, config.optim.clip_norm)
+        terms, stop, save, memory_gib = self.read(told[0]())
         world.heartbeat.beat(f"the end of step {self.step + 1}")
-        terms, stop, save, memory_gib = self.read(told())
         self.step += 1
         self.state["skipped"] += not taken
         self.state["skipped_in_a_row"] = 0 if taken else self.state["skipped_in_a_row"] + 1
