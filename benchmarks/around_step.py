@@ -32,11 +32,11 @@ IMAGES = (
 STREAMED = (*IMAGES, "domain.memory_gib=0")
 CASES = {
     # name: recipe, settings, meta-steps, seconds of a step of the simulated GPU (0: the real step)
-    "sinusoid": ("sinusoid", (), 1500, 0),
+    "sinusoid": ("sinusoid", (), 500, 0),
     "glyphs": ("glyphs", (), 60, 0),
     "glyphs, in memory, GPU of 20 ms": ("glyphs", ("domain.shots=5",), 150, 0.02),
-    "84 px, in memory": ("glyphs", IMAGES, 12, 0),
-    "84 px, streamed": ("glyphs", STREAMED, 12, 0),
+    "84 px, in memory, CPU": ("glyphs", IMAGES, 12, 0),
+    "84 px, streamed, CPU": ("glyphs", STREAMED, 12, 0),
     "84 px, in memory, GPU of 20 ms": ("glyphs", IMAGES, 150, 0.02),
     "84 px, streamed, 0 workers, GPU of 20 ms": ("glyphs", (*STREAMED, "domain.workers=0"), 60, 0.02),
     "84 px, streamed, 1 worker, GPU of 20 ms": ("glyphs", (*STREAMED, "domain.workers=1"), 100, 0.02),
@@ -45,7 +45,7 @@ CASES = {
     "84 px, streamed, 2 workers, GPU of 40 ms": ("glyphs", (*STREAMED, "domain.workers=2"), 100, 0.04),
     "84 px, streamed, 2 workers, GPU of 80 ms": ("glyphs", (*STREAMED, "domain.workers=2"), 60, 0.08),
 }
-PARTS = ("data", "prepare", "meta_gradient", "gradient", "apply", "reduce", "record", "show", "whole")
+PARTS = ("data", "prepare", "meta_gradient", "gradient", "apply", "reduce", "tell", "record", "show", "whole")
 COLUMNS = (
     "ms a step", "step", "wait for data", "least tenth", "share of all", "prepare", "step, CPU", "rest, CPU", "share",
     "of it the loop", "reduce", "metrics line", "screen", "(optimizer)",
@@ -130,6 +130,7 @@ def measure(
         (Carrier, "gradient", "gradient"),
         (DataParallel, "apply", "apply"),
         (World, "start_sum", "reduce"),
+        (trainer.Trainer, "to_tell", "tell"),
         (Session, "record_step", "record"),
         (TrainingView, "step", "show"),
     ):
@@ -186,10 +187,11 @@ def show(name: str, steps: list[dict]) -> None:
     wall, cpu = ({part: np.array([s.get(part, (0, 0))[kind] for s in steps]) for part in PARTS} for kind in (0, 1))
     wait = wall["data"] - wall["prepare"]  # the gradient asks for the episodes itself
     rest = cpu["whole"] - cpu["meta_gradient"] - cpu["apply"] - cpu["data"]
-    loop = cpu["whole"] - cpu["gradient"] - cpu["apply"]
+    loop = cpu["whole"] - cpu["gradient"] - cpu["apply"] + cpu["tell"] + cpu["reduce"]  # which the gradient calls
     share = f"{wait.sum() / wall['whole'].sum():.2%}"
     own = f"{rest.sum() / cpu['whole'].sum():.2%}"
-    medians = [f"{np.median(ms):.3f}" for ms in (loop, cpu["reduce"], cpu["record"], cpu["show"], cpu["apply"])]
+    parts = (loop, cpu["tell"] + cpu["reduce"], cpu["record"], cpu["show"], cpu["apply"])
+    medians = [f"{np.median(ms):.3f}" for ms in parts]
     waited = (f"{np.median(wait):.2f}", f"{np.quantile(wait, 0.1):.2f}", share, f"{np.median(wall['prepare']):.2f}")
     left = (f"{np.median(cpu['whole']):.1f}", f"{np.median(rest):.3f}", own)
     cells = (name, f"{np.median(wall['whole']):.1f}", *waited, *left, *medians)

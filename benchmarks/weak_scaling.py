@@ -181,7 +181,8 @@ def rank(number: int, size: int, settings: list[str], wait_s: float | None, name
     torch.autograd.grad = last_backward
     meta.meta_gradient = timed("compute", meta.meta_gradient if wait_s is None else waits)
     DataParallel._backward = reduction
-    World.start_sum = timed("metrics", World.start_sum)
+    start_sum = timed("metrics", World.start_sum)
+    World.start_sum = lambda world, values: timed("metrics", start_sum(world, values))
     began = [time.perf_counter(), sent_bytes()]
 
     def on_step(step: int, what: str) -> None:
