@@ -6,11 +6,11 @@ import copy
 import time
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from cml_dist.meta.gradient import Engine, MetaGradient, meta_gradient
 from cml_dist.meta.problem import Problem
@@ -25,6 +25,14 @@ CHECKED = 2
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
 """Of the difference, relative, beside three times the eager value's own distance from that in float64."""
+
+
+_traced: ContextVar[bool] = ContextVar("traced", default=False)
+
+
+def is_traced() -> bool:
+    """Whether this is being written down for a compiler, which fuses what runs element by element, and nothing else."""
+    return _traced.get()
 
 
 @dataclass
@@ -121,12 +129,18 @@ class CompiledGradient:
             )
             return found.grads, found.terms
 
+        from torch.fx.experimental.proxy_tensor import make_fx  # with SymPy, which takes a second
+
         self.tell("Compiling the meta-step: about a minute, seconds where it was compiled before")
         began_s = time.monotonic()
         try:
             with self.busy():
                 # Traced without values: what would depend on them, as a branch in Python does, is an error.
-                traced = make_fx(whole, tracing_mode="fake")(*arguments)
+                token = _traced.set(True)
+                try:
+                    traced = make_fx(whole, tracing_mode="fake")(*arguments)
+                finally:
+                    _traced.reset(token)
                 run = torch.compile(traced, backend=self.backend, mode=self.mode, fullgraph=True, dynamic=False)
                 with torch.no_grad():
                     run(*arguments)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
+
+from cml_dist.meta.compiled import is_traced
 
 aten = torch.ops.aten
 
@@ -51,7 +52,7 @@ class MaxPool2d(nn.MaxPool2d):
 
 def max_pool(maps: Tensor) -> Tensor:
     """The largest of each 2x2 square (its first, where several are): ``[N, C, H, W]`` to ``[N, C, H // 2, W // 2]``."""
-    return (_MaskedMaxPool if _is_traced() and _lies_channels_last(maps) else _MaxPool).apply(maps)
+    return (_MaskedMaxPool if is_traced() and _lies_channels_last(maps) else _MaxPool).apply(maps)
 
 
 WRITTEN_OUT: dict[type[nn.Module], type[nn.Module]] = {
@@ -67,11 +68,6 @@ def _is_plain(inputs: Tensor, weight: Tensor) -> bool:
     device = inputs.device.type
     casts = device != "meta" and torch.is_autocast_enabled(device)
     return inputs.ndim == 4 and inputs.dtype == weight.dtype and not casts
-
-
-def _is_traced() -> bool:
-    """Whether this is being written down for a compiler, which fuses what runs element by element, and nothing else."""
-    return get_proxy_mode() is not None
 
 
 # --------------------------------------------------------------------------- convolution
@@ -195,7 +191,7 @@ def _mean_and_var(rows: Tensor) -> tuple[Tensor, Tensor]:
     torch's batch norm of maps that lie channels last adds up row by row, to 1e-5, and the ReLUs and maxima that this
     switches move a meta-gradient by a percent.
     """
-    if _is_traced():
+    if is_traced():
         return torch.var_mean(rows, 0, correction=0)[::-1]
     mean, squares = rows.mean(0), torch.zeros_like(rows[0])
     for part in rows.split(4096):  # which stays in the cache

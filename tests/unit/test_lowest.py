@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTED = (
     "tests/unit/test_untrusted.py", "tests/unit/test_shards.py", "tests/unit/test_export.py",
     "tests/unit/test_checkpoint.py", "tests/unit/test_timm_backbone.py", "tests/unit/test_bad_input.py",
-    "tests/unit/test_sources.py",
+    "tests/unit/test_sources.py", "tests/unit/test_compiling.py",
 )  # fmt: skip
 
 EXTRAS = ("parquet", "graphs")
