@@ -136,6 +136,7 @@ def evaluate(
     permutations: int = 1,
     others: Sequence[Params] = (),
     on_grid: bool = False,
+    score: Callable[[Episode], Tensor] | None = None,
     progress: Callable[[int], None] = lambda done: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, EvalReport]:
@@ -149,6 +150,7 @@ def evaluate(
         permutations: label orders (:func:`label_orders`) under which each episode is tested.
         others: of an ensemble, see :func:`score_episode`.
         on_grid: also score each curve on its grid, where the domain has one.
+        score: in place of :func:`score_episode`.
         stop: asked before each episode: whether to break off, and raise Stopped on all ranks.
     """
     problem, how = parts.model.problem, (config.eval.co_adapt, config.eval.norm, others)
@@ -167,7 +169,8 @@ def evaluate(
         orders = label_orders(episode, permutations)
         where = (split, episode.index, world.device, parts.dtype)
         grid = parts.domain.prepared_grid(*where) if on_grid else None
-        scores = [score_episode(params, one, problem, method, learners, *how, grid).double().cpu() for one in orders]
+        rows = (score(o) if score else score_episode(params, o, problem, method, learners, *how, grid) for o in orders)
+        scores = [row.double().cpu() for row in rows]
         mean = sum(scores) / len(scores)
         table[0:-1:3, episode.index], table[2:-1:3, episode.index] = mean[:, 0], mean[:, -1]
         if permutations > 1:

@@ -22,6 +22,7 @@ from cml_dist.distributed.allocator import memory_explained
 from cml_dist.distributed.world import World, joined_world
 from cml_dist.errors import CheckpointError
 from cml_dist.run.assemble import Parts, assemble
+from cml_dist.run.centroid import TITLE, beside, in_words, is_compared, score_centroid
 from cml_dist.run.checkpoint import Checkpoint, choose, on_all_ranks
 from cml_dist.run.evaluator import EvalReport, evaluate
 from cml_dist.run.fits import check_plot, draw_fits
@@ -120,10 +121,15 @@ def score_run(
         del params
     if config.eval.untrained:
         floor = test([{n: p.detach() for n, p in parts.net.named_parameters()}], "Testing untrained")
+    centroid = None
+    if is_compared(config, parts):
+        centroid = score_centroid(config, parts, world, console, config.eval.split, config.eval.episodes, stop)
+    against = {one: beside(report, centroid) for one, report in reports.items()} if centroid else {}
     overrides = world.run_on_all_ranks(lambda: overrides_of(config, parts, checkpoint))
     summary: dict[str, Any] = {learner: report.summary() for learner, report in reports.items()}
     summary |= {
         "untrained": {learner: report.summary() for learner, report in floor.items()},
+        **({"centroid": centroid.summary() | against} if centroid else {}),
         **({"ensemble": {one: report.summary() for one, report in together.items()}} if together else {}),
         **({"ensemble_steps": [member.step for member in members]} if together else {}),
         "chance": parts.domain.chance,
@@ -146,6 +152,7 @@ def score_run(
         scores = io.BytesIO()
         further = {"ensemble": together, "untrained": floor}
         named = reports | {f"{kind}_{one}": report for kind, own in further.items() for one, report in own.items()}
+        named |= {"centroid": centroid} if centroid else {}
         named |= {f"{name}_grid": report.grid for name, report in named.items() if report.grid is not None}
         np.savez(scores, **{name: report.scores.numpy() for name, report in named.items()})
         fence()
@@ -156,7 +163,10 @@ def score_run(
         if not asked:
             write_json(folder.eval_file, summary)
         rows = {"{}": reports, f"{{}} (ensemble of {len(members)})": together, "untrained {}": floor}
+        rows |= {TITLE: {"meta": centroid}} if centroid else {}
         _show(config, parts, rows, console, title := f"{config.eval.split} split, step {checkpoint.step} ({how})")
+        if centroid:
+            console.note(in_words(config, against))
         if asked:
             own = f"; {folder.eval_file.name} stays that of the run's own settings" * folder.eval_file.is_file()
             console.note(f"Scores: {kept}{own}")

@@ -28,6 +28,7 @@ from cml_dist.errors import ConfigError, TrainingError
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.advice import after_nan
 from cml_dist.run.assemble import assemble
+from cml_dist.run.centroid import is_compared, tell_before
 from cml_dist.run.compiling import Compiling
 from cml_dist.run.evaluator import evaluate
 from cml_dist.run.export import export_run
@@ -186,6 +187,8 @@ class Trainer:
         training = console.training(config.train.steps, self.step, **shown)
         # Closed: a traceback would keep it, and processes that make episodes are waited for when this one ends.
         with closing(stream), training as live, profile:
+            if self.step == 0 and is_compared(config, parts):
+                tell_before(config, parts, world, console, self.stop_wanted)
             self.validate_if_due()
             while self.step < config.train.steps and not self.ended_early:
                 with profile.step(self.step + 1):

@@ -1,0 +1,93 @@
+"""What a backbone's features are worth without meta-learning: the nearest class centroid, on the same episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from cml_dist.config.methods import learner_title
+from cml_dist.config.schema import RunConfig
+from cml_dist.distributed.world import World
+from cml_dist.meta.problem import Problem, class_means
+from cml_dist.run.assemble import Parts
+from cml_dist.run.evaluator import EvalReport, evaluate
+from cml_dist.run.interval import half_width
+from cml_dist.telemetry.console import Console
+from cml_dist.telemetry.text import interval, score
+from cml_dist.types import Episode, Learner, Params
+
+TITLE = "nearest centroid"
+
+
+def is_compared(config: RunConfig, parts: Parts) -> bool:
+    """Whether the comparison means something: pictures in classes, and weights that were trained before."""
+    return bool(config.model.pretrained) and parts.domain.chance is not None
+
+
+def centroid_score(params: Params, episode: Episode, problem: Problem) -> Tensor:
+    """Score on the query set of the class whose mean support feature is nearest, features on the unit sphere.
+
+    Source: SimpleShot (Wang et al., 1911.04623), "L2N".
+    """
+    support, query = (normalize(problem.values(params, batch, ("pooled",))[0]) for batch in episode.batches)
+    means = class_means(support, episode.support.targets, episode.ways)
+    return problem.score(problem.against_prototypes(query, means), episode.query.targets)
+
+
+def score_centroid(
+    config: RunConfig,
+    parts: Parts,
+    world: World,
+    console: Console,
+    split: str,
+    num_episodes: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> EvalReport:
+    """Its scores on episodes of a split, with the weights that training begins with. Collective: all ranks."""
+    problem = parts.model.problem
+    params = {n: p.detach().to(world.device, parts.dtype) for n, p in parts.net.named_parameters()}
+
+    def scored(episode: Episode) -> Tensor:
+        return centroid_score(params, episode, problem).view(1, 1)
+
+    with console.progress("Nearest centroid", num_episodes) as view:
+        return evaluate(
+            config, parts, world, params, ("meta",), split=split, num_episodes=num_episodes, score=scored,
+            progress=view.update, stop=stop,
+        )["meta"]  # fmt: skip
+
+
+def beside(report: EvalReport, centroid: EvalReport) -> dict[str, Any]:
+    """The paired difference of a learner to it, with its 95 % interval over episodes."""
+    differences = report.scores - centroid.scores
+    count = len(differences)
+    return {
+        "difference": differences.mean().item(),
+        "ci95": half_width(differences.std(correction=1).item(), count) if count > 1 else None,
+    }
+
+
+def in_words(config: RunConfig, against: Mapping[Learner, dict[str, Any]]) -> str:
+    """The comparison of the learner that the run is about, as a sentence, which says so where it is below."""
+    learner = config.eval.learner if config.eval.learner in against else "meta"
+    found = against[learner]
+    points, half = 100 * found["difference"], 100 * (found["ci95"] or 0.0)
+    name, where = learner_title(config, learner), f"the {TITLE} on the features that training began with"
+    said = f"{name} is {abs(points):.2f} ± {half:.2f} points {'above' if points >= 0 else 'below'} {where} (paired)"
+    if points >= -half:
+        return said
+    remedy = "lower method.inner_lr or optim.lr, train less of the body (model.trained), or use model.head=centroid"
+    return f"{said}: this run lost what the weights could do; {remedy}"
+
+
+def tell_before(config: RunConfig, parts: Parts, world: World, console: Console, stop: Callable[[], bool]) -> None:
+    """One line before training. Collective: all ranks."""
+    report = score_centroid(config, parts, world, console, "val", config.eval.val_episodes, stop)
+    name = parts.domain.score_name
+    found = f"{score(name, report.mean, 2)} {interval(name, report.ci95, 2)}"
+    console.note(f"The {TITLE} on the features as they are: {found} on the val episodes; meta-training has to beat it")
+
+
