@@ -104,6 +104,21 @@ def build(model: ModelConfig, input_shape: tuple[int, ...]) -> TimmBackbone:
     return TimmBackbone(model.backbone, input_shape, model.pretrained)
 
 
+def trained_with(name: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]] | None:
+    """Mean and std per channel (of pixels in 0..1) and ``(C, H, W)`` of the images that timm's weights were trained on.
+
+    Of grey images, for which timm adds up the weights of three channels, the channels' mean. None: timm does not say.
+    """
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if config is None or not config.mean or not config.std:
+        return None
+
+    def of_channels(values: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(values) if channels == len(values) else (sum(values) / len(values),) * channels
+
+    return of_channels(config.mean), of_channels(config.std), tuple(config.input_size)
+
+
 # --------------------------------------------------------------------------- building
 
 

@@ -12,6 +12,7 @@ from test_partition import images_of
 
 from cml_dist.config.load import parse_config
 from cml_dist.data.build import build_domain
+from cml_dist.data.shards import ShardSet
 from cml_dist.nets.build import make_network
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import Console
@@ -22,7 +23,7 @@ def test_the_nearest_centroid_stands_beside_the_learners(tmp_path, capsys):
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
     weights = {"pretrained": str(tmp_path / "weights.pth"), "norm": "frozen"}
     settings = {
-        "domain": images_of(tmp_path),
+        "domain": {**images_of(tmp_path), "statistics": "set"},
         "model": {"backbone": "test_resnet", "colearner": {"depth": 0}, **weights},
         "method": {"inner_lr": 0.5, "inner_steps": 1},
         "train": {"steps": 1, "episodes_per_step": 1},
@@ -56,3 +57,21 @@ def test_without_trained_weights_there_is_none(tmp_path):
     settings |= {"eval": {"val_episodes": 1, "episodes": 2}, "run": {"dir": str(tmp_path / "run")}}
     assert train(parse_config(settings), Console(quiet=True)).finished
     assert "centroid" not in json.loads((tmp_path / "run" / "eval.json").read_text())
+
+
+@pytest.mark.parametrize("statistics", ["weights", "set"])
+def test_images_are_normalised_as_the_weights_own_were(statistics, tmp_path):
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
+    settings = {
+        "domain": {**images_of(tmp_path), **({"statistics": "set"} if statistics == "set" else {})},
+        "model": {"backbone": "test_resnet", "pretrained": str(tmp_path / "weights.pth"), "norm": "frozen"},
+        "train": {"steps": 1, "episodes_per_step": 1},
+        "eval": {"val_episodes": 1, "episodes": 2, "untrained": False},
+        "run": {"dir": str(tmp_path / "run")},
+    }
+    config = parse_config(settings)
+    assert train(config, Console(quiet=True)).finished
+    published, own = timm.get_pretrained_cfg("test_resnet"), ShardSet.open(config.domain.root).info
+    expected = (published.mean, published.std) if statistics == "weights" else (own.mean, own.std)
+    used = json.loads((tmp_path / "run" / "export" / "model.json").read_text())["preprocessing"]
+    assert (used["mean"], used["std"]) == tuple(map(pytest.approx, map(list, expected)))
