@@ -12,6 +12,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "cml_dist" / "__init__.py
 # Only what the code imports itself. The bounds are the oldest releases with the calls that it uses.
 REQUIREMENTS = [
     "accelerate>=1.8",
+    "argcomplete>=3.1",
     # Through Accelerate, whose plugin for it imports transformers. Nothing is compiled: no ninja, no CUDA toolkit. Both
     # are of no use but on Linux, where DeepSpeed exists.
     'deepspeed>=0.19.8; sys_platform == "linux"',
@@ -26,6 +27,7 @@ REQUIREMENTS = [
     "pydantic>=2.7",
     "pyyaml>=6.0.1",
     "rich>=13.7",
+    "rich-argparse>=1.5",
     "safetensors>=0.4.3",
     "timm>=1.0.15",
     "torch>=2.6",

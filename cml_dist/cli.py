@@ -8,11 +8,14 @@ import gc
 import importlib
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NoReturn
 
 from cml_dist import __version__
@@ -166,17 +169,83 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
 
 GROUPS = {"launch": "start several processes here, or a job on a cluster", "data": "pack image sets, and look at them"}
 
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "": (
+        "cml-dist train glyphs run.dir=runs/first",
+        "cml-dist launch local --processes 2 -- train glyphs run.dir=runs/first",
+        "cml-dist status runs/first --watch",
+    ),
+    "train": (
+        "cml-dist train glyphs run.dir=runs/first",
+        "cml-dist train sinusoid method.inner_steps=5 engine.compile=on run.dir=runs/curves",
+        "cml-dist train my.yaml optim.lr=5e-4 run.seed=1 run.dir=runs/seed-1",
+    ),
+    "config": ("cml-dist config glyphs method.name=boil", "cml-dist config --keys"),
+    "plan": ("cml-dist plan glyphs --gpus 8 --gpu-memory-gib 80",),
+    "eval": (
+        "cml-dist eval runs/first eval.episodes=10000",
+        "cml-dist eval runs/birds --on data/cars data/flowers",
+        "cml-dist eval runs/curves --plot fits.png",
+    ),
+    "status": ("cml-dist status runs/first --watch", "cml-dist status runs/* --check"),
+    "export": ("cml-dist export runs/first --to first-model",),
+    "doctor": ("cml-dist doctor", "cml-dist launch local --processes 2 -- doctor glyphs"),
+    "launch local": ("cml-dist launch local --processes 2 --config zero2 -- train glyphs run.dir=runs/two",),
+    "launch slurm": ("cml-dist launch slurm glyphs run.dir=runs/job --nodes 2 --gpus-per-node 8 --time 04:00:00",),
+    "launch files": ("cml-dist launch files my-launch",),
+    "data pack": ("cml-dist data pack pictures/ data/mine", "cml-dist data pack omniglot.zip data/omniglot"),
+    "data inspect": ("cml-dist data inspect data/mine --ways 5 --shots 5",),
+}
+"""Of each command, for its help."""
+
 
 class _Parser(argparse.ArgumentParser):
+    """Arguments of a command, with a coloured help on a terminal."""
+
+    def __init__(self, *args: Any, examples: str = "", **how: Any) -> None:
+        lines = "".join(f"\n  {line}" for line in EXAMPLES.get(examples, ()))
+        super().__init__(*args, formatter_class=_formatter, epilog=f"examples:{lines}" if lines else None, **how)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: see {self.prog} --help: {message}\n")
+
+
+def _formatter(**how: Any) -> argparse.HelpFormatter:
+    from rich_argparse import RawDescriptionRichHelpFormatter  # when help is shown, and not in every process
+
+    RawDescriptionRichHelpFormatter.group_name_formatter = str
+    return RawDescriptionRichHelpFormatter(**how)
+
+
+def _sentence(words: str) -> str:
+    """For a description, which is not wrapped where examples are left as they are."""
+    text = f"{words[0].upper()}{words[1:]}.".replace("%%", "%")
+    return textwrap.fill(text, shutil.get_terminal_size().columns - 2)
+
+
+def _complete_config(prefix: str, **_: Any) -> list[str]:
+    """Recipes, and YAML files here."""
+    from cml_dist.config.load import recipes
+
+    return [*recipes(), *(str(path) for path in Path().glob("*.yaml"))]
+
+
+def _complete_setting(prefix: str, **_: Any) -> list[str]:
+    """Settings up to their ``=``."""
+    from cml_dist.config.load import valid_keys
+
+    return [f"{key}=" for key in valid_keys()] if "=" not in prefix else []
+
+
+COMPLETERS = {"config": _complete_config, "overrides": _complete_setting}
+"""Of arguments that are no paths, for the shell (argcomplete)."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="cml-dist",
-        description="Distributed Cooperative Meta-Learning (CML): exact meta-gradients on many devices.",
-        epilog="Several processes: cml-dist launch local --processes 2 -- train CONFIG",
+        examples="",
+        description="Cooperative Meta-Learning (CML) on many devices.",
     )
     parser.add_argument("--version", action="version", version=f"cml-dist {__version__}")
     commands = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
@@ -185,10 +254,10 @@ def build_parser() -> argparse.ArgumentParser:
         if group not in commands:
             made = commands[""].add_parser(group, help=GROUPS[group])
             commands[group] = made.add_subparsers(required=True, metavar="COMMAND")
-        command = commands[group].add_parser(word, help=help)
+        command = commands[group].add_parser(word, help=help, description=_sentence(help), examples=name)
         command.set_defaults(command=target)
         for option, how in options:
-            command.add_argument(option, **how)
+            command.add_argument(option, **how).completer = COMPLETERS.get(option)  # type: ignore[attr-defined]
         if word == "slurm":
             add_slurm_options(command)
     return parser
@@ -297,6 +366,10 @@ def _say(error: CmlError) -> None:
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, with overrides also after options (argparse takes them in one place alone)."""
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may follow, and no command runs
+        import argcomplete
+
+        argcomplete.autocomplete(parser, always_complete_options="long")
     args, rest = parser.parse_known_args(argv)
     strays = [word for word in rest if word.startswith("-") or "=" not in word]
     if strays or (rest and not hasattr(args, "overrides")):

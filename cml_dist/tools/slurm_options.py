@@ -23,7 +23,7 @@ def add_slurm_options(parser: argparse.ArgumentParser) -> None:
     add("--strategy", metavar="FILE", help=file)
     add("--dry-run", action="store_true", help="print the batch script and submit nothing")
 
-    sweep = "a sweep: a job array with a run for each seed and backbone, below run.dir"
+    sweep = "a sweep: a run for each, below run.dir, as a job array"
     add = parser.add_argument_group(sweep).add_argument
     add("--seeds", type=_numbers, default=(), metavar="0,1,2", help="values of run.seed")
     add("--backbones", type=_words, default=(), metavar="A,B", help="values of model.backbone")
