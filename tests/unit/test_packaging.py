@@ -127,6 +127,7 @@ def test_every_import_is_declared():
     declared = {re.split("[>=]", name)[0] for name in found}
     declared |= set(re.findall(r'^        "(?:http|graphs|parquet)": \["([a-z_]+)', text, re.M))  # extras
     distributions = {"PIL": "pillow", "fontTools": "fonttools", "huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
+    distributions["rich_argparse"] = "rich-argparse"
     imported = set()
     for path in (ROOT / "cml_dist").rglob("*.py"):
         imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(encoding="utf-8"), re.M))
