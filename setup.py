@@ -19,6 +19,7 @@ REQUIREMENTS = [
     "fonttools>=4.43",
     "fsspec>=2023.10",
     "huggingface-hub>=0.23.2",
+    "jinja2>=3.1",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "packaging>=23.2",
@@ -78,7 +79,7 @@ setup(
     packages=[*find_packages(include=["cml_dist", "cml_dist.*"]), "cml_dist.recipes", "cml_dist.launch"],
     package_dir={"cml_dist.recipes": "configs/recipes", "cml_dist.launch": "launch"},
     package_data={
-        "cml_dist": ["py.typed", "tools/sources/*.json"],
+        "cml_dist": ["py.typed", "tools/*.html", "tools/sources/*.json"],
         "cml_dist.recipes": ["*.yaml"],
         "cml_dist.launch": ["accelerate/*.yaml", "slurm/*"],
     },

@@ -86,6 +86,39 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         ),
         _option("--plot", "regression: also draw fits of a few episodes (.png, .pdf or .svg)", metavar="FILE"),
     )),
+    "predict": ("predict.predict", "classify pictures by a trained run and a few examples of each class", (
+        _option("run", "the folder of a run or of an export, or a file that --save wrote", metavar="RUN"),
+        _option(
+            "overrides", "of a model that needs code of yours, the settings that name it, e.g. "
+            "model.backbone=my_nets.py:Body", metavar="key=value", nargs="*", default=[],
+        ),
+        _option(
+            "--support", "examples: a folder with a folder of pictures for each class, of any number of classes",
+            metavar="EXAMPLES",
+        ),
+        _option("--images", "pictures to classify: folders, files or patterns", nargs="+", default=[], metavar="NEW"),
+        _option(
+            "--out", "where to write: .csv, .jsonl, or .html for a contact sheet (default: a table on the screen)",
+            metavar="FILE",
+        ),
+        _option(
+            "--min-probability", "call a picture 'unknown' below this probability (default 0)", type=float, default=0.0,
+            metavar="P",
+        ),
+        _option(
+            "--leave-one-out", "say what accuracy the examples let expect: one of each class at a time is classified by "
+            "the others",
+            action="store_true",
+        ),
+        _option(
+            "--inner-steps", "gradient steps on the examples (default: as the run was tested)", type=int, metavar="N"
+        ),
+        _option("--save", "write the adapted classifier, to be given as RUN without --support", metavar="FILE"),
+        _option(
+            "--device", "where to compute (default auto: a GPU where there is one)", default="auto",
+            choices=["auto", "cpu", "cuda"],
+        ),
+    )),
     "status": ("status.status", "how runs stand, from another terminal or machine; reads only", (
         _option("run_dir", "the folder of a run; several make a table", metavar="RUN_DIR", nargs="+"),
         _option(
@@ -189,6 +222,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "status": ("cml-dist status runs/first --watch", "cml-dist status runs/* --check"),
     "export": ("cml-dist export runs/first --to first-model",),
+    "predict": (
+        "cml-dist predict runs/mine --support examples --images new --out predictions.csv",
+        "cml-dist predict runs/mine --support examples --leave-one-out --save birds.safetensors",
+        "cml-dist predict birds.safetensors --images new --out sheet.html",
+    ),
     "doctor": ("cml-dist doctor", "cml-dist launch local --processes 2 -- doctor glyphs"),
     "launch local": ("cml-dist launch local --processes 2 --config zero2 -- train glyphs run.dir=runs/two",),
     "launch slurm": ("cml-dist launch slurm glyphs run.dir=runs/job --nodes 2 --gpus-per-node 8 --time 04:00:00",),

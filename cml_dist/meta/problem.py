@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,6 +17,22 @@ from cml_dist.types import HEAD, Batch, Episode, Learner, Params
 
 Pass = Literal["meta", "co", "pooled"]
 """What a pass through the network gives: outputs of a learner, or the features that the head reads."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an adapted network answers by, beside its parameters.
+
+    Attributes:
+        means: the classes' mean embeddings ``[ways, E]`` of each learner that compares with them.
+        norms: statistics of the support set, as buffers of norms by name; empty: norms take those of the query set.
+    """
+
+    means: Mapping[Learner, Tensor]
+    norms: Params
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Seen:
+        return Seen(*({n: change(value) for n, value in part.items()} for part in (self.means, self.norms)))
 
 
 class Problem:
@@ -127,19 +143,33 @@ class Problem:
             norm: norms by batch statistics take those of the query set itself (``batch``, as in the paper), or those of
                 the support set (``support``), so that an answer does not depend on its neighbours.
         """
-        support, query = episode.support, episode.query
+        return self.answers_by(self.seen_of(params, episode, learners, norm), params, episode.query, learners)
+
+    def seen_of(
+        self, params: Params, episode: Episode, learners: Sequence[Learner], norm: Literal["batch", "support"]
+    ) -> Seen:
+        """What :meth:`answers` needs of the support set at adapted parameters; arguments as there."""
+        support = episode.support
         compared = [learner for learner in learners if learner in self.compared]
         embedded = self.values(params, support, compared) if compared else []
         means = {one: class_means(e, support.targets, episode.ways) for one, e in zip(compared, embedded, strict=True)}
-        with self._norms_of(params, episode, learners) if norm == "support" else nullcontext():
-            outputs = dict(zip(learners, self.values(params, query, learners), strict=True))
-        return [self.against_prototypes(out, means[one]) if one in means else out for one, out in outputs.items()]
+        return Seen(means, self._statistics(params, support, learners) if norm == "support" else {})
 
-    @contextmanager
-    def _norms_of(self, params: Params, episode: Episode, learners: Sequence[Learner]) -> Iterator[None]:
-        """Inside, norms by batch statistics use those of the support set at ``params``."""
+    def answers_by(self, seen: Seen, params: Params, query: Batch, learners: Sequence[Learner]) -> list[Tensor]:
+        """:meth:`answers` on a query set, by what was seen of the support set."""
+        with self._norms_by(seen.norms):
+            outputs = dict(zip(learners, self.values(params, query, learners), strict=True))
+        return [
+            self.against_prototypes(out, seen.means[one]) if one in seen.means else out for one, out in outputs.items()
+        ]
+
+    def _batch_norms(self) -> dict[str, _BatchNorm]:
+        """Norms by batch statistics, by name."""
         every = self.structure.named_modules()
-        norms = {n: m for n, m in every if isinstance(m, _BatchNorm) and m.running_mean is None}
+        return {n: m for n, m in every if isinstance(m, _BatchNorm) and m.running_mean is None}
+
+    def _statistics(self, params: Params, support: Batch, learners: Sequence[Learner]) -> Params:
+        """The statistics of the support set at ``params`` in each norm, as buffers by name."""
         statistics: Params = {}
 
         def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -150,22 +180,28 @@ class Problem:
 
             return hook
 
-        hooks = [module.register_forward_pre_hook(record(name)) for name, module in norms.items()]
+        hooks = [module.register_forward_pre_hook(record(name)) for name, module in self._batch_norms().items()]
         try:
-            if norms:
-                self.values(params, episode.support, learners)
+            if hooks:
+                self.values(params, support, learners)
         finally:
             for hook in hooks:
                 hook.remove()
+        return statistics
+
+    @contextmanager
+    def _norms_by(self, statistics: Params) -> Iterator[None]:
+        """Inside, norms by batch statistics use these, if there are any."""
+        norms = self._batch_norms().values() if statistics else ()
         mine = self.buffers
         try:
             self.buffers = {**mine, **statistics}
-            for module in norms.values():
+            for module in norms:
                 module.running_mean, module.running_var = (torch.empty(0, device="meta") for _ in range(2))
             yield
         finally:
             self.buffers = mine
-            for module in norms.values():
+            for module in norms:
                 module.running_mean = module.running_var = None
 
 

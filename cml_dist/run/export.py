@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cml_dist import __version__
-from cml_dist.atomic import atomic_file, refused, write_json, write_text
+from cml_dist.atomic import write_json, write_text
 from cml_dist.config.methods import method_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.distributed.allocator import memory_explained
@@ -28,7 +28,7 @@ from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.checkpoint import choose
 from cml_dist.run.folder import RunFolder
 from cml_dist.run.report import overrides_of
-from cml_dist.run.safetensors_stream import write_stream
+from cml_dist.run.safetensors_stream import save_tensors
 from cml_dist.telemetry import text
 from cml_dist.telemetry.console import Console
 from cml_dist.types import COLEARNER
@@ -164,20 +164,10 @@ def export_run(
         card += CARD_TIMM.format(first=first, file=TIMM_WEIGHTS, name=config.model.backbone, settings=timm)
         card += CARD_ROWS if rule.replaces else ""
     for name, tensors in files.items():
-        _save_tensors(target / name, tensors)
+        save_tensors(target / name, tensors)
     write_text(target / CARD, card)
     write_json(target / DESCRIPTION, description)
     console.note(f"Exported model: {target}")
-
-
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    # Not by the library's save_file, which makes files that nobody but their owner may read, whatever the umask.
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    try:
-        with atomic_file(path) as temporary:
-            write_stream(temporary, layout, ((name, tensor.cpu()) for name, tensor in tensors.items()), dict)
-    except OSError as error:
-        raise refused(path, error) from error
 
 
 def _tested(folder: RunFolder, step: int, overrides: dict[str, Any]) -> dict[str, Any] | None:
@@ -261,16 +251,26 @@ def read_description(folder: Path) -> dict[str, Any]:
         if file.exists() and (not file.is_file() or file.stat().st_size > MOST_DESCRIPTION):
             raise ValueError(f"{DESCRIPTION} is no file of at most {MOST_DESCRIPTION:,} bytes")
         description = json.loads(file.read_text(encoding="utf-8"))
-        _Description.model_validate(description, strict=True)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{folder} holds no exported model ({error})", "give a run folder, or what cml-dist export RUN_DIR wrote"
-        ) from error
-    if description.get("format") not in (1, FORMAT):
-        raise CheckpointError(
-            f"{folder} has export format {description.get('format')}, this version reads {FORMAT}", "update cml_dist"
-        )
+        raise _no_model(folder, error) from error
+    check_description(description, folder)
     return description
+
+
+def check_description(description: Any, where: Path) -> None:
+    """CheckpointError where it is not what an export says of itself, in a format that is read here."""
+    try:
+        _Description.model_validate(description, strict=True)
+    except (ValueError, RecursionError) as error:
+        raise _no_model(where, error) from error
+    if description.get("format") not in (1, FORMAT):
+        what = f"{where} has export format {description.get('format')}, this version reads {FORMAT}"
+        raise CheckpointError(what, "update cml_dist")
+
+
+def _no_model(where: Path, error: Exception) -> CheckpointError:
+    remedy = "give a run folder, or what cml-dist export RUN_DIR wrote"
+    return CheckpointError(f"{where} holds no exported model ({error})", remedy)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
-"""The interval of a mean over few or many episodes, by Student's t."""
+"""Intervals: of a mean over few or many episodes, by Student's t; and of a share of cases."""
 
 from __future__ import annotations
 
 import math
 from functools import cache
+from statistics import NormalDist
 
 import numpy as np
 
@@ -34,3 +35,15 @@ def t_quantile(freedom: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if within(middle) < 0.95 else (low, middle)
     return math.sqrt(freedom) * math.tan(low)
+
+
+def share_interval(hits: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of independent cases, Wilson's: it has a width also at none and at all.
+
+    *Source*: Wilson, Journal of the American Statistical Association 22 (1927).
+    """
+    z = NormalDist().inv_cdf(0.975)
+    middle = (hits + z * z / 2) / (count + z * z)
+    width = z / (count + z * z) * math.sqrt(hits * (count - hits) / count + z * z / 4)
+    low, high = middle - width, middle + width
+    return low if hits > 0 else 0.0, high if hits < count else 1.0

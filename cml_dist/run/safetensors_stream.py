@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cml_dist.atomic import atomic_file, refused
 from cml_dist.types import Layout
 
 DTYPES = {
@@ -74,6 +75,23 @@ def write_stream(
         final = _header(layout, metadata())
         assert not offsets and len(final) == len(header), f"never came, or metadata of another length: {list(offsets)}"
         write(0, memoryview(final))  # the last: before it, this is no safetensors file
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors that are there, from any device, as a whole file or not at all.
+
+    Not by the library's save_file, which makes files that nobody but their owner may read, whatever the umask.
+
+    Raises:
+        CmlError: the file system refused.
+    """
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    try:
+        with atomic_file(path) as temporary:
+            parts = ((name, tensor.cpu()) for name, tensor in tensors.items())
+            write_stream(temporary, layout, parts, lambda: metadata or {})
+    except OSError as error:
+        raise refused(path, error) from error
 
 
 class StreamReader:

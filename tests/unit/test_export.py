@@ -151,11 +151,9 @@ def test_bad_input_is_named(run, tmp_path):
     folder, _ = run
     learner = cml_dist.load(folder)
     image = np.zeros((64, 64, 3), np.uint8)
-    if learner.ways is None:  # any number of classes
-        assert learner.adapt([image] * 4, "abcd").predict([image])[0] in "abcd"
+    assert learner.adapt([image] * 4, "abcd").predict([image])[0] in "abcd"  # also more than the head has outputs
+    if learner.ways is None:
         return
-    with pytest.raises(DataError, match="4 classes were given, the head has 3 outputs"):
-        learner.adapt([image] * 4, [1, 2, 3, 4])
     with pytest.raises(DataError, match="2 examples came with 1 labels"):
         learner.adapt([image] * 2, [1])
     with pytest.raises(DataError, match="float64"):

@@ -1,0 +1,144 @@
+"""``cml-dist predict``: a trained run and a few examples of each class answer pictures."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cml_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cml_dist.run.adapted import AdaptedLearner
+    from cml_dist.telemetry.console import Console
+    from cml_dist.tools.pictures import Examples, PictureFile
+
+
+def predict(args: argparse.Namespace, console: Console) -> None:
+    from cml_dist.tools.pictures import find_examples, find_pictures
+
+    _check(args)
+    examples = find_examples(args.support) if args.support else None
+    pictures, left = find_pictures(args.images) if args.images else ([], [])
+    left = [*(examples.left if examples else ()), *left]
+    console.loading()
+    adapted = _adapted(args, examples, console)
+    if left:
+        console.warn(f"{len(left):,} files are no pictures and are left out, e.g. {left[0]}")
+    if args.save:
+        adapted.save(args.save)
+        console.note(f"Adapted classifier: {args.save}")
+    if pictures:
+        _answer(args, adapted, pictures, console)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be, before any work."""
+    from cml_dist.tools.answer_files import WRITERS
+
+    is_file = Path(args.run).is_file()
+    if is_file and (args.support or args.save or args.leave_one_out):
+        raise ConfigError(
+            f"{args.run} is a file, a classifier that is adapted already",
+            "leave --support, --save and --leave-one-out out",
+        )
+    if not is_file and not args.support:
+        raise ConfigError(
+            f"{args.run} has to learn the classes from examples",
+            "give a folder with a folder of pictures for each class: --support EXAMPLES",
+        )
+    if not (args.images or args.save or args.leave_one_out):
+        raise ConfigError("there is nothing to do", "name the pictures to answer: --images NEW")
+    if args.out and not args.images:
+        raise ConfigError(f"--out {args.out} has nothing to hold", "name the pictures to answer: --images NEW")
+    if args.out and Path(args.out).suffix.lower() not in WRITERS:
+        raise ConfigError(f"--out {args.out} is of no kind that is written", f"end it in {', '.join(WRITERS)}")
+    if not 0 <= args.min_probability <= 1:
+        raise ConfigError(f"--min-probability is {args.min_probability:g}", "give a number from 0 to 1")
+    if args.inner_steps is not None and args.inner_steps < 0:
+        raise ConfigError(f"--inner-steps is {args.inner_steps}", "give 0 or more")
+    for option in ("out", "save"):
+        path = getattr(args, option)
+        if path and Path(path).exists():
+            raise ConfigError(f"--{option} {path} exists", "give another name, or remove it")
+
+
+def _adapted(args: argparse.Namespace, examples: Examples | None, console: Console) -> AdaptedLearner:
+    """The classifier: from a file, or adapted on the examples; what it may be expected to reach is said on the way."""
+    import torch
+
+    from cml_dist.run.adapted import AdaptedLearner
+    from cml_dist.run.leave_one_out import leave_one_out
+    from cml_dist.run.predict import load
+    from cml_dist.run.reading import reads_pictures
+    from cml_dist.telemetry.console import preparing
+    from cml_dist.tools.answers import pixels_of
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but there is no GPU that can be used", "leave --device out")
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    learner = load(args.run, device, args.overrides)
+    if not reads_pictures(learner.description):
+        raise ConfigError(
+            f"{args.run} reads no pictures, and predict is for pictures", "use it from Python: cml_dist.load"
+        )
+    if isinstance(learner, AdaptedLearner):
+        return learner
+    shape = learner.description["input_shape"]
+    with preparing(console) as progress:
+        images = []
+        for picture in examples.pictures:
+            images.append(pixels_of(picture, shape))
+            progress(len(images), len(examples.pictures), "reading examples")
+        adapted = learner.adapt(images, examples.labels, args.inner_steps)
+        console.note(f"Adapted on {len(images):,} examples of {len(adapted.classes):,} classes")
+        if args.leave_one_out:
+            told = partial(progress, what="leaving examples out")
+            right = leave_one_out(learner, images, examples.labels, args.inner_steps, told)
+            _expect(right, examples.labels, console)
+    return adapted
+
+
+def _expect(right: int, labels: list[str], console: Console) -> None:
+    """Say what accuracy the examples let expect."""
+    from cml_dist.run.interval import share_interval
+
+    low, high = (100 * end for end in share_interval(right, len(labels)))
+    console.note(
+        f"Expected accuracy: of the examples, one of each class left out at a time, {100 * right / len(labels):.1f} % "
+        f"are right ({right:,} of {len(labels):,}; 95 % interval {low:.1f} to {high:.1f} %; "
+        f"chance {100 / len(set(labels)):.1f} %)"
+    )
+
+
+def _answer(args: argparse.Namespace, adapted: AdaptedLearner, pictures: list[PictureFile], console: Console) -> None:
+    from cml_dist.telemetry.console import preparing
+    from cml_dist.tools.answer_files import CONTACT_SHEET, write_answers
+    from cml_dist.tools.answer_table import Tally
+    from cml_dist.tools.answers import answers
+
+    tally, out = Tally(), Path(args.out or "")
+    with preparing(console) as progress:
+        found = tally.of(
+            answers(
+                adapted,
+                pictures,
+                min_probability=args.min_probability,
+                thumbnails=out.suffix.lower() == CONTACT_SHEET,
+                progress=progress,
+            )
+        )
+        if args.out:
+            title = f"{', '.join(args.images[:3])}{' ...' if len(args.images) > 3 else ''} by {args.run}"
+            write_answers(out, title, adapted.classes, found)
+        else:
+            for _ in found:
+                pass
+    if not args.out:
+        console.table(tally.title, *tally.first_rows())
+    console.table(f"{tally.count:,} pictures", *tally.by_class())
+    if tally.unreadable:
+        console.warn(f"{tally.unreadable:,} of {tally.count:,} pictures could not be read, e.g. {tally.example}")
+    if args.out:
+        console.note(f"Predictions: {args.out}")
