@@ -106,8 +106,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
             metavar="P",
         ),
         _option(
-            "--leave-one-out", "say what accuracy the examples let expect: one of each class at a time is classified by "
-            "the others",
+            "--leave-one-out", "say what accuracy the examples let expect: one of each class at a time is left out",
             action="store_true",
         ),
         _option(

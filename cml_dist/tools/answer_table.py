@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from cml_dist.tools.answers import Answer
 
 _FIRST = 20  # rows
-_NAME = 36  # characters of a file's name
+_NAME = 30  # characters of a file's name
 
 Rows = tuple[tuple[str, ...], list[tuple[object, ...]]]
 """Columns and rows of a table."""
