@@ -68,6 +68,7 @@ def _adapted(args: argparse.Namespace, examples: Examples | None, console: Conso
     """The classifier: from a file, or adapted on the examples; what it may be expected to reach is said on the way."""
     import torch
 
+    from cml_dist.data.pixels import in_threads
     from cml_dist.run.adapted import AdaptedLearner
     from cml_dist.run.leave_one_out import leave_one_out
     from cml_dist.run.predict import load
@@ -88,8 +89,8 @@ def _adapted(args: argparse.Namespace, examples: Examples | None, console: Conso
     shape = learner.description["input_shape"]
     with preparing(console) as progress:
         images = []
-        for picture in examples.pictures:
-            images.append(pixels_of(picture, shape))
+        for pixels in in_threads(partial(pixels_of, shape=shape), examples.pictures):
+            images.append(pixels)
             progress(len(images), len(examples.pictures), "reading examples")
         adapted = learner.adapt(images, examples.labels, args.inner_steps)
         console.note(f"Adapted on {len(images):,} examples of {len(adapted.classes):,} classes")

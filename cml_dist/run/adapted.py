@@ -129,7 +129,8 @@ def read_header(path: Path) -> tuple[StreamReader, dict[str, Any]]:
         reader = StreamReader(path)
         said = json.loads(reader.metadata[METADATA])
         newer = said["format"] != FORMAT
-        if not newer and not all(type(label) in LABELS for label in said["classes"]):
+        description, classes = (None, []) if newer else (said["description"], said["classes"])
+        if type(classes) is not list or not all(type(label) in LABELS for label in classes):
             raise ValueError("its classes are no labels")
     except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
         what = f"{path} holds no adapted classifier ({type(error).__name__}: {error})"
@@ -137,7 +138,7 @@ def read_header(path: Path) -> tuple[StreamReader, dict[str, Any]]:
     if newer:
         what = f"{path} has format {said['format']} of adapted classifiers, this version reads {FORMAT}"
         raise CheckpointError(what, "update cml_dist")
-    check_description(said["description"], path)
+    check_description(description, path)
     return reader, said
 
 

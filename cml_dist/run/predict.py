@@ -116,8 +116,8 @@ class Learner:
     def adapt(self, images: Any, labels: Sequence[Hashable], inner_steps: int | None = None) -> AdaptedLearner:
         """Learn a task from a few labelled examples (paper, eq. 8); this learner itself stays as it is.
 
-        There may be any number of classes. Up to ``ways`` they start from the head's trained rows, more of them all
-        from the mean of these rows.
+        There may be any number of classes. Up to ``ways`` they start as the head's trained rows, and where there are
+        more, all start as the mean of these rows.
 
         Args:
             images: a sequence of file paths, PIL images or uint8 arrays ([H, W], [H, W, C] or [C, H, W]), which are

@@ -11,7 +11,7 @@ import numpy as np
 
 from cml_dist.data.base import Progress
 from cml_dist.data.pixels import in_threads, open_image, read_pixels, to_image
-from cml_dist.errors import DataError
+from cml_dist.errors import DataError, ModelError
 from cml_dist.run.adapted import AT_ONCE, AdaptedLearner
 from cml_dist.telemetry.text import line
 from cml_dist.tools.pictures import PictureFile
@@ -58,7 +58,15 @@ def answers(
     thumbnails: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Answer]:
-    """The answer to each picture; one that cannot be read has an error in its answer, and the others go on."""
+    """The answer to each picture; one that cannot be read has an error in its answer, and the others go on.
+
+    Args:
+        min_probability: below it the prediction is ``unknown``.
+        thumbnails: whether answers have one.
+
+    Raises:
+        ModelError: an answer is not finite.
+    """
     channels, height, width = adapted.description["input_shape"]
     scale = _THUMBNAIL / max(height, width)
     thumbnail_size = (max(1, round(height * scale)), max(1, round(width * scale)))
@@ -84,6 +92,9 @@ def answers(
                 yield Answer(name, error=line(seen.what))
                 continue
             row = next(rows)
+            if not np.isfinite(row).all():
+                remedy = "the examples led it astray: adapt with another number of --inner-steps"
+                raise ModelError(f"the network's answer to {name} is not finite", remedy)
             best = int(row.argmax())
             prediction = adapted.classes[best] if row[best] >= min_probability else UNKNOWN
             values = [round(float(value), 6) for value in row]
