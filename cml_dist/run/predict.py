@@ -172,7 +172,8 @@ class Learner:
                 f"adapt to at most {self.ways} classes, or meta-train with more domain.ways or another model.head",
             )
         params = {**self._params, **head}
-        learned = self._rule.init({n: params[n] for n in self._adaptable})
+        every = {**self.problem.buffers, **params}  # a rule may have put its own in the place of some
+        learned = self._rule.init({n: every[n] for n in self._adaptable})
         return params | {n: wide(params[n]) for n, value in learned.items() if value.shape != params[n].shape}
 
     def inputs(self, images: Any) -> Tensor:
