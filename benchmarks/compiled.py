@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def measure(name: str) -> dict[str, Any]:
     problem = Problem(net, loss, lambda out, targets: out.sum() * 0, dict(net.named_buffers()))
     method, found = method_of(config, net), {}
     params = {n: p.detach() for n, p in net.named_parameters()}
-    compute = CompiledGradient()
+    compute = CompiledGradient(tell=partial(print, file=sys.stderr))
 
     def off(how: Callable) -> float:
         one = episodes[0].map(lambda t: t.double() if t.is_floating_point() else t)

@@ -37,6 +37,8 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot be, before any work."""
     from cml_dist.tools.answer_files import WRITERS
 
+    if not Path(args.run).exists():
+        raise ConfigError(f"there is no {args.run}", "name a run folder, an export, or a file of --save")
     is_file = Path(args.run).is_file()
     if is_file and (args.support or args.save or args.leave_one_out):
         raise ConfigError(

@@ -84,7 +84,7 @@ def test_what_cannot_be_compiled_is_computed_eagerly_and_said():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_graph_that_is_wrong_is_not_used(dtype):
     def backend(graph, inputs):
-        return lambda *arguments: [1.01 * out if out.is_floating_point() else out for out in graph(*arguments)]
+        return lambda *arguments: [1.2 * out if out.is_floating_point() else out for out in graph(*arguments)]
 
     (params, problem, method), told, episode = toy(), Told(), make_episode("vector")
     params, episode = {n: p.to(dtype) for n, p in params.items()}, episode.map(
@@ -92,7 +92,7 @@ def test_a_graph_that_is_wrong_is_not_used(dtype):
     )
     found = CompiledGradient(backend, tell=told)(params, episode, problem, method, "graph")
     assert distance(found.grads, meta_gradient(params, episode, problem, method, "graph").grads) == 0
-    assert "wrong: its gradient is 1.0e-02 off" in told[-1]
+    assert "wrong: its gradient is 2.0e-01 off" in told[-1]
 
 
 def test_what_one_episode_leaves_in_a_graph_is_found():
