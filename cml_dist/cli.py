@@ -58,7 +58,7 @@ CHECKPOINT = _option(
 )
 JSON = _option("--json", "print everything as JSON", action="store_true")
 IMAGES = (
-    _option("--image-size", "height and width (default: that of the images)", type=int, metavar="PIXELS"),
+    _option("--image-size", "height and width (default: from the images)", type=int, metavar="PIXELS"),
     _option("--channels", "1 for grey, 3 for RGB (default: those of the images)", type=int, choices=[1, 3]),
 )
 
@@ -166,9 +166,10 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         _option(
             "--splits", "folder of train.txt, val.txt and test.txt with class paths; shares of train, val and test to "
             "draw classes by, e.g. 64,16,20; or a published set: mini_imagenet, tiered_imagenet, cifar_fs, fc100, "
-            "omniglot, cub, cars, aircraft, vgg_flower (default: as the source says, or as published)", metavar="WHICH",
+            "omniglot, cub, cars, aircraft, vgg_flower (default: as the source says, as published, or drawn)",
+            metavar="WHICH",
         ),
-        _option("--split-seed", "seed of the draw by shares (default 0)", type=int, default=0, metavar="SEED"),
+        _option("--split-seed", "seed of the draw (default 0)", type=int, default=0, metavar="SEED"),
         *IMAGES,
         _option("--name", "name of the set (default: as published, or that of SOURCE)"),
         _option(

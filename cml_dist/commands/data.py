@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +12,8 @@ if TYPE_CHECKING:
 
 
 def pack(args: argparse.Namespace, console: Console) -> None:
+    from cml_dist.config.load import recipes
+    from cml_dist.data.base import SPLITS
     from cml_dist.telemetry.console import preparing
     from cml_dist.tools.pack import pack as packed
     from cml_dist.tools.sources.known_splits import known_sets
@@ -32,18 +36,22 @@ def pack(args: argparse.Namespace, console: Console) -> None:
     )
     if about := known_sets().get(made.known):
         console.note(f"Recognised as {about.title}: split {'/'.join(map(str, about.classes))} by {about.source}")
-    console.note(f"Look at it: cml-dist data inspect {args.dest}")
+    for line in made.chosen:
+        console.note(line)
     for warning in made.warnings:
         console.warn(warning)
     met = sum(account.files for account in made.accounts)
     console.table("What became of the files", ("files", "what", "e.g."), [
         *((account.files, account.what, account.example) for account in made.accounts), (met, "met in all", ""),
     ])  # fmt: skip
+    dest, recipe = shlex.quote(args.dest), made.known if made.known in recipes() else "my_images"
+    console.note(f"Look at it: cml-dist data inspect {dest}")
+    if shards.splits == SPLITS:
+        run_dir = shlex.quote(f"runs/{Path(args.dest).name}")
+        console.note(f"Train on it: cml-dist train {recipe} domain.root={dest} run.dir={run_dir}")
 
 
 def inspect(args: argparse.Namespace, console: Console) -> None:
-    from pathlib import Path
-
     from cml_dist.data.shards import ShardSet
     from cml_dist.errors import ConfigError
     from cml_dist.telemetry.console import preparing

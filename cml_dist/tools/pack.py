@@ -25,7 +25,10 @@ from cml_dist.tools.sources.layouts import LAYOUTS, choose, recognise, short_nam
 from cml_dist.tools.sources.shape import Found
 from cml_dist.tools.sources.splits import Splits, draw_splits, read_lists, shares_of
 from cml_dist.tools.sources.tree import Limits, OverLimit, SourceTree, natural_order, open_source
-from cml_dist.tools.survey import Item, by_threads, common_size, large_enough, pixel_limit, survey
+from cml_dist.tools.survey import Item, by_threads, chosen_size, large_enough, pixel_limit, survey
+
+SHARES, LEAST = (64, 16, 20), 2
+"""Shares by which classes are drawn where nobody says which split they belong to, and the fewest for each split."""
 
 
 class PackReport(NamedTuple):
@@ -36,6 +39,7 @@ class PackReport(NamedTuple):
         num_kept: images that kept their bytes.
         accounts: what became of each file of the source, and of each picture in its arrays.
         warnings: what may spoil results, in words.
+        chosen: what nobody had said and was chosen, and why, in words.
     """
 
     shards: ShardSet
@@ -44,6 +48,7 @@ class PackReport(NamedTuple):
     num_kept: int
     accounts: tuple[Account, ...]
     warnings: tuple[str, ...]
+    chosen: tuple[str, ...]
 
 
 def pack(
@@ -72,10 +77,11 @@ def pack(
         layout: one of ``LAYOUTS``; None: recognised.
         splits: the name of a known set, e.g. ``"cifar_fs"``; shares of train, val and test by which whole classes are
             drawn, e.g. ``"64,16,20"``; a folder of ``train.txt``, ``val.txt``, ``test.txt``; or class names by split;
-            None: as found in the source, or else as published for the set that it is.
-        split_seed: of the draw by shares.
+            None: as found in the source, or else as published for the set that it is, or else drawn by ``SHARES``.
+        split_seed: of the draw.
         image_size: pixels a side, or (height, width); images of another size are resized. None: the size that all
-            images have; where they differ, and for the published Omniglot, the one usual for the known set.
+            images have; where they differ, and for the published Omniglot, the one usual for the known set, or else
+            one chosen from them.
         channels: 1 (grey) or 3 (RGB); None: grey where all images are.
         name: of the set; None: that of the known set whose split is made, or of the source.
         min_images: a class of fewer is left out; 2: one support and one query image.
@@ -111,19 +117,25 @@ def pack(
         tree.used.clear()  # what was only looked at
         found = LAYOUTS[layout].read(tree, splits is not None)
         accounts = Accounts(tree, found.tree)
-        items, divided_as = _items(tree, found, layout, splits)
+        items, divided_as, shares = _items(tree, found, layout, splits)
         known, unlike = _compared(divided_as, items)
         accounts.notes += unlike
         items, facts = survey(found.tree, items, accounts, progress)
         items = large_enough(items, accounts, min_images)
-        if shares := shares_of(splits):
-            items = _drawn(items, shares, split_seed)
+        chosen = []
+        if shares:
+            items = _drawn(tree.where, items, shares, split_seed, LEAST if splits is None else 0)
+            if splits is None:
+                chosen.append(_told(items, split_seed))
         accounts.packed = {item.path for item in items}
         if strict and (losses := accounts.losses()):
             raise DataError(f"pictures would be left out: {losses}", "mend or remove them, or pack without --strict")
         if size is None and (layout == "omniglot" or known and len({facts[item.path].size for item in items}) > 1):
             size = DOMAINS[known or layout].usual_inputs[1:]
-        resize, size = size is not None, size or common_size(items, facts)
+        resize = size is not None
+        if size is None:
+            size, why = chosen_size(items, facts)
+            resize, chosen = bool(why), [*chosen, *filter(None, [why])]
         channels = channels or max(facts[item.path].channels for item in items)
 
         file = Path(source).name
@@ -138,7 +150,8 @@ def pack(
                 if len(items) < len(left):
                     num_kept = None
                     raise _TooFew
-    return PackReport(ShardSet.open(dest), layout, known, num_kept, accounts.table(), accounts.warnings())
+    shards, account, warnings = ShardSet.open(dest), accounts.table(), accounts.warnings()
+    return PackReport(shards, layout, known, num_kept, account, warnings, tuple(chosen))
 
 
 class _TooFew(Exception):
@@ -181,12 +194,16 @@ def _write(
     return num_kept
 
 
-def _items(tree: SourceTree, found: Found, layout: str, splits: Splits) -> tuple[list[Item], str | None]:
-    """The pictures of all classes that are asked for (those to be drawn: ``train``), and the set that this makes."""
-    classes, lists, known = found.classes, found.splits, None
-    if shares_of(splits):
-        classes = short_names(classes)
-        lists = {"train": sorted(classes, key=natural_order)}
+def _items(
+    tree: SourceTree, found: Found, layout: str, splits: Splits
+) -> tuple[list[Item], str | None, Sequence[float] | None]:
+    """The pictures of all classes that are asked for, the known set that this makes, and shares to draw splits by.
+
+    Classes that are to be drawn are in ``train`` for now.
+    """
+    classes, lists, known, shares = found.classes, found.splits, None, shares_of(splits)
+    if shares:
+        pass
     elif isinstance(splits, str) and splits in known_sets():
         known = splits
     elif splits is not None:
@@ -194,17 +211,23 @@ def _items(tree: SourceTree, found: Found, layout: str, splits: Splits) -> tuple
     elif lists is None or sum(len(set(part)) for part in lists.values()) > len(set().union(*lists.values())):
         names = [layout] if layout in known_sets() else recognised(classes)
         known = names[0] if len(names) == 1 else None
-        if known is None and (lists is None or names):
+        if known is None and names:
             raise DataError(
                 f"{tree.where} says nowhere which class belongs to which split",
                 f"say which: --splits {' or --splits '.join((*names, 'FOLDER'))} with train.txt, val.txt, test.txt, or "
                 "shares to draw by, e.g. 64,16,20",
             )
+        if known is None and lists is None:
+            shares = SHARES
+    if shares:
+        classes = {name: paths for name, paths in short_names(classes).items() if name}  # '': beside the class folders
+        lists = {"train": sorted(classes, key=natural_order)}
     if known:
         classes, lists = divided(known, classes, tree.where, layout == "omniglot" and splits is None)
     chosen = choose(tree.where, classes, lists)
     size = {path: member.size for path, member in found.tree.files.items()}
-    return [Item(split, name, path, size[path]) for name, (split, paths) in chosen.items() for path in paths], known
+    items = [Item(split, name, path, size[path]) for name, (split, paths) in chosen.items() for path in paths]
+    return items, known, shares
 
 
 def _compared(known: str | None, items: Sequence[Item]) -> tuple[str | None, list[str]]:
@@ -219,9 +242,31 @@ def _compared(known: str | None, items: Sequence[Item]) -> tuple[str | None, lis
     return None, []
 
 
-def _drawn(items: Sequence[Item], shares: Sequence[float], seed: int) -> list[Item]:
-    """The items with whole classes drawn for each split."""
+def _drawn(where: str, items: Sequence[Item], shares: Sequence[float], seed: int, least: int) -> list[Item]:
+    """The items with whole classes drawn for each split.
+
+    Raises:
+        DataError: if there are too few classes.
+    """
     names = sorted({item.class_name for item in items}, key=natural_order)
-    split_of = {name: split for split, some in draw_splits(names, shares, seed).items() for name in some}
+    if len(names) < (needed := least * len(SPLITS)):
+        raise DataError(
+            f"{where} has {len(names)} class{'es' * (len(names) != 1)}, but training needs {needed}: {least} each to "
+            "train, validate and test on, since a meta-learner is tested on classes that it never saw",
+            "add classes; or for few classes take a learner that was trained on others, which needs no packed set: "
+            "cml-dist predict RUN --support FOLDER --images FOLDER",
+        )
+    split_of = {name: split for split, some in draw_splits(names, shares, seed, least).items() for name in some}
     items = [item._replace(split=split_of[item.class_name]) for item in items]
     return sorted(items, key=lambda item: SPLITS.index(item.split))
+
+
+def _told(items: Sequence[Item], seed: int) -> str:
+    """Which classes were drawn and why, and how to choose otherwise."""
+    names = {split: {item.class_name for item in items if item.split == split} for split in SPLITS}
+    counts = ", ".join(f"{len(some)} to {split}" for split, some in names.items())
+    return (
+        f"Nothing says which class belongs to which split: whole classes were drawn (seed {seed}), {counts}. None is "
+        "in two, since a meta-learner is tested on classes that it never saw. To choose otherwise: --split-seed SEED, or "
+        "--splits with shares (60,20,20) or a FOLDER of train.txt, val.txt, test.txt"
+    )

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import median_low
 from typing import NamedTuple, TypeVar
 
 from PIL import Image
@@ -17,6 +18,9 @@ from cml_dist.tools.accounts import DAMAGED, Accounts
 from cml_dist.tools.sources.tree import OverLimit, SourceTree
 
 _AT_ONCE = 256 * 2**20  # bytes of files and pixels that are in work at once, or one picture
+
+_SIDES = (32, 64, 84)  # usual in the field, and trained within minutes on a CPU
+_LARGE = 224  # the usual size of pre-trained backbones
 
 _Result = TypeVar("_Result")
 
@@ -121,19 +125,20 @@ def large_enough(items: Sequence[Item], accounts: Accounts, min_images: int) -> 
     return kept
 
 
-def common_size(items: Sequence[Item], facts: Mapping[str, Facts]) -> tuple[int, int]:
-    """The height and width that all items have.
+def chosen_size(items: Sequence[Item], facts: Mapping[str, Facts]) -> tuple[tuple[int, int], str]:
+    """The height and width for a set of these items, and where they must be brought to it, why, in words.
 
-    Raises:
-        DataError: naming one that has another than most.
+    Pictures of one size keep it, up to ``_LARGE``. Others become squares of the largest of ``_SIDES`` that is not above
+    the median of their shorter sides.
     """
-    counts = Counter(facts[item.path].size for item in items)
-    size = counts.most_common(1)[0][0]
-    for item in items:
-        height, width = facts[item.path].size
-        if (height, width) != size:
-            raise DataError(
-                f"{item.what} has {height}x{width} pixels, but others have {size[0]}x{size[1]} ({len(counts)} sizes)",
-                "say to which size to bring all images: --image-size PIXELS",
-            )
-    return size
+    sizes = [facts[item.path].size for item in items]
+    if len(set(sizes)) == 1 and min(sizes[0]) <= _LARGE:
+        return sizes[0], ""
+    shorter = median_low(map(min, sizes))
+    side = max((side for side in _SIDES if side <= shorter), default=_SIDES[0])
+    height, width = (median_low(size[axis] for size in sizes) for axis in (0, 1))
+    found = f"{len(set(sizes)):,} sizes, in the median {width}x{height}"
+    if len(set(sizes)) == 1:
+        found = f"{width}x{height} px, more than small networks gain from"
+    how = f"scaled to cover {side}x{side} px and cut at the centre, never squeezed"
+    return (side, side), f"The pictures have {found}: {how}. For another size: --image-size PIXELS"

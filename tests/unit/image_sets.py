@@ -62,6 +62,18 @@ def tree_files(images: int = 3, size: int = 8, channels: int = 3) -> dict[str, b
     return files
 
 
+def own_pictures(classes: int, sizes: list[tuple[int, int]] | None = None, images: int = 3) -> dict[str, bytes]:
+    """A folder of pictures for each class, with widths and heights in turn."""
+    sizes, files = sizes or [(8, 8)], {}
+    for number in range(classes):
+        for image in range(images):
+            width, height = sizes[(number + image) % len(sizes)]
+            noise = np.random.default_rng([number, image]).integers(0, 120, (height, width, 3), dtype=np.uint8)
+            noise[..., number % 3] += np.uint8(15 * number % 130)  # a class has a colour
+            files[f"class {number}/{image}.png"] = png(noise.transpose(2, 0, 1))
+    return files
+
+
 def write_folder(root: Path, files: dict[str, bytes]) -> Path:
     for name, data in files.items():
         path = root / name

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_sets import CLASSES, pixels, png, real_data, seed_of, tree_files, write_folder, write_zip
+from image_sets import CLASSES, own_pictures, pixels, png, real_data, seed_of, tree_files, write_folder, write_zip
 from PIL import Image
 
 from cml_dist.data.shards import ShardSet
@@ -149,10 +149,6 @@ def _second_images_root(files: dict[str, bytes]) -> None:
         (lambda files: files.__setitem__("top/splits/val.txt", b"\xff\xfe\x00"), "val.txt in .* is no UTF-8 text"),
         (lambda files: files.__setitem__("top/lists/train.txt", b"a\n"), "several folders: top/lists, top/splits"),
         (_second_images_root, "class '.*' is found in several folders: top/images/.*, top/more/"),
-        (
-            lambda files: files.__setitem__("top/images/family0/test2/1.png", png(pixels(0, 9))),
-            "family0/test2/1.png .*has 9x9 pixels, but others have 8x8 .*--image-size",
-        ),
     ],
 )
 def test_a_source_that_contradicts_itself_is_named(tmp_path, change, message):
@@ -358,13 +354,13 @@ def test_original_omniglot_with_lists_or_incomplete(tmp_path):
 
 
 def test_a_source_that_fits_nothing_is_told_what_was_looked_for(tmp_path):
-    source = write_folder(tmp_path / "src", {"a/1.png": png(pixels(0)), "b/1.png": png(pixels(1))})
+    source = write_folder(tmp_path / "src", {"train/1.png": png(pixels(0)), "train.txt": b"a\n"})
     message = (
-        "no layout that is known. Found: 2 .png 1 folders deep. Nearest is folders, which lacks folders train.*"
-        "Looked for: folders: .*; csv: .*; json: .*; arrays: .*; parquet: .*; cifar100: .*; omniglot: .*--splits 64,16"
+        "no layout that is known. Found: 1 .png 1 folders deep, 1 .txt 0 folders deep. Nearest is folders, which lacks "
+        "pictures in.*Looked for: folders: .*; csv: .*; json: .*; arrays: .*; parquet: .*; cifar100: .*; omniglot: .*a "
+        "folder of pictures for each class is enough"
     )
     check_refused(message, source, tmp_path / "set")
-    check_refused("says nowhere which class", source, tmp_path / "set", layout="folders")
     check_refused("has train.csv, val.csv, test.csv nowhere", source, tmp_path / "set", layout="csv")
     check_refused("no folder with train, test and meta", source, tmp_path / "set", layout="cifar100", splits="fc100")
     check_refused("has no images below images_background", source, tmp_path / "set", layout="omniglot")
@@ -517,6 +513,49 @@ def test_numbers_in_names_are_ordered_as_numbers():
     assert sorted(names, key=natural_order) == [
         "7.png", "10.png", "C1/a.png", "c2/b9.png", "c2/b10.png", "c2/b.png", "c2.png", "c10/a.png",
     ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------- what is chosen where nobody says it
+
+
+@pytest.mark.parametrize(
+    ("sizes", "side"),
+    [
+        ([(640, 480), (480, 640), (90, 60)], 84),  # width x height
+        ([(50, 70), (70, 50), (40, 40)], 32),
+        ([(20, 20), (24, 20)], 32),
+        ([(300, 250)], 84),
+        ([(200, 100)], (100, 200)),
+        ([(8, 8)], 8),
+    ],
+)
+def test_a_size_is_chosen_from_the_pictures(tmp_path, sizes, side):
+    report = pack(write_folder(tmp_path / "src", own_pictures(6, sizes)), tmp_path / "set")
+    assert report.shards.image_size == (side if isinstance(side, tuple) else (side, side))
+    told = [line for line in report.chosen if "--image-size" in line]
+    assert len(told) == (len(sizes) > 1 or sizes == [(300, 250)])
+    assert not told or f"scaled to cover {side}x{side} px and cut at the centre, never squeezed" in told[0]
+
+
+@pytest.mark.parametrize(("classes", "counts"), [(6, (2, 2, 2)), (9, (5, 2, 2)), (50, (32, 8, 10))])
+def test_classes_are_drawn_where_nobody_divides_them(tmp_path, classes, counts):
+    files = {**own_pictures(classes), "beside.png": png(pixels(0)), "beside2.png": png(pixels(1))}
+    source = write_folder(tmp_path / "src", files)
+    report = pack(source, tmp_path / "set")
+    found = {name for names in classes_of(tmp_path / "set").values() for name in names}
+    assert (tuple(num_classes(report).values()), len(found)) == (counts, classes)
+    told, = report.chosen
+    assert "{} to train, {} to val, {} to test".format(*counts) in told and "--split-seed" in told
+    other = tmp_path / "other"
+    pack(source, other, split_seed=1)
+    assert classes_of(other) != classes_of(tmp_path / "set")
+    assert not pack(source, tmp_path / "said", splits="1,1,1").chosen
+
+
+def test_too_few_classes_to_divide_are_one_line_that_says_what_can_be_done(tmp_path):
+    source = write_folder(tmp_path / "src", own_pictures(5))
+    message = "src has 5 classes, but training needs 6: 2 each to train.*add classes; or .*cml-dist predict"
+    check_refused(message, source, tmp_path / "set")
 
 
 # --------------------------------------------------------------------------- inspect

@@ -183,14 +183,16 @@ def test_every_file_has_one_answer_and_the_answers_add_up(tmp_path):
         pack(source, tmp_path / "strict", strict=True)
 
 
-def test_the_command_ends_with_the_account(tmp_path, capsys):
+def test_the_command_ends_with_the_account_and_the_next_command(tmp_path, capsys):
     source = write_folder(tmp_path / "src", {**PICTURES, "train/d/0.png": PICTURES["val/d/0.png"], "notes.txt": b"x"})
     arguments = ["data", "pack", str(source), str(tmp_path / "set"), "--splits", "64,16,20", "--split-seed", "3"]
     assert main(arguments) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert [" ".join(line) for line in lines[-3:]] == [
+    assert [" ".join(line) for line in lines[-5:-2]] == [
         "15 packed test/f/0.png", "1 left out: no picture notes.txt", "16 met in all"
     ]  # fmt: skip
+    next_command = f"Train on it: cml-dist train my_images domain.root={tmp_path}/set run.dir=runs/set"
+    assert " ".join(lines[-1]) == next_command
 
 
 # --------------------------------------------------------------------------- what is decided from all of it
@@ -235,8 +237,6 @@ def test_the_same_picture_in_two_splits_is_named(tmp_path):
 
 def test_classes_without_splits_are_drawn_whole_by_shares_and_seed(tmp_path):
     source = write_folder(tmp_path / "src", {f"top/{name}": data for name, data in without_splits().items()})
-    with pytest.raises(DataError, match="Nearest is folders, which lacks .*drawn by --splits 64,16,20"):
-        pack(source, tmp_path / "set")
     drawn = [
         {split: set(classes) for split, classes in read_back(pack(source, tmp_path / f"{at}", **how)).items()}
         for at, how in enumerate(({"splits": "3,2,2"}, {"splits": "3,2,2"}, {"splits": "3,2,2", "split_seed": 1}))

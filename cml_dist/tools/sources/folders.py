@@ -13,7 +13,8 @@ from cml_dist.tools.sources.tree import SourceTree
 _OMNIGLOT = ("images_background", "images_evaluation")
 
 
-def _class_folders(tree: SourceTree) -> set[str]:
+def class_folders(tree: SourceTree) -> set[str]:
+    """The folders with pictures, but for those that are called like a split."""
     folders = set(map(posixpath.dirname, tree.images))
     return {folder for folder in folders if folder and not split_of(posixpath.basename(folder))}
 
@@ -46,10 +47,10 @@ def _read(tree: SourceTree, own_splits: bool) -> Found:
 
 FOLDERS = Layout(
     {
-        "pictures in class folders": lambda tree, _: len(_class_folders(tree)) > 1,
+        "pictures in class folders": lambda tree, _: len(class_folders(tree)) > 1,
         f"folders {WORDS} above them, or class lists train.txt, val.txt, test.txt, names of a known set, or --splits": (
             lambda tree, own_splits: own_splits or _split_folders(tree) or split_files(tree, ".txt")
-            or recognised(_class_folders(tree))
+            or recognised(class_folders(tree))
         ),
     },
     _read,

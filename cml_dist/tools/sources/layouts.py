@@ -11,7 +11,7 @@ from cml_dist.errors import DataError
 from cml_dist.tools.sources.arrays import ARRAYS
 from cml_dist.tools.sources.cars import CARS
 from cml_dist.tools.sources.cifar100 import CIFAR100
-from cml_dist.tools.sources.folders import FOLDERS, OMNIGLOT
+from cml_dist.tools.sources.folders import FOLDERS, OMNIGLOT, class_folders
 from cml_dist.tools.sources.numbered import AIRCRAFT, VGG_FLOWER
 from cml_dist.tools.sources.parquet import PARQUET
 from cml_dist.tools.sources.shape import Layout, SplitLists
@@ -26,7 +26,7 @@ _UNMISTAKABLE = ("cifar100", "omniglot", "cars", "aircraft", "vgg_flower")  # th
 
 
 def recognise(tree: SourceTree, own_splits: bool) -> str:
-    """The name of the layout that the source has.
+    """The name of the layout that the source has; class folders are enough where it has no other.
 
     Raises:
         DataError: if none or several fit.
@@ -41,13 +41,15 @@ def recognise(tree: SourceTree, own_splits: bool) -> str:
         raise DataError(f"{tree.where} fits several layouts: {', '.join(fitting)}", "say which with --layout NAME")
     if fitting:
         return fitting[0]
+    if len(class_folders(tree)) > 1:
+        return "folders"  # the splits are drawn
     nearest = min(LAYOUTS, key=lambda name: len(lacking[name]) / len(LAYOUTS[name].needs))
     near = f"Nearest is {nearest}, which lacks {' and '.join(lacking[nearest])}. "
     looked_for = "; ".join(f"{name}: {', with '.join(layout.needs)}" for name, layout in LAYOUTS.items())
     raise DataError(
         f"{tree.where} has no layout that is known. Found: {_census(tree)}. "
         f"{near if len(lacking[nearest]) < len(LAYOUTS[nearest].needs) else ''}Looked for: {looked_for}",
-        "arrange it like one of these; classes without splits are drawn by --splits 64,16,20",
+        "arrange it like one of these: a folder of pictures for each class is enough",
     )
 
 

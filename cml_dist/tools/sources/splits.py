@@ -125,15 +125,21 @@ def shares_of(splits: Splits) -> list[float] | None:
     return shares
 
 
-def draw_splits(names: Sequence[str], shares: Sequence[float], seed: int) -> SplitLists:
+def draw_splits(names: Sequence[str], shares: Sequence[float], seed: int, least: int = 0) -> SplitLists:
     """Whole classes drawn for each split; the same for the same names, shares and seed.
+
+    Args:
+        least: classes that each split gets whatever its share; there must be enough of them.
 
     Raises:
         DataError: if a share would get no class.
     """
-    ends = np.rint(np.cumsum(shares) / sum(shares) * len(names)).astype(int)
+    counts = np.diff(np.rint(np.cumsum(shares) / sum(shares) * len(names)).astype(int), prepend=0)
+    while counts.min() < least:
+        counts[counts.argmax()] -= 1
+        counts[counts.argmin()] += 1
     order = np.random.default_rng(seed).permutation(len(names))
-    parts = zip(SPLITS, np.split(order, ends[:-1]), strict=True)
+    parts = zip(SPLITS, np.split(order, np.cumsum(counts)[:-1]), strict=True)
     drawn = {split: [names[at] for at in sorted(part)] for split, part in parts}
     for split, share in zip(SPLITS, shares, strict=True):
         if share and not drawn[split]:
