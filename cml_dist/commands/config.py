@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def config(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.config.load import annotated, find_recipe, layered, parse_config, read_yaml, valid_keys
     from cml_dist.config.plan import make_plan, plan_rows
+    from cml_dist.config.shape import open_keys
     from cml_dist.distributed.deepspeed import deepspeed_config, zero_stage
     from cml_dist.distributed.env import TORCH_DEFAULTS, launched
 
@@ -30,6 +31,12 @@ def config(args: argparse.Namespace, console: Console) -> None:
         raise CmlError("no configuration was named", "cml-dist config CONFIG, or cml-dist config --keys")
     layers = layered(read_yaml(find_recipe(args.config)), args.overrides, console.warn)
     config = parse_config(layers.data, source=args.config)
+    sources = layers.sources
+    if left := open_keys(config):
+        from cml_dist.data.set_shape import settled_shape
+
+        config = settled_shape(config)
+        sources = {**sources, **dict.fromkeys((f"domain.{key}" for key in left), "the set in domain.root")}
     processes = config.parallel.processes or launched().size  # asked for, else launched, else one
     plan = make_plan(config, processes, os.environ)
     if zero_stage(plan.strategy) is not None or args.deepspeed:
@@ -46,4 +53,4 @@ def config(args: argparse.Namespace, console: Console) -> None:
         lost = ", ".join(f"{key}={value}" for key, value in layers.gave_way.items())
         console.note(f"Of the recipe gave way to method.name={config.method.name}: {lost}")
     print("# Settings with their source; those without one are defaults.")
-    print(annotated(config, layers.sources), end="")
+    print(annotated(config, sources), end="")

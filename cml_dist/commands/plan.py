@@ -41,6 +41,7 @@ def plan(args: argparse.Namespace, console: Console) -> None:
     facts = {
         "model": f"{config.model.backbone}: {found['num_parameters']:,} parameters, "
         f"{found['num_constants']:,} constants",
+        "episode": found["episode"],
         "inputs": f"{'x'.join(map(str, found['inputs']))} ({found['input_source']})",
         "meta-step": f"inner steps: {config.method.inner_steps}; episodes a rank: {found['episodes_per_rank']}"
         + (", each twice" if has_upper_ascent(config) else "")

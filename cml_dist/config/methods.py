@@ -64,7 +64,7 @@ def adapting_rates(config: RunConfig) -> list[str]:
 
 def has_classes(config: RunConfig) -> bool:
     """Whether the domain is of classes, and not of regression."""
-    return getattr(config.domain, "ways", 0) > 0
+    return getattr(config.domain, "ways", 0) != 0
 
 
 def _body_adapts(config: RunConfig) -> bool:

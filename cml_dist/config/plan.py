@@ -124,18 +124,24 @@ def resolve_strategy(config: RunConfig, processes: int, environment: Mapping[str
     return strategy, offload
 
 
+def episode_in_words(config: RunConfig) -> str:
+    """What an episode holds, e.g. ``5-way 1-shot, 15 queries a class``."""
+    domain = config.domain
+    if has_classes(config):
+        queries = "1 query" if domain.queries == 1 else f"{domain.queries} queries"
+        return f"{domain.ways}-way {domain.shots}-shot, {queries} a class"
+    return f"{domain.shots} support and {domain.queries} query points"
+
+
 def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
     """The plan in words, for people."""
     model, method, domain, train, test = config.model, config.method, config.domain, config.train, config.eval
     optim = config.optim
-    examples = f"{domain.shots} support and {domain.queries} query points"
-    if has_classes(config):
-        examples = f"{domain.ways}-way {domain.shots}-shot, {domain.queries} queries a class"
     on_cpu = {"none": "", "optimizer": "optimizer on the CPU", "all": "optimizer and parameters on the CPU"}
     each = " or ".join(map(str, sorted(set(plan.episodes_by_rank), reverse=True)))
     return {
         "run": f"{config.run.dir} (seed {config.run.seed})",
-        "domain": f"{domain.name}, {examples}",
+        "domain": f"{domain.name}, {episode_in_words(config)}",
         "model": _listed(
             f"{model.backbone}, {model.head} head",
             method.colearner and f"{colearner_kind(config)} co-learner of depth {model.colearner.depth}",

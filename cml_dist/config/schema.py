@@ -99,9 +99,9 @@ class AugmentConfig(Section):
 class ImageSettings(Section):
     """What all image domains share."""
 
-    ways: int = Field(5, ge=2, le=1000, description="classes in an episode (N)")
-    shots: int = Field(1, ge=1, le=1000, description="support examples a class (K)")
-    queries: int = Field(15, ge=1, le=1000, description="query examples a class")
+    ways: int | None = Field(5, ge=2, le=1000, description="classes in an episode (N); null: as many as each split of the image set has, at most 5")
+    shots: int | None = Field(1, ge=1, le=1000, description="support examples a class (K); null: as many as the smallest class of the image set allows, at most 5")
+    queries: int | None = Field(15, ge=1, le=1000, description="query examples a class; null: as many as the smallest class of the image set has left, at most 15")
     mean: tuple[float, ...] | None = Field(None, description="per channel, of pixels in 0..1; null: as domain.statistics says (of the set: measured on the training split when packed)")
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, description="as mean")
     statistics: Literal["set", "weights"] | None = Field(None, description="whose mean and std are taken where domain.mean and std are not set: of the set, or with model.pretrained those that the weights were trained with; null: weights, and in a run that began earlier set")

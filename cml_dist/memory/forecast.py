@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from cml_dist.config.methods import has_classes
-from cml_dist.config.plan import make_plan
+from cml_dist.config.plan import episode_in_words, make_plan
 from cml_dist.config.schema import RunConfig
+from cml_dist.config.shape import MOST, open_keys, with_shape
 from cml_dist.data.build import build_domain
+from cml_dist.data.set_shape import settled_shape
 from cml_dist.errors import ConfigError
 from cml_dist.memory.choose import MEANS, USABLE, KnownInputs, MemoryPlanner, in_words
 from cml_dist.memory.strategies import STRATEGIES, Strategy
@@ -21,6 +23,8 @@ from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.network import CmlNet
 from cml_dist.registry import DOMAINS
 from cml_dist.user_code import is_code
+
+_SHAPE_FROM = {True: "as follows from the set", False: "the most that follows from a set: this one is not here"}
 
 
 def forecast(
@@ -42,6 +46,7 @@ def forecast(
         What ``cml-dist plan --json`` prints, memory of rows in bytes:
 
         - ``gpus``, ``gpu_memory_gib``, and ``usable_gib`` of each: ``memory.budget_gib``, or nine tenths;
+        - ``episode``: its shape in words;
         - ``inputs``: the shape of one, and ``input_source``: how it is known;
         - ``warning``: which border of the images the backbone never sees; None: it sees all;
         - ``num_parameters``, ``num_constants``: elements that are meta-trained, and that are not;
@@ -65,6 +70,7 @@ def forecast(
     if asked not in (None, gpus):
         raise ConfigError(f"parallel.processes is {asked}, but --gpus is {gpus}", f"set parallel.processes={gpus}")
     inputs = known_inputs(config, image_size, channels)
+    config, was_open = known_shape(config), bool(open_keys(config))
     net = network_structure(config, inputs)
     # Strategies are what is compared here; the plan is asked for the rest.
     parallel = config.parallel.model_copy(update={"strategy": "auto", "offload": "auto"})
@@ -92,6 +98,7 @@ def forecast(
         "gpus": gpus,
         "gpu_memory_gib": gpu_memory_gib,
         "usable_gib": usable,
+        "episode": episode_in_words(config) + ("" if not was_open else f", {_SHAPE_FROM[_is_here(config)]}"),
         "inputs": inputs.input_shape,
         "input_source": inputs.source,
         "warning": getattr(net.body, "border_warning", None),
@@ -107,6 +114,17 @@ def forecast(
         "command": command,
         "smallest_gib": smallest,
     }
+
+
+def known_shape(config: RunConfig) -> RunConfig:
+    """The configuration with the shape of its set where that is here; else with the largest that follows from any."""
+    return settled_shape(config) if open_keys(config) and _is_here(config) else with_shape(config, MOST)
+
+
+def _is_here(config: RunConfig) -> bool:
+    """Whether the packed image set of the configuration is a folder of this machine."""
+    root = getattr(config.domain, "root", None)
+    return config.domain.name != "glyphs" and root is not None and os.path.isdir(root)
 
 
 def launch_command(strategy: Strategy, gpus: int, words: Sequence[str]) -> str:
@@ -147,7 +165,7 @@ def known_inputs(config: RunConfig, image_size: int | None = None, channels: int
     from cml_dist.data.images import ImageDomain as Domain
 
     known, source = DOMAINS[domain.name].usual_inputs, f"usual for {domain.name}"
-    if domain.name != "glyphs" and domain.root is not None and os.path.isdir(domain.root):
+    if _is_here(config):
         from cml_dist.data.shards import ShardSet
 
         shards = ShardSet.open(domain.root)
@@ -162,4 +180,4 @@ def known_inputs(config: RunConfig, image_size: int | None = None, channels: int
             "folder here",
             "give --image-size PIXELS and --channels 1 or 3, or a domain.root that is here",
         )
-    return KnownInputs(shape, domain.ways, Domain.loss, Domain.score, source)
+    return KnownInputs(shape, known_shape(config).domain.ways, Domain.loss, Domain.score, source)

@@ -15,6 +15,7 @@ from typing import Any
 
 from cml_dist.config.load import RUN_CONFIG, Warn, flatten, in_folder, merge, parse_config, read_yaml, silently
 from cml_dist.config.schema import ImageSettings, RunConfig
+from cml_dist.config.shape import with_shape
 from cml_dist.config.versioned import BEFORE, NEWEST, settled, versions_of
 from cml_dist.errors import CheckpointError, CmlError, ConfigError, NetworkError
 from cml_dist.user_code import without_folder
@@ -110,10 +111,13 @@ class RunFolder:
         return settled(parse_config(read_yaml(self.config_file), source=str(self.config_file)), BEFORE)
 
     def going_on(self, config: RunConfig) -> RunConfig:
-        """``config`` with the versions of rules that the run here began with, or the newest where none lives here."""
+        """``config`` with what it leaves open as in the run here: the versions of rules, and the shape of an episode.
+
+        Where none lives here, the newest versions; the shape stays open.
+        """
         with suppress(CmlError, OSError):  # claiming the folder says what is wrong there
             if self.exists:
-                return settled(config, versions_of(self.read_config()))
+                return _as_in(self.read_config(), config)
         return settled(config, NEWEST)
 
     def check_resumable(self, config: RunConfig) -> None:
@@ -123,7 +127,7 @@ class RunFolder:
         than were trained.
         """
         then, done = self.read_config(), max(steps_in(self.checkpoints), default=0)
-        changed = differences(then, settled(config, versions_of(then)))
+        changed = differences(then, _as_in(then, config))
         if changed:
             shown = ", ".join(f"{key} was {then!r}, is {now!r}" for key, (then, now) in changed.items())
             raise CheckpointError(
@@ -156,6 +160,11 @@ class RunFolder:
         with suppress(OSError, ValueError):
             return json.loads((self.eval_file if is_newer else before).read_text(encoding="utf-8"))
         return None
+
+
+def _as_in(then: RunConfig, config: RunConfig) -> RunConfig:
+    """``config`` with what it leaves open as in the configuration that the run began with."""
+    return settled(with_shape(config, dict(then.domain)), versions_of(then))
 
 
 def path_of(checkpoints: Path, step: int) -> Path:
@@ -219,7 +228,7 @@ def run_config(run_dir: str | Path, overrides: Sequence[str], warn: Warn = silen
     folder.check_contained()
     data = in_folder(folder.read_config().model_dump(mode="json"), folder.path)
     data["parallel"] |= {"processes": None, "strategy": "auto", "offload": "auto", "deepspeed": None}
-    return parse_config(merge(data, overrides, warn), source=f"{run_dir}/config.yaml")
+    return with_shape(parse_config(merge(data, overrides, warn), source=f"{run_dir}/config.yaml"), data["domain"])
 
 
 def on_set(config: RunConfig, place: str) -> RunConfig:

@@ -19,6 +19,7 @@ import torch
 from cml_dist.config.methods import learner_title, method_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.config.versioned import versions_of
+from cml_dist.data.set_shape import settled_shape
 from cml_dist.distributed.allocator import memory_explained, peak_memory_gib
 from cml_dist.distributed.env import restarts
 from cml_dist.distributed.optim import learning_rate
@@ -75,7 +76,7 @@ def train(
     """
     if config.all_splits:
         raise ConfigError("domain.split is all: that is several runs", "use run.splits.train_splits, or name one split")
-    config = RunFolder(config.run.dir).going_on(config)
+    config = settled_shape(RunFolder(config.run.dir).going_on(config), console.note)
     with nullcontext(interrupts) if interrupts is not None else Interrupts(config.run.stop_signals) as interrupts:
         interrupts.raise_signals()
         with joined_world(config) if world is None else nullcontext(world) as world:

@@ -267,6 +267,6 @@ def _told(items: Sequence[Item], seed: int) -> str:
     counts = ", ".join(f"{len(some)} to {split}" for split, some in names.items())
     return (
         f"Nothing says which class belongs to which split: whole classes were drawn (seed {seed}), {counts}. None is "
-        "in two, since a meta-learner is tested on classes that it never saw. To choose otherwise: --split-seed SEED, or "
-        "--splits with shares (60,20,20) or a FOLDER of train.txt, val.txt, test.txt"
+        "in two, since a meta-learner is tested on classes that it never saw. To choose otherwise: --split-seed SEED, "
+        "or --splits with shares (60,20,20) or a FOLDER of train.txt, val.txt, test.txt"
     )

@@ -201,6 +201,7 @@ def check_data(case: Case) -> Iterator[Finding]:
     """The data of the configuration: there, whole, large enough; one episode of each split is made."""
     from cml_dist.data.base import SPLITS
     from cml_dist.data.build import build_domain
+    from cml_dist.data.set_shape import settled_shape
     from cml_dist.data.shard_cache import description, is_remote
 
     if case.configuration is None or case.here.local_rank:
@@ -210,7 +211,7 @@ def check_data(case: Case) -> Iterator[Finding]:
         yield Finding("data", "ok", f"{description(root)[1].name} at {root} answers; it is fetched once a machine")
         return
     seeds = {"train_seed": case.config.run.seed, "eval_seed": case.config.eval.seed}
-    made = build_domain(domain, **seeds, processes=case.here.local_size)
+    made = build_domain(settled_shape(case.config).domain, **seeds, processes=case.here.local_size)
     for split in SPLITS:
         made.episode(split, 0)
     checksum = f", checksum {made.fingerprint()[:12]}" if made.fingerprint() else ""
