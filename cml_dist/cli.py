@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cml_dist import __version__
+from cml_dist.config.presets import PRESETS
 from cml_dist.distributed.env import (
     LAUNCHED_LOCALLY,
     launched_by_torchrun,
@@ -52,6 +53,10 @@ OVERRIDES = _option(
     "overrides", "settings that replace the file's, e.g. train.steps=2000 run.dir=runs/a (all: cml-dist config --keys)",
     metavar="key=value", nargs="*", default=[],
 )  # fmt: skip
+PRESET = _option(
+    "--preset", "length of the run: quick (minutes on a CPU), standard (the recipe's own), paper (30,000 meta-steps, "
+    "10,000 test episodes)", choices=[*PRESETS],
+)  # fmt: skip
 RUN_DIR = _option("run_dir", "the folder of a run (its run.dir)", metavar="RUN_DIR")
 CHECKPOINT = _option(
     "--checkpoint", "best (by validation), last, or a kept step (default best)", default="best", metavar="WHICH"
@@ -64,19 +69,19 @@ IMAGES = (
 
 COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
     "train": (
-        "train.train", "meta-train, or resume the run in run.dir; then test and export", (CONFIG, OVERRIDES)
+        "train.train", "meta-train, or resume the run in run.dir; then test and export", (CONFIG, PRESET, OVERRIDES)
     ),
     "config": ("config.config", "check a configuration and print what would happen", (
         _option("config", RECIPE, metavar="CONFIG", nargs="?"),
         _option("--keys", "list every setting with its meaning", action="store_true"),
         _option("--deepspeed", "print the DeepSpeed dictionary (JSON) of a ZeRO strategy", action="store_true"),
-        OVERRIDES,
+        PRESET, OVERRIDES,
     )),
     "plan": ("plan.plan", "memory and traffic of every strategy, before anything runs; no GPU needed", (
         CONFIG,
         _option("--gpus", "GPUs of the run, on all machines together", type=int, required=True, metavar="N"),
         _option("--gpu-memory-gib", "memory of one GPU, e.g. 80", type=float, required=True, metavar="GIB"),
-        *IMAGES, JSON, OVERRIDES,
+        *IMAGES, JSON, PRESET, OVERRIDES,
     )),
     "eval": ("finished.evaluate", "test a run again: its learners with 95 %% intervals", (
         RUN_DIR, CHECKPOINT, OVERRIDES,
@@ -138,7 +143,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         "look at this machine, or at all processes of a world, before a long run: ready, or what to mend", (
         _option("config", f"{RECIPE}: also check its backbone and data", metavar="CONFIG", nargs="?"),
         _option("--run-dir", "the folder to look at (default: run.dir)", metavar="DIR"),
-        JSON, OVERRIDES,
+        JSON, PRESET, OVERRIDES,
     )),
     "launch local": ("launch.local", "run a command in several processes of this machine, by accelerate launch", (
         _option("--processes", "how many; one a GPU", type=at_least(1), required=True, metavar="N"),
@@ -149,7 +154,8 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         _option("words", "after --: train CONFIG ..., eval, doctor", nargs=argparse.REMAINDER, metavar="COMMAND"),
     )),
     "launch slurm": (
-        "launch.slurm", "check a run, fill in the shipped batch script and hand it to sbatch", (CONFIG, OVERRIDES)
+        "launch.slurm", "check a run, fill in the shipped batch script and hand it to sbatch",
+        (CONFIG, PRESET, OVERRIDES),
     ),
     "launch files": ("launch.files", "write the files for Accelerate and SLURM into a folder, to be edited", (
         _option("dir", "where to; none of the files may be there", metavar="DIR"),

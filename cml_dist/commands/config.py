@@ -29,7 +29,7 @@ def config(args: argparse.Namespace, console: Console) -> None:
         return
     if args.config is None:
         raise CmlError("no configuration was named", "cml-dist config CONFIG, or cml-dist config --keys")
-    layers = layered(read_yaml(find_recipe(args.config)), args.overrides, console.warn)
+    layers = layered(read_yaml(find_recipe(args.config)), args.overrides, console.warn, args.preset)
     config = parse_config(layers.data, source=args.config)
     sources = layers.sources
     if left := open_keys(config):

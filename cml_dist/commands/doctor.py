@@ -39,7 +39,7 @@ def doctor(args: argparse.Namespace, console: Console) -> int:
     if args.config is not None and "=" in args.config and not os.path.exists(args.config):
         overrides.insert(1, args.config)  # the first override, where no configuration is named
         args.config = None
-    config = load_config(args.config or "glyphs", overrides, console.warn)
+    config = load_config(args.config or "glyphs", overrides, console.warn, args.preset)
     case = Case(config, args.config, Path(args.run_dir or config.run.dir), launched())
     none = "none named: that of glyphs stands for it, without data"
     console.header("cml-dist doctor", {"configuration": args.config or none, "run folder": case.run_dir})

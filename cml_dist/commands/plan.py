@@ -27,11 +27,12 @@ def plan(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.config.load import load_config
     from cml_dist.config.methods import has_upper_ascent
 
-    config = load_config(args.config, args.overrides, console.warn)
+    config = load_config(args.config, args.overrides, console.warn, args.preset)
     from cml_dist.memory.forecast import forecast
     from cml_dist.memory.strategies import Strategy
 
-    words, images = [args.config, *args.overrides], {"image_size": args.image_size, "channels": args.channels}
+    preset = ["--preset", args.preset] if args.preset else []
+    words, images = [args.config, *preset, *args.overrides], {"image_size": args.image_size, "channels": args.channels}
     found = forecast(config, args.gpus, args.gpu_memory_gib, **images, words=words)
     if args.json:
         print(json.dumps(found, indent=2))

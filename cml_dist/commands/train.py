@@ -20,7 +20,7 @@ def train(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.config.load import load_config
     from cml_dist.config.plan import make_plan
 
-    config = load_config(args.config, args.overrides, console.warn)
+    config = load_config(args.config, args.overrides, console.warn, args.preset)
     # Open to the end of a process of ours: a signal as it leaves must not turn a saved run into a killed one.
     interrupts = args.held.enter_context(Interrupts(config.run.stop_signals))
     if launched_by_torchrun():

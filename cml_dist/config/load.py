@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cml_dist.config import schema
+from cml_dist.config.presets import PRESETS
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
 from cml_dist.registry import DOMAINS, METHODS, NAME_DECIDES, OWN_DOMAIN, family
@@ -47,8 +48,10 @@ def silently(line: str) -> None:
     pass
 
 
-def load_config(path: str, overrides: Sequence[str] = (), warn: Warn = silently) -> RunConfig:
-    """Read a recipe by path or short name and apply ``key=value`` overrides.
+def load_config(
+    path: str, overrides: Sequence[str] = (), warn: Warn = silently, preset: str | None = None
+) -> RunConfig:
+    """Read a recipe by path or short name and apply a preset of ``PRESETS`` and ``key=value`` overrides.
 
     The ``config.yaml`` of a run folder means the run in that folder, wherever it was made (:func:`in_folder`).
 
@@ -60,7 +63,7 @@ def load_config(path: str, overrides: Sequence[str] = (), warn: Warn = silently)
     if recipe.name == RUN_CONFIG and _holds_run(recipe.parent):
         warn(f"{recipe} is that of a run folder: run.dir is {recipe.parent}, and caches are this user's own")
         data = in_folder(data, recipe.parent)
-    return parse_config(layered(data, overrides, warn).data, source=str(path))
+    return parse_config(layered(data, overrides, warn, preset).data, source=str(path))
 
 
 def _holds_run(folder: Path) -> bool:
@@ -160,7 +163,7 @@ class Layers:
     Attributes:
         data: nested settings.
         sources: where each ``section.key`` that is not the schema's default is from: ``method NAME``, ``recipe`` or
-            ``command line``.
+            ``preset NAME`` or ``command line``.
         gave_way: the recipe's ``method.*`` that another method's name on the command line replaced, with their values.
     """
 
@@ -169,13 +172,16 @@ class Layers:
     gave_way: dict[str, Any]
 
 
-def layered(recipe: Mapping[str, Any], overrides: Sequence[str], warn: Warn = silently) -> Layers:
-    """Schema < the method's published defaults < recipe < command line.
+def layered(
+    recipe: Mapping[str, Any], overrides: Sequence[str], warn: Warn = silently, preset: str | None = None
+) -> Layers:
+    """Schema < the method's published defaults < recipe < preset < command line.
 
     A recipe's ``method.*`` counts for the method that it names and its family (cml, maml and fomaml are one). Under
     another name that method's own defaults count; within the family what the name decides does.
     """
-    given = _renamed(flatten(recipe), warn)
+    length = PRESETS[preset] if preset else {}
+    given = {**_renamed(flatten(recipe), warn), **length}
     settings, chosen = _assigned(given, overrides, warn)
     then, now = (str(layer.get("method.name", "cml")) for layer in (given, settings))
     defaults: dict[str, Any] = {}
@@ -191,7 +197,8 @@ def layered(recipe: Mapping[str, Any], overrides: Sequence[str], warn: Warn = si
     switched = chosen & {"method.name", "method.colearner"} and "method.gamma" not in chosen
     if colearner is False and switched and settings.get("method.gamma"):
         gave_way["method.gamma"] = settings.pop("method.gamma")
-    sources = {key: "command line" if key in chosen else "recipe" for key in settings}
+    sources = dict.fromkeys(settings, "recipe") | dict.fromkeys(length, f"preset {preset}")
+    sources = {key: "command line" if key in chosen else sources[key] for key in settings}
     sources |= {key: f"method {now}" for key in defaults if settings.get(key) is None}  # null asks for it
     return Layers(_nested(settings), sources, gave_way)
 

@@ -30,7 +30,7 @@ def settled_shape(config: RunConfig, tell: Callable[[str], object] = lambda line
     images, smallest = min(pair for part in parts for pair in zip(part.images, part.classes, strict=True))
     config = shape_for(config, classes, images)
     tell(
-        f"{', '.join(f'domain.{key}' for key in left)}: {episode_in_words(config)}, from the set (the smallest split has "
-        f"{classes} classes, the smallest class, {smallest!r}, {images} images)"
+        f"{', '.join(f'domain.{key}' for key in left)}: {episode_in_words(config)}, from the set (the smallest split "
+        f"has {classes} classes, the smallest class, {smallest!r}, {images} images)"
     )
     return config

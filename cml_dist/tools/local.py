@@ -54,7 +54,7 @@ def launch_here(asked: argparse.Namespace, inner: argparse.Namespace, say: Calla
     file, words = accelerate_file(asked.config, "--config", may_be_path=True), list(asked.words)
     variables = launcher_variables(file)
     if inner.command == "train.train":
-        config = load_config(inner.config, inner.overrides, say)
+        config = load_config(inner.config, inner.overrides, say, inner.preset)
         if variables.get("ACCELERATE_USE_CPU", "").lower() == "true" and config.run.device == "auto":
             words.append("run.device=cpu")  # which accelerate launch would not hand on
         check_run(config, asked.processes, file)

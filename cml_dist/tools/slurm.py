@@ -48,7 +48,8 @@ def prepare(asked: argparse.Namespace, warn: Callable[[str], object] = lambda li
     """Check every run that is asked for, and write the batch script.
 
     Args:
-        asked: options of :func:`add_slurm_options`, with ``config`` and ``overrides`` as of ``cml-dist train``.
+        asked: options of :func:`add_slurm_options`, with ``config``, ``preset`` and ``overrides`` as of ``cml-dist
+            train``.
         warn: told of what is allowed, but hardly meant.
 
     Raises:
@@ -61,7 +62,7 @@ def prepare(asked: argparse.Namespace, warn: Callable[[str], object] = lambda li
     file = accelerate_file(asked.strategy or ("ddp" if gpus else "cpu"), "--strategy")
     recipe, is_file = find_recipe(asked.config), Path(asked.config).is_file()
     overrides = [*([] if gpus else ["run.device=cpu"]), *asked.overrides]
-    config = load_config(asked.config, overrides, warn)
+    config = load_config(asked.config, overrides, warn, asked.preset)
     world, episodes = asked.nodes * processes, config.train.episodes_per_step
     if world > episodes:  # each episode is one process's
         warn(
@@ -78,7 +79,8 @@ def prepare(asked: argparse.Namespace, warn: Callable[[str], object] = lambda li
             for seed in seeds
         }
     for folder, varied in runs.items():
-        _check_run(load_config(asked.config, [*overrides, *varied, f"run.dir={folder}"]), asked.nodes, processes, file)
+        config = load_config(asked.config, [*overrides, *varied, f"run.dir={folder}"], preset=asked.preset)
+        _check_run(config, asked.nodes, processes, file)
 
     log = here / f"slurm-{asked.job_name}-{'%A_%a' if is_sweep else '%j'}.out"
     limit = f"%{asked.array_limit}" if asked.array_limit else ""
@@ -109,6 +111,7 @@ def prepare(asked: argparse.Namespace, warn: Callable[[str], object] = lambda li
         # A file by its path, a recipe by its name: in a container it lies elsewhere. The script sets the rest itself.
         "CONFIG": (
             recipe.resolve() if is_file else recipe.stem,
+            *([f"--preset={asked.preset}"] if asked.preset else []),
             *(word for word in overrides if not word.startswith(("run.dir=", "parallel.processes="))),
         ),
         "SRUN_OPTIONS": _container(asked, here, launch, {"run.dir": root, **({"CONFIG": recipe} if is_file else {})}),
