@@ -6,10 +6,13 @@ import signal
 
 import pytest
 
+from cml_dist.cli import main
 from cml_dist.config import schema
-from cml_dist.config.load import load_config, merge, parse_config, valid_keys
+from cml_dist.config.load import find_recipe, layered, load_config, merge, parse_config, read_yaml, valid_keys
 from cml_dist.config.plan import make_plan, plan_rows, share
+from cml_dist.config.presets import PRESETS
 from cml_dist.config.schema import STOP_SIGNALS
+from cml_dist.config.shape import shape_for
 from cml_dist.errors import ConfigError
 from cml_dist.registry import BACKBONES, DOMAINS, HEADS, INNER_OPTIMS, METHODS, DomainEntry
 from cml_dist.run.interrupts import Interrupts
@@ -154,6 +157,44 @@ def test_the_plan_says_what_changes_in_the_course_of_a_run_and_what_a_longer_tes
     ascents = plan_rows(sharp, make_plan(sharp, 1, {}))["method"].partition("0.1, ")[2]
     assert ascents == "ascents of 0.05 (both), each episode twice"
     assert rows["test"].endswith("10 inner steps, steps after 5 go on with the rates and norms of step 5")
+
+
+def test_a_preset_sets_the_length_alone_above_the_recipe_and_below_the_command_line():
+    recipe = read_yaml(find_recipe("glyphs"))
+    layers = layered(recipe, ["train.steps=7"], preset="quick")
+    config = parse_config(layers.data)
+    assert (config.train.steps, config.eval.episodes, config.checkpoint.every) == (7, 100, 50)
+    assert (layers.sources["train.steps"], layers.sources["eval.episodes"]) == ("command line", "preset quick")
+    assert layers.sources["method.inner_lr"] == "recipe"
+    assert load_config("glyphs", preset="standard") == load_config("glyphs")
+    paper, own = (load_config(name, preset="paper") for name in ("glyphs", "omniglot"))
+    assert (paper.train, paper.eval) == (own.train, own.eval)
+    assert own == load_config("omniglot")  # which has that length itself
+    assert {key.split(".")[0] for length in PRESETS.values() for key in length} == {"train", "eval", "checkpoint"}
+
+
+def test_a_preset_goes_through_a_launcher(tmp_path, capsys):
+    words = ["launch", "slurm", "glyphs", "--preset", "quick", f"run.dir={tmp_path}", "--processes-per-node", "2"]
+    assert main([*words, "--time", "1:00", "--dry-run"]) == 0
+    assert "\nCONFIG=(glyphs --preset=quick run.device=cpu)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("left", "images", "shape"),
+    [
+        ({}, 100, (3, 5, 15)),
+        ({}, 12, (3, 5, 7)),
+        ({}, 5, (3, 2, 3)),
+        ({}, 2, (3, 1, 1)),
+        ({"shots": 1}, 12, (3, 1, 11)),
+        ({"queries": 10}, 12, (3, 2, 10)),
+        ({"ways": 7, "shots": 1, "queries": 15}, 12, (7, 1, 15)),  # what does not fit is refused by the data
+    ],
+)
+def test_the_shape_that_is_left_open_fits_the_set(left, images, shape):
+    domain = {"name": "images", "root": "x", "ways": None, "shots": None, "queries": None, **left}
+    found = shape_for(parse_config({"domain": domain}), 3, images).domain
+    assert (found.ways, found.shots, found.queries) == shape
 
 
 def test_settings_by_their_old_names_are_read_with_a_line_that_names_the_new_ones(tmp_path):

@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
-from cml_dist.config.load import find_recipe, recipes
+from cml_dist.config.load import find_recipe, load_config, recipes
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINES = ["protonet", "r2d2"]
-"""On Glyphs; all others are of the domain that they are called after, or of nodes."""
+"""On Glyphs."""
 NODES = ["amazon_computers", "citeseer", "cora_full"]
 IMAGES = ["cifar_fs", "glyphs", "mini_imagenet", "omniglot", "vgg_flower"]
-NAMES = sorted([*IMAGES, *BASELINES, *NODES, "sinusoid"])
+NAMES = sorted([*IMAGES, *BASELINES, *NODES, "my_images", "sinusoid"])
+DOMAINS = {**dict.fromkeys(BASELINES, "glyphs"), **dict.fromkeys(NODES, "graph_nodes"), "my_images": "images"}
 
 
 def load(name: str) -> RunConfig:
-    return RunConfig.model_validate(yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")))
+    return load_config(name, ["domain.root=data/mine"] if name == "my_images" else ())
 
 
 def test_these_are_all_recipes():
@@ -31,7 +31,7 @@ def test_these_are_all_recipes():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_valid_and_has_a_run_folder_of_its_own(name):
     config = load(name)
-    assert config.domain.name == ("glyphs" if name in BASELINES else "graph_nodes" if name in NODES else name)
+    assert config.domain.name == DOMAINS.get(name, name)
     assert config.run.dir == f"runs/{name}"
 
 

@@ -1,0 +1,71 @@
+"""From a folder of one's own pictures to a run: what nobody said follows from the pictures, and is written down."""
+
+from __future__ import annotations
+
+import pytest
+from image_sets import own_pictures, write_folder
+
+from cml_dist.cli import main
+from cml_dist.config.load import load_config
+from cml_dist.errors import ConfigError
+from cml_dist.run.folder import RunFolder, run_config
+from cml_dist.run.status import read_status
+
+SIZES = [(40, 30), (30, 40), (33, 52), (64, 48)]
+"""Landscape and portrait."""
+SHORT = ["train.steps=2", "eval.every=1", "eval.val_episodes=2", "eval.episodes=2", "model.filters=4", "run.device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("own")
+    pictures = write_folder(root / "pictures", own_pictures(9, SIZES, images=6))
+    assert main(["data", "pack", str(pictures), str(root / "set")]) == 0
+    return root / "set"
+
+
+@pytest.fixture
+def words(packed, tmp_path):
+    return ["my_images", f"domain.root={packed}", f"run.dir={tmp_path / 'run'}", *SHORT]
+
+
+def shape(config):
+    return config.domain.ways, config.domain.shots, config.domain.queries
+
+
+def test_the_shape_of_an_episode_follows_from_the_set_and_the_run_keeps_it(words, tmp_path, capfd):
+    assert main(["train", *words]) == 0
+    said = capfd.readouterr().out
+    assert "2-way 3-shot, 3 queries a class, from the set (the smallest split has 2 classes" in said
+    assert "domain: images, 2-way 3-shot, 3 queries a class" in said
+    run = RunFolder(tmp_path / "run")
+    assert shape(run.read_config()) == (2, 3, 3)
+    assert main(["train", *words, "train.steps=3"]) == 0
+    assert "Resuming at step 2 of 3" in capfd.readouterr().out
+    assert read_status(run.status_file).step == 3
+    assert shape(run_config(run.path, ["domain.shots=null"])) == (2, 3, 3)
+    assert main(["eval", str(run.path)]) == 0
+    assert main(["train", *words, "domain.shots=1"]) == 1
+    assert "domain.shots was 3, is 1" in capfd.readouterr().err
+    launched = ["launch", "slurm", *words, "train.steps=3", "--processes-per-node=1", "--time=1:00", "--dry-run"]
+    assert main(launched) == 0
+
+
+def test_what_would_happen_is_shown_with_its_source_or_with_what_is_missing(packed, words, capsys):
+    assert main(["config", *words]) == 0
+    assert "domain.ways: 2  # the set in domain.root" in capsys.readouterr().out
+    assert main(["config", "my_images", "domain.root=nowhere"]) == 1
+    assert "no packed image set at nowhere" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="domain.root is not set"):
+        load_config("my_images")
+
+
+@pytest.mark.parametrize(
+    ("root", "said"),
+    [("set", "2-way 3-shot, 3 queries a class, as follows from the set"), ("elsewhere", "5-way 5-shot, 15 queries")],
+)
+def test_a_plan_needs_no_set(packed, root, said, capsys):
+    images = ["--image-size", "32", "--channels", "3"]
+    set_ = f"domain.root={packed.parent / root}"
+    assert main(["plan", "my_images", set_, "--gpus", "1", "--gpu-memory-gib", "8", *images]) == 0
+    assert f"episode: {said}" in capsys.readouterr().out
