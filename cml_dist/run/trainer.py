@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,10 +77,12 @@ def train(
     """
     if config.all_splits:
         raise ConfigError("domain.split is all: that is several runs", "use run.splits.train_splits, or name one split")
-    config = settled_shape(RunFolder(config.run.dir).going_on(config), console.note)
+    config = RunFolder(config.run.dir).going_on(config)
     with nullcontext(interrupts) if interrupts is not None else Interrupts(config.run.stop_signals) as interrupts:
         interrupts.raise_signals()
         with joined_world(config) if world is None else nullcontext(world) as world:
+            # A remote set is fetched once a machine.
+            config = world.local_main_process_first(partial(settled_shape, config, console.note))
             session = Session(config, world, console)
             trainer = Trainer(config, world, session, interrupts, on_step)
             try:
