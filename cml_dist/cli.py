@@ -218,6 +218,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cml-dist train glyphs run.dir=runs/first",
         "cml-dist train sinusoid method.inner_steps=5 engine.compile=on run.dir=runs/curves",
         "cml-dist train my.yaml optim.lr=5e-4 run.seed=1 run.dir=runs/seed-1",
+        "cml-dist train my_images domain.root=data/mine run.dir=runs/mine --preset quick",
     ),
     "config": ("cml-dist config glyphs method.name=boil", "cml-dist config --keys"),
     "plan": ("cml-dist plan glyphs --gpus 8 --gpu-memory-gib 80",),
