@@ -55,7 +55,7 @@ OVERRIDES = _option(
 )  # fmt: skip
 PRESET = _option(
     "--preset", "length of the run: quick (minutes on a CPU), standard (the recipe's own), paper (30,000 meta-steps, "
-    "10,000 test episodes)", choices=[*PRESETS],
+    "10,000 test episodes)", choices=[*PRESETS], metavar="LENGTH",
 )  # fmt: skip
 RUN_DIR = _option("run_dir", "the folder of a run (its run.dir)", metavar="RUN_DIR")
 CHECKPOINT = _option(
