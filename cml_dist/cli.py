@@ -293,12 +293,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="Cooperative Meta-Learning (CML) on many devices.",
     )
     parser.add_argument("--version", action="version", version=f"cml-dist {__version__}")
-    commands = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
+    commands = {"": parser.add_subparsers(required=True, metavar="COMMAND", prog="cml-dist")}
     for name, (target, help, options) in COMMANDS.items():
         group, _, word = name.rpartition(" ")
         if group not in commands:
             made = commands[""].add_parser(group, help=GROUPS[group])
-            commands[group] = made.add_subparsers(required=True, metavar="COMMAND")
+            commands[group] = made.add_subparsers(required=True, metavar="COMMAND", prog=f"cml-dist {group}")
         command = commands[group].add_parser(word, help=help, description=_sentence(help), examples=name)
         command.set_defaults(command=target)
         for option, how in options:

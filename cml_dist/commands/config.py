@@ -32,11 +32,13 @@ def config(args: argparse.Namespace, console: Console) -> None:
     layers = layered(read_yaml(find_recipe(args.config)), args.overrides, console.warn, args.preset)
     config = parse_config(layers.data, source=args.config)
     sources = layers.sources
-    if left := open_keys(config):
-        from cml_dist.data.set_shape import settled_shape
+    asked = config
+    if left := [f"domain.{key}" for key in open_keys(config)]:
+        from cml_dist.data.set_shape import is_here, known_shape
 
-        config = settled_shape(config)
-        sources = {**sources, **dict.fromkeys((f"domain.{key}" for key in left), "the set in domain.root")}
+        config, there = known_shape(config), is_here(config)
+        asked = config if there else asked
+        sources = {**sources, **dict.fromkeys(left, "the set in domain.root" + ", which is not here" * (not there))}
     processes = config.parallel.processes or launched().size  # asked for, else launched, else one
     plan = make_plan(config, processes, os.environ)
     if zero_stage(plan.strategy) is not None or args.deepspeed:
@@ -53,4 +55,4 @@ def config(args: argparse.Namespace, console: Console) -> None:
         lost = ", ".join(f"{key}={value}" for key, value in layers.gave_way.items())
         console.note(f"Of the recipe gave way to method.name={config.method.name}: {lost}")
     print("# Settings with their source; those without one are defaults.")
-    print(annotated(config, sources), end="")
+    print(annotated(asked, sources), end="")

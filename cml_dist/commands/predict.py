@@ -40,10 +40,10 @@ def _check(args: argparse.Namespace) -> None:
     if not Path(args.run).exists():
         raise ConfigError(f"there is no {args.run}", "name a run folder, an export, or a file of --save")
     is_file = Path(args.run).is_file()
-    if is_file and (args.support or args.save or args.leave_one_out):
+    if is_file and (args.support or args.save or args.leave_one_out or args.inner_steps is not None):
         raise ConfigError(
             f"{args.run} is a file, a classifier that is adapted already",
-            "leave --support, --save and --leave-one-out out",
+            "leave --support, --save, --leave-one-out and --inner-steps out",
         )
     if not is_file and not args.support:
         raise ConfigError(

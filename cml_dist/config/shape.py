@@ -18,7 +18,7 @@ def open_keys(config: RunConfig) -> list[str]:
 
 def with_shape(config: RunConfig, shape: Mapping[str, Any]) -> RunConfig:
     """The configuration with ``shape`` where it leaves that open."""
-    update = {key: shape[key] for key in open_keys(config)}
+    update = {key: shape[key] for key in open_keys(config) if key in shape}
     return config.model_copy(update={"domain": config.domain.model_copy(update=update)}) if update else config
 
 

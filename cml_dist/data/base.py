@@ -64,7 +64,10 @@ class Domain(ABC):
 
     @abstractmethod
     def episode(self, split: str, index: int) -> Episode:
-        """The episode ``index`` of ``split`` on the CPU in compact form: a pure function of (seed, split, index)."""
+        """The episode ``index`` of ``split`` on the CPU in compact form: a pure function of (seed, split, index).
+
+        Beside a GPU it is called in a thread, for two splits at once: what reads a file must not share its position.
+        """
 
     @abstractmethod
     def prepare(self, episode: Episode, device: torch.device, dtype: torch.dtype) -> Episode:

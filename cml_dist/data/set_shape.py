@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from cml_dist.config.plan import episode_in_words
 from cml_dist.config.schema import ImagesConfig, RunConfig
-from cml_dist.config.shape import open_keys, shape_for
+from cml_dist.config.shape import MOST, open_keys, shape_for, with_shape
 from cml_dist.data.glyphs import ensure_glyphs
 from cml_dist.data.shards import ShardSet
+from cml_dist.errors import DataError
 
 
 def settled_shape(config: RunConfig, tell: Callable[[str], object] = lambda line: None) -> RunConfig:
@@ -18,7 +20,7 @@ def settled_shape(config: RunConfig, tell: Callable[[str], object] = lambda line
         tell: hears what followed, and from what.
 
     Raises:
-        DataError: if the set is missing or damaged.
+        DataError: if the set is missing or damaged, or a split has one class alone.
     """
     if not (left := open_keys(config)):
         return config
@@ -26,7 +28,10 @@ def settled_shape(config: RunConfig, tell: Callable[[str], object] = lambda line
     is_packed = isinstance(domain, ImagesConfig)
     shards = ShardSet.open(domain.root, domain.cache) if is_packed else ShardSet.open(ensure_glyphs(domain.root))
     parts = [shards.split_info(split) for split in shards.splits]
-    classes = min(len(part.classes) for part in parts)
+    classes, split = min((len(part.classes), split) for part, split in zip(parts, shards.splits, strict=True))
+    if classes < 2:
+        what = f"split {split!r} of {shards.name} has {classes} class, and an episode needs 2 or more"
+        raise DataError(what, "pack the pictures again with other --splits")
     images, smallest = min(pair for part in parts for pair in zip(part.images, part.classes, strict=True))
     config = shape_for(config, classes, images)
     tell(
@@ -34,3 +39,14 @@ def settled_shape(config: RunConfig, tell: Callable[[str], object] = lambda line
         f"has {classes} classes, the smallest class, {smallest!r}, {images} images)"
     )
     return config
+
+
+def known_shape(config: RunConfig) -> RunConfig:
+    """The configuration with the shape of its set where that is here; else with the largest that follows from any."""
+    return settled_shape(config) if open_keys(config) and is_here(config) else with_shape(config, MOST)
+
+
+def is_here(config: RunConfig) -> bool:
+    """Whether the packed image set of the configuration is a folder of this machine."""
+    root = getattr(config.domain, "root", None)
+    return config.domain.name != "glyphs" and root is not None and os.path.isdir(root)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,9 +12,9 @@ import torch
 from cml_dist.config.methods import has_classes
 from cml_dist.config.plan import episode_in_words, make_plan
 from cml_dist.config.schema import RunConfig
-from cml_dist.config.shape import MOST, open_keys, with_shape
+from cml_dist.config.shape import open_keys
 from cml_dist.data.build import build_domain
-from cml_dist.data.set_shape import settled_shape
+from cml_dist.data.set_shape import is_here, known_shape
 from cml_dist.errors import ConfigError
 from cml_dist.memory.choose import MEANS, USABLE, KnownInputs, MemoryPlanner, in_words
 from cml_dist.memory.strategies import STRATEGIES, Strategy
@@ -98,7 +97,7 @@ def forecast(
         "gpus": gpus,
         "gpu_memory_gib": gpu_memory_gib,
         "usable_gib": usable,
-        "episode": episode_in_words(config) + ("" if not was_open else f", {_SHAPE_FROM[_is_here(config)]}"),
+        "episode": episode_in_words(config) + ("" if not was_open else f", {_SHAPE_FROM[is_here(config)]}"),
         "inputs": inputs.input_shape,
         "input_source": inputs.source,
         "warning": getattr(net.body, "border_warning", None),
@@ -114,17 +113,6 @@ def forecast(
         "command": command,
         "smallest_gib": smallest,
     }
-
-
-def known_shape(config: RunConfig) -> RunConfig:
-    """The configuration with the shape of its set where that is here; else with the largest that follows from any."""
-    return settled_shape(config) if open_keys(config) and _is_here(config) else with_shape(config, MOST)
-
-
-def _is_here(config: RunConfig) -> bool:
-    """Whether the packed image set of the configuration is a folder of this machine."""
-    root = getattr(config.domain, "root", None)
-    return config.domain.name != "glyphs" and root is not None and os.path.isdir(root)
 
 
 def launch_command(strategy: Strategy, gpus: int, words: Sequence[str]) -> str:
@@ -165,7 +153,7 @@ def known_inputs(config: RunConfig, image_size: int | None = None, channels: int
     from cml_dist.data.images import ImageDomain as Domain
 
     known, source = DOMAINS[domain.name].usual_inputs, f"usual for {domain.name}"
-    if _is_here(config):
+    if is_here(config):
         from cml_dist.data.shards import ShardSet
 
         shards = ShardSet.open(domain.root)

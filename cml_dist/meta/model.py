@@ -136,7 +136,7 @@ class MetaModel(nn.Module):
             for total, name in zip(totals, self.names, strict=True):
                 total.add_(one.grads[name], alpha=weight)
             for term, value in one.terms.items():
-                sums[term] = sums[term] + value.double() if term in sums else value.double()
+                sums[term] = sums[term] + value.double() if term in sums else value.to(torch.float64, copy=True)
             counts.update(one.terms.keys())
             del one  # or its gradients would stay while the next episode is at its peak
         return totals, {t: torch.stack([total, torch.full_like(total, counts[t])]) for t, total in sums.items()}

@@ -38,7 +38,7 @@ class Compiling:
         self, config: RunConfig, model: MetaModel, world: World, console: Console, decided: bool | None
     ) -> None:
         self.model, self.world = model, world
-        self.tell = console.note if world.is_main else lambda sentence: None
+        self.tell = console.note  # of other ranks it goes to their logs
         mode = None if config.engine.compile_mode == "default" else config.engine.compile_mode
         self.compiled = CompiledGradient(mode=mode, tell=self.tell, busy=self._busy)
         asked = {"on": True, "off": False, "auto": decided}
@@ -64,7 +64,7 @@ class Compiling:
             else:
                 self.decided = False
         else:
-            self.decided = median < self.eager_s
+            self.decided = median < self.eager_s and self.compiled.is_used
             if not self.decided:
                 self.model.compute = meta_gradient
             kept = "kept" if self.decided else "given up"

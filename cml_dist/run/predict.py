@@ -62,6 +62,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", code: Sequence[st
 
 def _with_code(description: dict[str, Any], code: Sequence[str], folder: Path) -> dict[str, Any]:
     """The description, in which the code that it names stands where the user has it; see :func:`load`."""
+    for setting in code:
+        if setting.partition("=")[0] not in CODE:
+            raise ConfigError(f"{setting} names no code of a model", f"give {', '.join(CODE)}, or leave it out")
     given = dict(setting.split("=", 1) for setting in code)
     for key, (section, name) in CODE.items():
         recorded = (description.get(section) or {}).get(name)
@@ -70,7 +73,7 @@ def _with_code(description: dict[str, Any], code: Sequence[str], folder: Path) -
         if key not in given:
             raise ConfigError(
                 f"{folder} needs code that it may not import by itself: {key} is {unsealed(recorded)}",
-                f"if you trust that code, name it: cml_dist.load(path, code=['{key}={unsealed(recorded)}'])",
+                f"if you trust that code, name it: {key}={unsealed(recorded)} (cml_dist.load: code=[...])",
             )
         now = sealed(given[key])
         if now.partition("@")[2] != recorded.partition("@")[2]:
@@ -141,9 +144,6 @@ class Learner:
             labels = [_plain(label) for label in labels]
             classes = list(dict.fromkeys(labels))
             targets = torch.tensor([classes.index(label) for label in labels])
-        params, ways = self._params, self.ways or len(classes)
-        if len(classes) > ways:
-            params, ways = self._widened(len(classes)), len(classes)
         support = Batch(inputs, targets.to(self.device))
         params, ways = self._params, self.ways or len(classes)
         if len(classes) > ways:

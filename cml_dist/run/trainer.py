@@ -275,7 +275,8 @@ class Trainer:
         )
         self.session.record_step(metrics)
         self.compiling.after_step(seconds, config.train.steps - self.step)
-        self.state["compiled"] = self.compiling.decided
+        if config.engine.compile == "auto":
+            self.state["compiled"] = self.compiling.decided
         if self.state["skipped_in_a_row"] >= (most := config.train.max_nonfinite):
             what = f"the meta-gradient was NaN or inf in {most} steps in a row, up to step {self.step}"
             raise TrainingError(what, after_nan(config, self.step, self.state["skipped"], self.session.folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -80,8 +80,8 @@ def pack(
             None: as found in the source, or else as published for the set that it is, or else drawn by ``SHARES``.
         split_seed: of the draw.
         image_size: pixels a side, or (height, width); images of another size are resized. None: the size that all
-            images have; where they differ, and for the published Omniglot, the one usual for the known set, or else
-            one chosen from them.
+            images have, up to 224 pixels on the shorter side; where they differ, and for the published Omniglot, the
+            one usual for the known set, or else one chosen from them.
         channels: 1 (grey) or 3 (RGB); None: grey where all images are.
         name: of the set; None: that of the known set whose split is made, or of the source.
         min_images: a class of fewer is left out; 2: one support and one query image.
@@ -218,6 +218,7 @@ def _items(
                 "shares to draw by, e.g. 64,16,20",
             )
         if known is None and lists is None:
+            _refuse_doubles(tree, classes)
             shares = SHARES
     if shares:
         classes = {name: paths for name, paths in short_names(classes).items() if name}  # '': beside the class folders
@@ -228,6 +229,15 @@ def _items(
     size = {path: member.size for path, member in found.tree.files.items()}
     items = [Item(split, name, path, size[path]) for name, (split, paths) in chosen.items() for path in paths]
     return items, known, shares
+
+
+def _refuse_doubles(tree: SourceTree, classes: Mapping[str, Sequence[str]]) -> None:
+    """Raise DataError where a class may lie in two folders: drawn apart, it would be trained on and tested on."""
+    seen: dict[str, str] = {}
+    for path in classes:
+        if (other := seen.setdefault(posixpath.basename(path), path)) != path:
+            what = f"{tree.where} has {posixpath.basename(path)} twice, {other} and {path}"
+            raise DataError(what, "put them into one folder if they are one class, or say how to divide: --splits")
 
 
 def _compared(known: str | None, items: Sequence[Item]) -> tuple[str | None, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,7 +39,10 @@ def find_examples(source: str) -> Examples:
     remedy = "give a folder with a folder of pictures for each class"
     if not tree.images:
         raise DataError(f"--support {source} holds no pictures", remedy)
-    labels = [path.partition("/")[0] for path in tree.images]
+    folders = [posixpath.dirname(path) for path in tree.images]
+    top = posixpath.commonpath(folders)  # of all classes, as in an archive of one folder
+    top = posixpath.dirname(top) if top in folders else top
+    labels = [path[len(top) :].lstrip("/").partition("/")[0] for path in tree.images]
     for path in tree.images:
         if "/" not in path:
             raise DataError(f"picture {path} of --support {source} lies in no class folder", remedy)

@@ -54,7 +54,9 @@ def test_the_shape_of_an_episode_follows_from_the_set_and_the_run_keeps_it(words
 def test_what_would_happen_is_shown_with_its_source_or_with_what_is_missing(packed, words, capsys):
     assert main(["config", *words]) == 0
     assert "domain.ways: 2  # the set in domain.root" in capsys.readouterr().out
-    assert main(["config", "my_images", "domain.root=nowhere"]) == 1
+    assert main(["config", "my_images", "domain.root=nowhere"]) == 0
+    assert "domain.ways: null  # the set in domain.root, which is not here" in capsys.readouterr().out
+    assert main(["train", "my_images", "domain.root=nowhere"]) == 1
     assert "no packed image set at nowhere" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="domain.root is not set"):
         load_config("my_images")
@@ -69,3 +71,24 @@ def test_a_plan_needs_no_set(packed, root, said, capsys):
     set_ = f"domain.root={packed.parent / root}"
     assert main(["plan", "my_images", set_, "--gpus", "1", "--gpu-memory-gib", "8", *images]) == 0
     assert f"episode: {said}" in capsys.readouterr().out
+
+
+def test_a_split_of_one_class_makes_no_episode(tmp_path, capfd):
+    pictures = write_folder(tmp_path / "pictures", own_pictures(6, SIZES, images=4))
+    assert main(["data", "pack", str(pictures), str(tmp_path / "set"), "--splits", "70,15,15"]) == 0
+    assert main(["train", "my_images", f"domain.root={tmp_path / 'set'}", f"run.dir={tmp_path / 'run'}", *SHORT]) == 1
+    assert "has 1 class, and an episode needs 2 or more" in capfd.readouterr().err
+
+
+def test_a_folder_of_another_run_is_said(words, tmp_path, capfd):
+    quick = ["train.steps=1", "eval.val_episodes=1", "eval.final=false"]
+    assert main(["train", "sinusoid", f"run.dir={tmp_path / 'run'}", *quick]) == 0
+    assert main(["train", *words]) == 1
+    assert "domain.name was 'sinusoid', is 'images'" in capfd.readouterr().err
+
+
+def test_a_class_in_two_folders_is_not_drawn_apart(tmp_path, capfd):
+    files = own_pictures(6, SIZES, images=3)
+    twice = {f"{who}/{name}": data for who in ("alice", "bob") for name, data in files.items()}
+    assert main(["data", "pack", str(write_folder(tmp_path / "pictures", twice)), str(tmp_path / "set")]) == 1
+    assert " twice, alice/" in capfd.readouterr().err

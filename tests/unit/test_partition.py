@@ -99,7 +99,7 @@ def test_a_run_with_frozen_and_adapting_parts(tmp_path):
     ]
     learner = cml_dist.load(tmp_path / "run")
     adapted = learner.adapt([[0.0], [1.0]], [0.5, 1.0])
-    changed = {n for n, p in adapted._params.items() if not torch.equal(p, exported[n])}
+    changed = {n for n, p in adapted._network.items() if not torch.equal(p, exported[n])}
     assert changed == {"head.weight", "head.bias"}
 
 
@@ -227,8 +227,8 @@ def test_low_rank_factors_beside_a_frozen_body(tmp_path):
     learner = cml_dist.load(tmp_path / "run")
     images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8).numpy()
     adapted = learner.adapt(list(images), ["a", "b", "c"])
-    assert not torch.equal(adapted._params[weight], start[weight] + b @ a)
-    assert adapted._params["body.model.blocks.0.norm1.weight"].equal(exported["body.model.blocks.0.norm1.weight"])
+    assert not torch.equal(adapted._network[weight], start[weight] + b @ a)
+    assert adapted._network["body.model.blocks.0.norm1.weight"].equal(exported["body.model.blocks.0.norm1.weight"])
 
 
 def test_a_plan_counts_the_factors_as_what_adapts(tmp_path):

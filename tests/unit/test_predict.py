@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_sets import write_set
+from image_sets import write_set, write_zip
 from PIL import Image
 
 import cml_dist
@@ -246,6 +246,15 @@ def test_what_cannot_be_is_one_line_before_any_work(runs, folders, tmp_path, cap
         assert predict(*words) in (1, 2), said
         err = capfd.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and said in err, (said, err)
+
+
+def test_examples_may_be_an_archive_of_one_folder(runs, folders, tmp_path, capfd):
+    files = {f"top/{path.relative_to(folders)}": path.read_bytes() for path in (folders / "examples").rglob("*.png")}
+    archive = write_zip(tmp_path / "examples.zip", files)
+    for number, source in enumerate((folders / "examples", archive)):
+        out = tmp_path / f"{number}.csv"
+        assert predict(runs(), "--support", source, "--images", folders / "new", "--out", out) == 0
+    assert (tmp_path / "0.csv").read_text() == (tmp_path / "1.csv").read_text()
 
 
 def test_regression_is_not_for_pictures(tmp_path, folders, capfd):
