@@ -73,7 +73,7 @@ def _with_code(description: dict[str, Any], code: Sequence[str], folder: Path) -
         if key not in given:
             raise ConfigError(
                 f"{folder} needs code that it may not import by itself: {key} is {unsealed(recorded)}",
-                f"if you trust that code, name it: {key}={unsealed(recorded)} (cml_dist.load: code=[...])",
+                f"if you trust that code, name it: {(word := f'{key}={unsealed(recorded)}')} (in Python: code=['{word}'])",
             )
         now = sealed(given[key])
         if now.partition("@")[2] != recorded.partition("@")[2]:
