@@ -71,9 +71,10 @@ def _with_code(description: dict[str, Any], code: Sequence[str], folder: Path) -
         if not is_code(recorded):
             continue
         if key not in given:
+            word = f"{key}={unsealed(recorded)}"
             raise ConfigError(
                 f"{folder} needs code that it may not import by itself: {key} is {unsealed(recorded)}",
-                f"if you trust that code, name it: {(word := f'{key}={unsealed(recorded)}')} (in Python: code=['{word}'])",
+                f"if you trust that code, name it: {word} (in Python: code=['{word}'])",
             )
         now = sealed(given[key])
         if now.partition("@")[2] != recorded.partition("@")[2]:
