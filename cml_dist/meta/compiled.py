@@ -31,6 +31,8 @@ SWITCHED = 1e-2
 """What a few ReLUs and maxima that rounding switches move a float32 meta-gradient by, beside ten times of what they
 move the eager one by. What is wrong in a graph is a term of it, and larger."""
 
+Eager = Callable[[Params, Episode, Problem], MetaGradient]
+""":func:`meta_gradient` of a method by an engine, at a meta-step."""
 
 _traced: ContextVar[bool] = ContextVar("traced", default=False)
 
@@ -93,11 +95,11 @@ class CompiledGradient:
     ) -> MetaGradient:
         """As :func:`meta_gradient`; the same value to rounding."""
 
-        def eager(diagnose: bool = False) -> MetaGradient:
+        def eager(params: Params, episode: Episode, problem: Problem) -> MetaGradient:
             return meta_gradient(params, episode, problem, method, engine, diagnose=diagnose, meta_step=meta_step)
 
         if diagnose and len(problem.learners) == 2:
-            return eager(diagnose=True)
+            return eager(params, episode, problem)
         tensors = [tensor for batch in episode.batches for tensor in batch.tensors()]
         arguments = params, dict(problem.buffers), tensors
         shapes = tuple((t.shape, t.stride(), t.dtype) for t in (*params.values(), *tensors))
@@ -106,41 +108,33 @@ class CompiledGradient:
             self.graphs, self._schedule = {}, schedule
         key = shapes, episode.ways
         if key not in self.graphs and len(self.graphs) < MOST_GRAPHS:
-            self.graphs[key] = self._made(arguments, episode, problem, method, engine, meta_step)
+            self.graphs[key] = self._made(eager, arguments, episode, problem)
         graph = self.graphs.get(key)
         if graph is None and not self._told_of_shapes:
             self.tell(f"Episodes have more than {MOST_GRAPHS} shapes: the others are not compiled")
             self._told_of_shapes = True
         if graph is None or graph.run is None:
-            return eager()
+            return eager(params, episode, problem)
         with torch.no_grad():
             if self.mode == "reduce-overhead":
                 torch.compiler.cudagraph_mark_step_begin()  # what the graph gave before may be overwritten
             found = MetaGradient(*graph.run(*arguments))
         if graph.checked < CHECKED:
-            right = eager()
+            right = eager(params, episode, problem)
             if all(g.isfinite().all() for g in right.grads.values()):  # a diverged one proves nothing
                 graph.checked += 1
-                if self._differs(found, right, params, episode, problem, method, engine, meta_step):
+                if self._differs(found, right, lambda: _in_float64(eager, params, episode, problem)):
                     graph.run = None
                     return right
         return found
 
     def _made(
-        self,
-        arguments: tuple[Params, Params, list[Tensor]],
-        episode: Episode,
-        problem: Problem,
-        method: Method,
-        engine: Engine | str,
-        meta_step: int,
+        self, eager: Eager, arguments: tuple[Params, Params, list[Tensor]], episode: Episode, problem: Problem
     ) -> Graph:
         def whole(params: Params, buffers: Params, tensors: list[Tensor]) -> tuple[Params, dict[str, Tensor]]:
             left, here = iter(tensors), copy.copy(problem)
             here.buffers = buffers
-            found = meta_gradient(
-                params, episode.map(lambda _: next(left)), here, method, engine, meta_step=meta_step
-            )
+            found = eager(params, episode.map(lambda _: next(left)), here)
             return found.grads, found.terms
 
         from torch.fx.experimental.proxy_tensor import make_fx  # with SymPy, which takes a second
@@ -167,30 +161,17 @@ class CompiledGradient:
         self.tell(f"Compiled the meta-step in {time.monotonic() - began_s:.0f} s")
         return Graph(run)
 
-    def _differs(
-        self,
-        found: MetaGradient,
-        eager: MetaGradient,
-        params: Params,
-        episode: Episode,
-        problem: Problem,
-        method: Method,
-        engine: Engine | str,
-        meta_step: int,
-    ) -> bool:
+    def _differs(self, found: MetaGradient, eager: MetaGradient, in_float64: Callable[[], MetaGradient]) -> bool:
         """Whether a compiled value is further from eager arithmetic than rounding can explain; says so."""
-        dtype = next(iter(params.values())).dtype
+        dtype = next(iter(eager.grads.values())).dtype
         error = distance(found.grads, eager.grads)
         if error <= TOLERANCE[dtype]:
             return False
         said = f"{error:.1e} from that of eager arithmetic"
         if dtype == torch.float32:
             # Second-order gradients can be so sensitive to rounding that two right values differ by percents.
-            exact = copy.copy(problem)
-            exact.buffers, exact.autocast = {n: _double(b) for n, b in problem.buffers.items()}, None
-            doubled = {n: p.double() for n, p in params.items()}, episode.map(_double)
             try:
-                right = meta_gradient(*doubled, exact, method, engine, meta_step=meta_step).grads
+                right = in_float64().grads
             except Exception as failed:  # no memory for it, or a network that has no float64
                 said += f" (in float64 it cannot be computed: {type(failed).__name__})"
             else:
@@ -208,6 +189,12 @@ def distance(one: Params, other: Params) -> float:
     parts = (torch.stack([torch.linalg.vector_norm(t) for t in side]).norm() for side in zip(*pairs, strict=True))
     difference, norm = (part.item() for part in parts)
     return difference / norm if norm else difference
+
+
+def _in_float64(eager: Eager, params: Params, episode: Episode, problem: Problem) -> MetaGradient:
+    exact = copy.copy(problem)
+    exact.buffers, exact.autocast = {n: _double(b) for n, b in problem.buffers.items()}, None
+    return eager({n: p.double() for n, p in params.items()}, episode.map(_double), exact)
 
 
 def _double(tensor: Tensor) -> Tensor:
