@@ -37,25 +37,26 @@ class Carrier:
         num_global: int,
         diagnose: frozenset[int] = frozenset(),
         meta_step: int = 0,
-        meanwhile: Callable[[dict[str, Tensor]], object] = lambda sums: None,
-    ) -> dict[str, Tensor]:
-        """Put the mean meta-gradient of all ranks' episodes where ``apply`` finds it; return this rank's sums of terms.
+        meanwhile: Callable[[dict[str, Tensor]], Any] = lambda sums: sums,
+    ) -> Any:
+        """Put the mean meta-gradient of all ranks' episodes where ``apply`` finds it; return what ``meanwhile`` does.
 
         Args:
             episodes: this rank's share (may be empty), gone through as often as the method says.
             num_global: episodes of the meta-step over all ranks. The wrapper averages over ranks, so each episode
                 weighs N / num_global: exact also where N does not divide num_global.
             diagnose, meta_step: see :class:`MetaModel`.
-            meanwhile: called with the sums just before the reduction, beside which it may start one of its own.
+            meanwhile: called with this rank's sums of terms just before the reduction, beside which it may start one
+                of its own; by default it returns them.
 
         Collective: all ranks.
         """
         self._clear()
         weight = self.world.size / num_global
         loss, sums = self._wrapped(episodes, weight, diagnose, meta_step, self.world.average)
-        meanwhile(sums)
+        found = meanwhile(sums)
         self._backward(loss)
-        return sums
+        return found
 
     def apply(self, lr: float, clip_norm: float | None) -> tuple[float, bool]:
         """One outer step with the mean meta-gradient; skipped, on all ranks alike, where it is not finite.

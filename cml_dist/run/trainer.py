@@ -249,14 +249,13 @@ class Trainer:
         diagnose = frozenset(range(self.step * num_episodes, (self.step + 1) * num_episodes) if is_logged else ())
         world.heartbeat.wait(f"the start of step {self.step + 1}")  # where ZeRO-3 gathers the parameters
         episodes = EachTime(lambda: self.episodes(stream))
-        told = []  # beside the reduction of the meta-gradient, and there before the optimizer is
-        self.strategy.gradient(
-            episodes, num_episodes, diagnose, self.step,
-            meanwhile=lambda sums: told.append(world.start_sum(self.to_tell(sums))),
-        )  # fmt: skip
+        # Beside the reduction of the meta-gradient, and there before the optimizer is.
+        told = self.strategy.gradient(
+            episodes, num_episodes, diagnose, self.step, meanwhile=lambda sums: world.start_sum(self.to_tell(sums))
+        )
         lr = learning_rate(config.optim, self.step, config.train.steps)
         norm, taken = self.strategy.apply(lr, config.optim.clip_norm)
-        terms, stop, save, memory_gib = self.read(told[0]())
+        terms, stop, save, memory_gib = self.read(told())
         world.heartbeat.beat(f"the end of step {self.step + 1}")
         self.step += 1
         self.state["skipped"] += not taken
