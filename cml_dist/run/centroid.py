@@ -14,7 +14,6 @@ from cml_dist.distributed.world import World
 from cml_dist.meta.problem import Problem, class_means
 from cml_dist.run.assemble import Parts
 from cml_dist.run.evaluator import EvalReport, evaluate
-from cml_dist.run.interval import half_width
 from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.text import interval, score
 from cml_dist.types import Episode, Learner, Params
@@ -62,12 +61,8 @@ def score_centroid(
 
 def beside(report: EvalReport, centroid: EvalReport) -> dict[str, Any]:
     """The paired difference of a learner to it, with its 95 % interval over episodes."""
-    differences = report.scores - centroid.scores
-    count = len(differences)
-    return {
-        "difference": differences.mean().item(),
-        "ci95": half_width(differences.std(correction=1).item(), count) if count > 1 else None,
-    }
+    found = EvalReport(report.scores - centroid.scores).summary()
+    return {"difference": found["mean"], "ci95": found["ci95"]}
 
 
 def in_words(config: RunConfig, against: Mapping[Learner, dict[str, Any]]) -> str:
@@ -89,5 +84,3 @@ def tell_before(config: RunConfig, parts: Parts, world: World, console: Console,
     name = parts.domain.score_name
     found = f"{score(name, report.mean, 2)} {interval(name, report.ci95, 2)}"
     console.note(f"The {TITLE} on the features as they are: {found} on the val episodes; meta-training has to beat it")
-
-

@@ -121,15 +121,15 @@ def score_run(
         del params
     if config.eval.untrained:
         floor = test([{n: p.detach() for n, p in parts.net.named_parameters()}], "Testing untrained")
-    centroid = None
+    centroid, against = {}, {}
     if is_compared(config, parts):
-        centroid = score_centroid(config, parts, world, console, config.eval.split, config.eval.episodes, stop)
-    against = {one: beside(report, centroid) for one, report in reports.items()} if centroid else {}
+        scored = score_centroid(config, parts, world, console, config.eval.split, config.eval.episodes, stop)
+        centroid, against = {"meta": scored}, {one: beside(report, scored) for one, report in reports.items()}
     overrides = world.run_on_all_ranks(lambda: overrides_of(config, parts, checkpoint))
     summary: dict[str, Any] = {learner: report.summary() for learner, report in reports.items()}
     summary |= {
         "untrained": {learner: report.summary() for learner, report in floor.items()},
-        **({"centroid": centroid.summary() | against} if centroid else {}),
+        **({"centroid": centroid["meta"].summary() | against} if centroid else {}),
         **({"ensemble": {one: report.summary() for one, report in together.items()}} if together else {}),
         **({"ensemble_steps": [member.step for member in members]} if together else {}),
         "chance": parts.domain.chance,
@@ -152,7 +152,8 @@ def score_run(
         scores = io.BytesIO()
         further = {"ensemble": together, "untrained": floor}
         named = reports | {f"{kind}_{one}": report for kind, own in further.items() for one, report in own.items()}
-        named |= {"centroid": centroid} if centroid else {}
+        if centroid:
+            named["centroid"] = centroid["meta"]
         named |= {f"{name}_grid": report.grid for name, report in named.items() if report.grid is not None}
         np.savez(scores, **{name: report.scores.numpy() for name, report in named.items()})
         fence()
@@ -163,7 +164,7 @@ def score_run(
         if not asked:
             write_json(folder.eval_file, summary)
         rows = {"{}": reports, f"{{}} (ensemble of {len(members)})": together, "untrained {}": floor}
-        rows |= {TITLE: {"meta": centroid}} if centroid else {}
+        rows[TITLE] = centroid
         _show(config, parts, rows, console, title := f"{config.eval.split} split, step {checkpoint.step} ({how})")
         if centroid:
             console.note(in_words(config, against))
