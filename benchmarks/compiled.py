@@ -21,13 +21,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from speed import seconds
 
 from cml_dist.config.load import load_config
 from cml_dist.data.sinusoid import SinusoidDomain
@@ -113,12 +113,6 @@ def measure(name: str) -> dict[str, Any]:
     for way, how in (("eager", meta_gradient), ("compiled", compute)):
         found[way] = {"s": times[way], "mib": peak(ways[way]), "error": off(how)}
     return found
-
-
-def seconds(work: Callable[[], object]) -> float:
-    began_s = time.perf_counter()
-    work()
-    return time.perf_counter() - began_s
 
 
 def peak(work: Callable[[], object]) -> float:

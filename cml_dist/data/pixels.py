@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -79,6 +80,14 @@ def size_and_channels(data: bytes, what: str) -> tuple[tuple[int, int], int]:
         if image.width != image.height and image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE:
             image = ImageOps.exif_transpose(image)  # not by hand: Pillow turns some formats by itself
     return (image.height, image.width), 1 if is_grey else 3
+
+
+def file_bytes(path: str | Path) -> bytes:
+    """What is in a file; DataError where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})", "check the path") from error
 
 
 def read_pixels(

@@ -68,8 +68,8 @@ def forecast(
     asked = config.parallel.processes
     if asked not in (None, gpus):
         raise ConfigError(f"parallel.processes is {asked}, but --gpus is {gpus}", f"set parallel.processes={gpus}")
-    inputs = known_inputs(config, image_size, channels)
     config, was_open = known_shape(config), bool(open_keys(config))
+    inputs = known_inputs(config, image_size, channels)
     net = network_structure(config, inputs)
     # Strategies are what is compared here; the plan is asked for the rest.
     parallel = config.parallel.model_copy(update={"strategy": "auto", "offload": "auto"})

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cml_dist.data.pixels import read_pixels
+from cml_dist.data.pixels import file_bytes, read_pixels
 from cml_dist.errors import DataError
 
 
@@ -41,11 +41,7 @@ def _pixels(image: Any, what: str, shape: tuple[int, ...]) -> np.ndarray:
     """One image as uint8 ``[C, H, W]`` in the network's size and channels, read as packing reads it."""
     channels, *image_size = shape
     if isinstance(image, (str, Path)):
-        what = str(image)
-        try:
-            image = Path(image).read_bytes()
-        except OSError as error:
-            raise DataError(f"{what} cannot be read ({error.strerror})", "check the path") from error
+        what, image = str(image), file_bytes(image)
     elif not isinstance(image, (bytes, Image.Image)):
         try:
             array = np.asarray(image)

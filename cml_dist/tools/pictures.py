@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from cml_dist.data.pixels import file_bytes
 from cml_dist.errors import DataError
 from cml_dist.tools.sources.tree import ARCHIVE, SYSTEM, SourceTree, natural_order, open_source
 
@@ -72,7 +73,7 @@ def find_pictures(places: Sequence[str]) -> tuple[list[PictureFile], list[str]]:
                 found += _named(name, tree)
                 left += _others(name, tree)
             else:
-                found.append(PictureFile(name, partial(_bytes_of, name)))
+                found.append(PictureFile(name, partial(file_bytes, name)))
     if not found:
         raise DataError(
             f"--images {' '.join(places)} holds no pictures", "give a folder, a picture or a pattern of them"
@@ -88,10 +89,3 @@ def _others(source: str, tree: SourceTree) -> list[str]:
     images = set(tree.images)
     left = [path for path, why in tree.left if why != SYSTEM] + [path for path in tree.files if path not in images]
     return [f"{source.rstrip('/')}/{path}" for path in left]
-
-
-def _bytes_of(name: str) -> bytes:
-    try:
-        return Path(name).read_bytes()
-    except OSError as error:
-        raise DataError(f"{name} cannot be read ({error.strerror})", "check the path") from error
