@@ -135,6 +135,20 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         ),
         JSON,
     )),
+    "compare": ("compare.compare", "finished runs side by side on the same test episodes: paired differences", (
+        _option("runs", "run folders, or folders with runs somewhere below", metavar="RUN", nargs="+"),
+        _option(
+            "--baseline", "what the others differ from: a variant as the table names it, e.g. method.name=maml, or one "
+            "of its run folders (default: MAML, else a method without the co-learner, else the first)", metavar="NAME",
+        ),
+        _option(
+            "--reach", "count the steps to so many per cent of the best validation (default 95)", type=float,
+            default=95.0, metavar="PERCENT",
+        ),
+        _option("--csv", "also write the numbers as they are", metavar="FILE"),
+        _option("--latex", "also write the tables for LaTeX (booktabs)", metavar="FILE"),
+        _option("--md", "also write the tables in Markdown", metavar="FILE"),
+    )),
     "export": ("finished.export", "write body and head of a run as safetensors with a model card", (
         RUN_DIR, _option("--to", "where to write (default: RUN_DIR/export)", metavar="DIR"), CHECKPOINT, OVERRIDES,
     )),
@@ -228,6 +242,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cml-dist eval runs/curves --plot fits.png",
     ),
     "status": ("cml-dist status runs/first --watch", "cml-dist status runs/* --check"),
+    "compare": (
+        "cml-dist compare runs/maml-* runs/cml-* --latex table.tex",
+        "cml-dist compare runs --baseline method.name=boil --csv compare.csv",
+    ),
     "export": ("cml-dist export runs/first --to first-model",),
     "predict": (
         "cml-dist predict runs/mine --support examples --images new --out predictions.csv",

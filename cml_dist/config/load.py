@@ -287,10 +287,10 @@ def annotated(config: RunConfig, sources: Mapping[str, str]) -> str:
     """The same in whole keys, a line each, with the sources of :class:`Layers` as comments."""
     settings = flatten(config.model_dump(mode="json"))
     comments = {key: f"  # {source}" for key, source in sources.items()}
-    return "".join(f"{key}: {_as_yaml(value)}{comments.get(key, '')}\n" for key, value in settings.items())
+    return "".join(f"{key}: {as_yaml(value)}{comments.get(key, '')}\n" for key, value in settings.items())
 
 
-def _as_yaml(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     """A value as one would write it in an override."""
     return yaml.safe_dump([value], default_flow_style=True, width=10**6).strip()[1:-1]
 
@@ -337,7 +337,7 @@ def _meanings(model: Any, prefix: str) -> Iterator[tuple[str, str]]:
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             yield from _meanings(info.annotation, f"{prefix}{name}.")
             continue
-        default = "required" if info.is_required() else f"default {_as_yaml(info.default)}"
+        default = "required" if info.is_required() else f"default {as_yaml(info.default)}"
         choices = " | ".join(choice for choice in get_args(info.annotation) if isinstance(choice, str))
         description = info.description or ""
         if info.default is None and "null: " in description:  # already there, with what it means

@@ -144,6 +144,7 @@ def score_run(
         "permutations": config.eval.permutations,
         "co_adapt": config.eval.co_adapt,
         "seed": config.eval.seed,
+        "data": parts.domain.fingerprint(),
     }
 
     def write() -> None:

@@ -1,0 +1,335 @@
+"""Runs beside each other on the same test episodes: paired differences, over episodes and over seeds.
+
+:func:`compare` is a pure function of what :func:`read_run` found in the folders. No torch, but for runs of versions
+whose ``eval.json`` did not have the checksum of the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from cml_dist.config.load import as_yaml, flatten
+from cml_dist.config.methods import method_title
+from cml_dist.config.schema import ImageSettings, MethodConfig, OptimConfig, RunConfig
+from cml_dist.errors import CheckpointError, ConfigError
+from cml_dist.registry import method_entry
+from cml_dist.run.folder import NEUTRAL_KEYS, RunFolder, same_everywhere
+from cml_dist.run.interval import Estimate, estimate
+from cml_dist.run.status import read_status
+from cml_dist.telemetry.metrics import read_metrics
+
+UNNAMED_KEYS = (*(key for key in NEUTRAL_KEYS if key != "engine."), "run.seed", "eval.untrained", "eval.ensemble")
+"""Settings in which runs of one variant may differ. Engines change no value, but seconds and memory."""
+
+SAME_EPISODES = (
+    *("domain.augment.", "domain.mean", "domain.std", "domain.statistics"),
+    *("domain.memory_gib", "domain.workers", "domain.splits"),
+    *("domain.base", "domain.hops", "domain.cap", "domain.readout", "domain.adjacency", "domain.dropout"),
+)
+"""Settings of a domain with which test episodes stay the same examples."""
+
+_DAMAGE = (OSError, EOFError, BadZipFile, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What records raise that somebody else wrote, or that were cut off."""
+
+
+@dataclass(frozen=True)
+class TestedRun:
+    """What a finished run's folder says.
+
+    Attributes:
+        folder: as it was named.
+        seed: ``run.seed``.
+        settings: flat, those that make a variant.
+        episodes: what the test episodes follow from, by setting.
+        method: as tables name it.
+        score: ``accuracy`` (0 to 1) or ``mse``.
+        scores: ``[episodes]`` float64 of the learner that the run is about (``eval.learner``).
+        validations: (step, mean) of each, oldest first.
+        seconds: of all meta-steps; without validations and the test.
+        peak_memory_gib: largest of any process; None: not recorded.
+    """
+
+    __test__ = False  # no class of tests, whatever pytest thinks of its name
+
+    folder: str
+    seed: int
+    settings: dict[str, Any]
+    episodes: dict[str, Any]
+    method: str
+    score: str
+    scores: np.ndarray
+    validations: tuple[tuple[int, float], ...] = ()
+    seconds: float | None = None
+    peak_memory_gib: float | None = None
+
+    def steps_to(self, reach: float) -> int | None:
+        """The first validated step with at least this part of the best validation's score; None: none was scored."""
+        if not self.validations:
+            return None
+        lower = self.score == "mse"
+        best = (min if lower else max)(mean for _, mean in self.validations)
+        return next(s for s, mean in self.validations if (mean <= best / reach if lower else mean >= reach * best))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a variant to the baseline, episode by episode.
+
+    Attributes:
+        seeds: those that both have; empty: the means over each one's own seeds are compared.
+        over_episodes: of the mean over these seeds; of these very runs.
+        over_seeds: of the means over episodes; of training anew, on these very episodes.
+    """
+
+    seeds: tuple[int, ...]
+    over_episodes: Estimate
+    over_seeds: Estimate
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        name: what differs from the other variants in its configuration.
+        runs: by seed.
+        over_episodes, over_seeds: its mean score.
+        difference: to the baseline; None: this is it.
+        seconds, steps_to_reach: means over its runs; None: not recorded of all.
+        peak_memory_gib: largest of its runs.
+    """
+
+    name: str
+    runs: tuple[TestedRun, ...]
+    over_episodes: Estimate
+    over_seeds: Estimate
+    difference: Difference | None
+    seconds: float | None
+    steps_to_reach: float | None
+    peak_memory_gib: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Variants on the same test episodes, the baseline first.
+
+    Attributes:
+        score: ``accuracy`` or ``mse``.
+        split, episodes: of the test.
+        reach: of the best validation's score, to which ``steps_to_reach`` counts.
+        notes: what is to be said of it, a line each.
+    """
+
+    score: str
+    split: str
+    episodes: int
+    reach: float
+    variants: tuple[Variant, ...]
+    notes: tuple[str, ...]
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def find_runs(places: Iterable[str]) -> list[str]:
+    """Run folders, each once: those named, and all below a folder that is none itself."""
+    found: dict[str, str] = {}
+    for place in places:
+        for run in list(_runs_below(place)) or [place]:
+            found.setdefault(os.path.realpath(run), run)
+    return list(found.values())
+
+
+def _runs_below(place: str) -> Iterator[str]:
+    for root, folders, _ in os.walk(place):
+        folders.sort()
+        if RunFolder(root).exists:
+            folders.clear()
+            yield root
+
+
+def read_run(path: str) -> TestedRun:
+    """What a run's folder says of its own test.
+
+    Raises:
+        CheckpointError: it is no run, is not finished or not tested, or its records are damaged.
+        ConfigError: its configuration cannot be read.
+    """
+    folder = RunFolder(path)
+    folder.check_contained()
+    config = folder.read_config()
+    if config.all_splits:
+        raise CheckpointError(f"{path} holds a run for each class split", "name the folders of one of them")
+    status = read_status(folder.status_file)
+    if status is None or status.state != "finished":
+        raise CheckpointError(f"{path} is not finished ({status.state if status else 'no status.json'})", "resume it")
+    if (test := folder.own_test()) is None:
+        raise CheckpointError(f"{path} has no test ({folder.eval_file.name})", f"run cml-dist eval {path}")
+    try:
+        return _tested(folder, config, test)
+    except _DAMAGE as error:
+        what = f"the test in {path} is damaged ({type(error).__name__}: {str(error)[:200]})"
+        raise CheckpointError(what, f"run cml-dist eval {path}") from error
+
+
+def _tested(folder: RunFolder, config: RunConfig, test: dict[str, Any]) -> TestedRun:
+    learner = config.eval.learner if config.eval.learner in test else "meta"
+    with open(folder.scores_file, "rb") as opened, np.load(opened) as file:  # np.load leaves a torn one open
+        scores = file[learner].astype(float, casting="safe").reshape(test[learner]["episodes"])
+    if (told := test[learner]["mean"]) is not None and not math.isclose(told, scores.mean(), rel_tol=1e-9):
+        raise ValueError(f"{folder.eval_file.name} and {folder.scores_file.name} are of two tests")
+    settings = same_everywhere(config)
+    episodes = {k: v for k, v in settings.items() if k.startswith("domain.") and not k.startswith(SAME_EPISODES)}
+    if isinstance(config.domain, ImageSettings):
+        del episodes["domain.name"]  # whatever the set is called, its checksum says which it is
+    if (data := test.get("data")) is None:
+        from cml_dist.run.checkpoint import newest_state
+
+        data = newest_state(folder.checkpoints).get("data", "")
+    episodes |= {"the data's checksum": data[:12], "eval.split": test["split"]}
+    episodes |= {"eval.seed": test.get("seed", config.eval.seed), "eval.episodes": len(scores)}
+    metrics = read_metrics(folder.metrics_file)
+    memory = [line["peak_memory_gib"] for line in metrics if line.get("peak_memory_gib") is not None]
+    validated = ((line["step"], line["mean"]) for line in read_metrics(folder.validation_file))
+    return TestedRun(
+        folder=str(folder.path),
+        seed=config.run.seed,
+        settings={key: value for key, value in settings.items() if not key.startswith(UNNAMED_KEYS)},
+        episodes=episodes,
+        method=method_title(config),
+        score=test["score"],
+        scores=scores,
+        validations=tuple((step, float(mean)) for step, mean in validated if mean is not None),
+        seconds=math.fsum(line.get("seconds") or 0.0 for line in metrics) or None,
+        peak_memory_gib=max(memory, default=None),
+    )
+
+
+# --------------------------------------------------------------------------- comparing
+
+
+def compare(runs: Sequence[TestedRun], baseline: str | None = None, reach: float = 0.95) -> Comparison:
+    """Put runs beside each other.
+
+    Args:
+        baseline: a variant's name, terms of it that no other variant has, or the folder of one of its runs; None: MAML,
+            else the first without the co-learner, else the first.
+        reach: part of the best validation's score, above 0 and at most 1.
+
+    Raises:
+        ConfigError: there are no runs, their test episodes differ (with in what), or nothing is the baseline.
+    """
+    if not runs:
+        raise ConfigError("there is no finished and tested run to compare", "name the folders of such runs")
+    for run in runs[1:]:
+        _check_same_episodes(runs[0], run)
+    notes, groups = [], {}
+    for run in runs:
+        group = groups.setdefault(json.dumps(run.settings, sort_keys=True), {})
+        if (first := group.setdefault(run.seed, run)) is not run:
+            notes.append(f"{run.folder} is left out: the variant and seed of {first.folder} again")
+    variants = [tuple(group[seed] for seed in sorted(group)) for group in groups.values()]
+    names = _names(variants)
+    base = _baseline(baseline, names, variants)
+    order = sorted(range(len(variants)), key=lambda k: k != base)
+    found = tuple(_variant(names[k], variants[k], None if k == base else variants[base], reach) for k in order)
+    for variant in found:
+        if variant.difference is not None and (alone := _unpaired(variant, found[0])):
+            notes.append(alone)
+    if len(found) == 1:
+        notes.append("All runs are of one variant: there is nothing to compare it with")
+    if any(len(variant.runs) == 1 for variant in found):
+        notes.append("A variant of one seed has no interval over seeds: train it again with run.seed=1, 2, ...")
+    return Comparison(runs[0].score, runs[0].episodes["eval.split"], len(runs[0].scores), reach, found, tuple(notes))
+
+
+def _check_same_episodes(first: TestedRun, run: TestedRun) -> None:
+    one, other = first.episodes | {"score": first.score}, run.episodes | {"score": run.score}
+    differs = [f"{k} is {other.get(k)}, there {one.get(k)}" for k in {**one, **other} if one.get(k) != other.get(k)]
+    if differs:
+        raise ConfigError(
+            f"{run.folder} was tested on other episodes than {first.folder}: {'; '.join(differs)}",
+            "compare runs of one test, or run them again with these settings alike",
+        )
+
+
+def _names(variants: Sequence[tuple[TestedRun, ...]]) -> list[str]:
+    """What differs: ``method.name=boil, inner_steps=5``, without what follows from a method's name in each variant."""
+    each = [runs[0].settings for runs in variants]
+    keys = [key for key in {key: None for one in each for key in one} if len({str(one.get(key)) for one in each}) > 1]
+    pairs = [(one, _implied(one)) for one in each]
+    keys = [key for key in keys if any(key not in implied or implied[key] != one[key] for one, implied in pairs)]
+    if not keys:
+        return [variants[0][0].method]
+    keys.sort(key=lambda key: not key.startswith("method."))
+    short = {key: key if key == "method.name" else key.removeprefix("method.") for key in keys}
+    return [", ".join(f"{short[key]}={as_yaml(one.get(key))}" for key in keys) for one in each]
+
+
+def _implied(settings: dict[str, Any]) -> dict[str, Any]:
+    """What the method's name says of ``method.*`` and ``optim.*``, and the co-learner of its weight."""
+    name = settings["method.name"]
+    said = {"name": name, "colearner": settings["method.colearner"]}
+    method, with_it = (MethodConfig.model_validate(one).model_dump(mode="json") for one in ({"name": name}, said))
+    optim = OptimConfig.model_validate(dict(method_entry(name).optim)).model_dump(mode="json")
+    found = flatten({"method": {**with_it, "colearner": method["colearner"]}, "optim": optim})
+    return {key: value for key, value in found.items() if key != "method.name"}
+
+
+def _baseline(asked: str | None, names: Sequence[str], variants: Sequence[tuple[TestedRun, ...]]) -> int:
+    if asked is None:
+        settings = [runs[0].settings for runs in variants]
+        rank = [(one["method.colearner"] is not False, one["method.name"] != "maml") for one in settings]
+        return rank.index(min(rank))
+    place = os.path.realpath(asked)
+    chosen = [k for k, runs in enumerate(variants) if place in (os.path.realpath(run.folder) for run in runs)]
+    chosen = chosen or [k for k, name in enumerate(names) if name == asked]
+    chosen = chosen or [k for k, name in enumerate(names) if _terms(asked) <= _terms(name)]
+    if len(chosen) != 1:
+        what = f"the baseline {asked!r} is {'none' if not chosen else f'{len(chosen)}'} of the variants"
+        raise ConfigError(what, f"name one of: {'; '.join(names)}; or one of the run folders")
+    return chosen[0]
+
+
+def _terms(name: str) -> set[str]:
+    return {term.strip() for term in name.split(", ")}
+
+
+def _variant(name: str, runs: tuple[TestedRun, ...], baseline: tuple[TestedRun, ...] | None, reach: float) -> Variant:
+    scores = np.stack([run.scores for run in runs])
+    seconds, steps = [run.seconds for run in runs], [run.steps_to(reach) for run in runs]
+    memory = [run.peak_memory_gib for run in runs if run.peak_memory_gib is not None]
+    return Variant(
+        name, runs, estimate(scores.mean(0)), estimate(scores.mean(1)),
+        None if baseline is None else _difference(runs, baseline),
+        *(None if None in values else float(np.mean(values)) for values in (seconds, steps)),
+        max(memory, default=None),
+    )  # fmt: skip
+
+
+def _difference(runs: tuple[TestedRun, ...], baseline: tuple[TestedRun, ...]) -> Difference:
+    ours, theirs = ({run.seed: run.scores for run in group} for group in (runs, baseline))
+    if not (seeds := tuple(seed for seed in ours if seed in theirs)):
+        apart = np.mean([*ours.values()], axis=0) - np.mean([*theirs.values()], axis=0)
+        return Difference((), estimate(apart), Estimate(float(apart.mean())))
+    apart = np.stack([ours[seed] - theirs[seed] for seed in seeds])
+    return Difference(seeds, estimate(apart.mean(0)), estimate(apart.mean(1)))
+
+
+def _unpaired(variant: Variant, baseline: Variant) -> str:
+    """What is to be said of seeds that one of the two alone has."""
+    ours, theirs = ({run.seed for run in one.runs} for one in (variant, baseline))
+    if not (alone := ours ^ theirs):
+        return ""
+    if not variant.difference.seeds:
+        return f"{variant.name} has no seed in common with the baseline: no interval over seeds"
+    shown = ", ".join(map(str, sorted(alone)))
+    return f"{variant.name}: the difference is of the common seeds, without {shown}"
