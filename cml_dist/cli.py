@@ -196,6 +196,12 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
             "--min-images", "leave out classes of fewer images (default 2: one support and one query image)", type=int,
             default=2, metavar="N",
         ),
+        _option(
+            "--group-by", "regular expression on a picture's path in SOURCE; its first group, or the whole match, is "
+            "what pictures have in common (a video, a patient), of which no episode has some in both support and query "
+            "set",
+            metavar="PATTERN",
+        ),
         _option("--strict", "fail where a picture would be left out", action="store_true"),
         _option(
             "--max-member-mib", "refuse a file that unpacks to more (default 1024)", type=float, default=1024,
@@ -256,7 +262,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "launch local": ("cml-dist launch local --processes 2 --config zero2 -- train glyphs run.dir=runs/two",),
     "launch slurm": ("cml-dist launch slurm glyphs run.dir=runs/job --nodes 2 --gpus-per-node 8 --time 04:00:00",),
     "launch files": ("cml-dist launch files my-launch",),
-    "data pack": ("cml-dist data pack pictures/ data/mine", "cml-dist data pack omniglot.zip data/omniglot"),
+    "data pack": (
+        "cml-dist data pack pictures/ data/mine",
+        "cml-dist data pack omniglot.zip data/omniglot",
+        r"cml-dist data pack scans/ data/scans --group-by 'patient\d+'",
+    ),
     "data inspect": ("cml-dist data inspect data/mine --ways 5 --shots 5",),
 }
 """Of each command, for its help."""

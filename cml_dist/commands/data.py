@@ -15,11 +15,13 @@ def pack(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.config.load import recipes
     from cml_dist.data.base import SPLITS
     from cml_dist.telemetry.console import preparing
+    from cml_dist.tools.inspect import GROUP_COLUMNS, group_cells
     from cml_dist.tools.pack import pack as packed
     from cml_dist.tools.sources.known_splits import known_sets
     from cml_dist.tools.sources.tree import Limits
 
-    options = ("download", "layout", "splits", "split_seed", "image_size", "channels", "name", "min_images", "strict")
+    options = ("download", "layout", "splits", "split_seed", "image_size", "channels", "name", "min_images", "group_by",
+               "strict")  # fmt: skip
     limits = Limits(member_mib=args.max_member_mib, pixels=args.max_pixels, files=args.max_files)
     with preparing(console) as progress:
         given = {name: getattr(args, name) for name in options}
@@ -27,8 +29,12 @@ def pack(args: argparse.Namespace, console: Console) -> None:
     shards = made.shards
     height, width = shards.image_size
     kind = "grey" if shards.channels == 1 else "RGB"
-    rows = [(split, len(shards.split_info(split).classes), shards.num_images(split)) for split in shards.splits]
-    console.table(f"{shards.name} ({made.layout}), {width}x{height} px, {kind}", ("split", "classes", "images"), rows)
+    rows = [
+        (split, len(shards.split_info(split).classes), shards.num_images(split), *group_cells(shards, split))
+        for split in shards.splits
+    ]
+    columns = ("split", "classes", "images", *(GROUP_COLUMNS if args.group_by is not None else ()))
+    console.table(f"{shards.name} ({made.layout}), {width}x{height} px, {kind}", columns, rows)
     size_mib = sum(file.size for file in shards.info.shards) / 2**20
     console.note(
         f"Packed {len(shards):,} images, {size_mib:.1f} MiB, into {args.dest} "
@@ -55,7 +61,7 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.data.shards import ShardSet
     from cml_dist.errors import ConfigError
     from cml_dist.telemetry.console import preparing
-    from cml_dist.tools.inspect import COLUMNS, draw_contact_sheet, split_rows
+    from cml_dist.tools.inspect import COLUMNS, GROUP_COLUMNS, draw_contact_sheet, group_cells, split_rows
 
     for name in ("ways", "shots", "episodes"):
         if getattr(args, name) < 1:
@@ -75,6 +81,10 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
     kind = "grey" if info.channels == 1 else "RGB"
     title = f"{info.name}, {width}x{height} px, {kind} (min, median, max: images a class)"
     console.table(title, COLUMNS, split_rows(shards))
+    if info.group_by is not None:
+        title = f"Groups by {info.group_by!r}: none has images in both support and query set of an episode"
+        rows = [(split, *group_cells(shards, split)) for split in shards.splits]
+        console.table(title, ("split", *GROUP_COLUMNS), rows)
     if info.mean and info.std:
         means, stds = (", ".join(f"{x:.4f}" for x in values) for values in (info.mean, info.std))
         console.note(f"mean {means}; std {stds} (pixels in 0..1, train split)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 RunConfig = Any  # schema.RunConfig
@@ -22,12 +22,19 @@ def with_shape(config: RunConfig, shape: Mapping[str, Any]) -> RunConfig:
     return config.model_copy(update={"domain": config.domain.model_copy(update=update)}) if update else config
 
 
-def shape_for(config: RunConfig, classes: int, images: int) -> RunConfig:
-    """The configuration with a shape for splits of at least so many classes, and these of so many images.
+def shape_for(config: RunConfig, classes: int, fits: Callable[[int, int], bool]) -> RunConfig:
+    """The configuration with a shape for splits of at least so many classes.
 
     Where shots and queries are both open and images few, they get half of them each.
+
+    Args:
+        fits: whether each class can fill so many shots and queries.
     """
-    domain, both = config.domain, {"shots", "queries"} <= set(open_keys(config))
-    shots = domain.shots or max(1, min(MOST["shots"], images // 2 if both else images - domain.queries))
-    queries = max(1, min(MOST["queries"], images - shots))
+
+    def most(key: str, fits: Callable[[int], bool]) -> int:
+        return next(filter(fits, range(MOST[key], 1, -1)), 1)
+
+    domain = config.domain
+    shots = domain.shots or most("shots", lambda shots: fits(shots, domain.queries or shots))
+    queries = most("queries", lambda queries: fits(shots, queries))
     return with_shape(config, {"ways": min(MOST["ways"], classes), "shots": shots, "queries": queries})

@@ -17,6 +17,7 @@ from cml_dist.data import sampling
 from cml_dist.data.base import ClassificationDomain, ModelInputs, Progress, episode_rng
 from cml_dist.data.cores import usable_cores
 from cml_dist.data.free_memory import available_bytes
+from cml_dist.data.groups import draw_parted
 from cml_dist.data.pixels import in_threads
 from cml_dist.data.shards import ShardSet
 from cml_dist.errors import ConfigError, DataError
@@ -24,6 +25,7 @@ from cml_dist.types import Batch, Episode
 
 _GIB = 2**30
 _REPORT_EVERY = 256  # images between two progress reports
+_TRIED = 10  # episodes of a set with groups that are drawn, without their images, before the first counts
 
 
 class ImageDomain(ClassificationDomain):
@@ -54,6 +56,7 @@ class ImageDomain(ClassificationDomain):
         self._mean, self._std = settings.mean or shards.info.mean, settings.std or shards.info.std
         self._has_fixed_ways = False
         self._sizes = {split: np.array(shards.split_info(split).images) for split in shards.splits}
+        self._groups = {split: shards.class_groups(split) for split in shards.splits}
         self._starts = {split: np.cumsum(sizes) - sizes for split, sizes in self._sizes.items()}
         self._decoded: dict[str, np.ndarray] = {}
         self._kept: dict[str, bool] = {}
@@ -79,21 +82,24 @@ class ImageDomain(ClassificationDomain):
                 "set domain.augment.rotate_classes=false",
             )
         for split in splits:
-            info, least = self.shards.split_info(split), settings.shots + settings.queries
+            info, groups = self.shards.split_info(split), self._groups[split]
             count = self._num_classes(split)
             if count < settings.ways:
                 what = f"domain.ways is {settings.ways}, but split {split!r} of {name} has {count} classes"
                 fewer = f"lower domain.ways to at most {count}"
                 raise DataError(what, f"use a set with {settings.ways}" if self._has_fixed_ways else fewer)
-            short = [(c, n) for c, n in zip(info.classes, info.images, strict=True) if n < least]
-            if short:
-                named = ", ".join(f"{c!r} has {n}" for c, n in short[:3])
+            if short := self.shards.short_classes(split, settings.shots, settings.queries):
+                named = ", ".join(f"{info.classes[n]!r} has {info.images[n]}" for n in short[:3])
                 more = f" and {len(short) - 3} more classes have too few" if len(short) > 3 else ""
+                whole = "" if groups is None else ", those of a group for one of both"
+                lower = f"shots + queries to at most {min(info.images)}" if groups is None else "shots or queries"
                 raise DataError(
                     f"an episode takes {settings.shots} + {settings.queries} images a class (domain.shots + "
-                    f"domain.queries), but in split {split!r} of {name} class {named}{more}",
-                    f"lower shots + queries to at most {min(info.images)}, or leave these classes out",
+                    f"domain.queries{whole}), but in split {split!r} of {name} class {named}{more}",
+                    f"lower {lower}, or leave these classes out",
                 )
+            for index in range(_TRIED if groups else 0):  # classes may share groups: a set that cannot be is found here
+                self._draw(episode_rng(self._seeds[split], split, index), split)
         channels = self.shards.channels
         for key, value in (("mean", self._mean), ("std", self._std)):
             if value is None or len(value) != channels:
@@ -135,11 +141,8 @@ class ImageDomain(ClassificationDomain):
         settings = self.settings
         ways, shots, queries, version = settings.ways, settings.shots, settings.queries, settings.draw or 2
         rng = episode_rng(self._seeds[split], split, index)
-        sizes = self._sizes[split]
-        # A class turned by t quarter turns is a class of its own: number c + t * len(sizes).
-        choice = np.tile(sizes, 4 if self._rotates(split) else 1)
-        classes, images = sampling.draw(rng, choice, ways, shots + queries, version)
-        turns, classes = np.divmod(classes, len(sizes))
+        classes, images = self._draw(rng, split)
+        turns, classes = np.divmod(classes, len(self._sizes[split]))
         pixels = self._pixels(split, (self._starts[split][classes][:, None] + images).reshape(-1))
         if self._rotates(split):
             pixels = sampling.turn(pixels, np.repeat(turns, shots + queries))
@@ -154,6 +157,15 @@ class ImageDomain(ClassificationDomain):
             labels = torch.arange(ways).repeat_interleave(part.shape[1])
             batches.append(Batch(torch.from_numpy(np.ascontiguousarray(images)), labels))
         return Episode(*batches, split, index, ways=ways)
+
+    def _draw(self, rng: np.random.Generator, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of classes ``[ways]`` and of their images; class c turned by t quarter turns is c + t * classes."""
+        settings, groups = self.settings, self._groups[split]
+        times = 4 if self._rotates(split) else 1
+        if groups is not None:
+            return draw_parted(rng, groups * times, settings.ways, settings.shots, settings.queries)
+        images = settings.shots + settings.queries
+        return sampling.draw(rng, np.tile(self._sizes[split], times), settings.ways, images, settings.draw or 2)
 
     def _changed(self, rng: np.random.Generator, split: str, images: np.ndarray) -> np.ndarray:
         """Training images uint8 ``[N, C, H, W]`` changed at random, as configured."""
@@ -231,8 +243,10 @@ class ImageDomain(ClassificationDomain):
         return (pixels.to(dtype) / 255 - mean) / std
 
     def fingerprint(self) -> str:
-        """SHA-256 over the checksums of the shards."""
-        return hashlib.sha256("".join(shard.sha256 for shard in self.shards.info.shards).encode()).hexdigest()
+        """SHA-256 over the checksums of the shards, and of the index where it has groups."""
+        info = self.shards.info
+        files = info.shards if info.group_by is None else (*info.shards, info.index)
+        return hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         return {

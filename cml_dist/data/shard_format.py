@@ -4,7 +4,8 @@ A shard set is a folder (or URL prefix) with
 
 - ``train-000000.tar`` ...: WebDataset shards of one split each, members ``key.cls`` (class number within the split,
   ASCII) and ``key.png`` or ``key.jpg``;
-- ``index.npz``: where each image lies, so that any of them is one ``pread`` away; sorted by split and class;
+- ``index.npz``: where each image lies, so that any of them is one ``pread`` away; sorted by split and class; in a set
+  with groups also the number of each image's group;
 - ``dataset.json``: names, sizes, counts, checksums, pixel statistics.
 """
 
@@ -63,14 +64,18 @@ class FileInfo(_Strict):
 
 
 class DatasetInfo(_Strict):
-    """The content of ``dataset.json``; mean and std are per channel, of pixels in 0..1 of the training split."""
+    """The content of ``dataset.json``; mean and std are per channel, of pixels in 0..1 of the training split.
+
+    Version 2 has ``group_by``, the pattern by which images were grouped: earlier releases would part groups.
+    """
 
     format: Literal["cml_dist shard set"] = "cml_dist shard set"
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
     name: str
     image_size: tuple[Annotated[int, Field(ge=1, le=2**15)], Annotated[int, Field(ge=1, le=2**15)]]
     channels: Literal[1, 3]
     source: str
+    group_by: str | None = None
     splits: dict[Literal[SPLITS], SplitInfo] = Field(min_length=1)
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
@@ -89,6 +94,8 @@ class DatasetInfo(_Strict):
 
     @model_validator(mode="after")
     def _agrees(self) -> DatasetInfo:
+        if (self.format_version == 2) != (self.group_by is not None):
+            raise ValueError("format version 2 has groups, and version 1 has none")
         names = [DATASET_FILE, self.index.name, *(shard.name for shard in self.shards)]
         if len(set(names)) < len(names):
             raise ValueError("two files have one name")
@@ -115,7 +122,7 @@ def parse_dataset(data: bytes, where: str) -> DatasetInfo:
 
 
 def parse_index(data: bytes, info: DatasetInfo, where: str) -> dict[str, np.ndarray]:
-    """Reads the bytes of ``index.npz``: shard, offset (bytes), size (bytes) and key of each image.
+    """Reads the bytes of ``index.npz``: shard, offset (bytes), size (bytes) and key of each image, and its group.
 
     Raises:
         DataError: if it is damaged or describes another set.
@@ -127,11 +134,12 @@ def parse_index(data: bytes, info: DatasetInfo, where: str) -> dict[str, np.ndar
             if sum(member.file_size for member in file.infolist()) > info.index_bytes:
                 raise ValueError("it unpacks to more than an index of so many images")
         with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-            index = {name: stored[name] for name in ("shard", "offset", "size", "key")}
-        shard, offset, size, key = index.values()
+            grouped = () if info.group_by is None else ("group",)
+            index = {name: stored[name] for name in ("shard", "offset", "size", "key", *grouped)}
+        shard, offset, size = (index[name] for name in ("shard", "offset", "size"))
         if any(column.shape != (info.num_images,) for column in index.values()):
             raise ValueError(f"it does not belong to the {DATASET_FILE} beside it")
-        if "".join(column.dtype.kind for column in index.values()) != "iiiS":
+        if "".join(column.dtype.kind for column in index.values()) != "iiiS" + "i" * len(grouped):
             raise ValueError("its columns are of other types")
         if shard.min() < 0 or shard.max() >= len(info.shards) or offset.min() < 0 or not 0 < size.min():
             raise ValueError(f"it does not belong to the {DATASET_FILE} beside it")

@@ -55,20 +55,22 @@ class ShardSetWriter:
         image_size: tuple[int, int],
         channels: int,
         source: str = "",
+        group_by: str | None = None,
         shard_size_mib: float = 64,
     ) -> None:
         self.name, self.image_size, self.channels, self.source = name, image_size, channels, source
+        self.group_by, self._groups = group_by, {}
         self._folder, self._shard_bytes = folder, int(shard_size_mib * 2**20)
         self._split, self._tar, self._buffer = "", None, io.BytesIO()  # the shard in the making
         self._shards: list[FileInfo] = []
         self._classes: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
-        self._rows: list[tuple[int, int, int, int, int]] = []  # split, class, shard, offset, size
+        self._rows: list[tuple[int, ...]] = []  # split, class, shard, offset, size, group
         self._keys: dict[str, None] = {}
         # Sums of whole numbers, so that mean and deviation do not depend on the order of the images.
         self._count, self._sums = 0, np.zeros((2, channels), dtype=np.int64)
 
-    def add(self, split: str, class_name: str, key: str, picture: Picture) -> None:
-        """Adds one image, which must have the size and channels of the set.
+    def add(self, split: str, class_name: str, key: str, picture: Picture, group: str | None = None) -> None:
+        """Adds one image, which must have the size and channels of the set; in a set ``group_by`` a pattern, its group.
 
         Characters of the key that tar or WebDataset cannot carry become ``_``; a key that is taken gets a number.
         """
@@ -86,7 +88,8 @@ class ShardSetWriter:
         self._tar.write({"__key__": key, "cls": str(number).encode(), picture.ext: data})
         # TarWriter writes the members sorted by extension, and "cls" sorts before both image types.
         offset = self._tar.tarstream.offset - -(-len(data) // 512) * 512
-        self._rows.append((SPLITS.index(split), number, len(self._shards), offset, len(data)))
+        grouped = self._groups.setdefault(group, len(self._groups))
+        self._rows.append((SPLITS.index(split), number, len(self._shards), offset, len(data), grouped))
 
     def _begin_shard(self, split: str) -> None:
         import webdataset
@@ -129,6 +132,8 @@ class ShardSetWriter:
             image_size=self.image_size,
             channels=self.channels,
             source=self.source,
+            format_version=1 if self.group_by is None else 2,
+            group_by=self.group_by,
             splits=splits,
             mean=mean,
             std=std,
@@ -136,12 +141,13 @@ class ShardSetWriter:
             shards=tuple(self._shards),
             versions={package: version(package) for package in ("numpy", "pillow", "webdataset")},
         )
-        self._write(DATASET_FILE, (info.model_dump_json(indent=1) + "\n").encode())
+        without = {"group_by"} if self.group_by is None else None  # the very bytes of version 1
+        self._write(DATASET_FILE, (info.model_dump_json(indent=1, exclude=without) + "\n").encode())
 
     def _index(self, rows: np.ndarray) -> bytes:
         """The index sorted by split and class, so that each class is one run of numbers."""
         order = np.lexsort((rows[:, 1], rows[:, 0]))
-        split, number, shard, offset, size = rows[order].T
+        split, number, shard, offset, size, group = rows[order].T
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -151,6 +157,7 @@ class ShardSetWriter:
             offset=offset,
             size=size,
             key=np.array(list(self._keys), dtype=np.bytes_)[order],
+            **({} if self.group_by is None else {"group": group.astype(np.int32)}),
         )
         return buffer.getvalue()
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from cml_dist.data import shard_cache
 from cml_dist.data.base import SPLITS, Progress
+from cml_dist.data.groups import can_part
 from cml_dist.data.pixels import read_pixels
 from cml_dist.data.shard_format import (
     DATASET_BYTES,
@@ -102,6 +103,21 @@ class ShardSet:
 
     def num_images(self, split: str) -> int:
         return sum(self.split_info(split).images)
+
+    def class_groups(self, split: str) -> list[np.ndarray] | None:
+        """Of each class the number of each image's group; None: the set was packed without groups."""
+        if "group" not in self._index:
+            return None
+        first, sizes = self.first_image(split), self.split_info(split).images
+        return np.split(self._index["group"][first : first + sum(sizes)], np.cumsum(sizes)[:-1])
+
+    def short_classes(self, split: str, shots: int, queries: int) -> list[int]:
+        """Numbers of the classes with too few images, or images in too few groups, for an episode of this shape."""
+        groups, images = self.class_groups(split), self.split_info(split).images
+        if groups is None:
+            return [number for number, count in enumerate(images) if count < shots + queries]
+        sizes = (np.unique(each, return_counts=True)[1].tolist() for each in groups)
+        return [number for number, each in enumerate(sizes) if not can_part(each, shots, queries)]
 
     def key(self, image: int) -> str:
         """The name of an image, as WebDataset gives it in ``__key__``."""

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cml_dist.data.base import episode_rng
 from cml_dist.data.glyph_fonts import font_file
+from cml_dist.data.groups import draw_parted
 from cml_dist.data.pixels import to_image
 from cml_dist.data.sampling import draw
 from cml_dist.data.shards import ShardSet
@@ -20,6 +21,8 @@ _GAP, _LINE, _TILE = 6, 26, 72  # pixels
 
 COLUMNS = ("split", "classes", "images", "min", "median", "max", "shards", "MiB")
 """Of the table; min, median and max are images a class."""
+GROUP_COLUMNS = ("groups", "a class")
+"""Of a set with groups."""
 
 
 def split_rows(shards: ShardSet) -> list[tuple]:
@@ -32,6 +35,14 @@ def split_rows(shards: ShardSet) -> list[tuple]:
         size_mib = sum(file.size for file in files) / 2**20
         rows.append((split, len(sizes), int(sizes.sum()), *counts, len(files), round(size_mib, 1)))
     return rows
+
+
+def group_cells(shards: ShardSet, split: str) -> tuple[object, ...]:
+    """``GROUP_COLUMNS`` of a split: how many groups it has, and each of its classes; nothing without groups."""
+    if (groups := shards.class_groups(split)) is None:
+        return ()
+    each = [len(np.unique(group)) for group in groups]
+    return len(np.unique(np.concatenate(groups))), " to ".join(map(str, sorted({min(each), max(each)})))
 
 
 def draw_contact_sheet(
@@ -50,17 +61,20 @@ def draw_contact_sheet(
     """
     infos = [shards.split_info(split) for split in shards.splits]
     ways = min(ways, *(len(info.classes) for info in infos))
-    images = min(shots + queries, *(min(info.images) for info in infos))
-    shots = min(shots, images)
-    title = f"{ways} ways, {shots} shots (blue) and {images - shots} queries (orange)"
+    while any(shards.short_classes(split, shots, queries) for split in shards.splits):
+        shots, queries = (shots, queries - 1) if queries else (shots - 1, 0)
+    title = f"{ways} ways, {shots} shots (blue) and {queries} queries (orange)"
     lines: list[tuple[str, np.ndarray | None]] = [(f"{shards.name}: {title}", None)]
     for split in shards.splits:
         info = shards.split_info(split)
-        sizes = np.array(info.images)
+        sizes, groups = np.array(info.images), shards.class_groups(split)
         starts = shards.first_image(split) + np.cumsum(sizes) - sizes
         for index in range(episodes):
             lines.append((f"{split}, episode {index}", None))
-            for number, chosen in zip(*draw(episode_rng(0, split, index), sizes, ways, images), strict=True):
+            rng = episode_rng(0, split, index)
+            shape = (ways, shots + queries) if groups is None else (ways, shots, queries)
+            drawn = draw(rng, sizes, *shape) if groups is None else draw_parted(rng, groups, *shape)
+            for number, chosen in zip(*drawn, strict=True):
                 pixels = np.stack([shards.decode(int(starts[number] + image)) for image in chosen])
                 lines.append((info.classes[number], pixels))
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import posixpath
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -63,6 +64,7 @@ def pack(
     channels: int | None = None,
     name: str | None = None,
     min_images: int = 2,
+    group_by: str | None = None,
     strict: bool = False,
     limits: Limits | None = None,
     shard_size_mib: float = 64,
@@ -85,6 +87,9 @@ def pack(
         channels: 1 (grey) or 3 (RGB); None: grey where all images are.
         name: of the set; None: that of the known set whose split is made, or of the source.
         min_images: a class of fewer is left out; 2: one support and one query image.
+        group_by: a regular expression on a picture's path in the source; its first group, or else the whole match, is
+            the picture's group. No episode has a group in both support and query set, and classes of one group are left
+            out.
         strict: a picture that is left out is an error.
         limits: what the source may ask for; None: ``Limits()``.
         shard_size_mib: size at which a new shard is begun, MiB.
@@ -106,6 +111,7 @@ def pack(
     for what, least in (("image size", min(size or (1,))), ("min_images", min_images)):
         if least < 1:
             raise DataError(f"{what} is {least}", "give at least 1")
+    pattern = None if group_by is None else _compiled(group_by)
     limits = limits or Limits()
     if download is not None:
         download_set(download, source)
@@ -120,6 +126,7 @@ def pack(
         items, divided_as, shares = _items(tree, found, layout, splits)
         known, unlike = _compared(divided_as, items)
         accounts.notes += unlike
+        items = items if pattern is None else _grouped(tree.where, items, pattern)
         items, facts = survey(found.tree, items, accounts, progress)
         items = large_enough(items, accounts, min_images)
         chosen = []
@@ -128,6 +135,7 @@ def pack(
             if splits is None:
                 chosen.append(_told(items, split_seed))
         accounts.packed = {item.path for item in items}
+        accounts.notes += [] if pattern is None else _told_of_groups(items)
         if strict and (losses := accounts.losses()):
             raise DataError(f"pictures would be left out: {losses}", "mend or remove them, or pack without --strict")
         if size is None and (layout == "omniglot" or known and len({facts[item.path].size for item in items}) > 1):
@@ -140,7 +148,7 @@ def pack(
 
         file = Path(source).name
         name = name or divided_as or file.removesuffix(".gz").removesuffix(".tar").removesuffix(".zip")
-        about = {"name": name, "image_size": size, "channels": channels, "source": file}
+        about = {"name": name, "image_size": size, "channels": channels, "source": file, "group_by": group_by}
         num_kept = None
         while num_kept is None:
             with suppress(_TooFew), new_shard_set(dest, **about, shard_size_mib=shard_size_mib) as writer:
@@ -186,7 +194,7 @@ def _write(
         else:
             picture, kept, digest = result
             stem = posixpath.splitext(posixpath.basename(item.path))[0]
-            writer.add(item.split, item.class_name, f"{item.class_name}/{stem}", picture)
+            writer.add(item.split, item.class_name, f"{item.class_name}/{stem}", picture, item.group)
             num_kept += kept
             accounts.compare(digest, item.split, item.path)
         if progress is not None:
@@ -229,6 +237,40 @@ def _items(
     size = {path: member.size for path, member in found.tree.files.items()}
     items = [Item(split, name, path, size[path]) for name, (split, paths) in chosen.items() for path in paths]
     return items, known, shares
+
+
+def _compiled(group_by: str) -> re.Pattern[str]:
+    try:
+        return re.compile(group_by)
+    except re.error as error:
+        raise DataError(f"--group-by {group_by!r} is no regular expression ({error})", "correct it") from error
+
+
+def _grouped(where: str, items: Sequence[Item], pattern: re.Pattern[str]) -> list[Item]:
+    """The items with their groups.
+
+    Raises:
+        DataError: the pattern matches some of them alone, or none.
+    """
+    found = [pattern.search(item.path) for item in items]
+    if None in found:
+        count, first = sum(match is not None for match in found), items[found.index(None)].path
+        what = f"--group-by {pattern.pattern!r} matches {count or 'none'} of {len(items):,} pictures in {where}"
+        raise DataError(f"{what} (not {first}, for one)", "write a pattern that matches the path of each picture")
+    names = ((match[1] if pattern.groups else None) or match[0] for match in found)
+    return [item._replace(group=name) for item, name in zip(items, names, strict=True)]
+
+
+def _told_of_groups(items: Sequence[Item]) -> list[str]:
+    """What may be meant otherwise, in words."""
+    splits: dict[str | None, set[str]] = {}
+    for item in items:
+        splits.setdefault(item.group, set()).add(item.split)
+    said = ["each picture is a group of its own: --group-by changes nothing"] * (len(splits) == len(items))
+    if several := [name for name, some in splits.items() if len(some) > 1]:
+        shown = ", ".join(map(repr, several[:3])) + (", ..." if len(several) > 3 else "")
+        said.append(f"{len(several):,} groups have pictures in two splits: {shown}")
+    return said
 
 
 def _refuse_doubles(tree: SourceTree, classes: Mapping[str, Sequence[str]]) -> None:

@@ -32,6 +32,7 @@ class Item(NamedTuple):
     class_name: str
     path: str
     num_bytes: int
+    group: str | None = None
 
     @property
     def what(self) -> str:
@@ -102,26 +103,40 @@ def survey(
 
 
 def large_enough(items: Sequence[Item], accounts: Accounts, min_images: int) -> list[Item]:
-    """The items of classes with so many images; the others are left out.
+    """The items of classes with so many images, and two groups where they have such; the others are left out.
 
     Raises:
         DataError: if that leaves none.
     """
     counts = Counter(item.class_name for item in items)
-    small = [name for name, count in counts.items() if count < min_images]
-    kept = [item for item in items if counts[item.class_name] >= min_images]
-    if not kept:
+    small = {name for name, count in counts.items() if count < min_images}
+    if len(small) == len(counts):
         most, cause = max(counts.values(), default=0), f": {accounts.damage.what}" if accounts.damage else ""
         remedy = f"add images, or pack with --min-images {most}" if most else "mend the images"
         raise DataError(f"no class has {min_images} images, but at most {most}{cause}", remedy)
-    for item in items:
-        if counts[item.class_name] < min_images:
-            accounts.leave_out(item.path, f"its class has fewer than {min_images} images (--min-images)")
-    if small:
-        names = ", ".join(small[:3]) + (", ..." if len(small) > 3 else "")
+    kept = _without(small, items, accounts, f"fewer than {min_images} images", "--min-images")
+    groups: dict[str, set[str | None]] = {}
+    for item in kept:
+        groups.setdefault(item.class_name, set()).add(item.group)
+    alone = {name for name, some in groups.items() if len(some) == 1 and some != {None}}
+    if len(alone) == len(groups):
+        what = "no class has images of 2 groups, so that none could be on both sides of an episode"
+        raise DataError(what, "give --group-by another pattern, or leave it out")
+    return _without(alone, kept, accounts, "fewer than 2 groups", "--group-by")
+
+
+def _without(names: set[str], items: Sequence[Item], accounts: Accounts, lack: str, option: str) -> list[Item]:
+    """The items of other classes; those of ``names`` are left out, for what they lack by an option."""
+    kept = [item for item in items if item.class_name not in names]
+    left = [item for item in items if item.class_name in names]
+    for item in left:
+        accounts.leave_out(item.path, f"its class has {lack} ({option})")
+    if left:
+        some = list(dict.fromkeys(item.class_name for item in left))
+        shown = ", ".join(some[:3]) + (", ..." if len(some) > 3 else "")
         lost = sorted({item.split for item in items} - {item.split for item in kept})
         none = f"; that leaves none in {' and '.join(lost)}" if lost else ""
-        accounts.notes.append(f"{len(small)} classes of fewer than {min_images} images are left out: {names}{none}")
+        accounts.notes.append(f"{len(some)} classes of {lack} are left out: {shown}{none}")
     return kept
 
 
