@@ -98,7 +98,7 @@ def as_latex(found: Comparison) -> str:
         head, *body = (" & ".join(map(_latex, row)) + r" \\" for row in (columns, *rows))
         shape = "l" + "r" * (len(columns) - 1)
         lines = [rf"\begin{{tabular}}{{{shape}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
-        parts.append("\n".join([f"% {title}", *lines, r"\end{tabular}", ""]))
+        parts.append("\n".join([f"% {text.line(title)}", *lines, r"\end{tabular}", ""]))
     return "\n".join(parts)
 
 
