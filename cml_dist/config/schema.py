@@ -203,6 +203,7 @@ class ModelConfig(Section):
     extra_blocks: int = Field(0, ge=0, le=64, description="conv4: further blocks behind the fourth, without a max-pool of their own (3: the paper's MAML with as many parameters, 232K)")
     hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field((40, 40), min_length=1, description="mlp and gcn: units of each hidden layer (gcn: of its two)")
     head: HeadName = Field("linear", description=f"{in_words(HEADS)}; all but linear take any number of classes at test, and with method.inner_steps=0 centroid is a prototypical network, ridge R2-D2")
+    feature_length: float | None = Field(None, gt=0, le=1000, description="length to which each example's pooled features are scaled before the head: 3 to 5 where weights are pre-trained, whose directions tell classes apart and whose lengths do not; null: as they are")
     norm: Literal["batch", "frozen"] = Field("batch", description="BatchNorm: 'batch' statistics of the examples at hand (transductive, as in the paper), or the 'frozen' running statistics of pre-trained weights")
     trained: Terms = Field(("body", "head"), description="what is meta-trained besides the co-learner: body, head, norms, biases, last:N (the last N blocks of the body) or globs over parameter names; the rest is frozen: constants without gradient, moments or second-order work")
     colearner: ColearnerConfig = ColearnerConfig()

@@ -82,7 +82,7 @@ def build_net(
     with _part_seed(seed, COLEARNER):
         outputs = model.colearner.width if prototypes else output_dim
         second = build_colearner(model, body, outputs) if colearner else None
-    net = CmlNet(body, head, second, prototypes=prototypes and colearner)
+    net = CmlNet(body, head, second, prototypes=prototypes and colearner, feature_length=model.feature_length)
     prepare_for_second_order(net, model.norm)
     return net
 

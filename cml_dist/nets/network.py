@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from cml_dist.types import HEAD, RULE, Params
 
@@ -18,6 +19,7 @@ class CmlNet(nn.Module):
         colearner: maps ``Features.tap`` to outputs ``[N, output_dim]``, or to embeddings ``[N, E]``; None for methods
             without one.
         prototypes: whether the co-learner's embeddings are compared with the classes' means of the support set.
+        feature_length: to which ``Features.pooled`` of each example is scaled; None: as they are.
 
     Attributes:
         compared: the learners whose outputs are embeddings of that kind.
@@ -26,22 +28,30 @@ class CmlNet(nn.Module):
     """
 
     def __init__(
-        self, body: nn.Module, head: nn.Module, colearner: nn.Module | None = None, *, prototypes: bool = False
+        self,
+        body: nn.Module,
+        head: nn.Module,
+        colearner: nn.Module | None = None,
+        *,
+        prototypes: bool = False,
+        feature_length: float | None = None,
     ) -> None:
         super().__init__()
-        self.body, self.head, self.colearner = body, head, colearner
+        self.body, self.head, self.colearner, self.feature_length = body, head, colearner, feature_length
         compared = {"meta": getattr(head, "compares", False), "co": prototypes}
         self.compared = tuple(learner for learner, by_prototypes in compared.items() if by_prototypes)
 
     def forward(self, inputs: Tensor, learners: Sequence[str] = ("meta",), **context: Tensor) -> tuple[Tensor, ...]:
         """What is asked for, from one pass through the body: ``meta``, ``co`` (their outputs) or ``pooled``."""
         features = self.body(inputs, **context)
-        outputs = []
+        pooled, outputs = features.pooled, []
+        if self.feature_length is not None:
+            pooled = self.feature_length * normalize(pooled)
         for learner in learners:
             if learner == "meta":
-                outputs.append(self.head(features.pooled))
+                outputs.append(self.head(pooled))
             elif learner == "pooled":
-                outputs.append(features.pooled)
+                outputs.append(pooled)
             else:
                 outputs.append(self.colearner(features.tap))
         return tuple(outputs)

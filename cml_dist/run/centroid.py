@@ -74,7 +74,10 @@ def in_words(config: RunConfig, against: Mapping[Learner, dict[str, Any]]) -> st
     said = f"{name} is {abs(points):.2f} ± {half:.2f} points {'above' if points >= 0 else 'below'} {where} (paired)"
     if points >= -half:
         return said
-    remedy = "lower method.inner_lr or optim.lr, train less of the body (model.trained), or use model.head=centroid"
+    remedy = (
+        "lower method.inner_lr or optim.lr, train less of the body (model.trained), or set model.head=centroid "
+        "model.feature_length=4"
+    )
     return f"{said}: this run lost what the weights could do; {remedy}"
 
 

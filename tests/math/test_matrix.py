@@ -83,6 +83,19 @@ def test_any_way_gives_the_meta_gradient_of_the_whole_graph(engine, size, colear
     )
 
 
+@pytest.mark.parametrize("head", ["linear", "centroid"])
+@pytest.mark.parametrize(("engine", "size"), [(ALL, 2), (SQRT, None)])
+def test_features_of_one_length_have_one_meta_gradient_too(engine, size, head):
+    def gradient(engine: Engine, size: int | None) -> MetaGradient:
+        net = make("dense", RULES["sgd"], head)
+        net.feature_length = 2.0
+        params = {n: p.detach() for n, p in net.named_parameters()}
+        problem = Problem(net, cross_entropy, accuracy, {}, micro_batch=size)
+        return meta_gradient(params, uneven_episode(), problem, Method(STEPS, RULES["sgd"], GAMMA), engine)
+
+    check_equal(gradient(engine, size).grads, gradient(GRAPH, None).grads, rel=1e-12)
+
+
 def test_the_references_differ():
     """Each rule and each co-learner has a gradient of its own in the body."""
     body = [

@@ -52,6 +52,22 @@ def test_the_nearest_centroid_stands_beside_the_learners(tmp_path, capsys):
     assert "the nearest centroid on the features that training began with (paired)" in " ".join(said.split())
 
 
+def test_a_centroid_head_on_features_of_one_length_begins_as_the_nearest_centroid(tmp_path):
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
+    weights = {"pretrained": str(tmp_path / "weights.pth"), "norm": "frozen"}
+    settings = {
+        "domain": {**images_of(tmp_path), "statistics": "set"},
+        "model": {"backbone": "test_resnet", "head": "centroid", "feature_length": 4, **weights},
+        "method": {"name": "maml", "inner_steps": 0},
+        "train": {"steps": 1, "episodes_per_step": 1},
+        "eval": {"val_episodes": 2, "episodes": 6},
+        "run": {"dir": str(tmp_path / "run")},
+    }
+    assert train(parse_config(settings), Console(quiet=True)).finished
+    scores = np.load(tmp_path / "run" / "eval_scores.npz")
+    np.testing.assert_array_equal(scores["untrained_meta"], scores["centroid"])
+
+
 def test_without_trained_weights_there_is_none(tmp_path):
     settings = {"domain": images_of(tmp_path), "model": {"backbone": "conv4"}, "train": {"steps": 1}}
     settings |= {"eval": {"val_episodes": 1, "episodes": 2}, "run": {"dir": str(tmp_path / "run")}}
