@@ -73,7 +73,11 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
     ),
     "config": ("config.config", "check a configuration and print what would happen", (
         _option("config", RECIPE, metavar="CONFIG", nargs="?"),
-        _option("--keys", "list every setting with its meaning", action="store_true"),
+        _option("--all", "also the settings that are defaults", action="store_true"),
+        _option(
+            "--keys", "every setting with its default, range and meaning, or those whose name matches (a part, or a "
+            "pattern: 'optim.*')", nargs="?", const="", metavar="PATTERN",
+        ),
         _option("--deepspeed", "print the DeepSpeed dictionary (JSON) of a ZeRO strategy", action="store_true"),
         PRESET, OVERRIDES,
     )),
@@ -240,7 +244,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cml-dist train my.yaml optim.lr=5e-4 run.seed=1 run.dir=runs/seed-1",
         "cml-dist train my_images domain.root=data/mine run.dir=runs/mine --preset quick",
     ),
-    "config": ("cml-dist config glyphs method.name=boil", "cml-dist config --keys"),
+    "config": (
+        "cml-dist config glyphs method.name=boil",
+        "cml-dist config glyphs optim.lr=5e-4 > my.yaml",
+        "cml-dist config --keys 'optim.*'",
+    ),
     "plan": ("cml-dist plan glyphs --gpus 8 --gpu-memory-gib 80",),
     "eval": (
         "cml-dist eval runs/first eval.episodes=10000",
@@ -305,7 +313,7 @@ def _complete_config(prefix: str, **_: Any) -> list[str]:
 
 def _complete_setting(prefix: str, **_: Any) -> list[str]:
     """Settings up to their ``=``."""
-    from cml_dist.config.load import valid_keys
+    from cml_dist.config.keys import valid_keys
 
     return [f"{key}=" for key in valid_keys()] if "=" not in prefix else []
 

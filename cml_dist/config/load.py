@@ -6,15 +6,16 @@ In between, settings are flat: ``section.key`` -> value.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from cml_dist.config import schema
+from cml_dist.config.keys import flatten, valid_keys
 from cml_dist.config.presets import PRESETS
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
@@ -58,12 +59,16 @@ def load_config(
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest valid one), or a value out of range.
     """
-    recipe = find_recipe(path)
+    return parse_config(layered(read_recipe(find_recipe(path), warn), overrides, warn, preset).data, source=str(path))
+
+
+def read_recipe(recipe: Path, warn: Warn = silently) -> dict[str, Any]:
+    """The settings in a YAML file; those of a run folder by :func:`in_folder`."""
     data = read_yaml(recipe)
     if recipe.name == RUN_CONFIG and _holds_run(recipe.parent):
         warn(f"{recipe} is that of a run folder: run.dir is {recipe.parent}, and caches are this user's own")
         data = in_folder(data, recipe.parent)
-    return parse_config(layered(data, overrides, warn, preset).data, source=str(path))
+    return data
 
 
 def _holds_run(folder: Path) -> bool:
@@ -242,14 +247,6 @@ def _renamed(settings: Mapping[str, Any], warn: Warn = silently) -> dict[str, An
     return settings
 
 
-def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as ``section.key`` -> value."""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= flatten(value, f"{prefix}{key}.") if value and isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for key, value in flat.items():
@@ -283,18 +280,6 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def annotated(config: RunConfig, sources: Mapping[str, str]) -> str:
-    """The same in whole keys, a line each, with the sources of :class:`Layers` as comments."""
-    settings = flatten(config.model_dump(mode="json"))
-    comments = {key: f"  # {source}" for key, source in sources.items()}
-    return "".join(f"{key}: {as_yaml(value)}{comments.get(key, '')}\n" for key, value in settings.items())
-
-
-def as_yaml(value: Any) -> str:
-    """A value as one would write it in an override."""
-    return yaml.safe_dump([value], default_flow_style=True, width=10**6).strip()[1:-1]
-
-
 def _fault(error: Mapping[str, Any]) -> tuple[str, str]:
     """(what, remedy) of one pydantic error."""
     location = [str(part) for part in error["loc"]]
@@ -318,28 +303,3 @@ def _fault(error: Mapping[str, Any]) -> tuple[str, str]:
     if kind == "value_error":
         return f"{key}: {message}" if key else message, ""
     return f"{key} is {value!r}", (message[:1].lower() + message[1:]).replace("input should", f"{key} should", 1)
-
-
-def valid_keys(domain: str | None = None) -> dict[str, str]:
-    """Every setting as ``section.key`` -> its description, with those of one domain (default: of all)."""
-    keys = {"domain.name": " | ".join(DOMAINS) + f", or {OWN_DOMAIN.help}; required"}
-    domains = {**DOMAINS, schema.OWN: OWN_DOMAIN}
-    models = [("domain", getattr(schema, entry.settings)) for name, entry in domains.items() if domain in (None, name)]
-    models += [(name, info.annotation) for name, info in RunConfig.model_fields.items() if name != "domain"]
-    for section, model in models:
-        for key, meaning in _meanings(model, f"{section}."):
-            keys.setdefault(key, meaning)  # shots of images and of curves: the first says it
-    return keys
-
-
-def _meanings(model: Any, prefix: str) -> Iterator[tuple[str, str]]:
-    for name, info in model.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _meanings(info.annotation, f"{prefix}{name}.")
-            continue
-        default = "required" if info.is_required() else f"default {as_yaml(info.default)}"
-        choices = " | ".join(choice for choice in get_args(info.annotation) if isinstance(choice, str))
-        description = info.description or ""
-        if info.default is None and "null: " in description:  # already there, with what it means
-            description, default = description.replace("null: ", "default null: "), ""
-        yield f"{prefix}{name}", "; ".join(filter(None, (choices, description, default)))

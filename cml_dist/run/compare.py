@@ -16,7 +16,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from cml_dist.config.load import as_yaml, flatten
+from cml_dist.config.keys import as_yaml
+from cml_dist.config.load import flatten
 from cml_dist.config.methods import method_title
 from cml_dist.config.schema import ImageSettings, MethodConfig, OptimConfig, RunConfig
 from cml_dist.errors import CheckpointError, ConfigError

@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cml_dist.config.load import RUN_CONFIG, Warn, flatten, in_folder, merge, parse_config, read_yaml, silently
+from cml_dist.config.keys import flatten
+from cml_dist.config.load import RUN_CONFIG, Warn, in_folder, merge, parse_config, read_yaml, silently
 from cml_dist.config.schema import ImageSettings, RunConfig
 from cml_dist.config.shape import with_shape
 from cml_dist.config.versioned import BEFORE, NEWEST, settled, versions_of

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NoReturn, TextIO
 
-from rich import box
 from rich.console import Console as RichConsole
 from rich.panel import Panel
 from rich.table import Column, Table
@@ -26,16 +24,15 @@ from rich.text import Text
 
 from cml_dist.telemetry.live import LiveDisplay, ProgressView, TrainingView
 from cml_dist.telemetry.summary import Best, TrainingSummary
-from cml_dist.telemetry.text import MISSING, interval, line, measured, printable, score, score_label
+from cml_dist.telemetry.table import fitted
+from cml_dist.telemetry.text import MISSING, folded, interval, line, measured, printable, score, score_label
 
 LOG = logging.getLogger("cml_dist")
 LOG.setLevel(logging.INFO)
 LOG.addHandler(logging.NullHandler())  # else logging shows warnings a second time where no rank's log is open
 
 PLAIN_WIDTH = 240
-"""Columns of tables without a terminal; lines are not folded there."""
-
-_NUMBER = re.compile(r"(± )?[-+]?[\d.,:]+(e[-+]\d+)?( %)?|-|")
+"""Columns of tables without a terminal, where COLUMNS is not set; lines are not folded there."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,8 @@ class Console:
         self.interactive = interactive and not quiet
         self._clock = clock
         self._quiet = quiet
-        self._width = width if width is not None or self.interactive else PLAIN_WIDTH
+        asked = self.interactive or os.environ.get("COLUMNS", "").isdecimal()  # rich reads it
+        self._width = width if width is not None or asked else PLAIN_WIDTH
         self._out = self._rich(file)
         self._err = self._out if file is not None else self._rich(None, stderr=True)
         self._live: LiveDisplay | None = None
@@ -114,7 +112,7 @@ class Console:
     def say(self, line: Text, on_screen: bool = True) -> None:
         """One line with its style, on the screen and in the log; or in the log alone."""
         if on_screen:
-            self._out.print(line, soft_wrap=True)
+            self._out.print(Text(self._folded(line.plain), line.style, spans=line.spans), soft_wrap=True)
             self._out.file.flush()
         LOG.info("%s", line.plain)
 
@@ -132,20 +130,23 @@ class Console:
         for row in (printable(title), *(f"  {name}: {value}" for name, value in shown.items())):
             self.say(Text(row), on_screen=not self.interactive)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table; columns that hold nothing but numbers stand to the right."""
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        cells = [[_cell(cell) for cell in row] for row in rows]
-        for name, *column in zip(columns, *cells, strict=True):
-            right = bool(column) and all(map(_NUMBER.fullmatch, column))
-            table.add_column(Text(printable(name)), justify="right" if right else "left", overflow="fold")
-        for row in cells:
-            table.add_row(*map(Text, row))
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, least: Sequence[str] = ()
+    ) -> None:
+        """A table; columns that hold nothing but numbers stand to the right.
+
+        Args:
+            least: the columns that are left out where the screen is too narrow for all, the least worth first.
+        """
+        shown, cells = [printable(name) for name in columns], [[_cell(cell) for cell in row] for row in rows]
         if title:  # on a line of its own: as the table's, it would fold to the table's width
             self.say(Text(printable(title), style="bold"))
+        table, left_out = fitted(shown, cells, self._out.width, least)
         self._out.print(table)
+        if left_out:
+            self._out.print(Text(f"Left out, for {self._out.width} columns: {', '.join(left_out)}", style="dim"))
         plain = io.StringIO()
-        RichConsole(file=plain, width=PLAIN_WIDTH, color_system=None).print(table)
+        RichConsole(file=plain, width=PLAIN_WIDTH, color_system=None).print(fitted(shown, cells, PLAIN_WIDTH)[0])
         for row in filter(str.strip, plain.getvalue().splitlines()):
             LOG.info("%s", row.rstrip())
 
@@ -231,9 +232,16 @@ class Console:
             emoji=False,
         )
 
+    def _folded(self, line: str) -> str:
+        """For a terminal, which would break it inside a word; a log has one line of it."""
+        return folded(line, self._out.width) if self.interactive else line
+
     def _complain(self, level: int, style: str, message: str) -> None:
         screen = self._err if self._live is None else self._out  # a live display is moved out of the way
-        screen.print(Text.assemble((f"{logging.getLevelName(level).lower()}:", style), " ", message), soft_wrap=True)
+        name = f"{logging.getLevelName(level).lower()}:"
+        said = Text(self._folded(f"{name} {message}"))
+        said.stylize(style, 0, len(name))
+        screen.print(said, soft_wrap=True)
         screen.file.flush()
         LOG.log(level, "%s", message)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 
 MISSING = "-"
 
@@ -16,6 +17,13 @@ def printable(value: object) -> str:
 def line(value: object) -> str:
     """:func:`printable` on one line, for a name or a reason that was read from a file."""
     return printable(value).replace("\n", " ")
+
+
+def folded(text: str, width: int) -> str:
+    """Lines of at most ``width`` columns, broken between words alone: what is longer can still be copied."""
+    return "\n".join(
+        textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n")
+    )
 
 
 def markdown(value: object) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from cml_dist.atomic import write_text
-from cml_dist.config.load import flatten
+from cml_dist.config.keys import flatten
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import ConfigError
 from cml_dist.telemetry.console import Console

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from cml_dist.cli import COMMANDS, EXAMPLES, build_parser, main
+from cml_dist.config.load import load_config
 from cml_dist.run.interrupts import STOPPED_BY_USER
 
 
@@ -23,6 +24,63 @@ def test_settings_are_listed_one_a_line_without_padding_where_there_is_no_termin
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].startswith("domain.name  glyphs | ")
     assert all(line == line.rstrip() and "." in line.split("  ")[0] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "some", "others"),
+    [
+        ("optim.lr", {"optim.lr"}, {"method.inner_lr"}),
+        ("inner_", {"method.inner_lr", "eval.inner_steps"}, {"optim.lr"}),
+        ("optim.*", {"optim.lr", "optim.betas"}, {"method.inner_optim"}),
+        ("*_s", {"parallel.hang_timeout_s"}, {"train.steps"}),
+        ("step size", {"optim.lr", "method.inner_lr"}, {"run.dir"}),
+    ],
+)
+def test_settings_are_found_by_name_glob_or_meaning(pattern, some, others, capfd):
+    assert main(["config", "--keys", pattern]) == 0
+    found = {line.split("  ")[0] for line in capfd.readouterr().out.splitlines()}
+    assert some <= found and not others & found
+    assert pattern != "optim.lr" or found == some
+
+
+def test_a_setting_that_is_not_there_is_answered_with_the_nearest(capfd):
+    assert main(["config", "--keys", "inner_step_size"]) == 2
+    said = "no setting matches 'inner_step_size'; did you mean eval.inner_steps or method.inner_steps"
+    assert said in capfd.readouterr().err
+
+
+WORDS = (
+    ["glyphs", "method.name=boil", "method.colearner=true", "run.seed=0", "--preset", "quick"],
+    ["citeseer", "optim.lr=0.5", "domain.root=x"],
+    ["sinusoid", "method.name=maml_pp"],
+)
+
+
+@pytest.mark.parametrize("words", WORDS, ids=" ".join)
+def test_what_config_prints_is_a_file_that_comes_to_the_same(words, tmp_path, capfd):
+    for all_of_it in ([], ["--all"]):
+        assert main(["config", *words, *all_of_it]) == 0
+        (tmp_path / "my.yaml").write_text(capfd.readouterr().out)
+        overrides = [word for word in words if "=" in word]
+        preset = "quick" if "quick" in words else None
+        assert load_config(str(tmp_path / "my.yaml")) == load_config(words[0], overrides, preset=preset)
+
+
+def test_config_shows_first_what_differs_with_its_source_and_all_the_rest_when_asked(capfd):
+    shown = {}
+    for option in ("--all", ""):
+        assert main(["config", *WORDS[0], *filter(None, [option])]) == 0
+        shown[option] = [" ".join(line.split()) for line in capfd.readouterr().out.splitlines()]
+    told, everything = shown[""], shown["--all"]
+    for line in (
+        "domain.name: glyphs # recipe",
+        "method.adapts: [body] # method boil",
+        "train.steps: 100 # preset quick",
+        "run.seed: 0 # command line",
+    ):
+        assert line in told and everything.index(line) < everything.index("# Defaults")
+    for line in ("domain.ways: 5 # recipe", "optim.eps: 1.0e-08"):
+        assert line not in told and everything.index(line) > everything.index("# Defaults")
 
 
 @pytest.mark.parametrize("option", ["--ways", "--shots", "--episodes"])

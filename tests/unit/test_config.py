@@ -8,7 +8,8 @@ import pytest
 
 from cml_dist.cli import main
 from cml_dist.config import schema
-from cml_dist.config.load import find_recipe, layered, load_config, merge, parse_config, read_yaml, valid_keys
+from cml_dist.config.keys import valid_keys
+from cml_dist.config.load import find_recipe, layered, load_config, merge, parse_config, read_yaml
 from cml_dist.config.plan import make_plan, plan_rows, share
 from cml_dist.config.presets import PRESETS
 from cml_dist.config.schema import STOP_SIGNALS

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cml_dist.cli import build_parser
-from cml_dist.config.load import valid_keys
+from cml_dist.config.keys import valid_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -82,7 +82,7 @@ def test_an_example_of_the_page_trains_resumes_and_is_asked_for_by_name(run, her
 def test_the_configuration_shows_the_checksum_and_a_plan_is_made(capsys):
     words = [word for word in COMMANDS["sharp"][1:] if not word.startswith("run.dir")]
     assert main(["config", *words]) == 0
-    assert re.search(r"method.name: 'my_rules.py:SharpSgd@[0-9a-f]{16}'  # command line", capsys.readouterr().out)
+    assert re.search(r"method.name: 'my_rules.py:SharpSgd@[0-9a-f]{16}' +# command line", capsys.readouterr().out)
     assert main(["plan", *COMMANDS["blobs"][1:], "--gpus", "1", "--gpu-memory-gib", "8", USES["own-net"]]) == 0
 
 

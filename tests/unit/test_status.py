@@ -149,7 +149,7 @@ def test_a_sweep_is_a_table_and_its_worst_run_counts(tmp_path, capfd):
     assert main(["status", *folders]) == 0
     out = capfd.readouterr().out.splitlines()
     assert out[0] == str(tmp_path)
-    assert [[line.split()[2] for line in out if line.startswith(f" {name} ")] for name in made] == [
+    assert [[line.split()[2] for line in out if line.startswith(f"{name} ")] for name in made] == [
         ["finished"],
         ["stopped"],
         ["dead"],
