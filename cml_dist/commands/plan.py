@@ -16,11 +16,14 @@ COLUMNS = {
     "copies": "adapted",
     "activ.": "activations",
     "buffers": "buffers",
-    "total": "total",
     "host": "host",
     "sent": "sent",
+    "total": "total",
 }
 """Of a rank's budget, with names short enough for a terminal."""
+
+LEAST = ("host", "buffers", "copies", "params", "grads", "moments", "sent", "activ.")
+"""The parts that a narrow screen can do without, the least worth first."""
 
 
 def plan(args: argparse.Namespace, console: Console) -> None:
@@ -30,6 +33,7 @@ def plan(args: argparse.Namespace, console: Console) -> None:
     config = load_config(args.config, args.overrides, console.warn, args.preset)
     from cml_dist.memory.forecast import forecast
     from cml_dist.memory.strategies import Strategy
+    from cml_dist.telemetry import text
 
     preset = ["--preset", args.preset] if args.preset else []
     words, images = [args.config, *preset, *args.overrides], {"image_size": args.image_size, "channels": args.channels}
@@ -38,34 +42,53 @@ def plan(args: argparse.Namespace, console: Console) -> None:
         print(json.dumps(found, indent=2))
         return
     names = [str(Strategy(row["strategy"], row["offload"])) for row in found["rows"]]
-    ways = {row["by"] for row in found["rows"]}
+    ways, used = {row["by"] for row in found["rows"]}, found["gpus_used"]
+    each, steps = found["episodes_per_rank"], config.method.inner_steps
     facts = {
         "model": f"{config.model.backbone}: {found['num_parameters']:,} parameters, "
         f"{found['num_constants']:,} constants",
         "episode": found["episode"],
-        "inputs": f"{'x'.join(map(str, found['inputs']))} ({found['input_source']})",
-        "meta-step": f"inner steps: {config.method.inner_steps}; episodes a rank: {found['episodes_per_rank']}"
+        "inputs": f"{text.shape(found['inputs'])} ({found['input_source']})",
+        "meta-step": f"{steps} inner step{'s' * (steps != 1)}, {each} episode{'s' * (each != 1)} a GPU"
         + (", each twice" if has_upper_ascent(config) else "")
-        + (f"; {min(ways)}" if len(ways) == 1 else ""),
-        "GPUs": f"{args.gpus} of {args.gpu_memory_gib:g} GiB, of which {found['usable_gib']:.4g} GiB may be used",
+        + (f", {min(ways)}" if len(ways) == 1 else ""),
+        "GPUs": f"{used} of {args.gpu_memory_gib:g} GiB, of which {found['usable_gib']:.4g} GiB may be used",
     }
     console.header("cml-dist plan", facts)
     if found["warning"] is not None:
         console.warn(found["warning"])
+    if idle := found["without_episode"]:
+        batch = config.train.episodes_per_step
+        do = "would have nothing to do" if used < args.gpus else "only hold their part of the state"
+        console.warn(
+            f"A meta-step has {batch} episode{'s' * (batch != 1)} (train.episodes_per_step): {idle} of {args.gpus} "
+            f"GPUs {do}; train.episodes_per_step={args.gpus} would use them all"
+        )
+    unit, size = ("GiB", 2**30) if max(row["total"] for row in found["rows"]) >= 10 * 2**30 else ("MiB", 2**20)
+    parts = {head: part for head, part in COLUMNS.items() if any(row[part] for row in found["rows"])}
     rows = [
-        (name, *(f"{row[part] / 2**30:.2f}" for part in COLUMNS.values()), "yes" if row["fits"] else "no", row["by"])
+        (name, *(text.amount(row[part] / size) for part in parts.values()), "yes" if row["fits"] else "no", row["by"])
         for name, row in zip(names, found["rows"], strict=True)
     ]
     last = -1 if len(ways) == 1 else None
-    columns = ("strategy", *COLUMNS, "fits", "meta-gradient by")[:last]
-    title = "GiB of each rank at its largest moment, and sent in a meta-step"
-    console.table(title, columns, [row[:last] for row in rows])
-    console.note(
-        "Copies: adapted parameters of the inner steps. Activations are of second order, moments with the master copy; "
-        "host: on the CPU by offloading. Not counted: CUDA context, kernels' workspaces, NCCL, the allocator's slack"
-    )
+    title = f"{unit} of each GPU at its largest moment" + (", and sent in a meta-step" if "sent" in parts else "")
+    columns = ("strategy", *parts, "fits", "meta-gradient by")[:last]
+    console.table(title, columns, [row[:last] for row in rows], least=LEAST)
+    console.note("copies: what adapts, of the inner steps; activ.: of second order; moments: with the master copy")
+    console.note("Not counted: CUDA context, kernels' workspaces, NCCL, the allocator's slack (0.5 to 2 GiB in all)")
     if found["command"] is None:
-        console.note(f"Nothing fits: the leanest strategy needs GPUs of {found['smallest_gib']:.3g} GiB")
-    else:
-        console.note(f"Recommended: {names[found['recommended']]}")
-        print(found["command"])
+        console.note("Nothing fits. What would:")
+        for change in found["changes"]:
+            console.note(f"  - {change}")
+        return
+    small, best = found["smallest"], found["recommended"]
+    smallest = _on(Strategy(small["strategy"], small["offload"]), small["gpus"], small["by"])
+    recommended = _on(names[best], used, found["rows"][best]["by"])
+    if smallest != recommended:
+        console.note(f"Smallest that fits: {smallest}")
+    console.note(f"Recommended: {recommended}" + ", the smallest that fits" * (smallest == recommended))
+    print(found["command"])
+
+
+def _on(strategy: object, gpus: int, by: str) -> str:
+    return f"{strategy} on {gpus} GPU{'s' * (gpus != 1)}, {by}"

@@ -7,7 +7,7 @@ that workers hand over nothing but ids. Transductive: edges between support, que
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,10 @@ from cml_dist.types import Batch, Episode
 
 MASKED_STEPS, MASKED_UNITS = 32, 64
 """Of dropout: inner steps with masks of their own, after which they begin again, and hidden units that it can reach."""
+
+
+PUBLISHED = {"citeseer": (3327, 3703), "amazon_computers": (13_752, 767), "cora_full": (19_793, 8710)}
+"""Nodes and features of graphs by the names of the recipes' files; those of ``torch_geometric.datasets``."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,23 @@ class Rows:
         """``[M, width]``."""
         owner, columns, values = self.take(ids)
         return values.new_zeros(len(ids), self.width).index_put_((owner, columns), values)
+
+
+def episode_that_sees(
+    settings: GraphNodesConfig, seen: Callable[[int], int], features: int, dtype: torch.dtype
+) -> Episode:
+    """Shapes and types of an episode on the meta device, of which so many nodes see ``seen`` ones."""
+
+    def batch(each: int) -> Batch:
+        nodes = settings.ways * each
+        near = torch.empty(seen(nodes), features, dtype=dtype)
+        return Batch(torch.empty(nodes, len(near), dtype=dtype), torch.empty(nodes).long(), {"features": near})
+
+    with torch.device("meta"):
+        support, query = batch(settings.shots), batch(max(settings.queries, settings.eval_queries or 0))
+        masks = torch.empty(MASKED_STEPS, support.inputs.shape[1], MASKED_UNITS, dtype=dtype)
+    support = replace(support, by_step={"keep": masks} if settings.dropout else {})
+    return Episode(support, query, "train", 0, ways=settings.ways)
 
 
 class GraphNodesDomain(ClassificationDomain):
@@ -189,17 +210,10 @@ class GraphNodesDomain(ClassificationDomain):
             reach = (reach + torch.zeros_like(reach).index_add(0, row, reach[column])).clamp_max(count)
         reach = (reach if whole else reach.clamp_max(settings.cap or count)).sort(descending=True).values
 
-        def batch(each: int) -> Batch:
-            nodes = settings.ways * each
-            seen = int(reach[:nodes].sum().clamp_max(count if whole else torch.inf))
-            features = torch.empty(seen, *self.input_shape, dtype=dtype)
-            return Batch(torch.empty(nodes, seen, dtype=dtype), torch.empty(nodes).long(), {"features": features})
+        def seen(nodes: int) -> int:
+            return int(reach[:nodes].sum().clamp_max(count if whole else torch.inf))
 
-        with torch.device("meta"):
-            support, query = batch(settings.shots), batch(max(settings.queries, settings.eval_queries or 0))
-            masks = torch.empty(MASKED_STEPS, support.inputs.shape[1], MASKED_UNITS, dtype=dtype)
-        support = replace(support, by_step={"keep": masks} if settings.dropout else {})
-        return Episode(support, query, "train", 0, ways=settings.ways)
+        return episode_that_sees(settings, seen, self.input_shape[0], dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_matrices": {}}

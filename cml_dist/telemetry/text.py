@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
+from collections.abc import Sequence
 
 MISSING = "-"
 
@@ -43,6 +44,21 @@ def duration(seconds: float | None) -> str:
 def number(value: float | None, digits: int = 4) -> str:
     """A number with so many significant digits, e.g. ``1.234``, ``0.5000`` or ``2.500e-07``."""
     return MISSING if value is None or not math.isfinite(value) else f"{value:#.{digits}g}".rstrip(".")
+
+
+def amount(value: float) -> str:
+    """A number of 0 or more with three significant digits or more, e.g. ``1,234``, ``0.0123``, ``0``."""
+    if value == 0:
+        return "0"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def shape(sizes: Sequence[int]) -> str:
+    """Of one input: images (channels, height, width) as ``32x24 px, 3 channels``, anything else as ``5x4``."""
+    if len(sizes) != 3:
+        return "x".join(map(str, sizes))
+    channels, height, width = sizes
+    return f"{width}x{height} px, {channels} channel{'s' * (channels != 1)}"
 
 
 def score_label(name: str) -> str:

@@ -7,6 +7,7 @@ import re
 import resource
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from image_sets import write_set
@@ -123,7 +124,7 @@ def test_the_table_has_every_strategy_and_ends_in_a_command_that_trains_it(plan)
     assert (code, err) == (0, "")
     for words in ("ddp", "zero0", "zero1", "zero2", "zero3", "zero2 offload", "zero3 offload", "zero3 offload all"):
         assert re.search(rf"^ *{words} +\d", out, re.MULTILINE), words
-    assert "1x28x28 (usual for omniglot)" in out
+    assert "28x28 px, 1 channel (usual for omniglot)" in out
     assert out.splitlines()[-1] == (
         "torchrun --standalone --nproc_per_node 4 -m cml_dist train omniglot train.steps=7 parallel.strategy=ddp"
     )
@@ -199,6 +200,69 @@ def test_the_packed_set_says_the_size_of_its_images(plan, tmp_path):
     assert forecast(plan, *words, "--image-size", "64", "--channels", "3")["inputs"] == [3, 64, 64]
 
 
+@pytest.mark.parametrize(
+    ("words", "inputs"),
+    [
+        (["my_images", "domain.root=nowhere"], [3, 84, 84]),
+        (["citeseer", "domain.root=nowhere/citeseer.npz"], [3703]),
+        (["cora_full", "domain.root=nowhere/cora_full.npz", "domain.base=g_meta", "domain.cap=20"], [8710]),
+    ],
+)
+def test_what_is_assumed_of_data_that_are_not_here_is_said(plan, words, inputs):
+    found = forecast(plan, *words, "--gpus", "1", "--gpu-memory-gib", "80")
+    assert found["inputs"] == inputs and found["input_source"].startswith("assumed: nowhere")
+    assert found["command"] is not None
+
+
+def test_a_graph_that_is_not_here_takes_at_least_what_it_takes_where_it_is(plan):
+    root = Path("/work/shared/data/graphs/amazon_computers.npz")
+    if not root.is_file():
+        pytest.skip(f"there is no {root}")
+    words = ["amazon_computers", "--gpus", "1", "--gpu-memory-gib", "80"]
+    there, absent = (forecast(plan, *words, f"domain.root={at}") for at in (root, f"nowhere/{root.name}"))
+    assert there["rows"][0]["total"] <= absent["rows"][0]["total"]
+    assert there["num_parameters"] == absent["num_parameters"]
+
+
+def test_gpus_without_an_episode_are_told_of_and_not_taken(plan):
+    words = ["glyphs", "--gpu-memory-gib", "80", "train.episodes_per_step=4", "--gpus"]
+    code, out, err = plan(*words, "8")
+    assert code == 0 and "--nproc_per_node 4 " in out.splitlines()[-1]
+    assert "4 of 8 GPUs would have nothing to do; train.episodes_per_step=8 would use them all" in err
+    assert plan(*words, "4")[2] == ""
+    found = forecast(plan, *words, "8", "parallel.processes=8")
+    assert (found["gpus_used"], found["without_episode"], found["episodes_per_rank"]) == (8, 4, 1)
+    assert "4 of 8 GPUs only hold their part of the state" in plan(*words, "8", "parallel.processes=8")[2]
+
+
+def test_the_smallest_configuration_that_fits_is_named(plan):
+    found = forecast(plan, "glyphs", "--gpus", "4", "--gpu-memory-gib", "80")
+    assert found["smallest"] == {"gpus": 1, "strategy": "single", "offload": "none", "by": "graph whole"}
+    out = plan("glyphs", "--gpus", "4", "--gpu-memory-gib", "80")[1]
+    assert "Smallest that fits: single on 1 GPU, graph whole" in out and "Recommended: ddp on 4 GPUs" in out
+    assert "Recommended: single on 1 GPU, graph whole, the smallest that fits" in plan(
+        "glyphs", "--gpus", "1", "--gpu-memory-gib", "80"
+    )[1]
+
+
+def test_where_nothing_fits_a_setting_that_was_chosen_too_dear_is_named(plan):
+    words = ["glyphs", "--gpus", "1", "--gpu-memory-gib", "80", "method.inner_steps=5"]
+    graph, lean = (forecast(plan, *words, f"engine.name={name}")["rows"][0]["total"] for name in ("graph", "adjoint"))
+    assert lean < graph
+    found = forecast(plan, *words, "engine.name=graph", f"memory.budget_gib={(graph + lean) / 2 / 2**30:.6f}")
+    assert found["recommended"] is None
+    assert any("at auto: then it fits, by adjoint" in change for change in found["changes"])
+
+
+def test_no_cell_is_nought_but_what_is_nothing(plan):
+    for words in (["sinusoid"], ["mini_imagenet", "model.filters=1024", "domain.queries=30"]):
+        found = forecast(plan, *words, "--gpus", "2", "--gpu-memory-gib", "80")
+        out = plan(*words, "--gpus", "2", "--gpu-memory-gib", "80")[1]
+        assert not re.search(r" 0\.0+ ", out)
+        assert ("GiB of each GPU" if words[0] == "mini_imagenet" else "MiB of each GPU") in out
+        assert re.search(r"^ddp +0\.0131 ", out, re.M) or words[0] != "sinusoid", found["rows"][0]
+
+
 def test_vit_base_is_answered_without_weights(plan):
     """86 million parameters at 224 px: neither their values (0.33 GiB) nor an activation are ever in memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -216,17 +280,14 @@ def test_vit_base_is_answered_without_weights(plan):
 @pytest.mark.parametrize(
     ("words", "what", "remedy"),
     [
-        (["images", "domain.root=nowhere"], "the size of the images is not known", "--image-size"),
+        (["citeseer", "domain.root=nowhere.npz"], "there is no graph at nowhere.npz", "citeseer"),
         (["mini_imagenet", "model.backbone=vit_huge_nothing"], "neither conv4, mlp, gcn nor", "nearest"),
         (["mini_imagenet", "--image-size", "8"], "too small for the four poolings", "16"),
         (["mini_imagenet", "parallel.processes=3"], "parallel.processes is 3, but --gpus is 2", "=2"),
         (["mini_imagenet", "modle.backbone=conv4"], "modle is not a setting", "did you mean"),
     ],
 )
-def test_bad_input_is_one_line(plan, tmp_path, words, what, remedy):
-    if words[0] == "images":
-        words[0] = str(tmp_path / "images.yaml")
-        (tmp_path / "images.yaml").write_text("domain: {name: images, root: x}\n")
+def test_bad_input_is_one_line(plan, words, what, remedy):
     code, out, err = plan(*words, "--gpus", "2", "--gpu-memory-gib", "8")
     assert code != 0 and out == ""
     assert len(err.splitlines()) == 1 and what in err and remedy in err
