@@ -128,7 +128,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         ),
     )),
     "status": ("status.status", "how runs stand, from another terminal or machine; reads only", (
-        _option("run_dir", "the folder of a run; several make a table", metavar="RUN_DIR", nargs="+"),
+        _option("run_dir", "the folder of a run; several or a folder of runs: a table", metavar="RUN_DIR", nargs="+"),
         _option(
             "--watch", "after RUN_DIR: show it again every so many seconds (default 5), until all runs are finished or "
             "Ctrl-C", type=float, nargs="?", const=5.0, metavar="SECONDS",
@@ -255,11 +255,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cml-dist eval runs/birds --on data/cars data/flowers",
         "cml-dist eval runs/curves --plot fits.png",
     ),
-    "status": ("cml-dist status runs/first --watch", "cml-dist status runs/* --check"),
     "compare": (
         "cml-dist compare runs/maml-* runs/cml-* --latex table.tex",
         "cml-dist compare runs --baseline method.name=boil --csv compare.csv",
     ),
+    "status": ("cml-dist status runs/first --watch", "cml-dist status runs", "cml-dist status runs/* --check"),
     "export": ("cml-dist export runs/first --to first-model",),
     "predict": (
         "cml-dist predict runs/mine --support examples --images new --out predictions.csv",

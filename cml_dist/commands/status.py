@@ -17,26 +17,34 @@ if TYPE_CHECKING:
     from cml_dist.telemetry.console import Console
     from cml_dist.tools.run_status import RunView
 
+LEAST = ("saved", "starts", "ep/s", "loss", "of", "method", "best", "left")
+"""The columns that a narrow screen can do without, the least worth first."""
+
 
 def status(args: argparse.Namespace, console: Console) -> int:
-    from cml_dist.tools.run_status import RunView
+    from cml_dist.tools.run_status import RunView, runs_in
 
     if args.check:
         if args.watch is not None or args.json:
             raise ConfigError("--check answers once, a line a run", "leave --watch and --json out, or --check")
-        return _check(args.run_dir)
-    if len(args.run_dir) == 1 and not os.path.isdir(args.run_dir[0]):
-        raise CmlError(f"there is no folder {args.run_dir[0]}", "name the run.dir of a training run")
+        return _check([run for named in args.run_dir for run in runs_in(named) or [named]])
+    for named in args.run_dir:
+        if not os.path.isdir(named):
+            raise CmlError(f"there is no folder {named}", "name the run.dir of a training run, or a folder of such")
+        if not runs_in(named):
+            raise CmlError(f"no run has begun in {named}, nor below it", "name the run.dir of a training run")
     with suppress(KeyboardInterrupt):
         while True:
-            views = [RunView(run_dir) for run_dir in args.run_dir]
+            # Looked for again each time: a sweep adds runs.
+            runs = [run for named in args.run_dir for run in runs_in(named)]
+            views = [RunView(run) for run in runs]
             if args.json:
                 data = [view.data for view in views]
-                print(json.dumps(data[0] if len(data) == 1 else data, indent=2), flush=True)
+                print(json.dumps(data[0] if runs == args.run_dir[:1] else data, indent=2), flush=True)
             else:
                 if args.watch is not None:
                     console.clear()
-                _show(views, console)
+                _show(views, console, None if runs == args.run_dir else args.run_dir)
             if args.watch is None or all(view.data["state"] == "finished" for view in views):
                 break
             time.sleep(max(0.1, args.watch))
@@ -55,15 +63,18 @@ def _check(run_dirs: Sequence[str]) -> int:
     return EXIT_CODES[max((run["state"] for run in found), key=list(EXIT_CODES).index)]
 
 
-def _show(views: Sequence[RunView], console: Console) -> None:
+def _show(views: Sequence[RunView], console: Console, below: Sequence[str] | None) -> None:
+    """A panel of one run that was named; a table of several, or of those ``below`` a folder."""
     paths = [Path(view.data["run_dir"]) for view in views]
-    if len(views) == 1:
+    if len(views) == 1 and below is None:
         console.header(str(paths[0]), views[0].rows())
         return
-    in_one = len({path.parent for path in paths}) == 1 and paths[0].parent != Path()
-    rows = [view.columns(path.name if in_one else str(path)) for view, path in zip(views, paths, strict=True)]
-    title = str(paths[0].parent) if in_one else "Runs"
-    console.table(title, list(rows[0]), [list(row.values()) for row in rows])
+    parents = {Path(folder) for folder in below} if below else {path.parent for path in paths}
+    base = parents.pop() if len(parents) == 1 else Path()
+    names = [str(path.relative_to(base) if base != Path() else path) for path in paths]
+    rows = [view.columns(name) for view, name in zip(views, names, strict=True)]
+    title = "Runs" if base == Path() else str(base)
+    console.table(title, list(rows[0]), [list(row.values()) for row in rows], least=LEAST)
     for view, row in zip(views, rows, strict=True):
         if view.data["state"] != "running" and view.data["reason"]:
             console.note(f"{row['run']}: {view.data['state']}, {view.data['reason']}")

@@ -65,14 +65,16 @@ def load_config(
 def read_recipe(recipe: Path, warn: Warn = silently) -> dict[str, Any]:
     """The settings in a YAML file; those of a run folder by :func:`in_folder`."""
     data = read_yaml(recipe)
-    if recipe.name == RUN_CONFIG and _holds_run(recipe.parent):
+    if recipe.name == RUN_CONFIG and holds_run(recipe.parent):
         warn(f"{recipe} is that of a run folder: run.dir is {recipe.parent}, and caches are this user's own")
         data = in_folder(data, recipe.parent)
     return data
 
 
-def _holds_run(folder: Path) -> bool:
-    return any(any(folder.glob(kept)) for kept in ("sessions.jsonl", "split-000", "checkpoints/step-*.safetensors"))
+def holds_run(folder: Path) -> bool:
+    """Whether a run has begun in this folder; that of all class splits is one."""
+    kept = ("status.json", "sessions.jsonl", "split-000", "checkpoints/step-*.safetensors")
+    return any(any(folder.glob(name)) for name in kept)
 
 
 def in_folder(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -159,6 +159,31 @@ def test_a_sweep_is_a_table_and_its_worst_run_counts(tmp_path, capfd):
     assert codes == [0, 75, 1]
 
 
+def test_the_runs_below_a_folder_are_a_table(tmp_path, capfd, monkeypatch):
+    """Nested ones too, and a run's own folders are no runs."""
+    (tmp_path / "notes").mkdir()
+    make_run(tmp_path / "sweep" / "lr" / "1e-3", "finished")
+    make_run(tmp_path / "sweep" / "lr" / "1e-2", "failed", reason="NaN")
+    make_run(make_run(tmp_path / "first") / "split-000")
+    (tmp_path / "link").symlink_to(tmp_path / "first")
+    monkeypatch.chdir(tmp_path)
+    for named, runs in ((".", ["first", "sweep/lr/1e-2", "sweep/lr/1e-3"]), ("sweep", ["lr/1e-2", "lr/1e-3"])):
+        assert main(["status", named]) == 0
+        out = capfd.readouterr().out.splitlines()
+        assert [line.split()[0] for line in out if " 60 " in line] == runs
+        assert main(["status", named, "--json"]) == 0
+        found = [run["run_dir"] for run in json.loads(capfd.readouterr().out)]
+        assert [Path(run).relative_to(named).as_posix() for run in found] == runs
+        assert main(["status", named, "--check"]) == 1
+        assert capfd.readouterr().out.count("\n") == len(runs)
+    assert main(["status", str(tmp_path / "sweep/lr/1e-2"), str(tmp_path / "first")]) == 0
+    assert main(["status", "notes"]) == 1
+    assert capfd.readouterr().err == (
+        "error: no run has begun in notes, nor below it; name the run.dir of a training run\n"
+    )
+    assert main(["status", "first", "notes"]) == 1
+
+
 def test_watching_ends_with_the_run(tmp_path, capfd):
     assert main(["status", str(make_run(tmp_path / "run", "finished")), "--watch", "0.1"]) == 0
     assert main(["status", str(tmp_path / "run"), "--watch", "--check"]) == 2
