@@ -197,7 +197,7 @@ class ModelConfig(Section):
     """The network: backbone (psi) + head (theta) + co-learner (phi)."""
 
     backbone: Annotated[str, AfterValidator(sealed)] = Field("conv4", min_length=1, description=f"{', '.join(BACKBONES)}, {TIMM.help}, or {OWN_BACKBONE.help}")
-    pretrained: Annotated[bool | str, AfterValidator(_at_home)] = Field(False, description="timm backbones: true for the published weights, or the path of a local weight file")
+    pretrained: Annotated[bool | str, AfterValidator(_at_home)] = Field(False, description="timm backbones: true for the published weights; a weight file; a folder with one and its config.json, or an export of a run; a timm name with its tag (resnet18.a1_in1k); or a hub name (hf-hub:ORG/NAME)")
     filters: int = Field(64, ge=1, le=4096, description="conv4: channels of each block")
     options: dict[str, Any] = Field({}, description=f"keyword arguments of {OWN_BACKBONE.help}")
     extra_blocks: int = Field(0, ge=0, le=64, description="conv4: further blocks behind the fourth, without a max-pool of their own (3: the paper's MAML with as many parameters, 232K)")

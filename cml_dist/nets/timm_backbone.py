@@ -6,12 +6,11 @@ import copy
 import difflib
 import os
 import sys
-import textwrap
 from typing import Any
 
 import timm
 import torch
-from timm.models import load_pretrained, load_state_dict
+from timm.models import load_pretrained
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -21,13 +20,11 @@ import cml_dist.nets.resnet12  # noqa: F401 - registers it
 from cml_dist.config.schema import ModelConfig
 from cml_dist.errors import ConfigError, ModelError
 from cml_dist.nets.border import border_warning, watch_stem
-from cml_dist.nets.guard import couples_examples, prepare_for_second_order
+from cml_dist.nets.guard import couples_examples, has_batch_norm, prepare_for_second_order
 from cml_dist.nets.network import CmlNet
+from cml_dist.nets.pretrained import PREFIX, Weights, find_weights, read_state, reason
 from cml_dist.registry import BACKBONES
-from cml_dist.types import BODY, Features, Params
-
-PREFIX = f"{BODY}.model."
-"""Canonical names of the backbone's parameters are this, and then timm's own names."""
+from cml_dist.types import Features, Params
 
 
 class TimmBackbone(nn.Module):
@@ -40,21 +37,26 @@ class TimmBackbone(nn.Module):
     Args:
         name: the model's name in timm, e.g. ``"resnet18"`` or ``"vit_tiny_patch16_224.augreg_in21k"``.
         input_shape: ``(channels, height, width)`` of one image.
-        pretrained: True for the published weights, or the path of a local weight file (safetensors or .pth).
+        pretrained: False, or what :func:`cml_dist.nets.pretrained.find_weights` finds.
 
     Raises:
         ModelError: timm has no such model, the model refuses the image size or channels, or the weights are not there
             or do not fit.
-        ConfigError: the weight file does not exist.
+        ConfigError: the weights do not exist, or are another model's.
     """
 
     def __init__(self, name: str, input_shape: tuple[int, int, int], pretrained: bool | str = False) -> None:
         super().__init__()
         self.name, self.input_shape = name, tuple(input_shape)
         self.create_kwargs = _create_kwargs(name, input_shape)
-        self.model = _create(name, pretrained is True, num_classes=0, **self.create_kwargs)
-        if isinstance(pretrained, str):
-            _load_file(self.model, name, pretrained, input_shape[0])
+        weights = find_weights(name, pretrained) if pretrained else None
+        self.own_norms = weights is None or weights.own_norms
+        # timm reads a foreign format under the name that has it.
+        is_foreign = weights is not None and weights.file is None
+        named = pretrained if is_foreign and isinstance(pretrained, str) else name
+        self.model = _create(named, is_foreign, num_classes=0, **self.create_kwargs)
+        if weights is not None and not is_foreign:
+            _load(self.model, name, weights, input_shape[0])
         self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
         try:  # shapes without the batch axis, by a forward pass that computes nothing
             with torch.no_grad():
@@ -65,7 +67,7 @@ class TimmBackbone(nn.Module):
             usual = self.model.pretrained_cfg.get("input_size") or "?"
             given, made_for = ("x".join(map(str, shape)) for shape in (input_shape, usual))
             raise ModelError(
-                f"model.backbone {name} cannot take images of {given}: {_reason(error)}",
+                f"model.backbone {name} cannot take images of {given}: {reason(error)}",
                 f"use images it can take (it was made for {made_for}), or another model.backbone",
             ) from error
         self.tap_shape, self.pooled_dim = tuple(features.tap.shape[1:]), features.pooled.shape[1]
@@ -101,15 +103,23 @@ class TimmBackbone(nn.Module):
 
 
 def build(model: ModelConfig, input_shape: tuple[int, ...]) -> TimmBackbone:
-    return TimmBackbone(model.backbone, input_shape, model.pretrained)
+    body = TimmBackbone(model.backbone, input_shape, model.pretrained)
+    if model.norm == "frozen" and has_batch_norm(body) and not body.own_norms:
+        raise ConfigError(
+            f"model.norm is frozen, but {model.pretrained} was trained with model.norm=batch, and has no statistics",
+            "set model.norm=batch, or give other weights",
+        )
+    return body
 
 
-def trained_with(name: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]] | None:
-    """Mean and std per channel (of pixels in 0..1) and ``(C, H, W)`` of the images that timm's weights were trained on.
+def trained_with(
+    name: str, pretrained: bool | str, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]] | None:
+    """Mean and std per channel (of pixels in 0..1) and ``(C, H, W)`` of the images that the weights were trained on.
 
-    Of grey images, for which timm adds up the weights of three channels, the channels' mean. None: timm does not say.
+    Of grey images, for which timm adds up the weights of three channels, the channels' mean. None: nobody says.
     """
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    config = find_weights(name, pretrained).config
     if config is None or not config.mean or not config.std:
         return None
 
@@ -143,28 +153,35 @@ def _create(name: str, published: bool, **kwargs: Any) -> nn.Module:
         if published:
             what = f"the published weights of {name} cannot be had"
             remedy = "check the network, set model.pretrained to a local weight file or false"
-        raise ModelError(f"{what}: {_reason(error)}", f"{remedy}, or another model.backbone") from error
+        raise ModelError(f"{what}: {reason(error)}", f"{remedy}, or another model.backbone") from error
 
 
-def _load_file(model: nn.Module, name: str, path: str, channels: int) -> None:
-    """Loads a local weight file into a model without classifier; names and shapes must fit exactly."""
+def _load(model: nn.Module, name: str, weights: Weights, channels: int) -> None:
+    """Loads weights into a model without classifier; names and shapes must fit exactly."""
+    path = weights.file()
     if not os.path.isfile(path):
         raise ConfigError(
-            f"model.pretrained is {path!r}, but there is no such file", "give true, false or the path of a weight file"
+            f"model.pretrained is {str(path)!r}, but there is no such file",
+            "give true, a weight file, a folder of one with its config.json, a timm name such as resnet18.a1_in1k, or "
+            "hf-hub:ORG/NAME",
         )
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        state = load_state_dict(path, weights_only=True)
+        state = read_state(path)
         state = adapt(state, model) if adapt else state
         # Without its classifiers, and the norms that belong to them (e.g. LeViT's ``head.bn``).
         own, stems = model.state_dict(), {classifier.split(".")[0] for classifier in _classifiers(model)}
         state = {key: value for key, value in state.items() if key in own or key.split(".")[0] not in stems}
+        if not weights.own_norms:
+            state = {key: value for key, value in own.items() if "running_" in key or "num_batches" in key} | state
         # Without a classifier in the configuration timm loads strictly, after it has fitted the first convolution.
         source = {**model.pretrained_cfg, "state_dict": state, "classifier": None, "label_offset": 0}
+        if weights.config is not None:  # the channels of the first convolution are the weights' own
+            source["input_size"] = weights.config.input_size
         load_pretrained(model, source, num_classes=0, in_chans=channels)
     except Exception as error:  # a damaged file, or another family's, fails in as many ways as there are formats
         raise ModelError(
-            f"weight file {path} does not fit model.backbone {name}: {_reason(error)}",
+            f"{weights.called} does not fit model.backbone {name}: {reason(error)}",
             "give the weights of this very model: a state dict as safetensors, or as .pth made of tensors alone",
         ) from error
 
@@ -172,10 +189,6 @@ def _load_file(model: nn.Module, name: str, path: str, channels: int) -> None:
 def _classifiers(model: nn.Module) -> tuple[str, ...]:
     names = model.pretrained_cfg.get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _reason(error: Exception) -> str:
-    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 
 # --------------------------------------------------------------------------- export

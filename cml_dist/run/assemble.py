@@ -67,7 +67,7 @@ def normalise_as_weights(config: RunConfig, domain: Domain, console: Console) ->
     from cml_dist.nets.timm_backbone import trained_with  # takes a second, and no other backbone needs it
 
     shape = tuple(map(int, domain.input_shape))
-    if (found := trained_with(model.backbone, shape[0])) is not None:
+    if (found := trained_with(model.backbone, model.pretrained, shape[0])) is not None:
         mean, std, theirs = found
         domain.adopt(ModelInputs(input_shape=shape, output_dim=None, mean=mean, std=std))
         sizes = " and ".join("x".join(map(str, side)) for side in (theirs[:0:-1], shape[:0:-1]))
@@ -110,7 +110,7 @@ def assemble(
             domain.load(split, tell)
 
     def make() -> CmlNet:
-        world.heartbeat.beat("building the network", DOWNLOAD_S if config.model.pretrained is True else 0.0)
+        world.heartbeat.beat("building the network", DOWNLOAD_S if config.model.pretrained else 0.0)
         net = make_network(config, domain.input_shape, domain.output_dim)
         if world.local_rank == 0 and config.method.order == 2:
             check_twice_differentiable(net, domain.input_shape, domain.output_dim, config.model.backbone)

@@ -23,6 +23,7 @@ from cml_dist.errors import CheckpointError, ModelError
 from cml_dist.meta.rule import LEARNED_RATES, part_of
 from cml_dist.methods.build import describe_rule
 from cml_dist.nets.guard import has_batch_norm
+from cml_dist.nets.pretrained import DESCRIPTION, TIMM_WEIGHTS, WEIGHTS
 from cml_dist.registry import TIMM, backbone_entry
 from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.checkpoint import choose
@@ -33,7 +34,7 @@ from cml_dist.telemetry import text
 from cml_dist.telemetry.console import Console
 from cml_dist.types import COLEARNER
 
-WEIGHTS, TIMM_WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "timm.safetensors", "model.json", "README.md"
+CARD = "README.md"
 MOST_DESCRIPTION = 2**24
 """Bytes of ``model.json``: whoever made it may have written anything."""
 
