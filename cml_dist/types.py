@@ -15,6 +15,9 @@ Learner = Literal["meta", "co"]
 BODY, HEAD, COLEARNER, RULE = "body", "head", "colearner", "rule"
 """The parts, and the first component of every canonical parameter name: psi, theta, phi, and what a method learns."""
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+"""Ways to bring an image to another size, by Pillow's names in lower case."""
+
 Params = dict[str, Tensor]
 """Parameters by canonical name, e.g. ``body.block1.conv.weight``; the order is the network's own."""
 

@@ -74,7 +74,7 @@ def _adapted(args: argparse.Namespace, examples: Examples | None, console: Conso
     from cml_dist.run.adapted import AdaptedLearner
     from cml_dist.run.leave_one_out import leave_one_out
     from cml_dist.run.predict import load
-    from cml_dist.run.reading import reads_pictures
+    from cml_dist.run.reading import fitted_shape, reads_pictures
     from cml_dist.telemetry.console import preparing
     from cml_dist.tools.answers import pixels_of
 
@@ -88,7 +88,7 @@ def _adapted(args: argparse.Namespace, examples: Examples | None, console: Conso
         )
     if isinstance(learner, AdaptedLearner):
         return learner
-    shape = learner.description["input_shape"]
+    shape = fitted_shape(learner.description)
     with preparing(console) as progress:
         images = []
         for pixels in in_threads(partial(pixels_of, shape=shape), examples.pictures):

@@ -105,10 +105,11 @@ class ImageSettings(Section):
     mean: tuple[float, ...] | None = Field(None, description="per channel, of pixels in 0..1; null: as domain.statistics says (of the set: measured on the training split when packed)")
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, description="as mean")
     statistics: Literal["set", "weights"] | None = Field(None, description="whose mean and std are taken where domain.mean and std are not set: of the set, or with model.pretrained those that the weights were trained with; null: weights, and in a run that began earlier set")
+    size: Literal["set", "weights"] | Annotated[int, Field(ge=8, le=4096)] | None = Field(None, description="side, in pixels, of the images that the network reads: set, as they are packed; weights, with model.pretrained as these were trained; or a number; scaled by the weights' interpolation (else bicubic), where the shape differs cut at the centre; null: weights, and in a run that began earlier set")
     augment: AugmentConfig = AugmentConfig()
     draw: Draw = Field(None, description=_DRAW)
     memory_gib: float = Field(4.0, ge=0, description="keep a decoded split in memory (uint8, in each process) up to this size, GiB, and half of the free memory for all; else decode in workers")
-    workers: int | None = Field(None, ge=0, le=64, description="processes a rank that prepare episodes ahead; 0: in the training process; null: 0 where the split is in memory and neither random_resized_crop nor color_jitter changes it, else up to 4")
+    workers: int | None = Field(None, ge=0, le=64, description="processes a rank that prepare episodes ahead; 0: in the training process; null: 0 where the split is in memory, is not scaled (domain.size), and neither random_resized_crop nor color_jitter changes it, else up to 4")
 
 
 class GlyphsConfig(ImageSettings):

@@ -6,10 +6,14 @@ from typing import Any
 
 RunConfig = Any  # schema.RunConfig
 
-BEFORE: dict[str, Any] = {"domain.draw": 1, "domain.statistics": "set", "optim.step_from": "start"}
+BEFORE: dict[str, Any] = {
+    "domain.draw": 1, "domain.size": "set", "domain.statistics": "set", "optim.step_from": "start",
+}  # fmt: skip
 """What a run folder or checkpoint means that does not name them: it is older than they are."""
 
-NEWEST: dict[str, Any] = {"domain.draw": 2, "domain.statistics": "weights", "optim.step_from": "warmup"}
+NEWEST: dict[str, Any] = {
+    "domain.draw": 2, "domain.size": "weights", "domain.statistics": "weights", "optim.step_from": "warmup",
+}  # fmt: skip
 """Of new runs."""
 
 

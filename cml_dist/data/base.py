@@ -33,12 +33,16 @@ class ModelInputs(BaseModel, frozen=True):
         input_shape: as of a domain.
         output_dim: as of a domain; None: the network takes any number of classes.
         mean, std: of each channel, of pixels in 0..1; None: inputs are not normalised.
+        packed_size: height and width to which pictures are fitted before they are scaled to ``input_shape``, by
+            ``interpolation``; None: they are not scaled.
     """
 
     input_shape: tuple[int, ...]
     output_dim: int | None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    packed_size: tuple[int, int] | None = None
+    interpolation: str | None = None
 
 
 class Domain(ABC):
@@ -139,7 +143,8 @@ class Domain(ABC):
 
     def preprocessing(self) -> dict[str, Any]:
         """What ``prepare`` does to inputs, as JSON: an exported model repeats it (e.g. mean and std of pixels)."""
-        return self.model_inputs().model_dump(mode="json", include={"mean", "std"}, exclude_none=True)
+        shapes = {"input_shape", "output_dim"}
+        return self.model_inputs().model_dump(mode="json", exclude=shapes, exclude_none=True)
 
 
 class ClassificationDomain(Domain):

@@ -14,11 +14,12 @@ from torch.utils.data import get_worker_info
 
 from cml_dist.config.schema import ImageSettings
 from cml_dist.data import sampling
+from cml_dist.data.as_trained import size_read
 from cml_dist.data.base import ClassificationDomain, ModelInputs, Progress, episode_rng
 from cml_dist.data.cores import usable_cores
 from cml_dist.data.free_memory import available_bytes
 from cml_dist.data.groups import draw_parted
-from cml_dist.data.pixels import in_threads
+from cml_dist.data.pixels import in_threads, resized
 from cml_dist.data.shards import ShardSet
 from cml_dist.errors import ConfigError, DataError
 from cml_dist.types import Batch, Episode
@@ -49,7 +50,9 @@ class ImageDomain(ClassificationDomain):
     ) -> None:
         self.shards = shards = ShardSet.open(settings.root, getattr(settings, "cache", None), progress)
         self.settings = settings
-        self.input_shape = (shards.channels, *shards.image_size)
+        self.packed_size = self._fitted_to = shards.image_size
+        self.input_shape = (shards.channels, *size_read(settings.size, self.packed_size, None))
+        self._interpolation = "bicubic"
         self.output_dim = settings.ways
         self.chance = 1 / settings.ways
         self._seeds = seeds
@@ -112,15 +115,21 @@ class ImageDomain(ClassificationDomain):
             raise ConfigError(f"the measured std of {name} is {self._std}: a channel is constant", "set domain.std")
 
     def adopt(self, trained: ModelInputs) -> str | None:
-        """Normalise by the mean and std of a model, where none are set; says so where they are not those of the set.
+        """Read images as a model does: scaled as it was trained, and normalised by its mean and std where none are set.
+
+        Says so where these are not those of the set.
 
         Raises:
             DataError: size, channels or number of classes are not those of the model.
         """
         name, shape = self.shards.name, trained.input_shape
+        if trained.packed_size is not None:
+            self._fitted_to, self._interpolation = trained.packed_size, trained.interpolation
+            if not isinstance(self.settings.size, int):
+                self.input_shape = (self.shards.channels, *shape[1:])
         if len(shape) == 3 and shape != self.input_shape:
             options = []
-            if shape[1:] != self.shards.image_size:
+            if shape[1:] != self.input_shape[1:]:
                 options.append(f"--image-size {shape[1]}" if shape[1] == shape[2] else f"image_size={shape[1:]}")
             if shape[0] != self.shards.channels:
                 options.append(f"--channels {shape[0]}")
@@ -154,6 +163,7 @@ class ImageDomain(ClassificationDomain):
             images = part.reshape(-1, *pixels.shape[1:])
             # The support set's first: what the query set draws is then nothing to it.
             images = images if version == 1 else self._changed(rng, split, images)
+            images = np.stack([resized(image, self.input_shape[1:], self._interpolation) for image in images])
             labels = torch.arange(ways).repeat_interleave(part.shape[1])
             batches.append(Batch(torch.from_numpy(np.ascontiguousarray(images)), labels))
         return Episode(*batches, split, index, ways=ways)
@@ -198,7 +208,7 @@ class ImageDomain(ClassificationDomain):
         if split in self._decoded or not self._kept[split]:
             return split in self._decoded
         first, count = self.shards.first_image(split), self.shards.num_images(split)
-        pixels = np.empty((count, *self.input_shape), dtype=np.uint8)
+        pixels = np.empty((count, self.shards.channels, *self.packed_size), dtype=np.uint8)
         for number, image in enumerate(in_threads(self.shards.decode, range(first, first + count))):
             pixels[number] = image
             if progress is not None and ((number + 1) % _REPORT_EVERY == 0 or number + 1 == count):
@@ -210,13 +220,14 @@ class ImageDomain(ClassificationDomain):
         """0 where the split is in memory and changed at little cost; else an episode is worth a few processes."""
         augment = self.settings.augment
         is_costly = split == "train" and (augment.random_resized_crop < 1 or augment.color_jitter > 0)
+        is_costly = is_costly or self.input_shape[1:] != self.packed_size
         return 0 if self._kept[split] and not is_costly else min(4, usable_cores())
 
     def _decoded_bytes(self, split: str) -> int:
-        return self.shards.num_images(split) * int(np.prod(self.input_shape))
+        return self.shards.num_images(split) * self.shards.channels * int(np.prod(self.packed_size))
 
     def _pixels(self, split: str, numbers: np.ndarray) -> np.ndarray:
-        """uint8 ``[N, C, H, W]`` of the images with these numbers within the split."""
+        """uint8 ``[N, C, H, W]`` of the images with these numbers within the split, as they are packed."""
         # A worker process decodes what it needs: the whole split in each of them would multiply the memory.
         if split not in self._decoded and get_worker_info() is None:
             self.load(split)
@@ -267,7 +278,10 @@ class ImageDomain(ClassificationDomain):
         }
 
     def model_inputs(self) -> ModelInputs:
-        return super().model_inputs().model_copy(update={"mean": self._mean, "std": self._std})
+        known: dict[str, Any] = {"mean": self._mean, "std": self._std}
+        if self._fitted_to != self.input_shape[1:]:
+            known |= {"packed_size": self._fitted_to, "interpolation": self._interpolation}
+        return super().model_inputs().model_copy(update=known)
 
 
 def _in_words(shape: tuple[int, ...]) -> str:

@@ -123,6 +123,20 @@ def read_pixels(
         return to_array(image)
 
 
+def resized(pixels: np.ndarray, image_size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """Pixels uint8 ``[C, H, W]`` scaled to cover another size (height, width), and cut at the centre.
+
+    Averages over the source pixels when it shrinks. In whole numbers, by Pillow: the same bits on any machine.
+
+    Args:
+        interpolation: one of :data:`cml_dist.types.INTERPOLATIONS`.
+    """
+    if pixels.shape[1:] == image_size:
+        return pixels
+    method = Image.Resampling[interpolation.upper()]
+    return to_array(ImageOps.fit(to_image(pixels), image_size[::-1], method=method))
+
+
 def _in_mode(image: Image.Image, mode: str, format: str | None, what: str) -> Image.Image:
     # Of PNG and PGM Pillow may give 16 bits as mode I.
     if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):

@@ -16,6 +16,7 @@ from cml_dist.config.methods import has_classes
 from cml_dist.config.plan import RunPlan, episode_in_words, make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.config.shape import open_keys
+from cml_dist.data.as_trained import size_read, trained_on
 from cml_dist.data.build import build_domain
 from cml_dist.data.set_shape import is_here, known_shape
 from cml_dist.errors import ConfigError
@@ -238,6 +239,10 @@ def known_inputs(config: RunConfig, image_size: int | None = None, channels: int
         source = "as given" if image_size and channels else f"as given, else {source}"
     usual_channels, height, width = known
     shape = (channels or usual_channels, image_size or height, image_size or width)
+    theirs = trained_on(config, shape[0])
+    if (size := size_read(domain.size, shape[1:], theirs and theirs.size)) != shape[1:]:
+        source += f"; scaled from {'x'.join(map(str, shape[:0:-1]))} by domain.size"
+    shape = (shape[0], *size)
     return KnownInputs(shape, known_shape(config).domain.ways, Domain.loss, Domain.score, source)
 
 

@@ -6,7 +6,7 @@ import copy
 import difflib
 import os
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -24,7 +24,7 @@ from cml_dist.nets.guard import couples_examples, has_batch_norm, prepare_for_se
 from cml_dist.nets.network import CmlNet
 from cml_dist.nets.pretrained import PREFIX, Weights, find_weights, read_state, reason
 from cml_dist.registry import BACKBONES
-from cml_dist.types import Features, Params
+from cml_dist.types import INTERPOLATIONS, Features, Params
 
 
 class TimmBackbone(nn.Module):
@@ -112,12 +112,21 @@ def build(model: ModelConfig, input_shape: tuple[int, ...]) -> TimmBackbone:
     return body
 
 
-def trained_with(
-    name: str, pretrained: bool | str, channels: int
-) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]] | None:
-    """Mean and std per channel (of pixels in 0..1) and ``(C, H, W)`` of the images that the weights were trained on.
+class TrainedOn(NamedTuple):
+    """Images that weights were trained on: mean and std per channel (of pixels in 0..1), height and width, and how they
+    were brought to that size (a name of :data:`cml_dist.types.INTERPOLATIONS`).
+    """
 
-    Of grey images, for which timm adds up the weights of three channels, the channels' mean. None: nobody says.
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: tuple[int, int]
+    interpolation: str
+
+
+def trained_with(name: str, pretrained: bool | str, channels: int) -> TrainedOn | None:
+    """What timm, or who saved them, says of the images that weights were trained on; None: nobody does.
+
+    Of grey images, for which timm adds up the weights of three channels, mean and std are the channels' mean.
     """
     config = find_weights(name, pretrained).config
     if config is None or not config.mean or not config.std:
@@ -126,7 +135,8 @@ def trained_with(
     def of_channels(values: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(values) if channels == len(values) else (sum(values) / len(values),) * channels
 
-    return of_channels(config.mean), of_channels(config.std), tuple(config.input_size)
+    interpolation = config.interpolation if config.interpolation in INTERPOLATIONS else "bicubic"  # some draw one
+    return TrainedOn(of_channels(config.mean), of_channels(config.std), tuple(config.input_size)[1:], interpolation)
 
 
 # --------------------------------------------------------------------------- building

@@ -11,7 +11,8 @@ import torch
 from cml_dist import user_code
 from cml_dist.config.plan import RunPlan, make_plan
 from cml_dist.config.schema import RunConfig
-from cml_dist.data.base import SPLITS, Domain, ModelInputs
+from cml_dist.data.as_trained import read_as_trained
+from cml_dist.data.base import SPLITS, Domain
 from cml_dist.data.build import build_domain
 from cml_dist.distributed.world import World, set_arithmetic
 from cml_dist.memory.choose import autocast_type, engine_of, fit_memory
@@ -22,7 +23,6 @@ from cml_dist.methods.check import check_rule, made_up_episode
 from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.guard import check_twice_differentiable
 from cml_dist.nets.network import CmlNet
-from cml_dist.registry import TIMM, backbone_entry
 from cml_dist.run.trained import trained_inputs
 from cml_dist.telemetry.console import Console, preparing
 from cml_dist.user_code import blamed, is_code
@@ -57,25 +57,6 @@ def import_own(config: RunConfig) -> None:
             user_code.load(value)
 
 
-def normalise_as_weights(config: RunConfig, domain: Domain, console: Console) -> None:
-    """Give pre-trained weights images as they were trained with, where ``domain.statistics`` says so."""
-    settings, model = config.domain, config.model
-    if not model.pretrained or backbone_entry(model.backbone) is not TIMM or is_code(model.backbone):
-        return
-    if getattr(settings, "statistics", "set") == "set" or settings.mean or settings.std:
-        return
-    from cml_dist.nets.timm_backbone import trained_with  # takes a second, and no other backbone needs it
-
-    shape = tuple(map(int, domain.input_shape))
-    if (found := trained_with(model.backbone, model.pretrained, shape[0])) is not None:
-        mean, std, theirs = found
-        domain.adopt(ModelInputs(input_shape=shape, output_dim=None, mean=mean, std=std))
-        sizes = " and ".join("x".join(map(str, side)) for side in (theirs[:0:-1], shape[:0:-1]))
-        console.note(
-            f"Images are normalised as the weights' own were (domain.statistics); theirs and these have {sizes} px"
-        )
-
-
 def assemble(
     config: RunConfig, world: World, console: Console, splits: Collection[str] = (), *, training: bool = True
 ) -> Parts:
@@ -101,7 +82,7 @@ def assemble(
         how = {"processes": world.local_size, "progress": tell, "trained": trained, "tell": console.note}
         domain = build_domain(config.domain, **seeds, splits=SPLITS if training else [config.eval.split], **how)
         if training:
-            normalise_as_weights(config, domain, console)
+            read_as_trained(config, domain, console.note)
         return domain
 
     def load() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from cml_dist.run.report import overrides_of
 from cml_dist.run.safetensors_stream import save_tensors
 from cml_dist.telemetry import text
 from cml_dist.telemetry.console import Console
-from cml_dist.types import COLEARNER
+from cml_dist.types import COLEARNER, INTERPOLATIONS
 
 CARD = "README.md"
 MOST_DESCRIPTION = 2**24
@@ -75,6 +75,10 @@ CARD_IMAGES = """
 Images may be paths, PIL images or uint8 arrays of any size and kind: they are read as those of the training set were
 packed (upright, transparency on white, the high byte of 16 bits, scaled to cover the input and cut at the centre), and
 normalised by the mean and std in `model.json`.
+"""
+
+CARD_SCALED = """
+They are fitted to {packed_size[0]}x{packed_size[1]} pixels first, and then scaled to the input ({interpolation}).
 """
 
 CARD_NORM = """
@@ -158,6 +162,8 @@ def export_run(
     card = _card(config, description, rates, sum(p.numel() for p in params.values()))
     if "mean" in description["preprocessing"]:
         card += CARD_IMAGES
+    if "packed_size" in description["preprocessing"]:
+        card += CARD_SCALED.format(**description["preprocessing"])
     if has_batch_norm(parts.net) and config.model.norm == "batch":
         card += CARD_NORM
     if timm is not None:
@@ -223,10 +229,20 @@ def _card(config: RunConfig, description: dict[str, Any], rates: str, parameters
     )
 
 
+Side = Annotated[int, Field(ge=1, le=2**16)]
+
+
+class _Scaling(BaseModel):
+    """How pictures come to the input's size, where they do not have it."""
+
+    packed_size: tuple[Side, Side]
+    interpolation: Literal[INTERPOLATIONS]
+
+
 class _Description(BaseModel):
     """What is read of ``model.json``, which may hold more: whoever made it may have written anything."""
 
-    input_shape: list[Annotated[int, Field(ge=1, le=2**16)]] = Field(min_length=1, max_length=8)
+    input_shape: list[Side] = Field(min_length=1, max_length=8)
     output_dim: int = Field(ge=1, le=2**16)
     score: str
     inner_steps: int = Field(ge=0, le=1000)
@@ -242,6 +258,8 @@ class _Description(BaseModel):
             usable = np.isfinite(values).all() and (name == "mean" or (values > 0).all())
             if values.shape != (self.input_shape[0],) or not usable:
                 raise ValueError(f"preprocessing.{name} does not fit the input")
+        if "packed_size" in self.preprocessing:
+            _Scaling.model_validate(self.preprocessing, strict=False)
         return self
 
 

@@ -10,13 +10,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cml_dist.data.pixels import file_bytes, read_pixels
+from cml_dist.data.pixels import file_bytes, read_pixels, resized
 from cml_dist.errors import DataError
 
 
 def reads_pictures(description: dict[str, Any]) -> bool:
     """Whether the inputs of a described network are pictures."""
     return len(description["input_shape"]) == 3 and "mean" in description["preprocessing"]
+
+
+def fitted_shape(description: dict[str, Any]) -> tuple[int, int, int]:
+    """Channels, height and width to which pictures are fitted as in packing; :func:`network_inputs` scales them."""
+    channels, *size = description["input_shape"]
+    return (channels, *description["preprocessing"].get("packed_size", size))
 
 
 def network_inputs(description: dict[str, Any], images: Any, device: torch.device) -> Tensor:
@@ -30,7 +36,9 @@ def network_inputs(description: dict[str, Any], images: Any, device: torch.devic
         return torch.as_tensor(np.asarray(images), dtype=torch.float32, device=device).reshape(-1, *shape)
     if isinstance(images, (str, Path)):
         raise DataError(f"images is one path ({images})", "give a sequence of images, e.g. [path]")
-    read = [_pixels(image, f"image {number}", shape) for number, image in enumerate(images)]
+    fitted, how = fitted_shape(description), description["preprocessing"].get("interpolation", "bicubic")
+    read = (_pixels(image, f"image {number}", fitted) for number, image in enumerate(images))
+    read = [resized(pixels, shape[1:], how) for pixels in read]
     pixels = np.stack(read) if read else np.zeros((0, *shape))
     tensor = torch.from_numpy(pixels).to(device, torch.float32) / 255
     mean, std = (torch.tensor(description["preprocessing"][k], device=device) for k in ("mean", "std"))
@@ -38,7 +46,7 @@ def network_inputs(description: dict[str, Any], images: Any, device: torch.devic
 
 
 def _pixels(image: Any, what: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One image as uint8 ``[C, H, W]`` in the network's size and channels, read as packing reads it."""
+    """One image as uint8 ``[C, H, W]`` in this shape, read as packing reads it."""
     channels, *image_size = shape
     if isinstance(image, (str, Path)):
         what, image = str(image), file_bytes(image)

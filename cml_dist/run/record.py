@@ -59,7 +59,8 @@ def announce(console: Console, config: RunConfig, parts: Parts, record: dict[str
         rows[f"{split} split"] = f"{size} {kept}"
     if "name" in data:
         shape = " x ".join(map(str, data["input_shape"]))
-        rows["image set"] = f"{data['name']} in {data['root']}, {shape}"
+        packed = f" (packed at {' x '.join(map(str, data['packed_size']))})" if "packed_size" in data else ""
+        rows["image set"] = f"{data['name']} in {data['root']}, {shape}{packed}"
     rows |= {key: data[key] for key in ("graph", "classes") if key in data}
     console.header("cml-dist train", rows)
     crowded = crowded_cores(record["threads"], launched().local_size)

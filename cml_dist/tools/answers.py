@@ -13,6 +13,7 @@ from cml_dist.data.base import Progress
 from cml_dist.data.pixels import in_threads, open_image, read_pixels, to_image
 from cml_dist.errors import DataError, ModelError
 from cml_dist.run.adapted import AT_ONCE, AdaptedLearner
+from cml_dist.run.reading import fitted_shape
 from cml_dist.telemetry.text import line
 from cml_dist.tools.pictures import PictureFile
 
@@ -46,7 +47,7 @@ class _Seen(NamedTuple):
 
 
 def pixels_of(picture: PictureFile, shape: Sequence[int]) -> np.ndarray:
-    """A picture in the network's channels and size, read as packing reads it: uint8 ``[C, H, W]``, or DataError."""
+    """A picture fitted to ``shape``, read as packing reads it: uint8 ``[C, H, W]``, or DataError."""
     return read_pixels(picture.read(), picture.name, shape[0], (shape[1], shape[2]))
 
 
@@ -67,7 +68,7 @@ def answers(
     Raises:
         ModelError: an answer is not finite.
     """
-    channels, height, width = adapted.description["input_shape"]
+    channels, height, width = fitted_shape(adapted.description)
     scale = _THUMBNAIL / max(height, width)
     thumbnail_size = (max(1, round(height * scale)), max(1, round(width * scale)))
 

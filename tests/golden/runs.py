@@ -49,7 +49,8 @@ LOSSES = ("loss", "outer_loss", "colearner_loss", "grad_norm")
 
 IMAGE = {"ways": 5, "shots": 1, "queries": 3, "mean": [0.5], "std": [0.25], "memory_gib": 1.0, "workers": 0}
 NO_CHANGES = {"flip": False, "crop_padding": 0, "rotate_classes": False}
-COLOUR = IMAGE | {"name": "images", "root": "{work}/colour", "mean": [0.5, 0.4, 0.6], "std": [0.25, 0.3, 0.2]}
+COLOUR = IMAGE | {"name": "images", "root": "{work}/colour", "mean": [0.5, 0.4, 0.6], "std": [0.25, 0.3, 0.2],
+                  "size": "set"}
 METHOD = {"name": "cml", "inner_steps": 1, "head_lr": None, "body_lr": None, "adapts": None, "gamma": 1.0, "order": 2}
 # eps is far above what rounding leaves of a gradient that is truly 0 (a bias before BatchNorm), which Adam divides by.
 ADAM = {

@@ -23,7 +23,7 @@ def test_the_nearest_centroid_stands_beside_the_learners(tmp_path, capsys):
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
     weights = {"pretrained": str(tmp_path / "weights.pth"), "norm": "frozen"}
     settings = {
-        "domain": {**images_of(tmp_path), "statistics": "set"},
+        "domain": {**images_of(tmp_path), "statistics": "set", "size": "set"},
         "model": {"backbone": "test_resnet", "colearner": {"depth": 0}, **weights},
         "method": {"inner_lr": 0.5, "inner_steps": 1},
         "train": {"steps": 1, "episodes_per_step": 1},
@@ -79,7 +79,7 @@ def test_without_trained_weights_there_is_none(tmp_path):
 def test_images_are_normalised_as_the_weights_own_were(statistics, tmp_path):
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
     settings = {
-        "domain": {**images_of(tmp_path), **({"statistics": "set"} if statistics == "set" else {})},
+        "domain": {**images_of(tmp_path), "size": "set", **({"statistics": "set"} if statistics == "set" else {})},
         "model": {"backbone": "test_resnet", "pretrained": str(tmp_path / "weights.pth"), "norm": "frozen"},
         "train": {"steps": 1, "episodes_per_step": 1},
         "eval": {"val_episodes": 1, "episodes": 2, "untrained": False},

@@ -122,7 +122,7 @@ def test_resume_refuses_other_frozen_weights(tmp_path):
     """Frozen weights are in no checkpoint, so the file that they come from must still be the same."""
     timm = pytest.importorskip("timm")
     settings = {
-        "domain": images_of(tmp_path),
+        "domain": {**images_of(tmp_path), "size": "set"},
         "method": {"inner_steps": 1},
         "train": {"steps": 2, "episodes_per_step": 1},
         "eval": {"val_episodes": 1, "every": 0, "final": False},

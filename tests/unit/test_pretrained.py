@@ -68,7 +68,7 @@ def hub(saved, tmp_path, monkeypatch) -> Path:
 
 def test_a_folder_gives_weights_and_what_is_said_of_their_images(saved, plain, tmp_path):
     assert same(body_of(str(saved), norm="frozen"), plain)
-    assert trained_with("test_resnet", str(saved), 3) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (3, 48, 48))
+    assert trained_with("test_resnet", str(saved), 3) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (48, 48), "bilinear")
     other = shutil.copytree(saved, tmp_path / "torch")
     (other / "model.safetensors").unlink()
     torch.save(plain.state_dict(), other / "pytorch_model.bin")
@@ -134,8 +134,9 @@ def test_a_run_begins_with_the_body_of_another_one(head, tmp_path):
     body = body_of(str(tmp_path / "run"))
     expected = read_weights(tmp_path / "run" / "export")
     assert all(torch.equal(value, expected[f"body.{name}"]) for name, value in body.named_parameters())
-    mean, _, size = trained_with("test_resnet", str(tmp_path / "run" / "export"), 3)
+    mean, _, size, _ = trained_with("test_resnet", str(tmp_path / "run" / "export"), 3)
     described = json.loads((tmp_path / "run" / "export" / "model.json").read_text())
-    assert list(mean) == pytest.approx(described["preprocessing"]["mean"]) and list(size) == described["input_shape"]
+    assert list(mean) == pytest.approx(described["preprocessing"]["mean"])
+    assert list(size) == described["input_shape"][1:]
     with pytest.raises(ConfigError, match="was trained with model.norm=batch, and has no statistics"):
         body_of(str(tmp_path / "run"), norm="frozen")
