@@ -109,6 +109,7 @@ class ImageSettings(Section):
     augment: AugmentConfig = AugmentConfig()
     draw: Draw = Field(None, description=_DRAW)
     memory_gib: float = Field(4.0, ge=0, description="keep a decoded split in memory (uint8, in each process) up to this size, GiB, and half of the free memory for all; else decode in workers")
+    features: Literal["keep", "compute"] | None = Field(None, description="of a frozen timm body, whose features of an image never change (no norm by batch statistics, no augmentation, no lora): keep: computed once, and kept in memory (within memory_gib) or else in a file of run.dir, of the splits of which a run draws as many images as they have; compute: in each pass; null: keep, and in a run that began earlier compute")
     workers: int | None = Field(None, ge=0, le=64, description="processes a rank that prepare episodes ahead; 0: in the training process; null: 0 where the split is in memory, is not scaled (domain.size), and neither random_resized_crop nor color_jitter changes it, else up to 4")
 
 

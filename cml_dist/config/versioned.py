@@ -7,12 +7,14 @@ from typing import Any
 RunConfig = Any  # schema.RunConfig
 
 BEFORE: dict[str, Any] = {
-    "domain.draw": 1, "domain.size": "set", "domain.statistics": "set", "optim.step_from": "start",
+    "domain.draw": 1, "domain.features": "compute", "domain.size": "set", "domain.statistics": "set",
+    "optim.step_from": "start",
 }  # fmt: skip
 """What a run folder or checkpoint means that does not name them: it is older than they are."""
 
 NEWEST: dict[str, Any] = {
-    "domain.draw": 2, "domain.size": "weights", "domain.statistics": "weights", "optim.step_from": "warmup",
+    "domain.draw": 2, "domain.features": "keep", "domain.size": "weights", "domain.statistics": "weights",
+    "optim.step_from": "warmup",
 }  # fmt: skip
 """Of new runs."""
 

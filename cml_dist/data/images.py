@@ -62,6 +62,7 @@ class ImageDomain(ClassificationDomain):
         self._groups = {split: shards.class_groups(split) for split in shards.splits}
         self._starts = {split: np.cumsum(sizes) - sizes for split, sizes in self._sizes.items()}
         self._decoded: dict[str, np.ndarray] = {}
+        self._features: dict[str, np.ndarray] = {}
         self._kept: dict[str, bool] = {}
         room = available_bytes() // 2 // processes
         for split in shards.splits:  # those that come first are kept first
@@ -163,7 +164,7 @@ class ImageDomain(ClassificationDomain):
             images = part.reshape(-1, *pixels.shape[1:])
             # The support set's first: what the query set draws is then nothing to it.
             images = images if version == 1 else self._changed(rng, split, images)
-            images = np.stack([resized(image, self.input_shape[1:], self._interpolation) for image in images])
+            images = images if split in self._features else self._scaled(images)
             labels = torch.arange(ways).repeat_interleave(part.shape[1])
             batches.append(Batch(torch.from_numpy(np.ascontiguousarray(images)), labels))
         return Episode(*batches, split, index, ways=ways)
@@ -190,6 +191,9 @@ class ImageDomain(ClassificationDomain):
             images = sampling.jitter(rng, images, augment.color_jitter)
         return images
 
+    def _scaled(self, images: np.ndarray) -> np.ndarray:
+        return np.stack([resized(image, self.input_shape[1:], self._interpolation) for image in images])
+
     def _rotates(self, split: str) -> bool:
         return split == "train" and self.settings.augment.rotate_classes
 
@@ -205,8 +209,8 @@ class ImageDomain(ClassificationDomain):
         Raises:
             DataError: naming an image that cannot be decoded, and its shard.
         """
-        if split in self._decoded or not self._kept[split]:
-            return split in self._decoded
+        if split in self._decoded or split in self._features or not self._kept[split]:
+            return split in self._decoded or split in self._features
         first, count = self.shards.first_image(split), self.shards.num_images(split)
         pixels = np.empty((count, self.shards.channels, *self.packed_size), dtype=np.uint8)
         for number, image in enumerate(in_threads(self.shards.decode, range(first, first + count))):
@@ -218,6 +222,8 @@ class ImageDomain(ClassificationDomain):
 
     def suggested_workers(self, split: str) -> int:
         """0 where the split is in memory and changed at little cost; else an episode is worth a few processes."""
+        if split in self._features:
+            return 0
         augment = self.settings.augment
         is_costly = split == "train" and (augment.random_resized_crop < 1 or augment.color_jitter > 0)
         is_costly = is_costly or self.input_shape[1:] != self.packed_size
@@ -226,8 +232,19 @@ class ImageDomain(ClassificationDomain):
     def _decoded_bytes(self, split: str) -> int:
         return self.shards.num_images(split) * self.shards.channels * int(np.prod(self.packed_size))
 
+    def images(self, split: str, numbers: range) -> np.ndarray:
+        """uint8 ``[N, C, H, W]`` of images of a split by number, in the network's size; decoded now, by threads."""
+        first = self.shards.first_image(split)
+        return self._scaled(list(in_threads(self.shards.decode, [first + number for number in numbers])))
+
+    def keep(self, split: str, features: np.ndarray) -> None:
+        """From now on episodes of a split give these in place of images: ``[images, K]``, in their order."""
+        self._features[split] = features
+
     def _pixels(self, split: str, numbers: np.ndarray) -> np.ndarray:
-        """uint8 ``[N, C, H, W]`` of the images with these numbers within the split, as they are packed."""
+        """uint8 ``[N, C, H, W]`` of the images with these numbers within the split, as they are packed; or features."""
+        if split in self._features:
+            return self._features[split][numbers]
         # A worker process decodes what it needs: the whole split in each of them would multiply the memory.
         if split not in self._decoded and get_worker_info() is None:
             self.load(split)
@@ -247,11 +264,19 @@ class ImageDomain(ClassificationDomain):
         return replace(episode, support=support, query=query)
 
     def normalise(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
-        """``(x / 255 - mean) / std`` of uint8 ``[N, C, H, W]``, on its device, in ``dtype``."""
+        """``(x / 255 - mean) / std`` of uint8 ``[N, C, H, W]``, on its device, in ``dtype``; features as they are."""
+        if pixels.is_floating_point():
+            return pixels.to(dtype)
         # Made on the CPU and sent: made on a GPU, each would wait for all that it has to do.
         sent = (torch.tensor(v, dtype=dtype).view(-1, 1, 1) for v in (self._mean, self._std))
         mean, std = (v.to(pixels.device, non_blocking=True) for v in sent)
         return (pixels.to(dtype) / 255 - mean) / std
+
+    def largest_episode(self, dtype: torch.dtype) -> Episode | None:
+        if "train" not in self._features:
+            return None
+        made = self.prepare(self.episode("train", 0), torch.device("cpu"), dtype)
+        return made.map(lambda tensor: tensor.to("meta"))
 
     def fingerprint(self) -> str:
         """SHA-256 over the checksums of the shards, and of the index where it has groups."""
@@ -270,8 +295,8 @@ class ImageDomain(ClassificationDomain):
                 split: {
                     "classes": self._num_classes(split),
                     "images": self.shards.num_images(split),
-                    "bytes": self._decoded_bytes(split),
-                    "kept": "memory" if self._kept[split] else "streamed",
+                    "bytes": self._features[split].nbytes if split in self._features else self._decoded_bytes(split),
+                    "kept": "features" if split in self._features else "memory" if self._kept[split] else "streamed",
                 }
                 for split in self.shards.splits
             },

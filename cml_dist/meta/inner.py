@@ -299,6 +299,8 @@ class InnerLoop:
         for part, _ in self.problem.micro_batches(self.episode.support):
             leaves = at.leaves()
             (outputs,) = self.problem.outputs(view(leaves), part, (one,))
+            if not outputs.requires_grad:  # features of a frozen body
+                return
             vector = gradient[begin : begin + len(outputs)]
             begin += len(outputs)
             into.add(at.named(torch.autograd.grad(outputs, leaves.tensors(), vector, allow_unused=True)))

@@ -104,7 +104,7 @@ def make_network(
     Arguments as of :func:`build_net`.
 
     Raises:
-        ConfigError: ``model.trained`` or ``method.adapts`` names what the network has not.
+        ConfigError: ``model.trained`` or ``method.adapts`` names what the network has not, or nothing is trained.
     """
     net = build_net(
         config.model,
@@ -116,6 +116,12 @@ def make_network(
         structure_only=structure_only,
     )
     freeze(net, select(net, config.model.trained, "model.trained"), colearner=config.method.colearner == "untrained")
+    if next(net.parameters(), None) is None:
+        raise ConfigError(
+            f"model.trained is {list(config.model.trained)}, but model.head {config.model.head} has no parameters: "
+            "nothing would be trained",
+            "set model.trained to more, e.g. [head,last:1], or another model.head",
+        )
     rule = method_of(config, net).rule
     with blamed(config.method.name, "fails in init"):
         net.add_rule(rule.init(net.adaptable()), rule.replaces)

@@ -90,8 +90,15 @@ class TimmBackbone(nn.Module):
         return [[f"model.{name}" for name in names] for names in groups.values()]
 
     def forward(self, inputs: Tensor) -> Features:
-        """Features of images ``[N, C, H, W]``."""
-        return self._features(self.model, inputs)
+        """Features of images ``[N, C, H, W]``, or those that :meth:`kept` made of them: ``[N, K]``."""
+        if inputs.ndim == 4:
+            return self._features(self.model, inputs)
+        tap, pooled = inputs.split([inputs.shape[1] - self.pooled_dim, self.pooled_dim], dim=1)
+        return Features(tap.unflatten(1, self.tap_shape) if tap.shape[1] else pooled, pooled)
+
+    def kept(self, features: Features, with_tap: bool) -> Tensor:
+        """Features as one vector an image, ``[N, K]``, without their tap where nobody reads it."""
+        return torch.cat([features.tap.flatten(1), features.pooled], 1) if with_tap else features.pooled
 
     def _features(self, model: nn.Module, inputs: Tensor) -> Features:
         features = model.forward_features(inputs)

@@ -23,6 +23,9 @@ from cml_dist.methods.check import check_rule, made_up_episode
 from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.guard import check_twice_differentiable
 from cml_dist.nets.network import CmlNet
+from cml_dist.run.checkpoint import newest_state
+from cml_dist.run.features import keep_features
+from cml_dist.run.folder import RunFolder
 from cml_dist.run.trained import trained_inputs
 from cml_dist.telemetry.console import Console, preparing
 from cml_dist.user_code import blamed, is_code
@@ -40,6 +43,7 @@ class Parts:
         model: owns the parameters.
         plan: with engine, micro-batch, trajectory and copies as the memory budget decided.
         threads: of this process.
+        kept: splits whose episodes give the body's features; None: that is open yet.
     """
 
     domain: Domain
@@ -48,6 +52,7 @@ class Parts:
     dtype: torch.dtype
     plan: RunPlan
     threads: int
+    kept: tuple[str, ...] | None = None
 
 
 def import_own(config: RunConfig) -> None:
@@ -117,7 +122,12 @@ def assemble(
         return method
 
     method = world.run_on_all_ranks(make_method)
-    with preparing(console) as progress:  # once network and method are known to be sound
+    kept = None
+    if training:  # once network and method are known to be sound
+        then = world.run_on_all_ranks(lambda: newest_state(RunFolder(config.run.dir).checkpoints).get("kept"))
+        (then, *_) = world.gather(then if isinstance(then, list) else None)  # as rank 0 sees it: see above
+        kept = keep_features(config, net, domain, world, console, splits, training=True, then=then)
+    with preparing(console) as progress:
         world.run_on_all_ranks(load)  # every rank decodes at once
     world.heartbeat.beat("measuring memory")
     device = world.device
@@ -126,4 +136,4 @@ def assemble(
     model = MetaModel(net, domain.loss, domain.score, method, engine_of(plan), **means)
     # An episode of many inner steps and micro-batches may take longer than parallel.hang_timeout_s; a pass hardly can.
     model.problem.on_pass = world.heartbeat.touch
-    return Parts(domain, net, model, dtype, plan, threads)
+    return Parts(domain, net, model, dtype, plan, threads, kept)

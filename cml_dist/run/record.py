@@ -25,6 +25,12 @@ from cml_dist.run.assemble import Parts
 from cml_dist.run.status import now
 from cml_dist.telemetry.console import Console
 
+KEPT = {
+    "memory": "in memory of each process", "streamed": "streamed (each checked when drawn)",
+    "features": "of features that are kept",
+}  # fmt: skip
+"""How a split's images are at hand, in words."""
+
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy", "safetensors", "pillow")
 
 
@@ -54,7 +60,7 @@ def announce(console: Console, config: RunConfig, parts: Parts, record: dict[str
     rows["parameters"] = ", ".join(f"{part} {count:,}" for part, count in record["parameters"].items())
     rows["hardware"] = f"{record['hardware']}, {record['threads']} CPU threads a process"
     for split, info in data.get("splits", {}).items():
-        kept = "in memory of each process" if info["kept"] == "memory" else "streamed (each checked when drawn)"
+        kept = KEPT[info["kept"]]
         size = f"{info['images']:,} images of {info['classes']:,} classes, {info['bytes'] / 2**20:.0f} MiB"
         rows[f"{split} split"] = f"{size} {kept}"
     if "name" in data:

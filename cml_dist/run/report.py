@@ -25,6 +25,7 @@ from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.centroid import TITLE, beside, in_words, is_compared, score_centroid
 from cml_dist.run.checkpoint import Checkpoint, choose, on_all_ranks
 from cml_dist.run.evaluator import EvalReport, evaluate
+from cml_dist.run.features import keep_features
 from cml_dist.run.fits import check_plot, draw_fits
 from cml_dist.run.folder import NEUTRAL_KEYS, RunFolder, changes
 from cml_dist.run.record import code_commit, versions
@@ -102,6 +103,8 @@ def score_run(
     folder = RunFolder(config.run.dir)
     world.heartbeat.beat("looking for a checkpoint")
     checkpoint, how = on_all_ranks(world, lambda warn: choose(folder.checkpoints, which, parts.net, warn), console.warn)
+    if parts.kept is None:
+        keep_features(config, parts.net, parts.domain, world, console, [config.eval.split], training=False)
     learners = ("meta",) if dagger_refusal(config) else ("meta", "co")
     parts.model.to(world.device)  # not while it trains: it would part gradients from the buckets that DDP reduces
 

@@ -137,6 +137,7 @@ class Trainer:
         splits = ("train", "val", *([config.eval.split] if config.eval.final else []))
         self.parts = assemble(config, world, session.console, dict.fromkeys(splits))
         self.on_step(0, "assembled")
+        self.state["kept"] = self.parts.kept
         self.state["data"] = self.parts.domain.fingerprint()
         self.state["inputs"] = self.parts.domain.model_inputs().model_dump(mode="json")
         # Frozen weights and statistics are in no checkpoint: they must be the same at each start.
