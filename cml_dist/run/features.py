@@ -15,7 +15,7 @@ import torch
 
 from cml_dist.config.methods import lora_rank
 from cml_dist.config.schema import AugmentConfig, ImageSettings, RunConfig
-from cml_dist.data.base import Domain
+from cml_dist.data.base import Domain, Progress
 from cml_dist.data.free_memory import available_bytes
 from cml_dist.distributed.world import World
 from cml_dist.errors import DataError
@@ -30,6 +30,7 @@ from cml_dist.user_code import is_code
 
 if TYPE_CHECKING:
     from cml_dist.data.images import ImageDomain
+    from cml_dist.nets.timm_backbone import TimmBackbone
 
 AT_ONCE = 64
 """Images that pass through the body at once, always the same ones together: their features are the same bits in each
@@ -105,8 +106,16 @@ def keep_features(
     return tuple(chosen)
 
 
-def _keep(config, body, with_tap: bool, domain: ImageDomain, split: str, world: World, progress) -> np.ndarray:
-    """Compute and keep one split's features ``[images, K]``."""
+def _keep(
+    config: RunConfig,
+    body: TimmBackbone,
+    with_tap: bool,
+    domain: ImageDomain,
+    split: str,
+    world: World,
+    progress: Progress,
+) -> np.ndarray:
+    """Compute and keep one split's features ``[images, K]``. Collective: all ranks."""
     count, dtype = domain.shards.num_images(split), getattr(torch, config.run.dtype)
     width = body.pooled_dim + with_tap * int(np.prod(body.tap_shape))
     table = world.run_on_all_ranks(lambda: _room(config, (count, width), world.local_size))
