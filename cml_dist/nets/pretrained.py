@@ -175,16 +175,18 @@ def _from_hub(name: str, files: Sequence[str]) -> Path:
         for file in files:
             if isinstance(cached := try_to_load_from_cache(repository, file, revision=revision), str):
                 return Path(cached)
-        for file in files:
+        for file in files[:-1]:
             try:
                 return Path(hf_hub_download(repository, file, revision=revision))
-            except EntryNotFoundError as error:
-                if isinstance(error, LocalEntryNotFoundError) or file == files[-1]:  # there was no answer, or no other
-                    raise
-        raise FileNotFoundError(name)
+            except LocalEntryNotFoundError:  # the network gave no answer, and would give none to the next question
+                raise
+            except EntryNotFoundError:
+                pass
+        return Path(hf_hub_download(repository, files[-1], revision=revision))
     except Exception as error:  # its clients raise of every kind
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
         raise ModelError(
-            f"{files[0]} of {name} is not in the hub's cache and cannot be had: {reason(error)}",
+            f"{files[0]} of {name} is not in the hub's cache and cannot be had: {reason(cause or error)}",
             f"check name and network, or run `hf download {repository} --local-dir FOLDER` where there is one, and set "
             "model.pretrained to that folder",
         ) from error
