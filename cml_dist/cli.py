@@ -153,8 +153,12 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         _option("--latex", "also write the tables for LaTeX (booktabs)", metavar="FILE"),
         _option("--md", "also write the tables in Markdown", metavar="FILE"),
     )),
-    "export": ("finished.export", "write body and head of a run as safetensors with a model card", (
-        RUN_DIR, _option("--to", "where to write (default: RUN_DIR/export)", metavar="DIR"), CHECKPOINT, OVERRIDES,
+    "export": ("finished.export", "write body and head of a run as safetensors with a model card; or as ONNX", (
+        _option("run_dir", "the folder of a run; or a classifier that predict --save wrote", metavar="RUN"),
+        _option("--to", "where to write (default: RUN/export; of a classifier beside it)", metavar="DIR"),
+        _option("--onnx", "also an ONNX file, compared with torch; of a classifier that alone", action="store_true"),
+        _option("--license", "of the weights, for the model card, e.g. apache-2.0", metavar="NAME"),
+        CHECKPOINT, OVERRIDES,
     )),
     "doctor": (
         "doctor.doctor",
@@ -260,7 +264,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cml-dist compare runs --baseline method.name=boil --csv compare.csv",
     ),
     "status": ("cml-dist status runs/first --watch", "cml-dist status runs", "cml-dist status runs/* --check"),
-    "export": ("cml-dist export runs/first --to first-model",),
+    "export": (
+        "cml-dist export runs/first --to first-model --license apache-2.0",
+        "cml-dist export birds.safetensors --onnx",
+    ),
     "predict": (
         "cml-dist predict runs/mine --support examples --images new --out predictions.csv",
         "cml-dist predict runs/mine --support examples --leave-one-out --save birds.safetensors",

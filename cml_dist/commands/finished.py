@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cml_dist.distributed.env import check_launch
@@ -36,12 +37,36 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
 
 
 def export(args: argparse.Namespace, console: Console) -> None:
+    if Path(args.run_dir).is_file():
+        _export_adapted(args, console)
+        return
     config = _config_of(args, console)
     if config.all_splits:
         raise ConfigError(f"{args.run_dir} holds a run for each class split", "name the folder of one of them")
-    from cml_dist.run.export import export_again
+    from cml_dist.run.export import UNKNOWN, Wanted, export_again
+    from cml_dist.run.onnx_file import check_installed
 
-    export_again(config, args.checkpoint, args.to, console)
+    if args.onnx:
+        check_installed()
+    export_again(config, Wanted(args.checkpoint, args.to, args.onnx, args.license or UNKNOWN), console)
+
+
+def _export_adapted(args: argparse.Namespace, console: Console) -> None:
+    """A classifier that ``predict --save`` wrote, as an ONNX file."""
+    if not args.onnx or args.license or args.checkpoint != "best":
+        raise ConfigError(
+            f"{args.run_dir} is an adapted classifier, which is exported as ONNX alone",
+            "give --onnx, and leave --checkpoint and --license out",
+        )
+    console.loading()
+    from cml_dist.run.adapted import AdaptedLearner
+    from cml_dist.run.predict import load
+
+    learner, source = load(args.run_dir, code=args.overrides), Path(args.run_dir)
+    assert isinstance(learner, AdaptedLearner)
+    path = Path(args.to or source.parent) / f"{source.stem}.onnx"
+    learner.to_onnx(path)
+    console.note(f"ONNX file: {path}")
 
 
 def _config_of(args: argparse.Namespace, console: Console) -> RunConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,6 +108,10 @@ class Domain(ABC):
     def fingerprint(self) -> str:
         """A checksum of the data that episodes are made of; empty where nothing but the configuration makes them."""
         return ""
+
+    def class_names(self, split: str) -> Sequence[str]:
+        """Of the classes of a split; empty where they have no names, or the split is not there."""
+        return ()
 
     def describe(self) -> dict[str, Any]:
         """What was decided about the data, as JSON: sizes, statistics, what is kept in memory."""

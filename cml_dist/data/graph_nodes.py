@@ -7,7 +7,7 @@ that workers hand over nothing but ids. Transductive: edges between support, que
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -223,8 +223,11 @@ class GraphNodesDomain(ClassificationDomain):
     def fingerprint(self) -> str:
         return self.graph.fingerprint()
 
+    def class_names(self, split: str) -> Sequence[str]:
+        return [self.graph.class_names[c] for c in self.splits[split]]
+
     def describe(self) -> dict[str, Any]:
-        classes = {split: [self.graph.class_names[c] for c in numbers] for split, numbers in self.splits.items()}
+        classes = {split: self.class_names(split) for split in self.splits}
         return {
             "graph": f"{self.settings.root}: {self.graph.name}",
             "classes": "; ".join(f"{split}: {', '.join(names)}" for split, names in classes.items()),

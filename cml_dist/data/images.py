@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -283,6 +283,9 @@ class ImageDomain(ClassificationDomain):
         info = self.shards.info
         files = info.shards if info.group_by is None else (*info.shards, info.index)
         return hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
+
+    def class_names(self, split: str) -> Sequence[str]:
+        return self.shards.split_info(split).classes if split in self.shards.splits else ()
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -146,7 +146,7 @@ class Problem:
         return self.answers_by(self.seen_of(params, episode, learners, norm), params, episode.query, learners)
 
     def seen_of(
-        self, params: Params, episode: Episode, learners: Sequence[Learner], norm: Literal["batch", "support"]
+        self, params: Params, episode: Episode, learners: Sequence[Pass], norm: Literal["batch", "support"]
     ) -> Seen:
         """What :meth:`answers` needs of the support set at adapted parameters; arguments as there."""
         support = episode.support
@@ -168,7 +168,7 @@ class Problem:
         every = self.structure.named_modules()
         return {n: m for n, m in every if isinstance(m, _BatchNorm) and m.running_mean is None}
 
-    def _statistics(self, params: Params, support: Batch, learners: Sequence[Learner]) -> Params:
+    def _statistics(self, params: Params, support: Batch, learners: Sequence[Pass]) -> Params:
         """The statistics of the support set at ``params`` in each norm, as buffers by name."""
         statistics: Params = {}
 

@@ -21,7 +21,7 @@ from cml_dist.errors import ConfigError, ModelError
 from cml_dist.types import BODY
 
 WEIGHTS, TIMM_WEIGHTS, DESCRIPTION = "model.safetensors", "timm.safetensors", "model.json"
-"""Of this project's own export: all tensors, those by timm's names (where its classifier fits), and what it says."""
+"""Of this project's own export: all tensors; those by timm's names before format 3; and what it says."""
 
 PREFIX = f"{BODY}.model."
 """Canonical names of a timm body's parameters are this, and then timm's own names."""
@@ -118,7 +118,7 @@ def _in_folder(folder: Path, backbone: str) -> Weights:
     if (folder / "export" / DESCRIPTION).is_file():
         folder = folder / "export"
     file = next((folder / name for name in (TIMM_WEIGHTS, *SAVED) if (folder / name).is_file()), None)
-    saved = next((folder / name for name in (DESCRIPTION, "config.json") if (folder / name).is_file()), None)
+    saved = next((folder / name for name in ("config.json", DESCRIPTION) if (folder / name).is_file()), None)
     if file is None or saved is None:
         missing = f"none of {', '.join(SAVED)}" if file is None else "no config.json that says of what model they are"
         raise ConfigError(

@@ -211,8 +211,8 @@ def _classifiers(model: nn.Module) -> tuple[str, ...]:
 # --------------------------------------------------------------------------- export
 
 
-def timm_export(net: CmlNet, params: Params) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Body and head as a plain timm model with ``output_dim`` classes.
+def timm_export(net: CmlNet, params: Params, with_head: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Body and head as a plain timm model with ``output_dim`` classes; without the head with none.
 
     Where the network uses batch statistics, running ones are timm's initial values, and the plain model gives the
     network's logits in training mode of its BatchNorms only.
@@ -228,23 +228,22 @@ def timm_export(net: CmlNet, params: Params) -> tuple[dict[str, Tensor], dict[st
     Raises:
         ModelError: the head does not fit the model's own classifier: export in this project's own format only.
     """
-    body, head = net.body, net.head
-    assert isinstance(body, TimmBackbone) and isinstance(head, nn.Linear)
+    body, classes = net.body, net.head.out_features if with_head else 0
     params = {**dict(net.named_buffers()), **params}  # frozen parameters are buffers
     with torch.random.fork_rng(devices=[]):
-        plain = _create(body.name, False, num_classes=head.out_features, **body.create_kwargs)
-    plain.to(params["head.weight"].dtype)
+        plain = _create(body.name, False, num_classes=classes, **body.create_kwargs)
+    plain.to(next(iter(params.values())).dtype)
     state = {key: value.clone() for key, value in plain.state_dict().items()}
     for name, module in plain.named_modules():
         if isinstance(module, _BatchNorm) and f"{PREFIX}{name}.weight" not in params:
             # A norm of the classifier's own, which our head does not have: an exact identity.
             state[f"{name}.running_var"] = torch.full_like(module.running_var, 1 - module.eps)
     ours = {name.removeprefix(PREFIX): value for name, value in params.items() if name.startswith(PREFIX)}
-    for classifier in _classifiers(plain):
+    for classifier in _classifiers(plain) if with_head else ():
         ours |= {f"{classifier}.{kind}": params[f"head.{kind}"] for kind in ("weight", "bias")}
     try:
         state |= {k: v.detach().reshape(state[k].shape).clone() for k, v in ours.items() if k in state}
-        fits = _same_logits(plain, state, net, params)
+        fits = not with_head or _same_logits(plain, state, net, params)
     except RuntimeError:  # other sizes
         fits = False
     if not fits:
@@ -254,6 +253,28 @@ def timm_export(net: CmlNet, params: Params) -> tuple[dict[str, Tensor], dict[st
             "load the exported model with cml_dist.load instead of timm.create_model",
         )
     return state, dict(body.create_kwargs)
+
+
+def hub_config(
+    body: TimmBackbone, num_classes: int, kwargs: dict[str, Any], preprocessing: dict[str, Any]
+) -> dict[str, Any]:
+    """``config.json`` beside weights of :func:`timm_export`, for ``timm.create_model("local-dir:FOLDER")``.
+
+    Args:
+        kwargs: as :func:`timm_export` returned them.
+        preprocessing: mean and std of each channel.
+    """
+    pretrained = {
+        "num_classes": num_classes,
+        "input_size": body.input_shape,
+        "fixed_input_size": "img_size" in kwargs,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "classifier": body.model.pretrained_cfg.get("classifier"),
+        **preprocessing,
+    }
+    named = {"architecture": body.name.partition(".")[0], "num_classes": num_classes}
+    return {**named, "model_args": kwargs, "pretrained_cfg": pretrained}
 
 
 def _same_logits(plain: nn.Module, state: dict[str, Tensor], net: CmlNet, params: Params) -> bool:

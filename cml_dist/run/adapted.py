@@ -15,8 +15,10 @@ from torch.nn.functional import cross_entropy
 from cml_dist import __version__
 from cml_dist.errors import CheckpointError, CmlError, ConfigError
 from cml_dist.meta.problem import Problem, Seen
+from cml_dist.nets.network import CmlNet
 from cml_dist.run.described import described_net
 from cml_dist.run.export import check_description
+from cml_dist.run.onnx_file import write_onnx
 from cml_dist.run.reading import network_inputs
 from cml_dist.run.safetensors_stream import StreamReader, save_tensors
 from cml_dist.types import Batch, Params
@@ -94,16 +96,41 @@ class AdaptedLearner:
         Raises:
             ConfigError: a label is neither text nor a number. CmlError: the file cannot be written.
         """
+        kept = {key: value for key, value in self.description.items() if key not in LEFT_OUT}
+        said = {"format": FORMAT, "cml_dist": __version__, "classes": self._written_classes(), "description": kept}
+        parts = {NETWORK: self._network, MEANS: self._seen.means, NORMS: self._seen.norms}
+        tensors = {f"{prefix}{n}": value for prefix, part in parts.items() for n, value in part.items()}
+        save_tensors(Path(path), tensors, {METADATA: json.dumps(said)})
+
+    def _written_classes(self) -> list[Hashable]:
         for label in self.classes:
             if type(label) not in LABELS:
                 raise ConfigError(
                     f"label {label!r} cannot be written to a file", "adapt with text or numbers as labels"
                 )
-        kept = {key: value for key, value in self.description.items() if key not in LEFT_OUT}
-        said = {"format": FORMAT, "cml_dist": __version__, "classes": self.classes, "description": kept}
-        parts = {NETWORK: self._network, MEANS: self._seen.means, NORMS: self._seen.norms}
-        tensors = {f"{prefix}{n}": value for prefix, part in parts.items() for n, value in part.items()}
-        save_tensors(Path(path), tensors, {METADATA: json.dumps(said)})
+        return self.classes
+
+    def to_onnx(self, path: str | Path) -> None:
+        """Write it as an ONNX file, which answers as this does, without this package, any number of pictures at once.
+
+        Its outputs are ``logits`` and ``probabilities`` ``[N, len(classes)]``, or for regression ``values``; its
+        metadata name the classes.
+
+        Raises:
+            ConfigError: as :meth:`save`. ConfigError, ModelError: as :func:`cml_dist.run.onnx_file.write_onnx`.
+        """
+        means, count = self._seen.means.get("meta"), len(self.classes)
+
+        def answer(net: CmlNet, inputs: Tensor) -> tuple[Tensor, ...]:
+            (outputs,) = net(inputs)
+            if means is not None:
+                outputs = self._problem.against_prototypes(outputs, means.cpu())
+            return (outputs[:, :count], outputs[:, :count].softmax(1)) if count else (outputs,)
+
+        each = "[N, classes] float32, of each class"
+        outputs = {"logits": each, "probabilities": each} if count else {"values": "[N, D] float32"}
+        values = {**self._network, **self._seen.norms}
+        write_onnx(Path(path), self.description, values, answer, outputs, classes=self._written_classes())
 
     def _outputs(self, images: Any) -> Tensor:
         inputs = network_inputs(self.description, images, self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,131 +20,91 @@ from cml_dist.config.methods import method_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.distributed.allocator import memory_explained
 from cml_dist.distributed.world import joined_world
-from cml_dist.errors import CheckpointError, ModelError
+from cml_dist.errors import CheckpointError, CmlError, ModelError
+from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import LEARNED_RATES, part_of
 from cml_dist.methods.build import describe_rule
 from cml_dist.nets.guard import has_batch_norm
 from cml_dist.nets.pretrained import DESCRIPTION, TIMM_WEIGHTS, WEIGHTS
 from cml_dist.registry import TIMM, backbone_entry
 from cml_dist.run.assemble import Parts, assemble
+from cml_dist.run.card import UNKNOWN, model_card, tested_figure
 from cml_dist.run.checkpoint import choose
 from cml_dist.run.folder import RunFolder
 from cml_dist.run.report import overrides_of
 from cml_dist.run.safetensors_stream import save_tensors
-from cml_dist.telemetry import text
 from cml_dist.telemetry.console import Console
-from cml_dist.types import COLEARNER, INTERPOLATIONS
+from cml_dist.telemetry.metrics import read_metrics
+from cml_dist.types import BODY, COLEARNER, INTERPOLATIONS, Batch, Episode, Params
 
-CARD = "README.md"
+REST, CARD = "learner.safetensors", "README.md"
+TIMM_CONFIG, ONNX = "config.json", "model.onnx"
+OUTDATED = (TIMM_WEIGHTS, REST, ONNX)
+"""Files of an earlier export to the same folder, which may not stay beside this one."""
+
 MOST_DESCRIPTION = 2**24
 """Bytes of ``model.json``: whoever made it may have written anything."""
 
-FORMAT = 2
-"""Format 1, still read, has the rates of plain SGD and what adapts, and no ``rule``."""
-
-CARD_TEXT = """---
-library_name: cml_dist
-tags: [meta-learning, few-shot, maml]
----
-# {backbone}, meta-trained with {method} on {data}
-
-A learner for {task} tasks: adapt it on a few labelled examples, then predict.
-
-| | |
-|---|---|
-| meta-trained parameters of body and head (the co-learner is deleted) | {parameters:,} |
-| input | {input} |
-| adaptation | {inner_steps} gradient step(s), step size {rates}; {head} head |
-| {score}, mean and 95 % interval | {figure} |
-| meta-training | {step:,} meta-steps of {episodes} episodes, seed {seed} |
-"""
-
-CARD_USE = """
-```python
-import cml_dist
-
-learner = cml_dist.load("path/of/this/folder")
-predicted = learner.adapt(support_{inputs}, support_{labels}).predict(query_{inputs})
-```
-"""
-
-CARD_NODES = """
-It reads nodes of a graph, with what they see of it: `cml-dist eval RUN_DIR domain.root=FILE` tests it on one.
-"""
-
-CARD_IMAGES = """
-Images may be paths, PIL images or uint8 arrays of any size and kind: they are read as those of the training set were
-packed (upright, transparency on white, the high byte of 16 bits, scaled to cover the input and cut at the centre), and
-normalised by the mean and std in `model.json`.
-"""
-
-CARD_SCALED = """
-They are fitted to {packed_size[0]}x{packed_size[1]} pixels first, and then scaled to the input ({interpolation}).
-"""
-
-CARD_NORM = """
-BatchNorm uses the statistics of the examples that the learner is adapted on: each image is answered by itself. (In
-training, and by default in tests, it uses those of the query images, as the paper does.) Running statistics, which
-plain timm uses, are not kept by meta-training: re-estimate them.
-"""
-
-CARD_TIMM = """
-`{file}` holds the same model under timm's own names:
-
-```python
-{first}timm.create_model({name!r}, checkpoint_path={file!r}, **{settings})
-```
-"""
-
-CARD_ROWS = """
-Norms have learned gains and biases for each inner step; under timm's names there are those of the first step alone.
-"""
+FORMAT = 3
+"""1 and 2 are read too. Since 3 a timm backbone lies in ``model.safetensors`` under timm's own names, and what else the
+learner has in ``learner.safetensors``. Format 1 has the rates of plain SGD and what adapts, and no ``rule``."""
 
 
-def export_again(config: RunConfig, which: str, to: str | None, console: Console) -> None:
+@dataclass(frozen=True)
+class Wanted:
+    """What an export is to be.
+
+    Attributes:
+        which: the checkpoint: best, last, or a step.
+        to: the folder; None: that of the run.
+        onnx: whether to write an ONNX file too.
+        license: of the weights, for the card, e.g. ``apache-2.0``.
+    """
+
+    which: str = "best"
+    to: str | None = None
+    onnx: bool = False
+    license: str = UNKNOWN
+
+
+def export_again(config: RunConfig, wanted: Wanted, console: Console) -> None:
     """Export a run's checkpoint by its configuration. Collective: all ranks (rank 0 writes)."""
     with joined_world(config) as world, memory_explained(world.device):
         parts = assemble(config, world, console, training=False)
         world.heartbeat.beat("the export")
-        world.run_on_main(lambda: export_run(config, parts, console, which, to))
+        world.run_on_main(lambda: export_run(config, parts, console, wanted))
 
 
-def export_run(
-    config: RunConfig, parts: Parts, console: Console, which: str = "best", to: str | Path | None = None
-) -> None:
-    """Write the learner of a run's checkpoint to a folder, by default the run's own, and say so.
-
-    A timm backbone is written a second time under timm's own names, so that
-    ``timm.create_model(name, checkpoint_path=...)`` reads it.
+def export_run(config: RunConfig, parts: Parts, console: Console, wanted: Wanted) -> None:
+    """Write the learner of a run's checkpoint to a folder, and say so.
 
     Raises:
-        CheckpointError: there is no such checkpoint. CmlError: the folder cannot be written.
+        CheckpointError: there is no such checkpoint. CmlError: the folder cannot be written. ModelError: the ONNX file
+            would answer otherwise than torch.
     """
-    folder = RunFolder(config.run.dir)
-    target = folder.export if to is None else Path(to)
-    checkpoint, _ = choose(folder.checkpoints, which, parts.net, console.warn)
-    params = checkpoint.params([n for n, _ in parts.net.named_parameters() if part_of(n) != COLEARNER])
+    folder, net = RunFolder(config.run.dir), parts.net
+    target = folder.export if wanted.to is None else Path(wanted.to)
+    checkpoint, _ = choose(folder.checkpoints, wanted.which, net, console.warn)
+    params = checkpoint.params([n for n, _ in net.named_parameters() if part_of(n) != COLEARNER])
     # Constants too: with frozen statistics the network is not whole without them.
     rule = parts.model.method.rule
-    constants = {n: b for n, b in parts.net.named_buffers() if part_of(n) != COLEARNER and n not in rule.replaces}
-    files = {WEIGHTS: {**params, **constants}}
-    timm = None
-    # A head that each episode starts is no classifier by itself.
-    if backbone_entry(config.model.backbone) is TIMM and config.model.head == "linear":
-        from cml_dist.nets.timm_backbone import timm_export
-
-        try:
-            files[TIMM_WEIGHTS], settings = timm_export(parts.net, rule.network(files[WEIGHTS], 0))
-            timm = {"num_classes": parts.domain.output_dim, **settings}
-        except ModelError:  # a few of timm's models have a classifier that a linear head does not fit
-            pass
+    constants = {n: b for n, b in net.named_buffers() if part_of(n) != COLEARNER and n not in rule.replaces}
+    whole = {**params, **constants}
+    plain, is_timm = rule.network(whole, 0), backbone_entry(config.model.backbone) is TIMM
+    by_batch = has_batch_norm(net) and config.model.norm == "batch"
+    running = {}
+    if by_batch and (is_timm or wanted.onnx):
+        running = _running_statistics(parts, plain, None if wanted.onnx else console)
+    files, timm_config = {WEIGHTS: whole}, {"architecture": config.model.backbone}
+    if is_timm:
+        files, timm_config = _timm_files(config, parts, whole, plain, running)
     # What does not adapt by the method, or is frozen, does not adapt in use either.
-    adapts = sorted(n for n in rule.rates(parts.net.adaptable()) if part_of(n) != COLEARNER)
+    adapts = sorted(n for n in rule.rates(net.adaptable()) if part_of(n) != COLEARNER)
     description = {
         "format": FORMAT,
         "cml_dist": __version__,
         "backbone": config.model.backbone,
-        "timm": timm,
+        "timm": {"num_classes": timm_config["num_classes"], **timm_config["model_args"]} if is_timm else None,
         "input_shape": list(parts.domain.input_shape),
         "output_dim": parts.domain.output_dim,
         "score": parts.domain.score_name,
@@ -158,23 +119,85 @@ def export_run(
         "eval": _tested(folder, checkpoint.step, overrides_of(config, parts, checkpoint)),
     }
     learned = [value.flatten() for name, value in params.items() if name.startswith(LEARNED_RATES)]
-    rates = _rates(description["rule"], torch.cat(learned) if learned else None)
-    card = _card(config, description, rates, sum(p.numel() for p in params.values()))
-    if "mean" in description["preprocessing"]:
-        card += CARD_IMAGES
-    if "packed_size" in description["preprocessing"]:
-        card += CARD_SCALED.format(**description["preprocessing"])
-    if has_batch_norm(parts.net) and config.model.norm == "batch":
-        card += CARD_NORM
-    if timm is not None:
-        first = "import cml_dist.nets\n" if parts.net.body.model.__module__.startswith("cml_dist.") else ""
-        card += CARD_TIMM.format(first=first, file=TIMM_WEIGHTS, name=config.model.backbone, settings=timm)
-        card += CARD_ROWS if rule.replaces else ""
+    card = model_card(
+        config,
+        description,
+        learned=torch.cat(learned) if learned else None,
+        parameters=sum(p.numel() for p in params.values()),
+        classes=parts.domain.class_names("train"),
+        chance=parts.domain.chance,
+        curve=read_metrics(folder.validation_file),
+        license=wanted.license,
+        onnx=wanted.onnx,
+        by_batch=by_batch,
+        running=bool(running),
+        has_rows=bool(rule.replaces),
+        is_registered=is_timm and not net.body.model.__module__.startswith("cml_dist."),
+    )
+    if wanted.onnx:
+        _write_onnx(target / ONNX, description, {**plain, **running}, not net.starts_head)
+    for name in {*OUTDATED} - files.keys() - ({ONNX} if wanted.onnx else set()):
+        (target / name).unlink(missing_ok=True)
     for name, tensors in files.items():
         save_tensors(target / name, tensors)
     write_text(target / CARD, card)
+    write_json(target / TIMM_CONFIG, timm_config)
     write_json(target / DESCRIPTION, description)
     console.note(f"Exported model: {target}")
+
+
+def _running_statistics(parts: Parts, values: Params, console: Console | None) -> Params:
+    """Of norms by batch statistics, as buffers by name: those of all images of the first training episode.
+
+    Meta-training keeps none, and a plain network that answers image by image needs some. With a console it says where
+    the training set is not at hand, and there are none.
+    """
+    domain, dtype = parts.domain, next(iter(values.values())).dtype
+    try:
+        domain.check_splits(["train"])
+        episode = domain.prepare(domain.episode("train", 0), torch.device("cpu"), dtype)
+    except CmlError as error:
+        if console is None:
+            raise
+        console.warn(f"Norms are exported without running statistics: {error.what}; name the training set to have them")
+        return {}
+    inputs = torch.cat([batch.inputs for batch in episode.batches])
+    every, problem = Batch(inputs, inputs), Problem(parts.net, domain.loss, domain.score, {})
+    return problem.seen_of(values, Episode(every, every, "train", 0), ("pooled",), "support").norms
+
+
+def _timm_files(
+    config: RunConfig, parts: Parts, whole: Params, plain: Params, running: Params
+) -> tuple[dict[str, Params], dict[str, Any]]:
+    """The files of a learner with a timm backbone, and timm's configuration.
+
+    Args:
+        whole: all that the learner has.
+        plain: the network before any adaptation.
+    """
+    from cml_dist.nets.timm_backbone import PREFIX, hub_config, timm_export
+
+    is_linear = config.model.head == "linear"  # one that each episode starts is no classifier by itself
+    try:
+        state, kwargs = timm_export(parts.net, plain, with_head=is_linear)
+    except ModelError:  # a few of timm's models have a classifier that a linear head does not fit
+        state, kwargs = timm_export(parts.net, plain, with_head=(is_linear := False))
+    own = {f"{PREFIX}{name}": value for name, value in state.items()}
+    rest = {n: value for n, value in whole.items() if n not in own or not torch.equal(own[n], value)}
+    state |= {n.removeprefix(PREFIX): value for n, value in running.items()}
+    classes = parts.domain.output_dim if is_linear else 0
+    return {WEIGHTS: state, REST: rest}, hub_config(parts.net.body, classes, kwargs, parts.domain.preprocessing())
+
+
+def _write_onnx(path: Path, description: dict[str, Any], values: Params, has_head: bool) -> None:
+    """What the learner is before any adaptation, as an ONNX file."""
+    from cml_dist.run.onnx_file import write_onnx
+
+    passes = ("pooled", "meta") if has_head else ("pooled",)
+    outputs = {"features": "float32 [N, D], what the head reads"}
+    if has_head:
+        outputs["outputs"] = "float32, of the meta-trained head before any adaptation"
+    write_onnx(path, description, values, lambda net, inputs: net(inputs, passes), outputs)
 
 
 def _tested(folder: RunFolder, step: int, overrides: dict[str, Any]) -> dict[str, Any] | None:
@@ -183,50 +206,11 @@ def _tested(folder: RunFolder, step: int, overrides: dict[str, Any]) -> dict[str
         tested = folder.own_test()
         if tested is None or tested["step"] != step or tested.get("overrides") or overrides:
             return None
-        _figure(tested)
+        tested_figure(tested)
         return {key: tested[key] for key in ("meta", "split", "score")}
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         what = f"the test in {folder.path} is damaged ({type(error).__name__}: {str(error)[:200]})"
         raise CheckpointError(what, "test the run again: cml-dist eval RUN_DIR") from error
-
-
-def _figure(tested: dict[str, Any]) -> str:
-    """The score on the card."""
-    meta = tested["meta"]
-    shown = text.measured(tested["score"], meta["mean"], meta["ci95"], 2)
-    return f"{shown} ({meta['episodes']:,} episodes of the {tested['split']} split)"
-
-
-def _rates(rule: dict[str, Any], learned: Tensor | None) -> str:
-    """The step sizes of the inner loop in words; those that were learned by their range."""
-    body, head = rule["body_lr"], rule["head_lr"]
-    if learned is None:
-        return f"body {body:g}, head {head:g}"
-    low, middle, high = (value.item() for value in (learned.min(), learned.median(), learned.max()))
-    return f"learned: {low:.3g} to {high:.3g}, median {middle:.3g} (they began at: body {body:g}, head {head:g})"
-
-
-def _card(config: RunConfig, description: dict[str, Any], rates: str, parameters: int) -> str:
-    """The model card."""
-    domain, tested = config.domain, description["eval"]
-    figure = "not tested" if tested is None else text.markdown(_figure(tested))
-    shots, ways = domain.shots, getattr(domain, "ways", None)
-    card = CARD_TEXT + (CARD_NODES if domain.name == "graph_nodes" else CARD_USE)
-    return card.format(
-        **{key: text.markdown(description[key]) for key in ("backbone", "method", "inner_steps", "score")},
-        step=description["step"],
-        data=text.markdown(description["image_set"] or domain.name),
-        task=f"{ways}-way {shots}-shot" if ways else f"{shots}-point regression",
-        inputs="images" if ways else "inputs",
-        labels="labels" if ways else "targets",
-        parameters=parameters,
-        input=" x ".join(map(str, description["input_shape"])),
-        rates=rates,
-        head=config.model.head,
-        figure=figure,
-        episodes=config.train.episodes_per_step,
-        seed=config.run.seed,
-    )
 
 
 Side = Annotated[int, Field(ge=1, le=2**16)]
@@ -282,7 +266,7 @@ def check_description(description: Any, where: Path) -> None:
         _Description.model_validate(description, strict=True)
     except (ValueError, RecursionError) as error:
         raise _no_model(where, error) from error
-    if description.get("format") not in (1, FORMAT):
+    if description.get("format") not in range(1, FORMAT + 1):
         what = f"{where} has export format {description.get('format')}, this version reads {FORMAT}"
         raise CheckpointError(what, "update cml_dist")
 
@@ -293,11 +277,16 @@ def _no_model(where: Path, error: Exception) -> CheckpointError:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """psi, theta and constants of an exported model by canonical name, on the CPU; floating ones in float32."""
+    """psi, theta and constants of an exported model by canonical name, on the CPU; floating ones in float32.
+
+    Of a timm backbone there may be more: a classifier, and running statistics.
+    """
     try:
         if not (folder / WEIGHTS).is_file():
             raise FileNotFoundError(f"no file {WEIGHTS}")
         tensors = load_file(folder / WEIGHTS)
+        if (folder / REST).is_file():
+            tensors = {f"{BODY}.model.{n}": value for n, value in tensors.items()} | load_file(folder / REST)
         return {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} is missing or damaged ({error})", "export the run again") from error

@@ -33,7 +33,7 @@ from cml_dist.run.assemble import assemble
 from cml_dist.run.centroid import is_compared, tell_before
 from cml_dist.run.compiling import Compiling
 from cml_dist.run.evaluator import evaluate
-from cml_dist.run.export import export_run
+from cml_dist.run.export import Wanted, export_run
 from cml_dist.run.folder import RunFolder, same_everywhere, steps_in
 from cml_dist.run.hooks import OnStep, nothing
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
@@ -222,7 +222,7 @@ class Trainer:
 
         def export() -> None:
             session.fence()
-            export_run(config, parts, console, str(tested["step"]))
+            export_run(config, parts, console, Wanted(str(tested["step"])))
             console.note(f"Run folder: {session.folder.path}")
 
         self.world.run_on_main(export)

@@ -21,7 +21,7 @@ from cml_dist.data.shard_writer import new_shard_set
 from cml_dist.distributed.world import World
 from cml_dist.errors import CheckpointError, ConfigError, DataError
 from cml_dist.run import checkpoint as checkpoints
-from cml_dist.run.export import export_again
+from cml_dist.run.export import Wanted, export_again
 from cml_dist.run.folder import on_set, run_config
 from cml_dist.run.report import evaluate_run
 from cml_dist.run.trained import trained_inputs
@@ -98,7 +98,8 @@ def test_what_is_tested_is_what_is_delivered_and_says_so(run, dark, root, tmp_pa
     assert np.allclose(scores(folder), delivered(folder, dark, run))
     assert "normalised" not in evaluated(folder, f"domain.root={root}")
     # Exported with the other set at hand, the statistics are still the model's.
-    export_again(run_config(folder, [f"domain.root={dark}"]), "best", str(tmp_path / "out"), Console(quiet=True))
+    wanted = Wanted(to=str(tmp_path / "out"))
+    export_again(run_config(folder, [f"domain.root={dark}"]), wanted, Console(quiet=True))
     here, there = (json.loads((path / "model.json").read_text()) for path in (tmp_path / "out", run / "export"))
     assert here["preprocessing"] == there["preprocessing"]
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
 import pytest
+import timm
 import torch
+import yaml
 from image_sets import write_set
+from packaging.version import Version
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 
 import cml_dist
+from cml_dist.cli import main
 from cml_dist.config.load import merge, parse_config
 from cml_dist.data.build import build_domain
 from cml_dist.errors import CheckpointError, DataError
-from cml_dist.run.export import export_again
+from cml_dist.run.described import described_net
+from cml_dist.run.export import Wanted, export_again, read_weights
 from cml_dist.run.folder import run_config
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import Console
@@ -35,12 +41,15 @@ MODELS = {
     "resnet": {"backbone": "test_resnet", "colearner": {"depth": 1, "width": 8}},
     "meta_sgd": {"backbone": "conv4", "filters": 8, "head": "ridge"},
     "maml_pp": {"backbone": "test_resnet", "colearner": {"depth": 1, "width": 8}},
+    "lora": {"backbone": "test_vit", "colearner": {"depth": 1, "width": 8}},
+    "headless": {"backbone": "test_efficientnet", "head": "ridge", "colearner": {"depth": 1, "width": 8}},
 }
 METHODS = {
     "meta_sgd": ["method.name=meta_sgd", "method.colearner=true"],
     "maml_pp": ["method.name=maml_pp", "method.colearner=true", "method.multi_step_loss=9", "eval.inner_steps=3"],
+    "lora": ["method.adapts=[head,lora:2]"],
 }
-"""The last is tested with a step more than it has rows for."""
+"""``maml_pp`` is tested with a step more than it has rows for."""
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +70,26 @@ def run(request, image_set, tmp_path_factory):
     return folder, config
 
 
+def in_timm(folder):
+    """What plain timm makes of the export of a run."""
+    if Version(timm.__version__) < Version("1.0.26"):
+        pytest.skip("timm reads safetensors in a local folder since 1.0.26")
+    return timm.create_model(f"local-dir:{folder / 'export'}", pretrained=True).eval()
+
+
 def test_the_colearner_is_gone_and_the_rest_is_there(run):
     folder, config = run
-    tensors = load_file(folder / "export" / "model.safetensors")
-    learned = {"rule"} if config.method.name in METHODS else set()
+    tensors = read_weights(folder / "export")
+    learned = {"rule"} if any(word.startswith("method.") for word in METHODS.get(folder.name, [])) else set()
     assert {name.partition(".")[0] for name in tensors} == {"body", "head", *learned}
     card = (folder / "export" / "README.md").read_text()
-    assert f"{WAYS}-way {SHOTS}-shot" in card and "cml_dist.load" in card
-    assert "on small" in card and "adapt(support_images, support_labels)" in card
+    assert f"{WAYS}-way {SHOTS}-shot" in card and "on small" in card
     rates = [value for name, value in tensors.items() if name.startswith("rule.lr.")]
     said = f"step size learned: {min(v.min() for v in rates):.3g} to" if rates else "step size body 0.1, head 0.1;"
     assert said in card
     assert ("BatchNorm uses the statistics" in card) is (config.model.backbone != "test_vit")
+    assert f"| 6 classes: {', '.join(f'train-{number}' for number in range(6))} |" in card
+    assert "| chance | 33.33 % |" in card
     description = json.loads((folder / "export" / "model.json").read_text())
     report = json.loads((folder / "eval.json").read_text())
     assert description["eval"]["meta"] == report["meta"]
@@ -105,35 +122,89 @@ def test_a_loaded_learner_scores_what_the_test_scored(run):
     assert np.allclose(scores, saved)
 
 
-def test_plain_timm_reads_the_export(run):
+def test_plain_timm_reads_the_folder(run):
     folder, config = run
+    card = (folder / "export" / "README.md").read_text()
     if config.model.backbone == "conv4":
-        assert not (folder / "export" / "timm.safetensors").exists()
+        assert "Plain timm does not know conv4" in card
         return
-    import timm
-
-    description = json.loads((folder / "export" / "model.json").read_text())
-    path = folder / "export" / "timm.safetensors"
-    model = timm.create_model(config.model.backbone, checkpoint_path=str(path), **description["timm"])
-    ours = load_file(folder / "export" / "model.safetensors")
-    state = model.state_dict()
+    model = in_timm(folder)
+    ours, state = read_weights(folder / "export"), model.state_dict()
+    merged = {n.removeprefix("rule.lora.").removesuffix(".A") for n in ours if n.startswith("rule.lora.")}
     for name, value in ours.items():
-        if name.startswith("body.model."):
+        if name.startswith("body.model.") and name not in merged:
             assert torch.equal(state[name.removeprefix("body.model.")], value), name
-    assert torch.equal(model.get_classifier().weight, ours["head.weight"])
+    if config.model.head == "linear":
+        assert torch.equal(model.get_classifier().weight, ours["head.weight"])
+    else:
+        assert model.num_classes == 0
     rows = {n.removeprefix("rule.norm.body.model."): rows for n, rows in ours.items() if n.startswith("rule.norm.")}
     assert all(len(of) == 2 and torch.equal(state[name], of[0]) for name, of in rows.items())
-    card = (folder / "export" / "README.md").read_text()
     assert bool(rows) == ("those of the first step alone" in card) == (config.method.name == "maml_pp")
     assert bool(rows) == any(not torch.equal(of[0], of[1]) for of in rows.values())
+    settings = json.loads((folder / "export" / "config.json").read_text())["pretrained_cfg"]
+    assert settings["mean"] == json.loads((folder / "export" / "model.json").read_text())["preprocessing"]["mean"]
+
+
+def test_plain_timm_computes_what_the_learner_does_before_it_adapts(run):
+    """Images of the first training episode, by whose statistics it answers: the head's outputs."""
+    folder, config = run
+    if config.model.backbone == "conv4" or config.model.head != "linear":
+        return
+    episode = build_domain(config.domain, train_seed=0, eval_seed=0).episode("train", 0)
+    images = torch.cat([batch.inputs for batch in episode.batches])
+    learner = cml_dist.load(folder)
+    labels = [str(label) for batch in episode.batches for label in batch.targets.tolist()]
+    ours = learner.adapt(list(images.numpy()), labels, inner_steps=0).probabilities(list(images.numpy()))
+    model = in_timm(folder)
+    with torch.no_grad():
+        theirs = torch.cat([model(learner.inputs([image])) for image in images.numpy()]).softmax(1)
+    assert np.allclose(ours, theirs.numpy(), atol=1e-4)
+
+
+def test_the_code_on_the_card_runs_as_it_stands(run, monkeypatch, capsys):
+    folder, config = run
+    monkeypatch.chdir(folder / "export")
+    code, *more = re.findall(r"^```python\n(.*?)^```", (folder / "export" / "README.md").read_text(), re.M | re.S)
+    assert len(code.splitlines()) == 6 and len(more) == (config.model.backbone != "conv4")
+    exec(code, {})
+    assert re.fullmatch(r"\['(apple|pear)'(, '(apple|pear)'){2}\]\n", capsys.readouterr().out)
+    if more and in_timm(folder):
+        exec(*more, {})
+
+
+def test_a_card_as_a_hub_reads_it(run, tmp_path):
+    folder, _ = run
+    assert main(["export", str(folder), "--to", str(tmp_path), "--license", "cc-by-4.0"]) == 0
+    for path, license in ((folder / "export", "unknown"), (tmp_path, "cc-by-4.0")):
+        _, front, card = (path / "README.md").read_text().split("---\n", 2)
+        said = yaml.safe_load(front)
+        assert (said["license"], said["pipeline_tag"]) == (license, "image-classification")
+        assert f"| licence | {'not stated' if license == 'unknown' else 'cc-by-4.0'} |" in card
+        best = json.loads((folder / "validation.jsonl").read_text().splitlines()[-1])
+        assert f"\n| 2 | {100 * best['mean']:.2f} % ± " in card
+
+
+@pytest.mark.parametrize("run", ["vit"], indirect=True)
+def test_an_export_of_the_format_before_is_read(run, tmp_path):
+    """Format 2: one file under the package's own names."""
+    folder, _ = run
+    description = json.loads((folder / "export" / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps({**description, "format": 2}))
+    names = {n for n, _ in described_net(description, {}).named_parameters()}
+    kept = {n: t for n, t in read_weights(folder / "export").items() if n in names}
+    save_file(kept, tmp_path / "model.safetensors")
+    image = np.zeros((64, 64, 3), np.uint8)
+    now, before = (cml_dist.load(path).adapt([image] * 2, "ab").probabilities([image]) for path in (folder, tmp_path))
+    assert np.array_equal(now, before)
 
 
 def test_export_elsewhere_and_of_another_step(run, tmp_path):
     folder, config = run
-    export_again(run_config(str(folder), []), "last", str(tmp_path / "out"), Console(quiet=True))
+    export_again(run_config(str(folder), []), Wanted("last", str(tmp_path / "out")), Console(quiet=True))
     assert cml_dist.load(tmp_path / "out").ways == (None if config.model.head == "ridge" else WAYS)
     with pytest.raises(CheckpointError, match="keeps no checkpoint '77'"):
-        export_again(run_config(str(folder), []), "77", None, Console(quiet=True))
+        export_again(run_config(str(folder), []), Wanted("77"), Console(quiet=True))
 
 
 def test_images_of_every_kind_are_read_alike(run, tmp_path):

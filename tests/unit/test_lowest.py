@@ -13,22 +13,22 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTED = (
     "tests/unit/test_untrusted.py", "tests/unit/test_shards.py", "tests/unit/test_export.py",
     "tests/unit/test_checkpoint.py", "tests/unit/test_timm_backbone.py", "tests/unit/test_bad_input.py",
-    "tests/unit/test_sources.py", "tests/unit/test_compiling.py",
+    "tests/unit/test_sources.py", "tests/unit/test_compiling.py", "tests/unit/test_onnx.py",
 )  # fmt: skip
 
 EXTRAS = ("parquet", "graphs")
 
 
 def lower_bounds() -> dict[str, str]:
-    """Of what is always installed and of the extras that read data, by name."""
+    """Of what is always installed and of the extras that read data or write ONNX, by name."""
     text = (ROOT / "setup.py").read_text()
-    required = re.search(r"^REQUIREMENTS = \[(.*?)^\]", text, re.M | re.S)[1]
+    required = "".join(re.findall(r"^(?:ONNX_)?REQUIREMENTS = \[(.*?)^\]", text, re.M | re.S))
     extras = re.findall(rf'^        "(?:{"|".join(EXTRAS)})": \["([\w.-]+)>=([\w.]+)', text, re.M)
     return dict(re.findall(r'^    ["\']([\w.-]+)>=([\w.]+)', required, re.M) + extras)
 
 
 def test_every_requirement_has_a_lower_bound():
-    some = {"torch", "timm", "numpy", "pillow", "webdataset", "fsspec", "safetensors", "pyarrow"}
+    some = {"torch", "timm", "numpy", "pillow", "webdataset", "fsspec", "safetensors", "pyarrow", "onnxscript"}
     assert some <= lower_bounds().keys()
 
 
@@ -40,7 +40,7 @@ def test_the_lowest_versions_run(tmp_path):
     (tmp_path / "lowest.txt").write_text("".join(f"{name}=={least}\n" for name, least in lower_bounds().items()))
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", tmp_path / "lowest.txt"]
-    asked = [f"{ROOT}[{','.join(EXTRAS)}]", "pytest", "pytest-timeout"]
+    asked = [f"{ROOT}[onnx,{','.join(EXTRAS)}]", "pytest", "pytest-timeout"]
     made = subprocess.run([*pip, *asked], capture_output=True, text=True, timeout=3000)
     if re.search(r"Connection|Network|resolve host|Temporary failure", made.stderr):
         pytest.skip(f"no index of packages: {made.stderr.splitlines()[-1]}")

@@ -124,7 +124,7 @@ def run(tmp_path_factory):
 
 
 def test_norms_a_step_of_what_is_trained(run):
-    tensors = load_file(f"{run.run.dir}/export/model.safetensors")
+    tensors = load_file(f"{run.run.dir}/export/learner.safetensors")
     rows = {n.removeprefix("rule.norm.body.model."): t for n, t in tensors.items() if n.startswith("rule.norm.")}
     norms = ("bn1", "bn2", "bn3", "downsample.1")
     assert rows.keys() == {f"layer4.0.{norm}.{kind}" for norm in norms for kind in ("weight", "bias")}
@@ -134,10 +134,12 @@ def test_norms_a_step_of_what_is_trained(run):
 def test_an_export_says_how_timm_comes_to_know_it(run):
     export = f"{run.run.dir}/export"
     with open(f"{export}/README.md") as file:
-        assert "import cml_dist.nets\ntimm.create_model('resnet12_narrow'" in file.read()
-    with open(f"{export}/model.json") as file:
-        settings = json.load(file)["timm"]
-    again = timm.create_model("resnet12_narrow", checkpoint_path=f"{export}/timm.safetensors", **settings)
+        assert "import cml_dist.nets\nimport timm\nmodel = timm.create_model(" in file.read()
+    with open(f"{export}/config.json") as file:
+        settings = json.load(file)
+    again = timm.create_model(
+        "resnet12_narrow", num_classes=3, checkpoint_path=f"{export}/model.safetensors", **settings["model_args"]
+    )
     assert again.num_classes == 3
     adapted = cml_dist.load(run.run.dir).adapt(torch.zeros(3, 16, 16, 3, dtype=torch.uint8).numpy(), ["a", "b", "c"])
     assert len(adapted.predict(torch.zeros(2, 16, 16, 3, dtype=torch.uint8).numpy())) == 2

@@ -41,7 +41,7 @@ from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run import folder as folders
 from cml_dist.run import session as sessions
 from cml_dist.run.assemble import assemble
-from cml_dist.run.export import export_again
+from cml_dist.run.export import Wanted, export_again
 from cml_dist.run.folder import run_config
 from cml_dist.run.hooks import nothing
 from cml_dist.run.report import evaluate_run
@@ -146,7 +146,7 @@ def test_a_run_leaves_what_was_promised(undisturbed):
     assert best["step"] in checkpoints.steps_in(undisturbed / "checkpoints")
     assert (undisturbed / "config.yaml").is_file()
     card = (undisturbed / "export" / "README.md").read_text()
-    assert "5-point regression" in card and "adapt(support_inputs, support_targets)" in card
+    assert "5-point regression" in card and "labels = np.random.rand(10, 1)" in card and "tabular-regression" in card
     assert "image" not in card and "BatchNorm" not in card
     session = json.loads((undisturbed / "sessions.jsonl").read_text().splitlines()[0])
     assert "commit" in session and "changed" not in session
@@ -407,7 +407,7 @@ def test_a_double_precision_run_can_be_used(tmp_path):
 def test_export_refuses_another_network(undisturbed, tmp_path):
     with pytest.raises(CheckpointError, match="another network"):
         config = run_config(str(undisturbed), ["model.hidden=[8, 9]"])
-        export_again(config, "best", str(tmp_path / "out"), Console(quiet=True))
+        export_again(config, Wanted("best", str(tmp_path / "out")), Console(quiet=True))
 
 
 def test_a_checkout_that_is_not_installed_trains(tmp_path, monkeypatch):
@@ -750,7 +750,7 @@ def test_a_test_with_other_settings_leaves_the_runs_own_figures(undisturbed, tmp
 
 
 def exported(folder, *overrides, which="best"):
-    export_again(run_config(str(folder), overrides), which, str(folder / "out"), Console(quiet=True))
+    export_again(run_config(str(folder), overrides), Wanted(which, str(folder / "out")), Console(quiet=True))
     return json.loads((folder / "out" / "model.json").read_text())["eval"], (folder / "out" / "README.md").read_text()
 
 
@@ -778,7 +778,7 @@ def test_what_is_damaged_is_passed_over_and_said_by_eval_and_export(undisturbed,
     console = Listening()
     report = evaluate_run(run_config(str(folder), []), "last", console)
     assert (report["step"], report["chosen"]) == (kept[-2], "last")
-    export_again(run_config(str(folder), []), "last", str(tmp_path / "out"), console)
+    export_again(run_config(str(folder), []), Wanted("last", str(tmp_path / "out")), console)
     assert json.loads((tmp_path / "out" / "model.json").read_text())["step"] == kept[-2]
     assert len(console.warnings) == 2
     assert all(newest.name in w and "damaged" in w and "one before it is used" in w for w in console.warnings)
