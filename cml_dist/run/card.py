@@ -93,7 +93,7 @@ model = timm.create_model("local-dir:.", pretrained=True).eval()  # num_classes=
 """
 
 RUNNING = """
-Its running statistics, which meta-training does not keep, are those of the first training episode.
+Its running statistics, which meta-training does not keep, are {running}.
 """
 
 ROWS = """
@@ -146,7 +146,7 @@ def model_card(
     score = description["score"]
     names = {"method.name": config.method.name, "model.backbone": config.model.backbone, "domain.name": domain.name}
     own = [f"{key}={unsealed(name)}" for key, name in names.items() if is_code(name)]
-    timm, curve = description["timm"], [line for line in curve if isinstance(line.get("mean"), float)]
+    timm, curve = description["timm"], [line for line in curve if _is_whole(line)]
     optional = {
         _curve(score, curve): len(curve) > 0,
         NODES if nodes else USE: True,
@@ -155,7 +155,7 @@ def model_card(
         NORM: by_batch,
         OWN_NET: pictures and timm is None,
         TIMM: timm is not None,
-        RUNNING: timm is not None and running,
+        RUNNING: timm is not None and by_batch,
         ROWS: timm is not None and has_rows,
         ONNX: onnx,
     }
@@ -180,6 +180,7 @@ def model_card(
         code=f", code={own}" if own else "",
         labels='["apple", "pear"] * 5' if ways else f"np.random.rand(10, {description['output_dim']})",
         what="model lies" if timm and timm["num_classes"] else "body lies",
+        running="those of the first training episode" if running else "timm's initial values: estimate them anew",
         first="" if is_registered else "import cml_dist.nets\n",
         parameters=parameters,
         input=" x ".join(map(str, shape)),
@@ -204,11 +205,18 @@ def _names(classes: Sequence[str]) -> str:
     return f"{len(classes):,} classes: {', '.join(map(text.markdown, classes[:MOST_NAMES]))}{more}"
 
 
+def _is_whole(line: dict[str, Any]) -> bool:
+    """Whether a validation had a finite score, and nothing else stands there: a file may hold anything."""
+    numbers = (line.get("mean"), line.get("ci95") or 0.0)
+    return type(line["step"]) is int and all(type(number) is float for number in numbers)
+
+
 def _curve(score: str, lines: Sequence[dict[str, Any]]) -> str:
     """A table of at most so many validations, the first and the last among them."""
     last = len(lines) - 1
     shown = sorted({round(k * last / (MOST_ROWS - 1)) for k in range(MOST_ROWS)})
-    rows = [f"| {lines[k]['step']} | {text.measured(score, lines[k]['mean'], lines[k]['ci95'], 2)} |" for k in shown]
+    figures = [(lines[k]["step"], text.measured(score, lines[k]["mean"], lines[k].get("ci95"), 2)) for k in shown]
+    rows = [f"| {step:,} | {figure} |" for step, figure in figures]
     return CURVE.replace("{rows}", "\n".join(rows))
 
 

@@ -21,7 +21,6 @@ from cml_dist.config.schema import RunConfig
 from cml_dist.distributed.allocator import memory_explained
 from cml_dist.distributed.world import joined_world
 from cml_dist.errors import CheckpointError, CmlError, ModelError
-from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import LEARNED_RATES, part_of
 from cml_dist.methods.build import describe_rule
 from cml_dist.nets.guard import has_batch_norm
@@ -92,7 +91,7 @@ def export_run(config: RunConfig, parts: Parts, console: Console, wanted: Wanted
     whole = {**params, **constants}
     plain, is_timm = rule.network(whole, 0), backbone_entry(config.model.backbone) is TIMM
     by_batch = has_batch_norm(net) and config.model.norm == "batch"
-    running = {}
+    running: Params = {}
     if by_batch and (is_timm or wanted.onnx):
         running = _running_statistics(parts, plain, None if wanted.onnx else console)
     files, timm_config = {WEIGHTS: whole}, {"architecture": config.model.backbone}
@@ -136,14 +135,14 @@ def export_run(config: RunConfig, parts: Parts, console: Console, wanted: Wanted
     )
     if wanted.onnx:
         _write_onnx(target / ONNX, description, {**plain, **running}, not net.starts_head)
-    for name in {*OUTDATED} - files.keys() - ({ONNX} if wanted.onnx else set()):
-        (target / name).unlink(missing_ok=True)
     for name, tensors in files.items():
         save_tensors(target / name, tensors)
+    for name in {*OUTDATED} - files.keys() - ({ONNX} if wanted.onnx else set()):
+        (target / name).unlink(missing_ok=True)
     write_text(target / CARD, card)
     write_json(target / TIMM_CONFIG, timm_config)
     write_json(target / DESCRIPTION, description)
-    console.note(f"Exported model: {target}")
+    console.note(f"Exported model: {target}{' (its ONNX file answers as torch does)' if wanted.onnx else ''}")
 
 
 def _running_statistics(parts: Parts, values: Params, console: Console | None) -> Params:
@@ -162,8 +161,8 @@ def _running_statistics(parts: Parts, values: Params, console: Console | None) -
         console.warn(f"Norms are exported without running statistics: {error.what}; name the training set to have them")
         return {}
     inputs = torch.cat([batch.inputs for batch in episode.batches])
-    every, problem = Batch(inputs, inputs), Problem(parts.net, domain.loss, domain.score, {})
-    return problem.seen_of(values, Episode(every, every, "train", 0), ("pooled",), "support").norms
+    every = Batch(inputs, inputs)
+    return parts.model.problem.seen_of(values, Episode(every, every, "train", 0), ("pooled",), "support").norms
 
 
 def _timm_files(
@@ -196,7 +195,7 @@ def _write_onnx(path: Path, description: dict[str, Any], values: Params, has_hea
     passes = ("pooled", "meta") if has_head else ("pooled",)
     outputs = {"features": "float32 [N, D], what the head reads"}
     if has_head:
-        outputs["outputs"] = "float32, of the meta-trained head before any adaptation"
+        outputs["outputs"] = "float32, of the head before any adaptation"
     write_onnx(path, description, values, lambda net, inputs: net(inputs, passes), outputs)
 
 

@@ -17,6 +17,7 @@ from cml_dist.errors import CmlError, ConfigError
 from cml_dist.memory.forecast import forecast
 from cml_dist.nets.build import build_net, make_network
 from cml_dist.nets.partition import freeze, select
+from cml_dist.run.export import read_weights
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import Console
 
@@ -218,7 +219,7 @@ def test_low_rank_factors_beside_a_frozen_body(tmp_path):
     config = lora_of(tmp_path, rank=2)
     assert train(config, Console()).finished
     start = dict(net_of("test_vit").named_parameters())
-    exported, plain = (load_file(tmp_path / "run" / "export" / f"{name}.safetensors") for name in ("model", "timm"))
+    exported, plain = read_weights(tmp_path / "run" / "export"), load_file(tmp_path / "run/export/model.safetensors")
     weight = "body.model.blocks.0.attn.qkv.weight"
     assert torch.equal(exported[weight], start[weight])
     b, a = (exported[f"rule.lora.{weight}.{factor}"] for factor in "BA")
