@@ -232,17 +232,20 @@ def timm_export(net: CmlNet, params: Params, with_head: bool = True) -> tuple[di
     params = {**dict(net.named_buffers()), **params}  # frozen parameters are buffers
     with torch.random.fork_rng(devices=[]):
         plain = _create(body.name, False, num_classes=classes, **body.create_kwargs)
-    plain.to(next(iter(params.values())).dtype)
-    state = {key: value.clone() for key, value in plain.state_dict().items()}
-    for name, module in plain.named_modules():
-        if isinstance(module, _BatchNorm) and f"{PREFIX}{name}.weight" not in params:
-            # A norm of the classifier's own, which our head does not have: an exact identity.
-            state[f"{name}.running_var"] = torch.full_like(module.running_var, 1 - module.eps)
+    plain.to(next(value.dtype for value in params.values() if value.is_floating_point()))
+    state = plain.state_dict()
     ours = {name.removeprefix(PREFIX): value for name, value in params.items() if name.startswith(PREFIX)}
     for classifier in _classifiers(plain) if with_head else ():
         ours |= {f"{classifier}.{kind}": params[f"head.{kind}"] for kind in ("weight", "bias")}
+    for name, module in plain.named_modules():
+        if isinstance(module, _BatchNorm) and f"{PREFIX}{name}.weight" not in params:
+            # A norm of the classifier's own, which our head does not have: an exact identity.
+            ours[f"{name}.running_var"] = torch.full_like(module.running_var, 1 - module.eps)
     try:
-        state |= {k: v.detach().reshape(state[k].shape).clone() for k, v in ours.items() if k in state}
+        # Into the model first: what is tied has one of its names in ours, and must have the same value under all.
+        fitted = {k: v.detach().reshape(state[k].shape) for k, v in ours.items() if k in state}
+        plain.load_state_dict(fitted, strict=False)
+        state = {key: value.clone() for key, value in plain.state_dict().items()}
         fits = not with_head or _same_logits(plain, state, net, params)
     except RuntimeError:  # other sizes
         fits = False

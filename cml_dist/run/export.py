@@ -151,10 +151,10 @@ def _running_statistics(parts: Parts, values: Params, console: Console | None) -
     Meta-training keeps none, and a plain network that answers image by image needs some. With a console it says where
     the training set is not at hand, and there are none.
     """
-    domain, dtype = parts.domain, next(iter(values.values())).dtype
+    domain = parts.domain
     try:
         domain.check_splits(["train"])
-        episode = domain.prepare(domain.episode("train", 0), torch.device("cpu"), dtype)
+        episode = domain.prepare(domain.episode("train", 0), torch.device("cpu"), parts.dtype)
     except CmlError as error:
         if console is None:
             raise

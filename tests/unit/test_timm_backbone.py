@@ -232,6 +232,21 @@ def test_export_with_batch_statistics_carries_timms_initial_buffers() -> None:
     torch.testing.assert_close(plain(inputs), net(inputs)[0], rtol=1e-4, atol=1e-5)
 
 
+def test_export_of_a_body_alone_whose_first_constants_are_whole_numbers() -> None:
+    net = _net("levit_128s", ways=4)
+    assert not next(net.buffers()).is_floating_point()
+    state, _ = timm_export(net, dict(net.named_parameters()), with_head=False)
+    assert not any(name.startswith("head") for name in state)
+    assert torch.equal(state["stem.conv1.linear.weight"], net.body.model.stem.conv1.linear.weight)
+
+
+def test_what_is_tied_is_exported_under_all_its_names() -> None:
+    net = _net("coat_tiny", (3, 64, 64), ways=4)
+    state, _ = timm_export(net, dict(net.named_parameters()), with_head=False)
+    assert torch.equal(state["cpe1.proj.weight"], net.body.model.cpe1.proj.weight)
+    assert torch.equal(state["serial_blocks1.0.cpe.proj.weight"], state["cpe1.proj.weight"])
+
+
 def test_export_of_a_file_reads_back_as_pretrained(tmp_path) -> None:
     net = _net("test_vit")
     state, _ = timm_export(net, dict(net.named_parameters()))
