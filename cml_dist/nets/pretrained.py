@@ -42,13 +42,11 @@ class Weights:
         called: in messages.
         config: timm's ``PretrainedCfg`` of them: mean, std, size and interpolation of their images.
         file: gives the weight file, and fetches it first where it is not here; None: timm itself loads them.
-        own_norms: whether they have running statistics: our export has none of a body with ``model.norm=batch``.
     """
 
     called: str
     config: Any
     file: Callable[[], Path] | None
-    own_norms: bool = True
 
 
 def find_weights(backbone: str, pretrained: bool | str) -> Weights:
@@ -132,7 +130,7 @@ def _in_folder(folder: Path, backbone: str) -> Weights:
         _check_same(str(folder), said["backbone"], backbone)
         images = {key: value for key, value in said["preprocessing"].items() if key in ("mean", "std", "interpolation")}
         config = dataclasses.replace(_known(backbone), input_size=tuple(said["input_shape"]), **images)
-        return Weights(str(folder), config, lambda: file, said["model"]["norm"] == "frozen")
+        return Weights(str(folder), config, lambda: file)
     except (OSError, LookupError, TypeError, ValueError) as error:
         what = f"{saved} says nothing that can be used ({type(error).__name__}: {reason(error)})"
         raise ConfigError(what, "write that folder again, or give a weight file itself") from error

@@ -20,7 +20,7 @@ import cml_dist.nets.resnet12  # noqa: F401 - registers it
 from cml_dist.config.schema import ModelConfig
 from cml_dist.errors import ConfigError, ModelError
 from cml_dist.nets.border import border_warning, watch_stem
-from cml_dist.nets.guard import couples_examples, has_batch_norm, prepare_for_second_order
+from cml_dist.nets.guard import couples_examples, prepare_for_second_order
 from cml_dist.nets.network import CmlNet
 from cml_dist.nets.pretrained import PREFIX, Weights, find_weights, read_state, reason
 from cml_dist.registry import BACKBONES
@@ -50,7 +50,6 @@ class TimmBackbone(nn.Module):
         self.name, self.input_shape = name, tuple(input_shape)
         self.create_kwargs = _create_kwargs(name, input_shape)
         weights = find_weights(name, pretrained) if pretrained else None
-        self.own_norms = weights is None or weights.own_norms
         # timm reads a foreign format under the name that has it.
         is_foreign = weights is not None and weights.file is None
         named = pretrained if is_foreign and isinstance(pretrained, str) else name
@@ -110,13 +109,7 @@ class TimmBackbone(nn.Module):
 
 
 def build(model: ModelConfig, input_shape: tuple[int, ...]) -> TimmBackbone:
-    body = TimmBackbone(model.backbone, input_shape, model.pretrained)
-    if model.norm == "frozen" and has_batch_norm(body) and not body.own_norms:
-        raise ConfigError(
-            f"model.norm is frozen, but {model.pretrained} was trained with model.norm=batch, and has no statistics",
-            "set model.norm=batch, or give other weights",
-        )
-    return body
+    return TimmBackbone(model.backbone, input_shape, model.pretrained)
 
 
 class TrainedOn(NamedTuple):
@@ -189,8 +182,6 @@ def _load(model: nn.Module, name: str, weights: Weights, channels: int) -> None:
         # Without its classifiers, and the norms that belong to them (e.g. LeViT's ``head.bn``).
         own, stems = model.state_dict(), {classifier.split(".")[0] for classifier in _classifiers(model)}
         state = {key: value for key, value in state.items() if key in own or key.split(".")[0] not in stems}
-        if not weights.own_norms:
-            state = {key: value for key, value in own.items() if "running_" in key or "num_batches" in key} | state
         # Without a classifier in the configuration timm loads strictly, after it has fitted the first convolution.
         source = {**model.pretrained_cfg, "state_dict": state, "classifier": None, "label_offset": 0}
         if weights.config is not None:  # the channels of the first convolution are the weights' own
