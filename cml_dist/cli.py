@@ -63,7 +63,7 @@ CHECKPOINT = _option(
 )
 JSON = _option("--json", "print everything as JSON", action="store_true")
 IMAGES = (
-    _option("--image-size", "height and width (default: from the images)", type=int, metavar="PIXELS"),
+    _option("--image-size", "width and height (default: from the images)", type=int, metavar="PIXELS"),
     _option("--channels", "1 for grey, 3 for RGB (default: those of the images)", type=int, choices=[1, 3]),
 )
 
@@ -291,7 +291,11 @@ class _Parser(argparse.ArgumentParser):
     """Arguments of a command, with a coloured help on a terminal."""
 
     def __init__(self, *args: Any, examples: str = "", **how: Any) -> None:
-        lines = "".join(f"\n  {line}" for line in EXAMPLES.get(examples, ()))
+        width = shutil.get_terminal_size().columns - 4
+        whole = {"break_long_words": False, "break_on_hyphens": False}
+        wrap = textwrap.TextWrapper(width, subsequent_indent="    ", **whole).wrap
+        # Folded as a shell takes it.
+        lines = "".join("\n  " + " \\\n  ".join(wrap(line)) for line in EXAMPLES.get(examples, ()))
         super().__init__(*args, formatter_class=_formatter, epilog=f"examples:{lines}" if lines else None, **how)
 
     def error(self, message: str) -> NoReturn:

@@ -86,6 +86,5 @@ def _keys(pattern: str, console: Console) -> None:
         return
     for _, section in itertools.groupby(found, lambda setting: setting.key.partition(".")[0]):
         rows = [(s.key, s.default, s.takes, textwrap.shorten(s.help, LINE, placeholder=" ...")) for s in section]
-        console.note("")
         console.table("", ("setting", "default", "takes", "meaning"), rows, least=("takes",))
     console.note("The whole meaning of one: cml-dist config --keys KEY")

@@ -49,12 +49,12 @@ def pack(args: argparse.Namespace, console: Console) -> None:
     met = sum(account.files for account in made.accounts)
     console.table("What became of the files", ("files", "what", "e.g."), [
         *((account.files, account.what, account.example) for account in made.accounts), (met, "met in all", ""),
-    ])  # fmt: skip
+    ], least=("e.g.",))  # fmt: skip
     dest, recipe = shlex.quote(args.dest), made.known if made.known in recipes() else "my_images"
-    console.note(f"Look at it: cml-dist data inspect {dest}")
+    console.command("Look at it:", f"cml-dist data inspect {dest}")
     if shards.splits == SPLITS:
         run_dir = shlex.quote(f"runs/{Path(args.dest).name}")
-        console.note(f"Train on it: cml-dist train {recipe} domain.root={dest} run.dir={run_dir}")
+        console.command("Train on it:", f"cml-dist train {recipe} domain.root={dest} run.dir={run_dir}")
 
 
 def inspect(args: argparse.Namespace, console: Console) -> None:
@@ -80,7 +80,7 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
     height, width = info.image_size
     kind = "grey" if info.channels == 1 else "RGB"
     title = f"{info.name}, {width}x{height} px, {kind} (min, median, max: images a class)"
-    console.table(title, COLUMNS, split_rows(shards))
+    console.table(title, COLUMNS, split_rows(shards), least=("shards", "median"))
     if info.group_by is not None:
         title = f"Groups by {info.group_by!r}: none has images in both support and query set of an episode"
         rows = [(split, *group_cells(shards, split)) for split in shards.splits]

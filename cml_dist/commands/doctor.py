@@ -52,7 +52,7 @@ def doctor(args: argparse.Namespace, console: Console) -> int:
             about = {"ready": not faults, "verdict": said, "configuration": args.config, "run_dir": str(case.run_dir)}
             print(json.dumps({**about, "findings": [asdict(row) for row in rows]}, indent=2), flush=True)
         for row in rows:
-            console.say(Text.assemble((f"  {row.verdict:<7}", STYLES[row.verdict]), printable(f"  {row}")))
+            console.say(Text.assemble((f"  {row.verdict:<7}", STYLES[row.verdict]), printable(f"  {row}")), hang=11)
         console.say(Text(said, style=STYLES["fault" if faults else "ok"]))
         for number, row in enumerate(faults, start=1):
             console.note(f"  {number}. {row}")

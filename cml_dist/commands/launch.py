@@ -23,8 +23,8 @@ def slurm(args: argparse.Namespace, console: Console) -> None:
     if args.dry_run:
         print(batch.script, end="")
         return
-    for line in follow(batch, submit(batch)):
-        console.note(line)
+    for says, command in follow(batch, submit(batch)):
+        console.command(says, command)
 
 
 def files(args: argparse.Namespace, console: Console) -> None:

@@ -48,7 +48,7 @@ def plan(args: argparse.Namespace, console: Console) -> None:
         "model": f"{config.model.backbone}: {found['num_parameters']:,} parameters, "
         f"{found['num_constants']:,} constants",
         "episode": found["episode"],
-        "inputs": f"{text.shape(found['inputs'])} ({found['input_source']})",
+        "inputs": f"{text.shape_in_words(found['inputs'])} ({found['input_source']})",
         "meta-step": f"{steps} inner step{'s' * (steps != 1)}, {each} episode{'s' * (each != 1)} a GPU"
         + (", each twice" if has_upper_ascent(config) else "")
         + (f", {min(ways)}" if len(ways) == 1 else ""),

@@ -82,7 +82,7 @@ class ImageDomain(ClassificationDomain):
         settings, name, (height, width) = self.settings, self.shards.name, self.shards.image_size
         if settings.augment.rotate_classes and height != width:
             raise ConfigError(
-                f"domain.augment.rotate_classes needs square images, but those of {name} are {height}x{width}",
+                f"domain.augment.rotate_classes needs square images, but those of {name} are {width}x{height} px",
                 "set domain.augment.rotate_classes=false",
             )
         for split in splits:
@@ -314,7 +314,7 @@ class ImageDomain(ClassificationDomain):
 
 def _in_words(shape: tuple[int, ...]) -> str:
     channels, height, width = shape
-    return f"{f'{width} px' if height == width else f'{height}x{width} px'} in {'grey' if channels == 1 else 'colour'}"
+    return f"{f'{width} px' if height == width else f'{width}x{height} px'} in {'grey' if channels == 1 else 'colour'}"
 
 
 def _rounded(values: tuple[float, ...] | None) -> str:

@@ -36,9 +36,9 @@ def border_warning(
     if not any(unseen):
         return None
     share = 1 - math.prod(side - lost for side, lost in zip(image_size, unseen, strict=True)) / math.prod(image_size)
-    sizes = [f"{width}" if height == width else f"{height}x{width}" for height, width in zip(*fitting, strict=True)]
+    sizes = [f"{width}" if height == width else f"{width}x{height}" for height, width in zip(*fitting, strict=True)]
     return (
         f"model.backbone {name} never sees the last {unseen[0]} rows and {unseen[1]} columns of images of "
-        f"{image_size[0]}x{image_size[1]} ({100 * share:.0f} % of the pixels), which it cuts into patches of "
-        f"{conv.stride[0]}x{conv.stride[1]}: sizes that fit are {' and '.join(sizes)} (cml-dist data pack --image-size)"
+        f"{image_size[1]}x{image_size[0]} ({100 * share:.0f} % of the pixels), which it cuts into patches of "
+        f"{conv.stride[1]}x{conv.stride[0]}: sizes that fit are {' and '.join(sizes)} (cml-dist data pack --image-size)"
     )

@@ -68,7 +68,7 @@ class Conv4(nn.Module):
         channels, height, width = input_shape
         if min(height, width) < MIN_SIDE:
             raise ModelError(
-                f"images are {height}x{width} px, too small for the four poolings of model.backbone conv4",
+                f"images are {width}x{height} px, too small for the four poolings of model.backbone conv4",
                 f"use images of at least {MIN_SIDE}x{MIN_SIDE} px, or another model.backbone",
             )
         self.num_blocks = NUM_BLOCKS + extra_blocks

@@ -24,6 +24,7 @@ from cml_dist.nets.guard import couples_examples, prepare_for_second_order
 from cml_dist.nets.network import CmlNet
 from cml_dist.nets.pretrained import PREFIX, Weights, find_weights, read_state, reason
 from cml_dist.registry import BACKBONES
+from cml_dist.telemetry.text import shape_in_words
 from cml_dist.types import INTERPOLATIONS, Features, Params
 
 
@@ -63,8 +64,8 @@ class TimmBackbone(nn.Module):
                 convolutions = watch_stem(stateless)
                 features = self._features(stateless, torch.empty(2, *input_shape, device="meta"))
         except (AssertionError, RuntimeError, ValueError, TypeError, IndexError) as error:
-            usual = self.model.pretrained_cfg.get("input_size") or "?"
-            given, made_for = ("x".join(map(str, shape)) for shape in (input_shape, usual))
+            usual = self.model.pretrained_cfg.get("input_size")
+            given, made_for = (shape_in_words(shape) if shape else "?" for shape in (input_shape, usual))
             raise ModelError(
                 f"model.backbone {name} cannot take images of {given}: {reason(error)}",
                 f"use images it can take (it was made for {made_for}), or another model.backbone",

@@ -117,7 +117,8 @@ class StepProfile:
         rows = [(event.key, f"{us / 1e3:,.1f}", f"{us / total:.0%}", event.count) for us, event in most]
         first, last = self._steps[0], self._last
         steps = f"meta-step {first}" if first == last else f"meta-steps {first} to {last}"
-        self._console.table(f"Most time in {steps}", ("operator", f"ms on the {where}", "share", "calls"), rows)
+        columns = ("operator", f"ms on the {where}", "share", "calls")
+        self._console.table(f"Most time in {steps}", columns, rows, least=("calls",))
 
 
 def write_trace(profiler: profile, path: Path) -> None:

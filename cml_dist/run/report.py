@@ -61,7 +61,8 @@ def evaluate_sets(tests: Mapping[str, RunConfig], which: str, console: Console) 
                 numbers = score(name, row["mean"], 2), interval(name, row["ci95"], 2), row["episodes"]
                 rows.append((place, learner_title(config, learner), *numbers, score(name, found["chance"], 2)))
     columns = ("set", "learner", score_label(name), "95 % interval", "episodes", "chance")
-    console.table(f"{first.eval.split} splits, step {found['step']} ({found['chosen']})", columns, rows)
+    title = f"{first.eval.split} splits, step {found['step']} ({found['chosen']})"
+    console.table(title, columns, rows, least=("episodes", "chance"))
 
 
 def overrides_of(config: RunConfig, parts: Parts, checkpoint: Checkpoint) -> dict[str, Any]:

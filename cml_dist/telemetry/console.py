@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NoReturn, TextIO
 
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
 from rich.panel import Panel
 from rich.table import Column, Table
@@ -109,10 +110,24 @@ class Console:
                 self._summary.best = best
         self.say(Text(printable("  ".join([f"step {step}  validation", *shown])), style="green" if is_best else ""))
 
-    def say(self, line: Text, on_screen: bool = True) -> None:
-        """One line with its style, on the screen and in the log; or in the log alone."""
+    def command(self, says: str, command: str) -> None:
+        """What to type next, in words and itself: never folded, since it is to be copied."""
+        whole = f"{says} {command}"
+        if self.interactive and cell_len(whole) > self._out.width:
+            self.note(says)
+            whole = command
+        self.say(Text(printable(whole)), fold=False)
+
+    def say(self, line: Text, on_screen: bool = True, *, fold: bool = True, hang: int = 0) -> None:
+        """One line with its style, on the screen and in the log; or in the log alone.
+
+        Args:
+            fold: a terminal would break it inside a word; a log has one line of it.
+            hang: columns that what is folded is moved to the right by.
+        """
         if on_screen:
-            self._out.print(Text(self._folded(line.plain), line.style, spans=line.spans), soft_wrap=True)
+            shown = folded(line.plain, self._out.width, hang) if fold and self.interactive else line.plain
+            self._out.print(Text(shown, line.style, spans=line.spans), soft_wrap=True)
             self._out.file.flush()
         LOG.info("%s", line.plain)
 
@@ -123,8 +138,9 @@ class Console:
         shown = {line(name): line(value) for name, value in rows.items()}
         if self.interactive:
             grid = Table.grid(Column(style="cyan", no_wrap=True), Column(overflow="fold"), padding=(0, 2, 0, 0))
+            room = self._out.width - max(map(len, shown), default=0) - 6
             for name, value in shown.items():
-                grid.add_row(Text(name), Text(value))
+                grid.add_row(Text(name), Text(folded(value, room)))
             heading = Text(f" {printable(title)} ", style="bold")
             self._out.print(Panel(grid, title=heading, title_align="left", border_style="dim", expand=False))
         for row in (printable(title), *(f"  {name}: {value}" for name, value in shown.items())):
@@ -145,6 +161,7 @@ class Console:
         self._out.print(table)
         if left_out:
             self._out.print(Text(f"Left out, for {self._out.width} columns: {', '.join(left_out)}", style="dim"))
+        self._out.print()
         plain = io.StringIO()
         RichConsole(file=plain, width=PLAIN_WIDTH, color_system=None).print(fitted(shown, cells, PLAIN_WIDTH)[0])
         for row in filter(str.strip, plain.getvalue().splitlines()):
@@ -157,6 +174,7 @@ class Console:
             title,
             ("learner", score_label(score_name), "95 % interval", "episodes"),
             [(r.learner, score(score_name, r.mean, 2), interval(score_name, r.ci95, 2), r.episodes) for r in rows],
+            least=("episodes",),
         )
 
     def clear(self) -> None:
@@ -232,14 +250,11 @@ class Console:
             emoji=False,
         )
 
-    def _folded(self, line: str) -> str:
-        """For a terminal, which would break it inside a word; a log has one line of it."""
-        return folded(line, self._out.width) if self.interactive else line
-
     def _complain(self, level: int, style: str, message: str) -> None:
         screen = self._err if self._live is None else self._out  # a live display is moved out of the way
         name = f"{logging.getLevelName(level).lower()}:"
-        said = Text(self._folded(f"{name} {message}"))
+        said = f"{name} {message}"
+        said = Text(folded(said, screen.width) if self.interactive else said)
         said.stylize(style, 0, len(name))
         screen.print(said, soft_wrap=True)
         screen.file.flush()

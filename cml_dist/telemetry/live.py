@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from textwrap import shorten
 
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.constrain import Constrain
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Column
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task
+from rich.table import Table
 from rich.text import Text
 
 from cml_dist.telemetry.metrics import StepMetrics
@@ -25,6 +27,9 @@ SILENT_S = 60.0
 MAX_WIDTH = 100
 """Columns that live displays use at most."""
 
+BAR_WIDTH = 8
+"""Columns of a bar at least."""
+
 
 Say = Callable[[Text, bool], None]
 """``say(line, on_screen)``: see :meth:`cml_dist.telemetry.console.Console.say`."""
@@ -35,12 +40,8 @@ class LiveDisplay(Progress):
 
     def __init__(self, console: RichConsole, transient: bool) -> None:
         self.summary: TrainingSummary | None = None
+        self._screen = console  # super() draws already
         super().__init__(
-            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=8)),
-            MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            _Times(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console,
             expand=True,
             refresh_per_second=4,
@@ -49,16 +50,38 @@ class LiveDisplay(Progress):
         )
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        yield Constrain(self.make_tasks_table(self.tasks), MAX_WIDTH)
+        yield self.make_tasks_table(self.tasks)
         if self.summary is not None:
             yield Constrain(self.summary, MAX_WIDTH)
 
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        """A line each: on a narrow screen first the note gives way, then the bar, then words of the description."""
+        shown = [task for task in tasks if task.visible]
+        counts = [MofNCompleteColumn().render(task).plain for task in shown]
+        times = [f"{duration(task.elapsed)}, left {duration(task.time_remaining)}" for task in shown]
+        rest = min(self._screen.width, MAX_WIDTH) - 2 - _widest(counts) - _widest(times)
+        name = min(_widest([task.description for task in shown]), rest)
+        rest -= name + 1
+        note = min(_widest([task.fields["note"] for task in shown]), rest - BAR_WIDTH - 1)
+        note = note if note >= BAR_WIDTH else 0
+        bar = rest - note - bool(note)
+        table = Table.grid(padding=(0, 1, 0, 0))
+        for task, count, time in zip(shown, counts, times, strict=True):
+            cells: list[RenderableType] = [Text(shorten(task.description, max(name, 1), placeholder="…"))]
+            cells += [BarColumn(bar_width=bar).render(task)] if bar >= BAR_WIDTH else []
+            cells += [Text(count, style="green", justify="right"), Text(time, style="cyan")]
+            cells += [Text(_end_of(task.fields["note"], note))] if note else []
+            table.add_row(*cells)
+        return table
 
-class _Times(ProgressColumn):
-    """``1 min 12 s, left 1 min 44 s``."""
 
-    def render(self, task: Task) -> Text:
-        return Text(f"{duration(task.elapsed)}, left {duration(task.time_remaining)}", style="cyan")
+def _end_of(note: str, width: int) -> str:
+    """Of a path, what tells it from others."""
+    return note if cell_len(note) <= width else f"…{note[1 - width :]}"
+
+
+def _widest(texts: list[str]) -> int:
+    return max(map(cell_len, texts), default=0)
 
 
 class ProgressView:

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 MISSING = "-"
 
+_TIED = re.compile(r"(?<=±) | (?=%)|(?<=\d) (?=(?:s|ms|min|h|px|MiB|GiB|episodes/s)\b)")
+"""Spaces where no line ends."""
+
 
 def printable(value: object) -> str:
     """``str(value)`` without control characters and lone surrogates, which file names may hold."""
@@ -20,11 +23,14 @@ def line(value: object) -> str:
     return printable(value).replace("\n", " ")
 
 
-def folded(text: str, width: int) -> str:
-    """Lines of at most ``width`` columns, broken between words alone: what is longer can still be copied."""
-    return "\n".join(
-        textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n")
-    )
+def folded(text: str, width: int, hang: int = 0) -> str:
+    """Lines of at most ``width`` columns, broken between words alone, and not between a number and its unit.
+
+    A word that is too long stays whole, so that it can be copied. All lines but the first begin at column ``hang``.
+    """
+    lines = _TIED.sub("\N{NO-BREAK SPACE}", text).split("\n")  # for textwrap it is no space
+    wrap = textwrap.TextWrapper(width, subsequent_indent=" " * hang, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(map(wrap.fill, lines)).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def markdown(value: object) -> str:
@@ -53,7 +59,7 @@ def amount(value: float) -> str:
     return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
-def shape(sizes: Sequence[int]) -> str:
+def shape_in_words(sizes: Sequence[int]) -> str:
     """Of one input: images (channels, height, width) as ``32x24 px, 3 channels``, anything else as ``5x4``."""
     if len(sizes) != 3:
         return "x".join(map(str, sizes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
@@ -57,7 +58,9 @@ class Tally:
         rows = []
         for answer in self._first:
             name = os.path.relpath(answer.image, shared) if shared else answer.image
-            name = name if len(name) <= _NAME else f"...{name[3 - _NAME :]}"
+            if len(name) > _NAME:  # its end, from where a word begins
+                end = name[3 - _NAME :]
+                name = "..." + (re.search(r"[\s/_-].*", end) or [end])[0]
             found = "not readable" if answer.error is not None else answer.prediction
             rows.append((name, found, None if answer.error is not None else f"{answer.probability:.3f}"))
         return ("image", "prediction", "probability"), rows

@@ -22,7 +22,7 @@ def fit_image(data: bytes, what: str, image_size: tuple[int, int], channels: int
     pixels = read_pixels(image, what, channels, image_size if resize else None)
     if pixels.shape[1:] != image_size:
         raise DataError(
-            f"{what} has {pixels.shape[1]}x{pixels.shape[2]} pixels, but others have {image_size[0]}x{image_size[1]}",
+            f"{what} has {pixels.shape[2]}x{pixels.shape[1]} pixels, but others have {image_size[1]}x{image_size[0]}",
             "say to which size to bring all images: --image-size PIXELS",
         )
     if image.format in _KEPT_FORMATS and image.mode == MODES[channels] and np.array_equal(to_array(image), pixels):

@@ -195,18 +195,18 @@ def submit(batch: Batch) -> str:
     return run.stdout.strip().split(";")[0]  # with several clusters, the cluster's name follows
 
 
-def follow(batch: Batch, job: str) -> list[str]:
-    """What to do with a submitted job, a line each."""
+def follow(batch: Batch, job: str) -> list[tuple[str, str]]:
+    """What to do with a submitted job, a line each: in words, and the command."""
     asked, several = batch.asked, len(batch.run_dirs) > 1
     processes = f"{asked.processes_per_node} processes" if asked.processes_per_node else f"{asked.gpus_per_node} GPUs"
     after = "goes back into the queue" if asked.requeue else "ends with code 75"
     log_name = batch.log.name.replace("%j", job).replace("%A_%a", f"{job}_*")
     runs = f"{shlex.quote(str(batch.run_dirs[0].parent))}/*" if several else shlex.quote(str(batch.run_dirs[0]))
     return [
-        f"Submitted job {job}: {asked.nodes} x {processes}" + (f", {len(batch.run_dirs)} runs" if several else ""),
-        f"  queue   squeue --jobs={job}",
-        f"  log     tail -F {shlex.quote(str(batch.log.parent))}/{log_name}",
-        f"  status  cml-dist status {runs}",
-        f"  cancel  scancel {job}",
-        f"  pause   scancel --signal={asked.signal} {job}    (saves, and {after})",
+        (f"Submitted job {job}:", f"{asked.nodes} x {processes}" + f", {len(batch.run_dirs)} runs" * several),
+        ("  queue  ", f"squeue --jobs={job}"),
+        ("  log    ", f"tail -F {shlex.quote(str(batch.log.parent))}/{log_name}"),
+        ("  status ", f"cml-dist status {runs}"),
+        ("  cancel ", f"scancel {job}"),
+        ("  pause  ", f"scancel --signal={asked.signal} {job}    (saves, and {after})"),
     ]

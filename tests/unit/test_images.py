@@ -416,7 +416,7 @@ def test_turning_needs_square_images(tmp_path):
     wide = _uneven(tmp_path, {"a": 2, "b": 2}, image=lambda seed: pixels(seed, 8, 1)[:, :4])
     small = {"ways": 2, "shots": 1, "queries": 1}
     assert make(wide, **small).episode("train", 0).support.inputs.shape == (2, 1, 4, 8)
-    with pytest.raises(ConfigError, match="rotate_classes needs square images, but those of own are 4x8"):
+    with pytest.raises(ConfigError, match="rotate_classes needs square images, but those of own are 8x4 px"):
         make(wide, augment=AugmentConfig(rotate_classes=True), **small)
 
 

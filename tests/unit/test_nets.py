@@ -144,7 +144,7 @@ def test_settings_that_do_not_fit_are_refused(shape: tuple[int, ...], model: dic
 
 def test_image_too_small_for_conv4() -> None:
     assert _net((3, 16, 16)).body.tap_shape == (64, 2, 2)
-    with pytest.raises(ModelError, match="images are 16x15 px, too small for the four poolings"):
+    with pytest.raises(ModelError, match="images are 15x16 px, too small for the four poolings"):
         _net((3, 16, 15))
 
 

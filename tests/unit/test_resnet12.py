@@ -68,7 +68,7 @@ def test_initial_values_keep_their_size_backwards():
 
 def test_too_small_images_are_refused_with_the_smallest_size():
     assert net_of(16).body.tap_shape == (512, 2, 2)
-    with pytest.raises(ModelError, match="resnet12 cannot take images of 3x15x15: .* at least 16x16 px; "):
+    with pytest.raises(ModelError, match="resnet12 cannot take images of 15x15 px, 3 channels: .* at least 16x16 px; "):
         net_of(15)
 
 

@@ -386,7 +386,7 @@ def test_the_lines_that_follow_a_sweep_can_be_pasted(tmp_path, monkeypatch):
     here = tmp_path / "a b"
     here.mkdir()
     monkeypatch.chdir(here)
-    lines = slurm.follow(prepare(request("run.dir=runs", gpus_per_node=1, seeds="0,1")), "7")
+    lines = list(map(" ".join, slurm.follow(prepare(request("run.dir=runs", gpus_per_node=1, seeds="0,1")), "7")))
     assert f"  log     tail -F '{here}'/slurm-cml-dist-7_*.out" in lines
     assert [line for line in lines if "cml-dist status" in line] == [f"  status  cml-dist status '{here}/runs'/*"]
 

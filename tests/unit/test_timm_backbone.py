@@ -65,7 +65,7 @@ def test_taps_and_depths(backbone: str, shape: tuple[int, ...], tap_dims: int, d
     [
         (nn.Conv2d(3, 4, 16, 16), (84, 84), "last 4 rows and 4 columns of .* 84x84 (9 % .* fit are 80 and 96 "),
         (nn.Conv2d(3, 4, 14, 14), (32, 32), "last 4 rows and 4 columns .* (23 % .* fit are 28 and 42 "),
-        (nn.Conv2d(3, 4, 4, 4), (32, 38), "last 0 rows and 2 columns of .* 32x38 (5 % .* fit are 32x36 and 32x40 "),
+        (nn.Conv2d(3, 4, 4, 4), (32, 38), "last 0 rows and 2 columns of .* 38x32 (5 % .* fit are 36x32 and 40x32 "),
         (nn.Conv2d(3, 4, 16, 16), (80, 80), None),
         (nn.Conv2d(3, 4, 7, 2, 3), (85, 85), None),
         (Conv2dSame(3, 4, 3, 2), (84, 84), None),  # it pads inside, as TensorFlow does
@@ -197,7 +197,8 @@ def test_unknown_backbone_names_the_nearest() -> None:
 
 
 def test_image_size_that_the_model_refuses() -> None:
-    with pytest.raises(ModelError, match="edgenext_xx_small cannot take images of 3x8x8: .*made for 3x256x256"):
+    said = "edgenext_xx_small cannot take images of 8x8 px, 3 channels: .*made for 256x256 px, 3 channels"
+    with pytest.raises(ModelError, match=said):
         _net("edgenext_xx_small", (3, 8, 8))
 
 
