@@ -84,6 +84,9 @@ def contradictions(config: Any) -> Iterator[str]:
     if model.extra_blocks and model.backbone != "conv4":
         none = f"but model.backbone {model.backbone} has none: leave it out, or set model.backbone=conv4"
         yield f"model.extra_blocks is {model.extra_blocks}, {none}"
+    if model.init_from and model.pretrained:
+        twice = f"but model.pretrained is {str(model.pretrained).lower()}: both say what the body starts from"
+        yield f"model.init_from is {model.init_from}, {twice}; leave one of them out"
     for key, options, named in (
         ("method.options", method.options, method.name),
         ("model.options", model.options, model.backbone),

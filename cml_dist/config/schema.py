@@ -104,7 +104,7 @@ class ImageSettings(Section):
     queries: int | None = Field(15, ge=1, le=1000, description="query examples a class; null: as many as the smallest class of the image set has left, at most 15")
     mean: tuple[float, ...] | None = Field(None, description="per channel, of pixels in 0..1; null: as domain.statistics says (of the set: measured on the training split when packed)")
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(None, description="as mean")
-    statistics: Literal["set", "weights"] | None = Field(None, description="whose mean and std are taken where domain.mean and std are not set: of the set, or with model.pretrained those that the weights were trained with; null: weights, and in a run that began earlier set")
+    statistics: Literal["set", "weights"] | None = Field(None, description="whose mean and std are taken where domain.mean and std are not set: of the set, or with model.pretrained and init_from those that the weights were trained with; null: weights, and in a run that began earlier set")
     size: Literal["set", "weights"] | Annotated[int, Field(ge=8, le=4096)] | None = Field(None, description="side, in pixels, of the images that the network reads: set, as they are packed; weights, with model.pretrained as these were trained; or a number; scaled by the weights' interpolation (else bicubic), where the shape differs cut at the centre; null: weights, and in a run that began earlier set")
     augment: AugmentConfig = AugmentConfig()
     draw: Draw = Field(None, description=_DRAW)
@@ -200,6 +200,7 @@ class ModelConfig(Section):
 
     backbone: Annotated[str, AfterValidator(sealed)] = Field("conv4", min_length=1, description=f"{', '.join(BACKBONES)}, {TIMM.help}, or {OWN_BACKBONE.help}")
     pretrained: Annotated[bool | str, AfterValidator(_at_home)] = Field(False, description="timm backbones: true for the published weights; a weight file; a folder with one and its config.json, or an export of a run; a timm name with its tag (resnet18.a1_in1k); or a hub name (hf-hub:ORG/NAME)")
+    init_from: Place | None = Field(None, description="start from the parameters of an earlier run: its folder (the best checkpoint), an export, or what cml-dist pretrain wrote; what fits by name and shape is taken over; null: from random values, or as pretrained says")
     filters: int = Field(64, ge=1, le=4096, description="conv4: channels of each block")
     options: dict[str, Any] = Field({}, description=f"keyword arguments of {OWN_BACKBONE.help}")
     extra_blocks: int = Field(0, ge=0, le=64, description="conv4: further blocks behind the fourth, without a max-pool of their own (3: the paper's MAML with as many parameters, 232K)")

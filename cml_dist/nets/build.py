@@ -21,7 +21,7 @@ from cml_dist.nets.network import CmlNet
 from cml_dist.nets.own import check_body
 from cml_dist.nets.partition import freeze, linear_weights, norms_a_step, select
 from cml_dist.registry import TIMM, backbone_entry, method_entry
-from cml_dist.types import BODY, COLEARNER, HEAD
+from cml_dist.types import BODY, COLEARNER, HEAD, Params
 from cml_dist.user_code import blamed, is_code
 
 PARTS = (BODY, HEAD, COLEARNER)
@@ -69,7 +69,8 @@ def build_net(
     settings = model.model_copy(update={"pretrained": False}) if structure_only else model
     with _part_seed(seed, BODY):
         body = backbone.load()(settings, input_shape)
-    if model.norm == "frozen" and has_batch_norm(body) and not (model.pretrained or structure_only or own):
+    start = model.pretrained or model.init_from
+    if model.norm == "frozen" and has_batch_norm(body) and not (start or structure_only or own):
         raise ConfigError(
             f"model.norm is frozen, but model.backbone {model.backbone} has no pre-trained statistics to freeze",
             "set model.norm=batch, or model.pretrained to true or a weight file (timm backbones)",
@@ -97,11 +98,16 @@ def _part_seed(seed: int, part: str) -> Iterator[None]:
 
 
 def make_network(
-    config: RunConfig, input_shape: tuple[int, ...], output_dim: int, *, structure_only: bool = False
+    config: RunConfig,
+    input_shape: tuple[int, ...],
+    output_dim: int,
+    *,
+    start: Params | None = None,
+    structure_only: bool = False,
 ) -> CmlNet:
-    """The network that a configuration names, with what its method learns; a pure function of ``run.seed``.
+    """The network that a configuration names, with what its method learns; a pure function of ``run.seed`` and start.
 
-    Arguments as of :func:`build_net`.
+    Arguments as of :func:`build_net`; ``start``: values that are taken over where name and shape are the same.
 
     Raises:
         ConfigError: ``model.trained`` or ``method.adapts`` names what the network has not, or nothing is trained.
@@ -115,6 +121,7 @@ def make_network(
         prototypes=colearner_kind(config) == "prototype",
         structure_only=structure_only,
     )
+    net.take_over(start or {})  # a rule may start from them
     freeze(net, select(net, config.model.trained, "model.trained"), colearner=config.method.colearner == "untrained")
     if next(net.parameters(), None) is None:
         raise ConfigError(
@@ -125,6 +132,7 @@ def make_network(
     rule = method_of(config, net).rule
     with blamed(config.method.name, "fails in init"):
         net.add_rule(rule.init(net.adaptable()), rule.replaces)
+    net.take_over(start or {})
     return net
 
 

@@ -70,6 +70,22 @@ class CmlNet(nn.Module):
             delattr(owner, own)
             owner.register_buffer(own, value.detach().clone())
 
+    def fitting(self, values: Params) -> Params:
+        """Those of ``values`` that are a parameter or constant here, by name and shape."""
+        own = self.own_values()
+        return {n: value for n, value in values.items() if n in own and own[n].shape == value.shape}
+
+    def take_over(self, values: Params) -> None:
+        """Set all that :meth:`fitting` names to these values, in place."""
+        own = self.own_values()
+        for name, value in self.fitting(values).items():
+            own[name].copy_(value)
+
+    def own_values(self) -> Params:
+        """Parameters and floating-point constants by canonical name, which share storage with the network's."""
+        named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return {n: value.detach() for n, value in named.items() if value.is_floating_point()}
+
     def add_rule(self, learned: Params, replaces: Sequence[str] = ()) -> None:
         """Take over initial values of what a rule learns, under their own names, which begin with ``rule.``.
 

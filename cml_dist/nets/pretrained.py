@@ -15,20 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from cml_dist.errors import ConfigError, ModelError
-from cml_dist.types import BODY
-
-WEIGHTS, TIMM_WEIGHTS, DESCRIPTION = "model.safetensors", "timm.safetensors", "model.json"
-"""Of this project's own export: all tensors; those by timm's names before format 3; and what it says."""
-
-PREFIX = f"{BODY}.model."
-"""Canonical names of a timm body's parameters are this, and then timm's own names."""
 
 HUB = ("hf-hub:", "hf_hub:")
-SAVED = (WEIGHTS, "pytorch_model.bin")
-"""Weight files of a hub's repository, and of what timm saves; the safe one first."""
+CONFIG = "config.json"
+SAVED = ("model.safetensors", "pytorch_model.bin")
+"""Weight files of a hub's repository, of what timm saves, and of an export; the safe one first."""
 
 OTHER_HEAD_OR_SIZE = {"num_classes", "in_chans", "img_size", "global_pool", "dynamic_img_size", "strict_img_size"}
 """Of ``model_args`` in a saved ``config.json``: images and classes are the run's own."""
@@ -65,21 +57,12 @@ def find_weights(backbone: str, pretrained: bool | str) -> Weights:
         return _in_folder(Path(pretrained), backbone)
     if pretrained.startswith(HUB):
         repository = pretrained.partition(":")[2]
-        said = json.loads(_from_hub(repository, ("config.json",)).read_text(encoding="utf-8"))
+        said = json.loads(_from_hub(repository, (CONFIG,)).read_text(encoding="utf-8"))
         return Weights(pretrained, _as_saved(said, pretrained, backbone), lambda: _from_hub(repository, SAVED))
     if not os.path.exists(pretrained) and timm.is_model(pretrained.partition(".")[0]):
         _check_same(pretrained, pretrained.partition(".")[0], backbone)
         return _published(pretrained)
     return Weights(f"weight file {pretrained}", _known(backbone), lambda: Path(pretrained))
-
-
-def read_state(file: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file by timm's names; of an export those of its body."""
-    from timm.models import load_state_dict
-
-    state = load_state_dict(str(file), weights_only=True)
-    body = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-    return body or state
 
 
 def reason(error: Exception) -> str:
@@ -112,25 +95,19 @@ def _published(name: str) -> Weights:
 
 
 def _in_folder(folder: Path, backbone: str) -> Weights:
-    """Of a folder that a hub or timm made, of our export, or of a run that holds one."""
-    if (folder / "export" / DESCRIPTION).is_file():
+    """Of a folder that a hub, timm or an export made, or of a run that holds one."""
+    if (folder / "export" / CONFIG).is_file():
         folder = folder / "export"
-    file = next((folder / name for name in (TIMM_WEIGHTS, *SAVED) if (folder / name).is_file()), None)
-    saved = next((folder / name for name in ("config.json", DESCRIPTION) if (folder / name).is_file()), None)
-    if file is None or saved is None:
-        missing = f"none of {', '.join(SAVED)}" if file is None else "no config.json that says of what model they are"
+    file, saved = next((folder / name for name in SAVED if (folder / name).is_file()), None), folder / CONFIG
+    if file is None or not saved.is_file():
+        missing = f"none of {', '.join(SAVED)}" if file is None else f"no {CONFIG} that says of what model they are"
         raise ConfigError(
             f"model.pretrained is the folder {folder}, but it has {missing}",
             "give the folder that a hub, timm or cml-dist export wrote, or a weight file itself",
         )
     try:
         said = json.loads(saved.read_text(encoding="utf-8"))
-        if saved.name != DESCRIPTION:
-            return Weights(str(folder), _as_saved(said, str(folder), backbone), lambda: file)
-        _check_same(str(folder), said["backbone"], backbone)
-        images = {key: value for key, value in said["preprocessing"].items() if key in ("mean", "std", "interpolation")}
-        config = dataclasses.replace(_known(backbone), input_size=tuple(said["input_shape"]), **images)
-        return Weights(str(folder), config, lambda: file)
+        return Weights(str(folder), _as_saved(said, str(folder), backbone), lambda: file)
     except (OSError, LookupError, TypeError, ValueError) as error:
         what = f"{saved} says nothing that can be used ({type(error).__name__}: {reason(error)})"
         raise ConfigError(what, "write that folder again, or give a weight file itself") from error

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.models import load_pretrained
+from timm.models import load_pretrained, load_state_dict
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -22,10 +22,13 @@ from cml_dist.errors import ConfigError, ModelError
 from cml_dist.nets.border import border_warning, watch_stem
 from cml_dist.nets.guard import couples_examples, prepare_for_second_order
 from cml_dist.nets.network import CmlNet
-from cml_dist.nets.pretrained import PREFIX, Weights, find_weights, read_state, reason
+from cml_dist.nets.pretrained import Weights, find_weights, reason
 from cml_dist.registry import BACKBONES
 from cml_dist.telemetry.text import shape_in_words
-from cml_dist.types import INTERPOLATIONS, Features, Params
+from cml_dist.types import BODY, INTERPOLATIONS, Features, Params
+
+PREFIX = f"{BODY}.model."
+"""Canonical names of the backbone's parameters are this, and then timm's own names."""
 
 
 class TimmBackbone(nn.Module):
@@ -178,7 +181,7 @@ def _load(model: nn.Module, name: str, weights: Weights, channels: int) -> None:
         )
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        state = read_state(path)
+        state = load_state_dict(str(path), weights_only=True)
         state = adapt(state, model) if adapt else state
         # Without its classifiers, and the norms that belong to them (e.g. LeViT's ``head.bn``).
         own, stems = model.state_dict(), {classifier.split(".")[0] for classifier in _classifiers(model)}

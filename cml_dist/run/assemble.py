@@ -27,6 +27,7 @@ from cml_dist.run.checkpoint import newest_state
 from cml_dist.run.features import keep_features
 from cml_dist.run.folder import RunFolder
 from cml_dist.run.trained import trained_inputs
+from cml_dist.run.warm_start import check_start, normalise_as_before, read_start
 from cml_dist.telemetry.console import Console, preparing
 from cml_dist.user_code import blamed, is_code
 
@@ -44,6 +45,7 @@ class Parts:
         plan: with engine, micro-batch, trajectory and copies as the memory budget decided.
         threads: of this process.
         kept: splits whose episodes give the body's features; None: that is open yet.
+        taken_over: by ``model.init_from``, in words by part, and first from where; None: nothing, or not now.
     """
 
     domain: Domain
@@ -53,6 +55,7 @@ class Parts:
     plan: RunPlan
     threads: int
     kept: tuple[str, ...] | None = None
+    taken_over: dict[str, str] | None = None
 
 
 def import_own(config: RunConfig) -> None:
@@ -88,6 +91,7 @@ def assemble(
         domain = build_domain(config.domain, **seeds, splits=SPLITS if training else [config.eval.split], **how)
         if training:
             read_as_trained(config, domain, console.note)
+            normalise_as_before(config, domain, start, console)
         return domain
 
     def load() -> None:
@@ -97,12 +101,13 @@ def assemble(
 
     def make() -> CmlNet:
         world.heartbeat.beat("building the network", DOWNLOAD_S if config.model.pretrained else 0.0)
-        net = make_network(config, domain.input_shape, domain.output_dim)
+        net = make_network(config, domain.input_shape, domain.output_dim, start=start and start.values)
         if world.local_rank == 0 and config.method.order == 2:
             check_twice_differentiable(net, domain.input_shape, domain.output_dim, config.model.backbone)
         return net.to(dtype)
 
     world.heartbeat.beat("looking for the data")
+    start = world.run_on_all_ranks(lambda: read_start(config, console.warn))
     trained = None
     if not training:  # as rank 0 sees it: another machine may not see the newest checkpoint yet
         found = world.run_on_all_ranks(lambda: trained_inputs(config, console.warn) if world.is_main else None)
@@ -110,6 +115,7 @@ def assemble(
     with preparing(console) as progress:
         domain = world.local_main_process_first(find_data)  # fills the cache of embedded or remote data
     net = world.local_main_process_first(make)  # fills the cache of pre-trained weights
+    taken_over = world.run_on_all_ranks(lambda: check_start(config, net, start, console.warn))
 
     def make_method() -> Method:
         method = method_of(config, net)
@@ -136,4 +142,4 @@ def assemble(
     model = MetaModel(net, domain.loss, domain.score, method, engine_of(plan), **means)
     # An episode of many inner steps and micro-batches may take longer than parallel.hang_timeout_s; a pass hardly can.
     model.problem.on_pass = world.heartbeat.touch
-    return Parts(domain, net, model, dtype, plan, threads, kept)
+    return Parts(domain, net, model, dtype, plan, threads, kept, taken_over)

@@ -23,7 +23,7 @@ TITLE = "nearest centroid"
 
 def is_compared(config: RunConfig, parts: Parts) -> bool:
     """Whether the comparison means something: pictures in classes, and weights that were trained before."""
-    return bool(config.model.pretrained) and parts.domain.chance is not None
+    return bool(config.model.pretrained or config.model.init_from) and parts.domain.chance is not None
 
 
 def centroid_score(params: Params, episode: Episode, problem: Problem) -> Tensor:

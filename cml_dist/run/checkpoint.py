@@ -216,16 +216,14 @@ def newest_state(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def choose(
-    folder: Path, which: str, net: nn.Module, warn: Callable[[str], None], data: str | None = None
-) -> tuple[Checkpoint, str]:
+def find(folder: Path, which: str, warn: Callable[[str], None]) -> tuple[Checkpoint, str]:
     """The checkpoint of the best validation (``best``), the newest (``last``), or of a step, and how it was chosen.
 
     Where ``best`` has none (never validated, or damaged) it is the newest, which then is called ``last``. ``warn`` is
     told of what is passed over.
 
     Raises:
-        CheckpointError: there is none, none that is whole, or, as :func:`check_same_run` says, of another run.
+        CheckpointError: there is none, or none that is whole.
     """
     steps = steps_in(folder)
     if not steps:
@@ -242,6 +240,14 @@ def choose(
         found, how = load(path_of(folder, int(which))), which
     else:
         raise CheckpointError(f"{folder} keeps no checkpoint {which!r}", f"use best, last, or one of {steps}")
+    return found, how
+
+
+def choose(
+    folder: Path, which: str, net: nn.Module, warn: Callable[[str], None], data: str | None = None
+) -> tuple[Checkpoint, str]:
+    """:func:`find`, of this very run: else CheckpointError, as :func:`check_same_run` says."""
+    found, how = find(folder, which, warn)
     check_same_run(found, net, data)
     return found, how
 

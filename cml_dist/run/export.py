@@ -24,21 +24,20 @@ from cml_dist.errors import CheckpointError, CmlError, ModelError
 from cml_dist.meta.rule import LEARNED_RATES, part_of
 from cml_dist.methods.build import describe_rule
 from cml_dist.nets.guard import has_batch_norm
-from cml_dist.nets.pretrained import DESCRIPTION, TIMM_WEIGHTS, WEIGHTS
 from cml_dist.registry import TIMM, backbone_entry
 from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.card import UNKNOWN, model_card, tested_figure
 from cml_dist.run.checkpoint import choose
-from cml_dist.run.folder import RunFolder
+from cml_dist.run.folder import DESCRIPTION, REST, WEIGHTS, RunFolder
 from cml_dist.run.report import overrides_of
 from cml_dist.run.safetensors_stream import save_tensors
 from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.metrics import read_metrics
 from cml_dist.types import BODY, COLEARNER, INTERPOLATIONS, Batch, Episode, Params
 
-REST, CARD = "learner.safetensors", "README.md"
+CARD = "README.md"
 TIMM_CONFIG, ONNX = "config.json", "model.onnx"
-OUTDATED = (TIMM_WEIGHTS, REST, ONNX)
+OUTDATED = ("timm.safetensors", REST, ONNX)
 """Files of an earlier export to the same folder, which may not stay beside this one."""
 
 MOST_DESCRIPTION = 2**24

@@ -40,6 +40,9 @@ OWN_TEST = "own"
 PER_MACHINE_KEYS = ("domain.root", "domain.cache")
 """Settings that may differ from machine to machine: places of the same data (its checksum is compared)."""
 
+WEIGHTS, REST, DESCRIPTION = "model.safetensors", "learner.safetensors", "model.json"
+"""Of a network that is no checkpoint: in ``export/`` and in ``start/``."""
+
 SEEN_WITHIN_S = 60.0
 """NFS may keep an old view of a folder for as long (acdirmax)."""
 
@@ -63,6 +66,7 @@ class RunFolder:
         self.logs = self.path / "logs"
         self.profile = self.path / "profile"
         self.export = self.path / "export"
+        self.start = self.path / "start"
 
     @property
     def exists(self) -> bool:

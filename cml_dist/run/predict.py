@@ -18,7 +18,8 @@ from cml_dist.meta.rule import Method, network_part, part_of
 from cml_dist.methods.build import described_rule
 from cml_dist.run.adapted import AdaptedLearner, read_adapted, read_header
 from cml_dist.run.described import described_net
-from cml_dist.run.export import DESCRIPTION, read_description, read_weights
+from cml_dist.run.export import read_description, read_weights
+from cml_dist.run.folder import DESCRIPTION
 from cml_dist.run.reading import network_inputs
 from cml_dist.types import HEAD, Batch, Episode, Params
 from cml_dist.user_code import is_code, sealed, unsealed

@@ -51,6 +51,7 @@ def session_record(parts: Parts, world: World, step: int) -> dict[str, Any]:
         "parameters": counts,
         "plan": parts.plan.as_dict(),
         "data": parts.domain.describe(),
+        **({} if parts.taken_over is None else {"taken_over": parts.taken_over}),
     }
 
 
@@ -69,6 +70,8 @@ def announce(console: Console, config: RunConfig, parts: Parts, record: dict[str
         rows["image set"] = f"{data['name']} in {data['root']}, {shape}{packed}"
     rows |= {key: data[key] for key in ("graph", "classes") if key in data}
     console.header("cml-dist train", rows)
+    if parts.taken_over is not None:
+        console.header("Started from an earlier run", parts.taken_over)
     crowded = crowded_cores(record["threads"], launched().local_size)
     border = getattr(parts.net.body, "border_warning", None)
     for warning in (noise_warning(config), border, idle_nodes(), crowded):

@@ -26,6 +26,7 @@ from cml_dist.run.folder import RunFolder, changes, steps_in, wait_until_seen
 from cml_dist.run.lease import Lease
 from cml_dist.run.record import session_record
 from cml_dist.run.status import RunStatus, State, now
+from cml_dist.run.warm_start import keep_start
 from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.metrics import MetricsWriter, StepMetrics, keep_until
 from cml_dist.telemetry.rank_log import RankLog
@@ -201,6 +202,8 @@ class Session:
         if folder.exists:
             record["changed"] = changes(folder.read_config(), self.config, ())
         write_text(folder.config_file, dump_config(self.config))
+        if parts.taken_over is not None:
+            keep_start(self.config, parts.net, parts.domain.model_inputs())
         if zero_stage(parts.plan.strategy) is not None:
             dictionary = deepspeed_config(self.config, parts.plan, os.environ)
             write_text(folder.deepspeed_file, json.dumps(dictionary, indent=2) + "\n")

@@ -183,11 +183,13 @@ def check_second_derivative(case: Case) -> Iterator[Finding]:
     from cml_dist.memory.forecast import known_inputs
     from cml_dist.nets.build import make_network
     from cml_dist.nets.guard import check_twice_differentiable
+    from cml_dist.run.warm_start import read_start
 
     if case.here.local_rank:
         return
     inputs, backbone = known_inputs(case.config), case.config.model.backbone
-    net = make_network(case.config, inputs.input_shape, inputs.output_dim)
+    start = read_start(case.config, warn=lambda fault: None)
+    net = make_network(case.config, inputs.input_shape, inputs.output_dim, start=start and start.values)
     size = f"{backbone}, {sum(p.numel() for p in net.parameters()):,} parameters"
     if case.config.method.order != 2:
         yield Finding("second derivative", "ok", f"{size}: not needed, method.order is 1")
