@@ -41,6 +41,7 @@ class MethodEntry(Entry):
         optim: the same of ``optim.*``.
         family: a recipe's ``method.*`` counts for all of the family that it names.
         adapts_only: the one part that adapts, where the method is defined by it.
+        learns_rates: whether step sizes of the inner loop are learned, or may be.
     """
 
     title: str = ""
@@ -48,6 +49,7 @@ class MethodEntry(Entry):
     optim: Mapping[str, Any] = field(default_factory=dict)
     family: str = ""
     adapts_only: str | None = None
+    learns_rates: bool = False
 
 
 HALF = {"inner_steps": 1, "inner_lr": 0.5}
@@ -75,12 +77,13 @@ METHODS: dict[str, MethodEntry] = {
     "meta_sgd": MethodEntry(
         "a learned step size for every element, which starts at inner_lr (Li et al., 1707.09835)",
         "cml_dist.methods.meta_sgd:MetaSgd", title="Meta-SGD", settings={"inner_steps": 1, "inner_lr": 0.1},
+        learns_rates=True,
     ),
     "maml_pp": MethodEntry(
         "MAML++: learned step sizes and norms a step, losses after all steps (Antoniou et al., 1810.09502)",
         "cml_dist.methods.maml_pp:MamlPlusPlus", title="MAML++",
         settings={"inner_steps": 5, "inner_lr": 0.1, "multi_step_loss": 15 * 500},
-        optim={"schedule": "cosine", "final_lr_factor": 0.01},
+        optim={"schedule": "cosine", "final_lr_factor": 0.01}, learns_rates=True,
     ),
     "sharp_maml": MethodEntry(
         "gradients are taken where the loss has risen, inside, outside or both (Abbas et al., 2206.03996)",
@@ -89,7 +92,9 @@ METHODS: dict[str, MethodEntry] = {
     ),
 }
 
-OWN_METHOD = MethodEntry("an inner rule of your own, FILE.py:NAME or MODULE:NAME", "cml_dist.methods.own:own_rule")
+OWN_METHOD = MethodEntry(
+    "an inner rule of your own, FILE.py:NAME or MODULE:NAME", "cml_dist.methods.own:own_rule", learns_rates=True
+)
 
 NAME_DECIDES = ("colearner", "order")
 """Settings that a name within a family decides: a recipe's give way to another name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from cml_dist.config.methods import dagger_refusal, has_classes, has_trained_colearner, lora_rank
+from cml_dist.config.methods import adapting_rates, dagger_refusal, has_classes, has_trained_colearner, lora_rank
 from cml_dist.registry import backbone_entry, method_entry
 from cml_dist.user_code import is_code
 
@@ -49,6 +49,11 @@ def contradictions(config: Any) -> Iterator[str]:
     if info.target and method.inner_optim != "sgd":
         own = f"but method.name {name} has a step of its own: set method.inner_optim=sgd, or method.name=maml"
         yield f"method.inner_optim is {method.inner_optim}, {own}"
+    if method.inner_lr == "auto" and info.learns_rates:
+        learns = f"but method.name {name} {'may learn' if is_code(name) else 'learns'} its rates"
+        yield f"method.inner_lr is auto, {learns}: give the number that they start at"
+    elif method.inner_lr == "auto" and "inner_lr" not in adapting_rates(config):
+        yield "method.inner_lr is auto, but nothing adapts at it (inner_steps, head_lr, body_lr): leave it out"
     if test.learner == "co" and (reason := dagger_refusal(config)) is not None:
         remedy = ", or eval.co_adapt=released" if has_trained_colearner(config) else ""
         yield f"eval.learner is co, but {reason}: set eval.learner=meta{remedy}"

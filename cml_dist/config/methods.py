@@ -62,6 +62,11 @@ def adapting_rates(config: RunConfig) -> list[str]:
     return list(dict.fromkeys(named))
 
 
+def with_rate(config: RunConfig, rate: float) -> RunConfig:
+    """The configuration with another ``method.inner_lr``."""
+    return config.model_copy(update={"method": config.method.model_copy(update={"inner_lr": rate})})
+
+
 def has_classes(config: RunConfig) -> bool:
     """Whether the domain is of classes, and not of regression."""
     return getattr(config.domain, "ways", 0) != 0
@@ -69,7 +74,7 @@ def has_classes(config: RunConfig) -> bool:
 
 def _body_adapts(config: RunConfig) -> bool:
     method = config.method
-    rate = method.inner_lr if method.body_lr is None else method.body_lr
+    rate = method.rate if method.body_lr is None else method.body_lr
     named = method.adapts is None or any(term != "head" and not term.startswith("head.") for term in method.adapts)
     return method.inner_steps > 0 and rate > 0 and named
 

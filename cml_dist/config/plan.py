@@ -9,7 +9,7 @@ from typing import Any
 from cml_dist.config.deepspeed import generated, merge
 from cml_dist.config.launcher import deepspeed_request, launcher_findings, refuse
 from cml_dist.config.methods import colearner_kind, has_classes, has_upper_ascent, last_row_note, method_title
-from cml_dist.config.schema import RunConfig
+from cml_dist.config.schema import AUTO, RunConfig
 from cml_dist.errors import ConfigError
 
 
@@ -138,6 +138,7 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
     model, method, domain, train, test = config.model, config.method, config.domain, config.train, config.eval
     optim = config.optim
     on_cpu = {"none": "", "optimizer": "optimizer on the CPU", "all": "optimizer and parameters on the CPU"}
+    rate = method.inner_lr if method.inner_lr == AUTO else f"{method.inner_lr:g}"
     each = " or ".join(map(str, sorted(set(plan.episodes_by_rank), reverse=True)))
     return {
         "run": f"{config.run.dir} (seed {config.run.seed})",
@@ -148,7 +149,7 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
             model.trained != ("body", "head") and f"trained: {', '.join(model.trained)}",
         ),
         "method": _listed(
-            f"{method_title(config)}, order {method.order}, {_steps(plan.inner_steps)} of {method.inner_lr:g}",
+            f"{method_title(config)}, order {method.order}, {_steps(plan.inner_steps)} of {rate}",
             method.adapts and f"adapts: {', '.join(method.adapts)}",
             method.colearner and f"gamma {method.gamma:g}",
             method.sharp and f"ascents of {method.radius:g} ({method.sharp})",

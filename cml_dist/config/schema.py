@@ -63,6 +63,13 @@ def _on_or_off(value: object) -> object:
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
+AUTO = "auto"
+
+
+def _auto_or_number(value: object, number: Callable[[object], float]) -> Any:
+    return AUTO if value == AUTO else number(value)
+
+
 def _as_list(value: object) -> object:
     """One term where a list of terms is meant."""
     return [value] if isinstance(value, str) else value
@@ -219,7 +226,7 @@ class MethodConfig(Section):
     options: dict[str, Any] = Field({}, description=f"keyword arguments of {OWN_METHOD.help}")
     colearner: bool | Literal["untrained", "adapts"] | None = Field(None, description="true; false; untrained: a co-learner that is never trained (the paper's noise); adapts: it adapts in the inner loop as well (the paper's CL); null: true for cml, else false")
     inner_steps: int = Field(1, ge=0, le=1000, description="gradient steps on the support set (M)")
-    inner_lr: float = Field(0.01, gt=0, le=100, description="step size of the inner loop for body and head (alpha)")
+    inner_lr: Annotated[float, Field(gt=0, le=100), WrapValidator(_auto_or_number), PlainSerializer(lambda rate: rate)] = Field(0.01, description="step size of the inner loop for body and head (alpha); auto: of 0.001, 0.003, ... 1 the one by which the initial parameters do best on a few val episodes, chosen before training")
     head_lr: float | None = Field(None, ge=0, le=100, description="step size of the inner loop for the head alone; null: inner_lr")
     body_lr: float | None = Field(None, ge=0, le=100, description="step size of the inner loop for the body alone; null: inner_lr")
     adapts: Terms | None = Field(None, description="what adapts in the inner loop, in the words of model.trained (e.g. [head, last:2]), and lora:RANK: low-rank factors beside the linear weights of the body; null: all of body and head that is trained, or what the method says")
@@ -236,6 +243,11 @@ class MethodConfig(Section):
     sharp: Literal["lower", "upper", "both"] | None = Field(None, description="sharp_maml only: which gradients are taken where the loss has risen: lower (each inner step's, also at test), upper (the meta-gradient of all processes, at twice the cost), both; null: both for sharp_maml")
     radius: float = Field(0.05, gt=0, le=100, description="sharp_maml only: how far parameters go up the normalised gradient before it is taken again, in L2 norm")
     ascent: Literal["exact", "detached"] = Field("exact", description="sharp_maml only, lower level: exact differentiates through the way up too; detached takes it as a constant, which is cheaper")
+
+    @property
+    def rate(self) -> float:
+        """``inner_lr`` as a number: the default where it is still to be chosen."""
+        return type(self).model_fields["inner_lr"].default if self.inner_lr == AUTO else self.inner_lr
 
     @model_validator(mode="before")
     @classmethod

@@ -23,8 +23,8 @@ def rule_of(method: MethodConfig, **more: Any) -> InnerRule:
         more: members that depend on the network; with a rank, of :class:`Lora`.
     """
     rates = {
-        "body_lr": method.inner_lr if method.body_lr is None else method.body_lr,
-        "head_lr": method.inner_lr if method.head_lr is None else method.head_lr,
+        "body_lr": method.rate if method.body_lr is None else method.body_lr,
+        "head_lr": method.rate if method.head_lr is None else method.head_lr,
     }
     if "rank" in more:
         return Lora(**rates, **more)

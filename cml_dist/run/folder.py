@@ -15,7 +15,8 @@ from typing import Any
 
 from cml_dist.config.keys import flatten
 from cml_dist.config.load import RUN_CONFIG, Warn, in_folder, merge, parse_config, read_yaml, silently
-from cml_dist.config.schema import ImageSettings, RunConfig
+from cml_dist.config.methods import with_rate
+from cml_dist.config.schema import AUTO, ImageSettings, RunConfig
 from cml_dist.config.shape import with_shape
 from cml_dist.config.versioned import BEFORE, NEWEST, settled, versions_of
 from cml_dist.errors import CheckpointError, CmlError, ConfigError, NetworkError
@@ -169,6 +170,8 @@ class RunFolder:
 
 def _as_in(then: RunConfig, config: RunConfig) -> RunConfig:
     """``config`` with what it leaves open as in the configuration that the run began with."""
+    if config.method.inner_lr == AUTO:
+        config = with_rate(config, then.method.inner_lr)
     return settled(with_shape(config, dict(then.domain)), versions_of(then))
 
 

@@ -36,6 +36,7 @@ from cml_dist.run.evaluator import evaluate
 from cml_dist.run.export import Wanted, export_run
 from cml_dist.run.folder import RunFolder, same_everywhere, steps_in
 from cml_dist.run.hooks import OnStep, nothing
+from cml_dist.run.inner_rate import settled_rate
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER, Interrupts, Stopped
 from cml_dist.run.profile import StepProfile
 from cml_dist.run.record import announce, versions
@@ -146,6 +147,7 @@ class Trainer:
         world.heartbeat.beat("sharing out the parameters")
         with world.heartbeat.waiting():
             self.strategy = build_strategy(config, self.parts.plan, world, self.parts.model)
+        self.config = session.config = settled_rate(config, self.parts, world, session.console)
 
     def resume(self) -> None:
         """Load the newest whole checkpoint, if there is one; record and show what this start will do."""

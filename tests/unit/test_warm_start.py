@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from image_sets import write_set
 from safetensors.torch import load_file
 
@@ -121,3 +122,56 @@ def test_what_cannot_be_started_from_is_one_line(settings, said, earlier, images
 def test_a_body_that_fits_in_part_is_warned_of(earlier, images, tmp_path, capsys):
     assert go(images, tmp_path / "run", f"model.init_from={earlier}", "model.extra_blocks=1") == 0
     assert "4 of 20 tensors of the body are not taken over, and start as without it" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- method.inner_lr=auto
+
+
+def lines(folder: Path) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: one[key] for key in ("step", "loss", "grad_norm")} for one in found]
+
+
+def test_the_inner_rate_is_the_best_of_a_ladder_and_becomes_the_runs_setting(earlier, images, tmp_path, capsys):
+    start, some = f"model.init_from={earlier}", "eval.val_episodes=20"
+    assert go(images, tmp_path / "auto", start, some, "method.inner_lr=auto") == 0
+    said = capsys.readouterr().out
+    rate = yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())["method"]["inner_lr"]
+    rows = [line.split() for line in said.splitlines() if line.strip().startswith(("0.0", "0.1", "0.3", "1 "))]
+    scores = {float(row[0]): float(row[1]) for row in rows}
+    assert list(scores) == [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0] and scores[rate] == max(scores.values())
+    assert [row[0] for row in rows if row[-1] == "chosen"] == [f"{rate:g}"] and "random values" not in said
+    # The same run as with the number, and it goes on by the same command or with the number.
+    assert go(images, tmp_path / "number", start, some, f"method.inner_lr={rate}") == 0
+    assert lines(tmp_path / "auto") == lines(tmp_path / "number")
+    exported = json.loads((tmp_path / "auto" / "export" / "model.json").read_text())["rule"]
+    assert exported["head_lr"] == exported["body_lr"] == rate
+    for setting in ("auto", rate):
+        assert go(images, tmp_path / "auto", start, some, f"method.inner_lr={setting}") == 0
+    assert "before training" not in capsys.readouterr().out, "it is chosen once"
+    assert go(images, tmp_path / "auto", start, some, "method.inner_lr=0.7") == 1
+    assert f"method.inner_lr was {rate}, is 0.7" in capsys.readouterr().err
+
+
+def test_a_rate_for_random_values_says_that_it_means_little(tmp_path, capsys):
+    settings = ("method.inner_lr=auto", "train.steps=1", "train.episodes_per_step=1", "eval.val_episodes=3")
+    assert main(["train", "sinusoid", f"run.dir={tmp_path / 'run'}", *settings, "eval.final=false"]) == 0
+    assert "The network starts from random values" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["method.name=meta_sgd"], "method.name meta_sgd learns its rates: give the number that they start at"),
+        (["method.inner_steps=0"], "but nothing adapts at it"),
+        (["method.head_lr=0.1", "method.body_lr=0.2"], "but nothing adapts at it"),
+    ],
+)
+def test_no_rate_is_chosen_where_none_would_count(settings, said, images, tmp_path, capsys):
+    assert go(images, tmp_path / "run", "method.inner_lr=auto", *settings) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_rate_that_is_none_is_refused_by_its_range(images, tmp_path, capsys):
+    assert go(images, tmp_path / "run", "method.inner_lr=best") == 2
+    assert "method.inner_lr is 'best'" in capsys.readouterr().err
