@@ -71,6 +71,9 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
     "train": (
         "train.train", "meta-train, or resume the run in run.dir; then test and export", (CONFIG, PRESET, OVERRIDES)
     ),
+    "pretrain": ("train.train", "train the body as a plain classifier of the training classes, for model.init_from", (
+        _option("set", "folder or URL of a packed set, or 'glyphs'", metavar="SET"), PRESET, OVERRIDES,
+    )),
     "config": ("config.config", "check a configuration and print what would happen", (
         _option("config", RECIPE, metavar="CONFIG", nargs="?"),
         _option("--all", "also the settings that are defaults", action="store_true"),
@@ -247,6 +250,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cml-dist train sinusoid method.inner_steps=5 engine.compile=on run.dir=runs/curves",
         "cml-dist train my.yaml optim.lr=5e-4 run.seed=1 run.dir=runs/seed-1",
         "cml-dist train my_images domain.root=data/mine run.dir=runs/mine --preset quick",
+    ),
+    "pretrain": (
+        "cml-dist pretrain data/mine model.backbone=resnet12 run.dir=runs/body",
+        "cml-dist train my_images domain.root=data/mine model.init_from=runs/body",
     ),
     "config": (
         "cml-dist config glyphs method.name=boil",
@@ -472,6 +479,9 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         settings = [word for word in args.on if re.match(r"[\w.]+=", word)]
         args.on, args.overrides = [word for word in args.on if word not in settings], [*args.overrides, *settings]
         args.on or parser.error("--on: name a set before the settings; of a folder with = write ./NAME")
+    if hasattr(args, "set"):
+        args.config, where = "pretrain", "domain.name=glyphs" if args.set == "glyphs" else f"domain.root={args.set}"
+        args.overrides = [where, *args.overrides]
     if hasattr(args, "words"):
         args.words = args.words[args.words[:1] == ["--"] :]
         args.inner = _parsed(args.words)  # a typo is to be found here, and not in each process

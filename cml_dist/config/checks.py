@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from cml_dist.config.methods import adapting_rates, dagger_refusal, has_classes, has_trained_colearner, lora_rank
+from cml_dist.config.methods import (
+    adapting_rates,
+    dagger_refusal,
+    has_classes,
+    has_trained_colearner,
+    is_classifier,
+    lora_rank,
+)
 from cml_dist.registry import backbone_entry, method_entry
 from cml_dist.user_code import is_code
 
@@ -89,6 +96,13 @@ def contradictions(config: Any) -> Iterator[str]:
     if model.extra_blocks and model.backbone != "conv4":
         none = f"but model.backbone {model.backbone} has none: leave it out, or set model.backbone=conv4"
         yield f"model.extra_blocks is {model.extra_blocks}, {none}"
+    if is_classifier(config):
+        plain = {"method.inner_steps": 0, "method.colearner": False, "model.head": "linear", "eval.ensemble": 1}
+        for key, value in plain.items():
+            section, _, own = key.partition(".")
+            if (now := getattr(getattr(config, section), own)) != value:
+                remedy = f"set {key}={str(value).lower()} (as cml-dist pretrain does), or leave domain.batch out"
+                yield f"domain.batch is {config.domain.batch}, a plain classifier's, but {key} is {now}: {remedy}"
     if model.init_from and model.pretrained:
         twice = f"but model.pretrained is {str(model.pretrained).lower()}: both say what the body starts from"
         yield f"model.init_from is {model.init_from}, {twice}; leave one of them out"

@@ -11,8 +11,15 @@ from cml_dist.registry import method_entry
 RunConfig = Any  # schema.RunConfig, which imports from here
 
 
+def is_classifier(config: RunConfig) -> bool:
+    """Whether batches of images with the number of their class stand in the place of training episodes."""
+    return getattr(config.domain, "batch", None) is not None
+
+
 def method_title(config: RunConfig) -> str:
     """What ran, as tables, status and cards name it: ``CML``, ``BOIL + CML``, ``ANIL (ridge head)``."""
+    if is_classifier(config):
+        return "classifier"
     method, head = config.method, config.model.head
     title, notes = method_entry(method.name).title, []
     if method.inner_steps == 0 and head in ("centroid", "ridge"):
@@ -45,7 +52,7 @@ def last_row_note(config: RunConfig) -> str | None:
 
 def learner_title(config: RunConfig, learner: str) -> str:
     """The method's title, of the co-learner (eq. 9) with ``-dagger``."""
-    return method_title(config) + ("-dagger" if learner == "co" else "")
+    return method_title(config) + {"co": "-dagger"}.get(learner, ", nearest centroid" * is_classifier(config))
 
 
 def lora_rank(adapts: Sequence[str] | None) -> int:

@@ -8,7 +8,14 @@ from typing import Any
 
 from cml_dist.config.deepspeed import generated, merge
 from cml_dist.config.launcher import deepspeed_request, launcher_findings, refuse
-from cml_dist.config.methods import colearner_kind, has_classes, has_upper_ascent, last_row_note, method_title
+from cml_dist.config.methods import (
+    colearner_kind,
+    has_classes,
+    has_upper_ascent,
+    is_classifier,
+    last_row_note,
+    method_title,
+)
 from cml_dist.config.schema import AUTO, RunConfig
 from cml_dist.errors import ConfigError
 
@@ -142,14 +149,20 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
     each = " or ".join(map(str, sorted(set(plan.episodes_by_rank), reverse=True)))
     return {
         "run": f"{config.run.dir} (seed {config.run.seed})",
-        "domain": f"{domain.name}, {episode_in_words(config)}",
+        "domain": _listed(
+            domain.name,
+            is_classifier(config) and f"batches of {domain.batch} images in training; in tests",
+            episode_in_words(config),
+        ),
         "model": _listed(
             f"{model.backbone}, {model.head} head",
             method.colearner and f"{colearner_kind(config)} co-learner of depth {model.colearner.depth}",
             model.trained != ("body", "head") and f"trained: {', '.join(model.trained)}",
         ),
         "method": _listed(
-            f"{method_title(config)}, order {method.order}, {_steps(plan.inner_steps)} of {rate}",
+            f"{method_title(config)}, order {method.order}, {_steps(plan.inner_steps)} of {rate}"
+            if not is_classifier(config)
+            else "classifier of the training classes",
             method.adapts and f"adapts: {', '.join(method.adapts)}",
             method.colearner and f"gamma {method.gamma:g}",
             method.sharp and f"ascents of {method.radius:g} ({method.sharp})",

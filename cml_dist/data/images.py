@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from cml_dist.config.schema import ImageSettings
 from cml_dist.data import sampling
 from cml_dist.data.as_trained import size_read
-from cml_dist.data.base import ClassificationDomain, ModelInputs, Progress, episode_rng
+from cml_dist.data.base import SPLITS, ClassificationDomain, ModelInputs, Progress, episode_rng
 from cml_dist.data.cores import usable_cores
 from cml_dist.data.free_memory import available_bytes
 from cml_dist.data.groups import draw_parted
@@ -53,7 +53,8 @@ class ImageDomain(ClassificationDomain):
         self.packed_size = self._fitted_to = shards.image_size
         self.input_shape = (shards.channels, *size_read(settings.size, self.packed_size, None))
         self._interpolation = "bicubic"
-        self.output_dim = settings.ways
+        classes = len(shards.split_info("train").classes) if settings.batch else settings.ways
+        self.output_dim = classes * (4 if settings.batch and settings.augment.rotate_classes else 1)
         self.chance = 1 / settings.ways
         self._seeds = seeds
         self._mean, self._std = settings.mean or shards.info.mean, settings.std or shards.info.std
@@ -61,6 +62,7 @@ class ImageDomain(ClassificationDomain):
         self._sizes = {split: np.array(shards.split_info(split).images) for split in shards.splits}
         self._groups = {split: shards.class_groups(split) for split in shards.splits}
         self._starts = {split: np.cumsum(sizes) - sizes for split, sizes in self._sizes.items()}
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, int))
         self._decoded: dict[str, np.ndarray] = {}
         self._features: dict[str, np.ndarray] = {}
         self._kept: dict[str, bool] = {}
@@ -86,6 +88,11 @@ class ImageDomain(ClassificationDomain):
                 "set domain.augment.rotate_classes=false",
             )
         for split in splits:
+            if settings.batch and split == "train":
+                if (count := self._num_images()) < settings.batch:
+                    what = f"domain.batch is {settings.batch}, but {name} has {count} training images"
+                    raise DataError(what, f"lower domain.batch to at most {count}")
+                continue
             info, groups = self.shards.split_info(split), self._groups[split]
             count = self._num_classes(split)
             if count < settings.ways:
@@ -136,6 +143,8 @@ class ImageDomain(ClassificationDomain):
                 options.append(f"--channels {shape[0]}")
             sizes = f"{_in_words(self.input_shape)}, but the network reads {_in_words(shape)}"
             raise DataError(f"the images of {self.shards.root} are {sizes}", f"pack them with {' '.join(options)}")
+        if self.settings.batch and trained.output_dim is not None:
+            self.output_dim = trained.output_dim  # a test needs none of the classifier's outputs
         super().adopt(trained)
         self._has_fixed_ways, own = trained.output_dim is not None, (self._mean, self._std)
         self._mean = self.settings.mean or trained.mean or self._mean
@@ -149,6 +158,8 @@ class ImageDomain(ClassificationDomain):
 
     def episode(self, split: str, index: int) -> Episode:
         settings = self.settings
+        if settings.batch and split == "train":
+            return self._batch(index, settings.batch)
         ways, shots, queries, version = settings.ways, settings.shots, settings.queries, settings.draw or 2
         rng = episode_rng(self._seeds[split], split, index)
         classes, images = self._draw(rng, split)
@@ -177,6 +188,29 @@ class ImageDomain(ClassificationDomain):
             return draw_parted(rng, groups * times, settings.ways, settings.shots, settings.queries)
         images = settings.shots + settings.queries
         return sampling.draw(rng, np.tile(self._sizes[split], times), settings.ways, images, settings.draw or 2)
+
+    def _batch(self, index: int, size: int) -> Episode:
+        """Training images with the numbers of their classes, as a query set: each once in an epoch, the rest left out.
+
+        An epoch's order is a pure function of (seed, epoch), and what changes an image of (seed, index).
+        """
+        seed, sizes = self._seeds["train"], self._sizes["train"]
+        epoch, place = divmod(index, self._num_images() // size)
+        if self._epoch[0] != epoch:
+            entropy = np.random.SeedSequence([seed, SPLITS.index("train"), epoch, size])
+            self._epoch = epoch, np.random.Generator(np.random.PCG64(entropy)).permutation(self._num_images())
+        turns, numbers = np.divmod(self._epoch[1][place * size :][:size], sizes.sum())
+        pixels = self._pixels("train", numbers)
+        if self._rotates("train"):
+            pixels = sampling.turn(pixels, turns)
+        pixels = self._changed(episode_rng(seed, "train", index), "train", pixels)
+        labels = np.searchsorted(self._starts["train"], numbers, "right") - 1 + turns * len(sizes)
+        query = Batch(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels))
+        return Episode(query.map(lambda values: values[:0]), query, "train", index, ways=self.output_dim)
+
+    def _num_images(self) -> int:
+        """Of the training split; each counts four times where classes are turned."""
+        return int(self._sizes["train"].sum()) * (4 if self._rotates("train") else 1)
 
     def _changed(self, rng: np.random.Generator, split: str, images: np.ndarray) -> np.ndarray:
         """Training images uint8 ``[N, C, H, W]`` changed at random, as configured."""
@@ -273,10 +307,14 @@ class ImageDomain(ClassificationDomain):
         return (pixels.to(dtype) / 255 - mean) / std
 
     def largest_episode(self, dtype: torch.dtype) -> Episode | None:
-        if "train" not in self._features:
-            return None
-        made = self.prepare(self.episode("train", 0), torch.device("cpu"), dtype)
-        return made.map(lambda tensor: tensor.to("meta"))
+        if size := self.settings.batch:
+            with torch.device("meta"):
+                query = Batch(torch.empty(size, *self.input_shape, dtype=dtype), torch.empty(size, dtype=torch.int64))
+                return Episode(query.map(lambda values: values[:0]), query, "train", 0, ways=self.output_dim)
+        if "train" in self._features:
+            made = self.prepare(self.episode("train", 0), torch.device("cpu"), dtype)
+            return made.map(lambda tensor: tensor.to("meta"))
+        return None
 
     def fingerprint(self) -> str:
         """SHA-256 over the checksums of the shards, and of the index where it has groups."""

@@ -6,34 +6,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from cml_dist.config.methods import learner_title
+from cml_dist.config.methods import is_classifier, learner_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.distributed.world import World
-from cml_dist.meta.problem import Problem, class_means
 from cml_dist.run.assemble import Parts
-from cml_dist.run.evaluator import EvalReport, evaluate
+from cml_dist.run.evaluator import EvalReport, centroid_score, evaluate
 from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.text import interval, score
-from cml_dist.types import Episode, Learner, Params
+from cml_dist.types import Episode, Learner
 
 TITLE = "nearest centroid"
 
 
 def is_compared(config: RunConfig, parts: Parts) -> bool:
     """Whether the comparison means something: pictures in classes, and weights that were trained before."""
-    return bool(config.model.pretrained or config.model.init_from) and parts.domain.chance is not None
-
-
-def centroid_score(params: Params, episode: Episode, problem: Problem) -> Tensor:
-    """Score on the query set of the class whose mean support feature is nearest, features on the unit sphere.
-
-    Source: SimpleShot (Wang et al., 1911.04623), "L2N".
-    """
-    support, query = (normalize(problem.values(params, batch, ("pooled",))[0]) for batch in episode.batches)
-    means = class_means(support, episode.support.targets, episode.ways)
-    return problem.score(problem.against_prototypes(query, means), episode.query.targets)
+    from_weights = config.model.pretrained or config.model.init_from
+    return bool(from_weights) and not is_classifier(config) and parts.domain.chance is not None
 
 
 def score_centroid(

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from cml_dist.config.methods import is_classifier
 from cml_dist.config.schema import RunConfig
 from cml_dist.data.base import episode_rng
 from cml_dist.distributed.world import World
 from cml_dist.meta.inner import adapt
-from cml_dist.meta.problem import Problem
+from cml_dist.meta.problem import Problem, class_means
 from cml_dist.meta.rule import Method
 from cml_dist.run.assemble import Parts
 from cml_dist.run.interrupts import Stopped
@@ -124,6 +126,16 @@ def score_episode(
     return torch.stack([scores(learner) for learner in learners])
 
 
+def centroid_score(params: Params, episode: Episode, problem: Problem) -> Tensor:
+    """Score on the query set of the class whose mean support feature is nearest, features on the unit sphere.
+
+    Source: SimpleShot (Wang et al., 1911.04623), "L2N".
+    """
+    support, query = (normalize(problem.values(params, batch, ("pooled",))[0]) for batch in episode.batches)
+    means = class_means(support, episode.support.targets, episode.ways)
+    return problem.score(problem.against_prototypes(query, means), episode.query.targets)
+
+
 def evaluate(
     config: RunConfig,
     parts: Parts,
@@ -150,9 +162,14 @@ def evaluate(
         permutations: label orders (:func:`label_orders`) under which each episode is tested.
         others: of an ensemble, see :func:`score_episode`.
         on_grid: also score each curve on its grid, where the domain has one.
-        score: in place of :func:`score_episode`.
+        score: in place of :func:`score_episode`; of a plain classifier :func:`centroid_score`.
         stop: asked before each episode: whether to break off, and raise Stopped on all ranks.
     """
+    if is_classifier(config):
+
+        def score(episode: Episode) -> Tensor:
+            return centroid_score(params, episode, parts.model.problem).view(1, 1)
+
     problem, how = parts.model.problem, (config.eval.co_adapt, config.eval.norm, others)
     method = replace(parts.model.method, inner_steps=parts.plan.test_inner_steps)
     # Mean and spread over label orders of each learner, and its mean on the grid (without one the first mean again);

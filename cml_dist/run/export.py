@@ -16,11 +16,11 @@ from torch import Tensor
 
 from cml_dist import __version__
 from cml_dist.atomic import write_json, write_text
-from cml_dist.config.methods import method_title
+from cml_dist.config.methods import is_classifier, method_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.distributed.allocator import memory_explained
 from cml_dist.distributed.world import joined_world
-from cml_dist.errors import CheckpointError, CmlError, ModelError
+from cml_dist.errors import CheckpointError, CmlError, ConfigError, ModelError
 from cml_dist.meta.rule import LEARNED_RATES, part_of
 from cml_dist.methods.build import describe_rule
 from cml_dist.nets.guard import has_batch_norm
@@ -80,6 +80,11 @@ def export_run(config: RunConfig, parts: Parts, console: Console, wanted: Wanted
         CheckpointError: there is no such checkpoint. CmlError: the folder cannot be written. ModelError: the ONNX file
             would answer otherwise than torch.
     """
+    if is_classifier(config):
+        raise ConfigError(
+            f"{config.run.dir} is a classifier of its training classes, and no learner to be exported",
+            f"start a run from it: cml-dist train CONFIG model.init_from={config.run.dir}",
+        )
     folder, net = RunFolder(config.run.dir), parts.net
     target = folder.export if wanted.to is None else Path(wanted.to)
     checkpoint, _ = choose(folder.checkpoints, wanted.which, net, console.warn)

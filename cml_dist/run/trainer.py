@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cml_dist.config.methods import learner_title, method_title
+from cml_dist.config.methods import is_classifier, learner_title, method_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.config.versioned import versions_of
 from cml_dist.data.set_shape import settled_shape
@@ -224,6 +224,9 @@ class Trainer:
 
         def export() -> None:
             session.fence()
+            if is_classifier(config):
+                console.note(f"Start a run from it: cml-dist train CONFIG model.init_from={session.folder.path}")
+                return
             export_run(config, parts, console, Wanted(str(tested["step"])))
             console.note(f"Run folder: {session.folder.path}")
 

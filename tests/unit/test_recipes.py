@@ -15,12 +15,15 @@ BASELINES = ["protonet", "r2d2"]
 """On Glyphs."""
 NODES = ["amazon_computers", "citeseer", "cora_full"]
 IMAGES = ["cifar_fs", "glyphs", "mini_imagenet", "omniglot", "vgg_flower"]
-NAMES = sorted([*IMAGES, *BASELINES, *NODES, "my_images", "sinusoid"])
-DOMAINS = {**dict.fromkeys(BASELINES, "glyphs"), **dict.fromkeys(NODES, "graph_nodes"), "my_images": "images"}
+SETS = ["my_images", "pretrain"]
+"""Of any packed set."""
+NAMES = sorted([*IMAGES, *BASELINES, *NODES, *SETS, "sinusoid"])
+OF = (("glyphs", BASELINES), ("graph_nodes", NODES), ("images", SETS))
+DOMAINS = {name: of for of, names in OF for name in names}
 
 
 def load(name: str) -> RunConfig:
-    return load_config(name, ["domain.root=data/mine"] if name == "my_images" else ())
+    return load_config(name, ["domain.root=data/mine"] if name in SETS else ())
 
 
 def test_these_are_all_recipes():
