@@ -26,7 +26,7 @@ from cml_dist.telemetry.console import Console
 BACKBONE = "tf_efficientnet_lite0"
 COMMON = (
     f"model.backbone={BACKBONE}", "model.norm=frozen", "model.feature_length=4", "domain.ways=5", "domain.queries=5",
-    "optim.lr=1e-4",
+    "domain.size=set", "optim.lr=1e-4",
     "train.steps=40", "eval.every=20", "eval.val_episodes=40", "eval.episodes=200", "eval.untrained=false",
     "parallel.threads=1", "run.log_every=20", "checkpoint.every=20",
 )  # fmt: skip
