@@ -116,7 +116,9 @@ def main() -> None:
                         continue
                     words = [*COMMON, *own, f"domain.shots={shots}", f"domain.root={data}", f"run.dir={folder}"]
                     began = time.monotonic()
-                    train(load_config("my_images", [*words, f"model.pretrained={weights}"]), Console(quiet=True))
+                    config = load_config("my_images", [*words, f"model.pretrained={weights}"])
+                    if not train(config, Console(quiet=True)).finished:
+                        return  # asked to stop
                     print(f"{folder}: {time.monotonic() - began:.0f} s", flush=True)
     print(table(args.runs, args.sets))
 
