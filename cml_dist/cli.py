@@ -90,6 +90,17 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         _option("--gpu-memory-gib", "memory of one GPU, e.g. 80", type=float, required=True, metavar="GIB"),
         *IMAGES, JSON, PRESET, OVERRIDES,
     )),
+    "sweep": ("sweep.sweep", "train many runs: every combination of values, on this machine or as an array of SLURM", (
+        _option("sweep", "a YAML file: base, dir, and what varies", metavar="SWEEP"),
+        _option("--plan", "print how many runs, and how long each, and start nothing", action="store_true"),
+        _option("--at-once", "runs at a time (default: one for each GPU; SLURM: all)", type=at_least(1), metavar="N"),
+        _option("--yes", "also more than 500 runs", action="store_true"),
+        _option(
+            "--code", "code of yours that the file may name; may be repeated", action="append", default=[],
+            metavar="FILE.py:NAME",
+        ),
+        _option("--slurm", "submit one job array, with the options below", action="store_true"),
+    )),
     "eval": ("finished.evaluate", "test a run again: its learners with 95 %% intervals", (
         RUN_DIR, CHECKPOINT, OVERRIDES,
         _option(
@@ -261,6 +272,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cml-dist config --keys 'optim.*'",
     ),
     "plan": ("cml-dist plan glyphs --gpus 8 --gpu-memory-gib 80",),
+    "sweep": (
+        "cml-dist sweep study.yaml --plan",
+        "cml-dist sweep study.yaml --at-once 2",
+        "cml-dist sweep study.yaml --slurm --gpus-per-node 1 --time 04:00:00",
+    ),
     "eval": (
         "cml-dist eval runs/first eval.episodes=10000",
         "cml-dist eval runs/birds --on data/cars data/flowers",
@@ -357,8 +373,8 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(command=target)
         for option, how in options:
             command.add_argument(option, **how).completer = COMPLETERS.get(option)  # type: ignore[attr-defined]
-        if word == "slurm":
-            add_slurm_options(command)
+        if word in ("slurm", "sweep"):
+            add_slurm_options(command, is_needed=word == "slurm")
     return parser
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,21 +23,22 @@ LEAST = ("saved", "starts", "ep/s", "loss", "of", "method", "best", "left")
 
 
 def status(args: argparse.Namespace, console: Console) -> int:
-    from cml_dist.tools.run_status import RunView, runs_in
+    from cml_dist.tools.run_status import RunView
+    from cml_dist.tools.sweep import runs_of
 
     if args.check:
         if args.watch is not None or args.json:
             raise ConfigError("--check answers once, a line a run", "leave --watch and --json out, or --check")
-        return _check([run for named in args.run_dir for run in runs_in(named) or [named]])
+        return _check([run for named in args.run_dir for run in runs_of(named) or [named]])
     for named in args.run_dir:
         if not os.path.isdir(named):
             raise CmlError(f"there is no folder {named}", "name the run.dir of a training run, or a folder of such")
-        if not runs_in(named):
+        if not runs_of(named):
             raise CmlError(f"no run has begun in {named}, nor below it", "name the run.dir of a training run")
     with suppress(KeyboardInterrupt):
         while True:
             # Looked for again each time: a sweep adds runs.
-            runs = [run for named in args.run_dir for run in runs_in(named)]
+            runs = [run for named in args.run_dir for run in runs_of(named)]
             views = [RunView(run) for run in runs]
             if args.json:
                 data = [view.data for view in views]
@@ -65,6 +67,9 @@ def _check(run_dirs: Sequence[str]) -> int:
 
 def _show(views: Sequence[RunView], console: Console, below: Sequence[str] | None) -> None:
     """A panel of one run that was named; a table of several, or of those ``below`` a folder."""
+    from cml_dist.telemetry.text import duration
+    from cml_dist.tools.run_status import time_left
+
     paths = [Path(view.data["run_dir"]) for view in views]
     if len(views) == 1 and below is None:
         console.header(str(paths[0]), views[0].rows())
@@ -78,3 +83,8 @@ def _show(views: Sequence[RunView], console: Console, below: Sequence[str] | Non
     for view, row in zip(views, rows, strict=True):
         if view.data["state"] != "running" and view.data["reason"]:
             console.note(f"{row['run']}: {view.data['state']}, {view.data['reason']}")
+    if below is not None:
+        counts = Counter(view.data["state"] for view in views)
+        left_s = time_left(views)
+        left = f"; about {duration(left_s)} left, without validations and tests" if left_s else ""
+        console.note(", ".join(f"{count} {state}" for state, count in counts.items()) + left)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -28,8 +29,11 @@ SILENT_S = 120.0
 GONE_S = 15.0
 """The same where its process is known to be gone."""
 
-EXIT_CODES = {"finished": 0, "stopped": 75, "unknown": 3, "running": 3, "dead": 1, "failed": 1}
+EXIT_CODES = {"finished": 0, "stopped": 75, "unknown": 3, "waiting": 3, "running": 3, "dead": 1, "failed": 1}
 """Of ``cml-dist status --check``; of several runs the one that comes last here counts."""
+
+SWEEP_RECORD = "sweep.json"
+"""In the folder of a sweep: what it is."""
 
 
 def runs_in(folder: str) -> list[str]:
@@ -47,7 +51,8 @@ def state_of(run_dir: str | Path) -> dict[str, Any]:
     """What ``status.json`` holds, with the state that is: ``state``, and ``reason`` in words, which may be empty.
 
     ``running``; ``stopped`` (and saved); ``finished``; ``failed``; ``dead``: its status says running, but nothing moves
-    any more; ``unknown``: no run, or none that has a status. Of a run for each class split that of the worst of them.
+    any more; ``waiting``: it has not begun, but its sweep has; ``unknown``: no run, or none that has a status. Of a run
+    for each class split that of the worst of them.
     """
     folder = RunFolder(run_dir)
     folder.check_contained()
@@ -56,16 +61,23 @@ def state_of(run_dir: str | Path) -> dict[str, Any]:
         with suppress(CmlError):
             if parts := folder.parts(folder.read_config()):
                 return {"run_dir": str(run_dir), **_of_all([state_of(part) for part in parts])}
+        if (folder.path.parent / SWEEP_RECORD).is_file():
+            return {"run_dir": str(run_dir), "state": "waiting", "reason": ""}
         why = "no run has begun here: it has no status.json" if folder.path.is_dir() else "there is no such folder"
         return {"run_dir": str(run_dir), "state": "unknown", "reason": why}
     quiet_s = max(0.0, time.time() - _mtime(folder.status_file))
     state, reason = status.state, " ".join(status.reason.split())  # a library's error may have many lines
     if state == "running":
-        gone = status.host == socket.gethostname() and not Path(f"/proc/{status.pid}").exists()
+        gone = is_gone(status.host, status.pid)
         if quiet_s > (GONE_S if gone else SILENT_S):
             who = f"process {status.pid} on {status.host} is gone" if gone else f"was {reason or 'running'}"
             state, reason = "dead", f"nothing written for {text.duration(quiet_s)}, {who}"
     return {"run_dir": str(run_dir), **asdict(status), "state": state, "reason": reason, "quiet_s": quiet_s}
+
+
+def is_gone(host: object, pid: object) -> bool:
+    """Whether a process of this machine has ended; of another machine nobody knows."""
+    return host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
 
 
 def _of_all(parts: list[dict[str, Any]]) -> dict[str, str]:
@@ -190,6 +202,18 @@ class RunView:
             "starts": get("starts"),
             "saved": get("checkpoint"),
         }
+
+
+def time_left(views: Sequence[RunView]) -> float | None:
+    """Seconds to the last meta-step of all, by as many as run now; None: none does, or nobody knows."""
+    timed = [view.data for view in views if "steps" in view.data and view.data.get("recent", {}).get("seconds")]
+    states = [view.data["state"] for view in views]
+    if not timed or "running" not in states:
+        return None
+    whole_s = sum(data["steps"] * data["recent"]["seconds"] for data in timed) / len(timed)
+    begun = [data for data in timed if data["state"] != "finished"]
+    rest_s = sum((data["steps"] - data["step"]) * data["recent"]["seconds"] for data in begun)
+    return (rest_s + states.count("waiting") * whole_s) / states.count("running")
 
 
 def _scored(line: dict[str, Any], name: str) -> str:

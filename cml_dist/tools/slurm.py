@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cml_dist.config.load import find_recipe, load_config
+from cml_dist.atomic import append_json_line
+from cml_dist.config.load import find_recipe, load_config, silently
 from cml_dist.config.schema import RunConfig
 from cml_dist.errors import CmlError, ConfigError, WorldError
 from cml_dist.tools.launch_files import accelerate_file, check_run, launch_folder
@@ -27,6 +30,10 @@ OURS = (
 """sbatch's options that have another way here, or that the batch script depends on."""
 
 
+SUBMITTED = "slurm.jsonl"
+"""In the folder of a sweep: a line for each array, with its number and the runs of its tasks."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """A batch script that is ready to be submitted.
@@ -36,21 +43,29 @@ class Batch:
         script: its text.
         run_dirs: folders of its runs, one for each task of an array.
         log: its log as SLURM names it (``%j``: job, ``%A_%a``: task of an array).
+        is_array: whether they are those of a sweep.
     """
 
     asked: argparse.Namespace
     script: str
     run_dirs: tuple[Path, ...]
     log: Path
+    is_array: bool = False
 
 
-def prepare(asked: argparse.Namespace, warn: Callable[[str], object] = lambda line: None) -> Batch:
+def prepare(
+    asked: argparse.Namespace,
+    warn: Callable[[str], object] = lambda line: None,
+    array: Sequence[Sequence[str]] = (),
+) -> Batch:
     """Check every run that is asked for, and write the batch script.
 
     Args:
-        asked: options of :func:`add_slurm_options`, with ``config``, ``preset`` and ``overrides`` as of ``cml-dist
-            train``.
+        asked: options of :func:`add_slurm_options`, and of one run ``config``, ``preset`` and ``overrides`` as of
+            ``cml-dist train``.
         warn: told of what is allowed, but hardly meant.
+        array: of the runs of a sweep, all with one configuration and in one folder, these words of ``cml-dist train``;
+            ``at_once`` of ``asked`` run at a time.
 
     Raises:
         ConfigError: something asked for cannot be, or the configuration is refused.
@@ -60,30 +75,29 @@ def prepare(asked: argparse.Namespace, warn: Callable[[str], object] = lambda li
     processes = asked.processes_per_node or gpus
     _check(asked, processes)
     file = accelerate_file(asked.strategy or ("ddp" if gpus else "cpu"), "--strategy")
-    recipe, is_file = find_recipe(asked.config), Path(asked.config).is_file()
-    overrides = [*([] if gpus else ["run.device=cpu"]), *asked.overrides]
-    config = load_config(asked.config, overrides, warn, asked.preset)
+    preset = None if array else asked.preset
+    name, runs = array[0][0] if array else asked.config, {}
+    recipe, is_file = find_recipe(name), Path(name).is_file()
+    for _, *words in array or [[name, *asked.overrides]]:
+        overrides = [*([] if gpus else ["run.device=cpu"]), *words]
+        config = load_config(name, overrides, silently if runs else warn, preset)
+        _check_run(config, asked.nodes, processes, file)
+        # A file by its path, a recipe by its name: in a container it lies elsewhere. The script sets the rest itself.
+        runs[folder := (here / config.run.dir).resolve()] = (
+            recipe.resolve() if is_file else recipe.stem,
+            *([f"--preset={preset}"] if preset else []),
+            *(word for word in overrides if not word.startswith(("run.dir=", "parallel.processes="))),
+        )
     world, episodes = asked.nodes * processes, config.train.episodes_per_step
     if world > episodes:  # each episode is one process's
         warn(
             f"{world} processes share {episodes} episode{'s' * (episodes != 1)} a meta-step: {world - episodes} have "
             f"nothing to do; set train.episodes_per_step={world} or a multiple of it, or ask for less"
         )
-    root = (here / Path(config.run.dir).expanduser()).resolve()
-    seeds, backbones = asked.seeds or (config.run.seed,), asked.backbones or (config.model.backbone,)
-    is_sweep, runs = bool(asked.seeds or asked.backbones), {root: []}
-    if is_sweep:  # folders as sweep.sbatch names them
-        runs = {
-            root / f"{backbone.replace('/', '_')}-seed{seed}": [f"run.seed={seed}", f"model.backbone={backbone}"]
-            for backbone in backbones
-            for seed in seeds
-        }
-    for folder, varied in runs.items():
-        config = load_config(asked.config, [*overrides, *varied, f"run.dir={folder}"], preset=asked.preset)
-        _check_run(config, asked.nodes, processes, file)
+    root = folder.parent if array else folder
 
-    log = here / f"slurm-{asked.job_name}-{'%A_%a' if is_sweep else '%j'}.out"
-    limit = f"%{asked.array_limit}" if asked.array_limit else ""
+    log = here / f"slurm-{asked.job_name}-{'%A_%a' if array else '%j'}.out"
+    limit = f"%{asked.at_once}" if array and asked.at_once else ""
     directives = {
         "job-name": asked.job_name,
         "nodes": asked.nodes,
@@ -97,7 +111,7 @@ def prepare(asked: argparse.Namespace, warn: Callable[[str], object] = lambda li
         "output": log,
         "chdir": here,
         **{name: getattr(asked, name) for name in ("partition", "account", "qos", "constraint")},
-        "array": f"0-{len(runs) - 1}{limit}" if is_sweep else None,
+        "array": f"0-{len(runs) - 1}{limit}" if array else None,
         **{name: value for name, _, value in (option[2:].partition("=") for option in asked.sbatch)},
     }
     settings = {
@@ -107,25 +121,22 @@ def prepare(asked: argparse.Namespace, warn: Callable[[str], object] = lambda li
         "MAX_RESTARTS": asked.max_restarts,
         "PYTHON": asked.python or ("python" if asked.container else sys.executable),
         "RUN_DIR": root,
-        **({"SEEDS": seeds, "BACKBONES": backbones} if is_sweep else {}),
-        # A file by its path, a recipe by its name: in a container it lies elsewhere. The script sets the rest itself.
-        "CONFIG": (
-            recipe.resolve() if is_file else recipe.stem,
-            *([f"--preset={asked.preset}"] if asked.preset else []),
-            *(word for word in overrides if not word.startswith(("run.dir=", "parallel.processes="))),
-        ),
+        "CONFIG": next(iter(runs.values())),
+        "RUNS": tuple(shlex.join([folder.name, *map(str, words)]) for folder, words in runs.items()),
         "SRUN_OPTIONS": _container(asked, here, launch, {"run.dir": root, **({"CONFIG": recipe} if is_file else {})}),
     }
+    del settings["CONFIG" if array else "RUNS"]
     lines = ["#!/bin/bash"]
     for name, value in directives.items():
         if value is not None:
             lines.append(f"#SBATCH --{name}" + (f"={shlex.quote(str(value))}" if value != "" else ""))
     for name, value in settings.items():
-        array = f"{name}=({shlex.join(map(str, value))})" if isinstance(value, tuple) else None
-        lines.append(array or f"export {name}={shlex.quote(str(value))}")
-    shipped = "sweep" if is_sweep else "one_node" if asked.nodes == 1 else "multi_node"
+        space = "\n    " if name == "RUNS" else " "
+        several = space.join(map(shlex.quote, map(str, value))) if isinstance(value, tuple) else None
+        lines.append(f"export {name}={shlex.quote(str(value))}" if several is None else f"{name}=({several})")
+    shipped = "sweep" if array else "one_node" if asked.nodes == 1 else "multi_node"
     rest = (launch / "slurm" / f"{shipped}.sbatch").read_text(encoding="utf-8").partition(END)[2]
-    return Batch(asked, "\n".join(lines) + f"\n{END}{rest}", tuple(runs), log)
+    return Batch(asked, "\n".join(lines) + f"\n{END}{rest}", tuple(runs), log, bool(array))
 
 
 def _need(good: object, what: str, remedy: str) -> None:
@@ -192,21 +203,35 @@ def submit(batch: Batch) -> str:
     if run.returncode:
         words = [re.sub(r"^sbatch: (error: )?", "", line) for line in run.stderr.splitlines() if line.strip()]
         raise CmlError(f"sbatch refused the job: {'; '.join(words)}", "correct the options, or ask --dry-run")
-    return run.stdout.strip().split(";")[0]  # with several clusters, the cluster's name follows
+    job = run.stdout.strip().split(";")[0]  # with several clusters, the cluster's name follows
+    if batch.is_array:
+        runs = [folder.name for folder in batch.run_dirs]
+        append_json_line(batch.run_dirs[0].with_name(SUBMITTED), {"job": job, "runs": runs})
+    return job
+
+
+def queued(folder: Path) -> set[str]:
+    """The runs of a sweep in ``folder`` of which a task that was submitted here is in the queue, or runs."""
+    with suppress(OSError, ValueError, LookupError):
+        arrays = [json.loads(line) for line in (folder / SUBMITTED).read_text(encoding="utf-8").splitlines()]
+        command = ["squeue", "--me", "--noheader", "--array", "--format=%F %K"]
+        said = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        return {run for array in arrays for n, run in enumerate(array["runs"]) if f"{array['job']} {n}" in said}
+    return set()
 
 
 def follow(batch: Batch, job: str) -> list[tuple[str, str]]:
     """What to do with a submitted job, a line each: in words, and the command."""
-    asked, several = batch.asked, len(batch.run_dirs) > 1
+    asked = batch.asked
     processes = f"{asked.processes_per_node} processes" if asked.processes_per_node else f"{asked.gpus_per_node} GPUs"
     after = "goes back into the queue" if asked.requeue else "ends with code 75"
     log_name = batch.log.name.replace("%j", job).replace("%A_%a", f"{job}_*")
-    runs = f"{shlex.quote(str(batch.run_dirs[0].parent))}/*" if several else shlex.quote(str(batch.run_dirs[0]))
+    folder = shlex.quote(str(batch.run_dirs[0].parent if batch.is_array else batch.run_dirs[0]))
     return [
-        (f"Submitted job {job}:", f"{asked.nodes} x {processes}" + f", {len(batch.run_dirs)} runs" * several),
+        (f"Submitted job {job}:", f"{asked.nodes} x {processes}" + f", {len(batch.run_dirs)} runs" * batch.is_array),
         ("  queue  ", f"squeue --jobs={job}"),
         ("  log    ", f"tail -F {shlex.quote(str(batch.log.parent))}/{log_name}"),
-        ("  status ", f"cml-dist status {runs}"),
+        ("  status ", f"cml-dist status {folder}"),
         ("  cancel ", f"scancel {job}"),
         ("  pause  ", f"scancel --signal={asked.signal} {job}    (saves, and {after})"),
     ]

@@ -6,12 +6,16 @@ import argparse
 from collections.abc import Callable
 
 
-def add_slurm_options(parser: argparse.ArgumentParser) -> None:
-    """The options that :func:`cml_dist.tools.slurm.prepare` takes, and ``--dry-run``."""
+def add_slurm_options(parser: argparse.ArgumentParser, is_needed: bool = True) -> None:
+    """The options that :func:`cml_dist.tools.slurm.prepare` takes, and ``--dry-run``.
+
+    Args:
+        is_needed: SLURM is what the command is about.
+    """
     count = at_least(1)
-    add = parser.add_argument
+    add = parser.add_argument if is_needed else parser.add_argument_group("with --slurm").add_argument
     limit = "of one job, e.g. 04:00:00; a longer run goes on in the next one"
-    add("--time", required=True, metavar="LIMIT", help=limit)
+    add("--time", required=is_needed, metavar="LIMIT", help=limit)
     add("--nodes", type=count, default=1, metavar="N", help="machines (default 1)")
     gpus = "GPUs of each, a process for each; 0 (default): CPUs"
     add("--gpus-per-node", type=at_least(0), default=0, metavar="M", help=gpus)
@@ -22,12 +26,6 @@ def add_slurm_options(parser: argparse.ArgumentParser) -> None:
     file = "ddp (default with GPUs), cpu (default without), zero1, zero2, zero3, ..."
     add("--strategy", metavar="FILE", help=file)
     add("--dry-run", action="store_true", help="print the batch script and submit nothing")
-
-    sweep = "a sweep: a run for each, below run.dir, as a job array"
-    add = parser.add_argument_group(sweep).add_argument
-    add("--seeds", type=_numbers, default=(), metavar="0,1,2", help="values of run.seed")
-    add("--backbones", type=_words, default=(), metavar="A,B", help="values of model.backbone")
-    add("--array-limit", type=count, metavar="N", help="runs at once (default: all)")
 
     add = parser.add_argument_group("how a job ends").add_argument
     add("--signal", choices=["USR1", "USR2", "TERM"], default="USR1", help="what SLURM warns with (default USR1)")
@@ -58,17 +56,3 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(word)
 
     return number
-
-
-def _words(text: str) -> tuple[str, ...]:
-    words = tuple(word.strip() for word in text.split(","))
-    if not all(words) or len(set(words)) < len(words):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of different values, like A,B")
-    return words
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in _words(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, like 0,1,2") from None

@@ -15,15 +15,24 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from slurm_lab import ROOT, Cluster, Job
+from slurm_lab import Cluster, Job
 
 from cml_dist.run.folder import RunFolder
 
 TWO_NODES = ("--nodes=2", "--processes-per-node=1")
 ENDLESS = ("train.steps=100000", "train.episodes_per_step=40", "run.precision=fp64", "checkpoint.every=7")
 ZERO2_STEPS = 40
-TASKS = [f"{backbone}-seed{seed}" for backbone in ("test_resnet", "conv4") for seed in (0, 1)]
+TASKS = [f"backbone={backbone},seed={seed}" for backbone in ("test_resnet", "conv4") for seed in (0, 1)]
 """Of the array, in its order."""
+
+SWEEP = """
+base: glyphs
+set: {parallel.threads: 1, model.filters: 4, domain.ways: 2, domain.queries: 2, train.steps: 30,
+      train.episodes_per_step: 8, eval.every: 0, eval.val_episodes: 2, eval.episodes: 2}
+axes: {model.backbone: [test_resnet, conv4]}
+seeds: 2
+dir: runs
+"""
 
 IN_HASTE = {"REJOIN_S": "10", "SLURM_WAIT": "5"}
 """Seconds that a launcher waits for a lost node, and srun after it; 45 and 60 by themselves."""
@@ -147,27 +156,16 @@ def play(cluster: Cluster, jobs: dict[str, Job], scripts: dict[str, Script]) -> 
 
 
 def _sweep(cluster: Cluster, folder: Path) -> dict[str, Job]:
-    """The shipped script by hand: only what must be edited is."""
+    """An array by ``cml-dist sweep``; the same command again finds all of it in the queue."""
     folder.mkdir()
-    shipped = (ROOT / "launch" / "slurm" / "sweep.sbatch").read_text()
-    script = shipped.replace("#SBATCH --gres=gpu:8\n", "")
-    edited = {
-        "#SBATCH --array=": "0-3", "#SBATCH --cpus-per-task=": "1", "#SBATCH --output=": "log-%a.out",
-        "export LAUNCH=": ROOT / "launch", "export ACCELERATE_FILE=": "cpu.yaml", "export PROCESSES_PER_NODE=": "1",
-        "export PYTHON=": sys.executable, "export RUN_DIR=": folder, "SEEDS=": "(0 1)",
-        "BACKBONES=": "(test_resnet conv4)",
-    }  # fmt: skip
-    for setting, value in edited.items():
-        script, found = re.subn(f"^{setting}.*$", f"{setting}{value}", script, count=1, flags=re.M)
-        assert found, setting
-    (folder / "sweep.sbatch").write_text(script)
-    words = (
-        "glyphs", "run.device=cpu", "parallel.threads=1", "model.filters=4", "domain.ways=2", "domain.queries=2",
-        "train.steps=30", "train.episodes_per_step=8", "eval.every=0", "eval.val_episodes=2", "eval.episodes=2",
-    )  # fmt: skip
-    number = cluster.run("sbatch", "--parsable", "sweep.sbatch", *words, cwd=folder).strip()
+    (folder / "sweep.yaml").write_text(SWEEP)
+    options = ("--slurm", "--time=30", "--processes-per-node=1", "--signal-lead-s=60", "--job-name=sweep")
+    command = (sys.executable, "-m", "cml_dist", "sweep", "sweep.yaml", *options)
+    number = re.search(r"^Submitted job (\d+): .* 4 runs$", cluster.run(*command, cwd=folder), re.M)[1]
+    again = cluster.run(*command, cwd=folder)
+    assert "runs: 4 in the queue\n" in again and "Submitted" not in again
     return {
-        task: Job(cluster, f"{number}_{index}", folder / task, folder / f"log-{index}.out")
+        task: Job(cluster, f"{number}_{index}", folder / "runs" / task, folder / f"slurm-sweep-{number}_{index}.out")
         for index, task in enumerate(TASKS)
     }
 
@@ -197,13 +195,13 @@ def test_scontrol_requeue_resumes_and_finishes_exactly(jobs):
     assert_same_curve(job, jobs["undisturbed"])
 
 
-def test_an_array_runs_each_seed_and_backbone_and_one_task_is_requeued_alone(jobs):
+def test_a_sweep_is_an_array_of_which_one_task_is_requeued_alone(jobs):
     tasks = [played(jobs, name) for name in TASKS]
     for task in tasks:
         assert task.ends[-1] == "COMPLETED 0:0", task.output
         assert (task.status["state"], task.status["world"], task.steps) == ("finished", 1, 30)
         config = RunFolder(task.folder).read_config()
-        assert f"{config.model.backbone}-seed{config.run.seed}" == task.folder.name
+        assert f"backbone={config.model.backbone},seed={config.run.seed}" == task.folder.name
     # The first task has the number of the whole array, which must not be requeued with it.
     assert [len(task.starts) for task in tasks] == [2, 1, 1, 1]
     assert f"Stopped by SIGUSR1 after step {tasks[0].starts[1]} of" in tasks[0].output

@@ -278,19 +278,6 @@ def test_without_gpus_it_runs_on_cpus(tmp_path, monkeypatch):
     assert "CONFIG=(sinusoid run.device=cpu)\n" in batch.script
 
 
-def test_a_sweep_has_a_task_and_a_folder_for_each_seed_and_backbone(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    batch = prepare(request(gpus_per_node=1, seeds="3,1", backbones="mlp,hf-hub:a/b", array_limit=2))
-    assert "#SBATCH --array=0-3%2\n" in batch.script
-    for task, folder in enumerate(batch.run_dirs):
-        seed, backbone = (3, 1)[task % 2], ("mlp", "hf-hub:a/b")[task // 2]
-        got = what_job_sh_gets(tmp_path, batch.script, SLURM_ARRAY_TASK_ID=str(task))
-        assert got[0] == str(folder) and got[-2:] == [f"run.seed={seed}", f"model.backbone={backbone}"]
-    assert len(set(batch.run_dirs)) == 4
-    with pytest.raises(AssertionError, match="array task 4 has no seed and backbone"):
-        what_job_sh_gets(tmp_path, batch.script, SLURM_ARRAY_TASK_ID="4")
-
-
 def test_a_container_sees_the_folder_and_the_launch_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     batch = prepare(request(gpus_per_node=1, container="nvcr.io#a/b:1", container_mounts="/data:/data"))
@@ -380,15 +367,6 @@ def test_a_job_is_submitted_and_one_is_told_how_to_follow_and_cancel_it(tmp_path
     submitted = (tmp_path / "submitted").read_text()
     assert main([*COMMAND, "--dry-run"]) == 0
     assert capfd.readouterr().out == submitted
-
-
-def test_the_lines_that_follow_a_sweep_can_be_pasted(tmp_path, monkeypatch):
-    here = tmp_path / "a b"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    lines = list(map(" ".join, slurm.follow(prepare(request("run.dir=runs", gpus_per_node=1, seeds="0,1")), "7")))
-    assert f"  log     tail -F '{here}'/slurm-cml-dist-7_*.out" in lines
-    assert [line for line in lines if "cml-dist status" in line] == [f"  status  cml-dist status '{here}/runs'/*"]
 
 
 def test_what_sbatch_refuses_is_passed_on_in_one_line(tmp_path, monkeypatch):
