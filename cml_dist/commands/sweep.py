@@ -44,7 +44,10 @@ def sweep(args: argparse.Namespace, console: Console) -> int:
     facts = {"base": asked.base, "runs": _counted(jobs)}
     if not args.slurm:
         processes = max(job.processes for job in jobs)
-        gpus = [] if all(job.config.run.device == "cpu" for job in jobs) else visible_gpus()
+        on_cpu = all(job.config.run.device == "cpu" for job in jobs)
+        if not on_cpu:
+            console.loading()
+        gpus = [] if on_cpu else visible_gpus()
         at_once = at_once or max(1, len(gpus) // processes)
         where = places(at_once, processes, gpus)
         facts["at once"] = f"{at_once}, each on {where[0]}"

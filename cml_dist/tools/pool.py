@@ -74,7 +74,9 @@ def start(words: Sequence[str], place: Place, log: Path) -> subprocess.Popen:
 
 def measure(job: Job, place: Place) -> float | None:
     """Seconds of a meta-step, by a few of the run in a folder that is removed; None: it did not come so far."""
-    with tempfile.TemporaryDirectory() as folder:
+    if job.config.all_splits:  # several runs, in folders of their own
+        return None
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         run = RunFolder(Path(folder, "run"))
         child = start(job.command(f"run.dir={run.path}", "run.trackers=[]"), place, Path(folder, "log"))
         try:

@@ -76,8 +76,13 @@ def state_of(run_dir: str | Path) -> dict[str, Any]:
 
 
 def is_gone(host: object, pid: object) -> bool:
-    """Whether a process of this machine has ended; of another machine nobody knows."""
-    return host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
+    """Whether a process of this machine has ended, buried or not; of another machine nobody knows."""
+    if host != socket.gethostname():
+        return False
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True
 
 
 def _of_all(parts: list[dict[str, Any]]) -> dict[str, str]:

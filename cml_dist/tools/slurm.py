@@ -215,8 +215,8 @@ def queued(folder: Path) -> set[str]:
     with suppress(OSError, ValueError, LookupError):
         arrays = [json.loads(line) for line in (folder / SUBMITTED).read_text(encoding="utf-8").splitlines()]
         command = ["squeue", "--me", "--noheader", "--array", "--format=%F %K"]
-        said = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-        return {run for array in arrays for n, run in enumerate(array["runs"]) if f"{array['job']} {n}" in said}
+        tasks = {*subprocess.run(command, capture_output=True, text=True).stdout.splitlines()}
+        return {run for array in arrays for n, run in enumerate(array["runs"]) if f"{array['job']} {n}" in tasks}
     return set()
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from test_slurm_launch import play, what_job_sh_gets
-from test_status import make_run
+from test_status import DEAD_PID, make_run
 
 from cml_dist.cli import main
 from cml_dist.config.load import dump_config, load_config
 from cml_dist.config.sweep import Sweep, parse_sweep
+from cml_dist.tools.pool import places
 
 SMALL = {"run.device": "cpu", "train.steps": 100}
 NAMES = ["method.name=maml,seed=0", "method.name=maml,seed=1", "method.name=cml,seed=0", "method.name=cml,seed=1"]
@@ -156,10 +159,13 @@ def test_the_plan_counts_what_is_left_and_names_what_is_broken(here, capfd):
 
 def test_a_run_of_a_process_that_is_gone_goes_on_and_one_that_lives_is_left_alone(here, capfd):
     begun(NAMES[0], "running", host="elsewhere")
-    begun(NAMES[1], "running", host=socket.gethostname(), pid=2**22 + 1)
-    assert sweep("--plan", **FOUR) == 0
+    begun(NAMES[1], "running", host=socket.gethostname(), pid=DEAD_PID)
+    with subprocess.Popen(["true"]) as unburied:
+        os.waitid(os.P_PID, unburied.pid, os.WEXITED | os.WNOWAIT)
+        begun(NAMES[2], "running", host=socket.gethostname(), pid=unburied.pid)
+        assert sweep("--plan", **FOUR) == 0
     out = capfd.readouterr().out
-    assert "runs: 4: 1 running, 1 to go on with, 2 to begin\n" in out and f"{NAMES[0]} is running\n" in out
+    assert "runs: 4: 1 running, 2 to go on with, 1 to begin\n" in out and f"{NAMES[0]} is running\n" in out
 
 
 def test_status_of_a_sweep_has_runs_that_wait_and_the_time_left(here, capfd):
@@ -176,6 +182,14 @@ def test_status_of_a_sweep_has_runs_that_wait_and_the_time_left(here, capfd):
     assert "2 finished, 1 running, 1 waiting; about 1 min 10 s left, without validations and tests\n" in out
     assert main(["status", "study", "--check"]) == 3
     assert f"study/{NAMES[3]}: waiting\n" in capfd.readouterr().out
+
+
+def test_each_run_at_a_time_has_gpus_and_cores_of_its_own_while_there_are_enough(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 4})
+    assert places(2, 2, ["4", "5", "6", "7"]) == [(("4", "5"), (0, 1)), (("6", "7"), (2, 4))]
+    assert [place.gpus for place in places(3, 1, ["a", "b"])] == [("a",), ("b",), ("a",)]
+    assert places(1, 1, []) == [((), (0, 1, 2, 4))]
+    assert {place.cores for place in places(5, 1, [])} <= {(0,), (1,), (2,), (4,), (0, 1, 2, 4)}
 
 
 # --------------------------------------------------------------------------- SLURM
