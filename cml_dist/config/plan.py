@@ -185,6 +185,7 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
         f"{train.episodes_per_step} episodes a meta-step: {each} a process",
         "training": _listed(
             f"{train.steps:,} meta-steps of {optim.name} at {optim.lr:g}",
+            optim.body_lr_scale != 1 and f"the body at {optim.body_lr_scale:g} of it",
             optim.schedule != "constant" and optim.schedule,
             optim.clip_value and f"elements clamped at {optim.clip_value:g}",
             f"{train.steps * train.episodes_per_step:,} episodes",

@@ -292,6 +292,7 @@ class OptimConfig(Section):
 
     name: Literal["sgd", "adam", "adamw"] = Field("adam")
     lr: float = Field(1e-3, gt=0, le=100, description="outer step size (after warm-up)")
+    body_lr_scale: float = Field(1.0, gt=0, le=1, description="outer step size of the body as a fraction of lr, which head, co-learner and what a method learns have")
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="adam and adamw only")
     eps: float = Field(1e-8, gt=0, description="adam and adamw only")

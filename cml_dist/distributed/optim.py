@@ -9,25 +9,34 @@ import torch
 from cml_dist.config.schema import OptimConfig
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.rule import part_of
-from cml_dist.types import RULE
+from cml_dist.types import BODY, RULE
 
 
 def build_optimizer(config: OptimConfig, model: MetaModel) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW on all meta-parameters.
+    """SGD, Adam or AdamW on all meta-parameters; :func:`set_rate` gives each group its step size.
 
-    Weight decay is for the network's weights of two and more dimensions; never for what a rule learns.
+    Weight decay is for the network's weights of two and more dimensions; never for what a rule learns. The body's step
+    size is ``body_lr_scale`` of the others'.
     """
-    decays = [p.ndim >= 2 and part_of(n) != RULE for n, p in zip(model.names, model.values, strict=True)]
-    pairs = list(zip(model.values, decays, strict=True))
+
+    found: dict[tuple[float, bool], list[torch.Tensor]] = {}
+    for name, value in zip(model.names, model.values, strict=True):
+        scale = config.body_lr_scale if part_of(name) == BODY else 1.0
+        found.setdefault((scale, value.ndim >= 2 and part_of(name) != RULE), []).append(value)
     groups = [
-        {"params": [p for p, decayed in pairs if decayed], "weight_decay": config.weight_decay},
-        {"params": [p for p, decayed in pairs if not decayed], "weight_decay": 0.0},
+        {"params": found[scale, decays], "lr_scale": scale, "weight_decay": config.weight_decay * decays}
+        for scale, decays in sorted(found, reverse=True)
     ]
-    groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     cls = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return cls(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the step size of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cml_dist.distributed.optim import set_rate
 from cml_dist.distributed.world import World
 from cml_dist.meta.model import MetaModel
 from cml_dist.types import Episode, Layout, Params
@@ -167,8 +168,7 @@ class DataParallel(Carrier):
             return norm, False
         if clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.values, clip_norm, torch.tensor(norm, dtype=torch.float64))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         self.optimizer.step()
         return norm, True
 

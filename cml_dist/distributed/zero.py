@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import RunConfig
-from cml_dist.distributed.optim import build_optimizer
+from cml_dist.distributed.optim import build_optimizer, set_rate
 from cml_dist.distributed.strategy import Carrier, DataParallel, in_order
 from cml_dist.distributed.world import World
 from cml_dist.meta.model import MetaModel
@@ -50,8 +50,7 @@ class Zero(Carrier):
         # DeepSpeed takes the norm of the averaged gradient over all ranks, leaves out the step where it is not finite
         # (its sentinel), and scales by torch's formula, clip / (norm + 1e-6).
         self._zero.clip_grad = clip_norm or 0.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         self._wrapped.step()
         taken = self._wrapped.was_step_applied()
         norm = float(self._wrapped.get_global_grad_norm())

@@ -73,6 +73,8 @@ LR = 1e-2
 # Adam divides by the root of the squared gradient plus eps: with eps far above the rounding noise of a gradient whose
 # true value is zero (a bias before BatchNorm), float32 can be compared.
 ADAM = {"name": "adamw", "lr": LR, "weight_decay": 0.1, "eps": 1e-3}
+SLOW_BODY = "adamw, slow body"
+OPTIMS = {"adamw": ADAM, SLOW_BODY: ADAM | {"body_lr_scale": 0.1}}
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Case:
 
 
 COUNTED = Case("", "float32", "vit", "graph", (2,))
-RESUMED = Case("", "float32", "conv4", "adjoint", (5,), "adamw")
+RESUMED = Case("", "float32", "conv4", "adjoint", (5,), SLOW_BODY)
 ADAMW = Case("", "float32", "conv4", "graph", (5, 5), "adamw")
 
 
@@ -109,12 +111,14 @@ def cases(world: int, device: str | None = None) -> Iterator[Case]:
         for net, engine in itertools.product(nets, ENGINES):
             yield Case(strategy, "float32", net, engine, PER_RANK[world])
         yield replace(ADAMW, strategy=strategy)
+        yield replace(ADAMW, strategy=strategy, optimizer=SLOW_BODY)
     for net, engine, episodes in itertools.product(NETS, ENGINES, EPISODES):
         yield Case(plain, "float64", net, engine, (episodes,) * STEPS)
     if world == 1:
         for net, engine, episodes in itertools.product(NETS, ENGINES, PER_RANK.values()):
             yield Case(plain, "float32", net, engine, episodes)
         yield replace(ADAMW, strategy=plain)
+        yield replace(ADAMW, strategy=plain, optimizer=SLOW_BODY)
         yield replace(ADAMW, strategy=SAVED_BY)  # no launcher, and still DeepSpeed
 
 
@@ -150,7 +154,7 @@ def config_of(strategy: str, dtype: str, optimizer: str, device: str = "auto") -
     return parse_config(
         {
             "domain": {"name": "sinusoid"},
-            "optim": ADAM if optimizer == "adamw" else {"name": optimizer, "lr": LR},
+            "optim": OPTIMS.get(optimizer, {"name": optimizer, "lr": LR}),
             "parallel": {"strategy": name, "offload": offload or "none"},
             "run": {"precision": {"float64": "fp64", "float32": "fp32"}[dtype], "device": device},
         }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import run_ranks
-from parity_worker import ENGINES, EPISODES, FURTHER, NETS, PER_RANK, RESUMED_BY, ZERO
+from parity_worker import ENGINES, EPISODES, FURTHER, NETS, PER_RANK, RESUMED_BY, SLOW_BODY, ZERO
 
 pytestmark = pytest.mark.timeout(5000)  # whichever test comes first waits for the workers
 WORKER = str(Path(__file__).with_name("parity_worker.py"))
@@ -56,9 +56,9 @@ def assert_same_in_float32(there, strategy, reference, net, engine, episodes):
     assert largest_difference(without_norms(found), without_norms(expected)) < 1e-6, key
 
 
-def assert_same_adamw(there, strategy, reference):
+def assert_same_adamw(there, strategy, reference, optimizer="adamw"):
     """Weight decay on matrices alone, bias correction by the true number of steps, also on partitions on the CPU."""
-    key = "float32/conv4/graph/5-5/adamw"
+    key = f"float32/conv4/graph/5-5/{optimizer}"
     found, expected = there[f"{strategy}/{key}"], reference[f"single/{key}"]
     assert largest_difference(without_norms(found), without_norms(expected)) < 1e-6, strategy
 
@@ -85,6 +85,12 @@ def test_zero_runs_the_adamw_that_was_asked_for(results):
         assert_same_adamw(results[world]["params"], strategy, results[1]["params"])
 
 
+@pytest.mark.parametrize(("world", "strategy"), MATRIX)
+def test_the_body_keeps_its_part_of_the_step_size(results, world, strategy):
+    """optim.body_lr_scale, whose groups each strategy cuts into partitions of its own."""
+    assert_same_adamw(results[world]["params"], strategy, results[1]["params"], SLOW_BODY)
+
+
 def test_the_matrix_can_tell_runs_apart(results):
     """Another number of episodes a step, or another optimizer, ends elsewhere: the parameters have moved enough."""
     params = results[2]["params"]
@@ -95,6 +101,8 @@ def test_the_matrix_can_tell_runs_apart(results):
         assert largest_difference(without_norms(one), without_norms(two)) > 2e-5
     sgd, adamw = (params[f"zero2/float32/conv4/graph/{name}"] for name in ("2-4-6-5/sgd", "5-5/adamw"))
     assert largest_difference(without_norms(sgd), without_norms(adamw)) > 1e-3
+    slow = params[f"zero2/float32/conv4/graph/5-5/{SLOW_BODY}"]
+    assert largest_difference(without_norms(slow), without_norms(adamw)) > 1e-3
 
 
 def test_state_of_one_strategy_resumes_under_another(results):

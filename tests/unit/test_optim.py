@@ -9,7 +9,7 @@ import torch
 from toy import accuracy, cross_entropy, make_net
 
 from cml_dist.config.schema import OptimConfig
-from cml_dist.distributed.optim import build_optimizer, learning_rate
+from cml_dist.distributed.optim import build_optimizer, learning_rate, set_rate
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.rule import Method
 
@@ -48,7 +48,21 @@ def test_the_optimizer_that_was_asked_for_with_its_groups(name, cls):
     model = make_model()
     optimizer = build_optimizer(OptimConfig(name=name, weight_decay=0.1), model)
     assert type(optimizer) is cls
+    assert {g["lr_scale"] for g in optimizer.param_groups} == {1.0}
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert len(decays) == len(model.names)
     for canonical, value in zip(model.names, model.values, strict=True):
         assert decays[id(value)] == (0.1 if value.ndim >= 2 else 0.0), canonical
+
+
+def test_the_body_moves_by_a_part_of_the_step_size():
+    model = make_model()
+    before = {name: value.clone() for name, value in model.params().items()}
+    optimizer = build_optimizer(OptimConfig(name="sgd", lr=1.0, body_lr_scale=0.25), model)
+    for value in model.values:
+        value.grad = torch.ones_like(value)
+    set_rate(optimizer, 0.5)
+    optimizer.step()
+    for name, value in model.params().items():
+        step = 0.125 if name.startswith("body.") else 0.5
+        assert torch.allclose(before[name] - value, torch.full_like(value, step)), name

@@ -18,8 +18,7 @@ IMAGES = ["cifar_fs", "glyphs", "mini_imagenet", "omniglot", "vgg_flower"]
 SETS = ["my_images", "pretrain"]
 """Of any packed set."""
 NAMES = sorted([*IMAGES, *BASELINES, *NODES, *SETS, "sinusoid"])
-OF = (("glyphs", BASELINES), ("graph_nodes", NODES), ("images", SETS))
-DOMAINS = {name: of for of, names in OF for name in names}
+DOMAINS = dict.fromkeys(BASELINES, "glyphs") | dict.fromkeys(NODES, "graph_nodes") | dict.fromkeys(SETS, "images")
 
 
 def load(name: str) -> RunConfig:
