@@ -307,14 +307,10 @@ class ImageDomain(ClassificationDomain):
         return (pixels.to(dtype) / 255 - mean) / std
 
     def largest_episode(self, dtype: torch.dtype) -> Episode | None:
-        if size := self.settings.batch:
-            with torch.device("meta"):
-                query = Batch(torch.empty(size, *self.input_shape, dtype=dtype), torch.empty(size, dtype=torch.int64))
-                return Episode(query.map(lambda values: values[:0]), query, "train", 0, ways=self.output_dim)
-        if "train" in self._features:
-            made = self.prepare(self.episode("train", 0), torch.device("cpu"), dtype)
-            return made.map(lambda tensor: tensor.to("meta"))
-        return None
+        if "train" not in self._features:
+            return None
+        made = self.prepare(self.episode("train", 0), torch.device("cpu"), dtype)
+        return made.map(lambda tensor: tensor.to("meta"))
 
     def fingerprint(self) -> str:
         """SHA-256 over the checksums of the shards, and of the index where it has groups."""

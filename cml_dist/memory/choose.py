@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from cml_dist.config.methods import has_upper_ascent
+from cml_dist.config.methods import has_upper_ascent, is_classifier
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import RunConfig
 from cml_dist.data.base import Domain
@@ -168,6 +168,10 @@ def _episode(config: RunConfig, domain: Domain | KnownInputs) -> Episode:
         return Batch(torch.empty(count, *domain.input_shape, dtype=dtype), targets)
 
     with torch.device("meta"):
+        if is_classifier(config):
+            inputs = torch.empty(config.domain.batch, *domain.input_shape, dtype=dtype)
+            query = Batch(inputs, torch.empty(config.domain.batch, dtype=torch.int64))
+            return Episode(query.map(lambda values: values[:0]), query, "train", 0, ways=domain.output_dim)
         return Episode(batch(config.domain.shots), batch(config.domain.queries), "train", 0, ways=ways)
 
 

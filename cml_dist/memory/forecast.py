@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cml_dist.config import schema
-from cml_dist.config.methods import has_classes
+from cml_dist.config.methods import has_classes, is_classifier
 from cml_dist.config.plan import RunPlan, episode_in_words, make_plan
 from cml_dist.config.schema import RunConfig
 from cml_dist.config.shape import open_keys
@@ -243,7 +243,10 @@ def known_inputs(config: RunConfig, image_size: int | None = None, channels: int
     if (size := size_read(domain.size, shape[1:], theirs and theirs.size)) != shape[1:]:
         source += f"; scaled from {'x'.join(map(str, shape[:0:-1]))} by domain.size"
     shape = (shape[0], *size)
-    return KnownInputs(shape, known_shape(config).domain.ways, Domain.loss, Domain.score, source)
+    classes = known_shape(config).domain.ways
+    if is_classifier(config) and is_here(config):
+        classes = len(shards.split_info("train").classes)
+    return KnownInputs(shape, classes, Domain.loss, Domain.score, source)
 
 
 def _usual_graph(domain: Any) -> KnownInputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -16,6 +17,8 @@ from cml_dist.cli import main
 from cml_dist.config.load import load_config
 from cml_dist.data.base import Domain
 from cml_dist.data.build import build_domain
+from cml_dist.data.pixels import as_png
+from cml_dist.data.shard_writer import new_shard_set
 from cml_dist.nets.build import make_network
 from cml_dist.run import checkpoint as checkpoints
 from cml_dist.run.hooks import nothing
@@ -124,6 +127,18 @@ def test_a_run_starts_from_it(pretrained, images, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "body: 16 of 16 tensors" in said and "head.weight is 6x4 there, 3x4 here" in said
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["domain"]["batch"] is None
+
+
+def test_it_is_tested_on_a_set_of_other_classes_and_planned(pretrained, images, tmp_path, capsys):
+    with new_shard_set(tmp_path / "other", name="other", image_size=(16, 16), channels=3, source="made") as writer:
+        for split, name, image in itertools.product(("train", "test"), "abc", range(IMAGES)):
+            writer.add(split, f"{split}-{name}", f"{split}-{name}/{image}", as_png(pixels(ord(name) + image, 16)))
+    assert main(["eval", str(pretrained), "--on", str(tmp_path / "other")]) == 0
+    assert "classifier, nearest centroid" in capsys.readouterr().out
+    settings = (f"domain.root={images}", *TINY, "--gpus", "1", "--gpu-memory-gib", "1", "--json")
+    assert main(["plan", "pretrain", *settings]) == 0
+    net = make_network(configured(images), (3, 16, 16), CLASSES["train"])
+    assert json.loads(capsys.readouterr().out)["num_parameters"] == sum(p.numel() for p in net.parameters())
 
 
 def test_what_does_not_fit_is_one_line(pretrained, images, tmp_path, capsys):
