@@ -34,9 +34,9 @@ def build_optimizer(config: OptimConfig, model: MetaModel) -> torch.optim.Optimi
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the step size of the next step."""
+    """Set the step size of the next step; groups that do not name their part of it have all of it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
