@@ -73,6 +73,7 @@ def test_after_a_kill_of_everything_the_same_command_comes_to_the_same_results(u
     assert results(tmp_path) == results(undisturbed), f"killed at {at} of all steps"
 
 
+@pytest.mark.slow
 def test_ctrl_c_has_the_runs_save_and_a_seed_more_starts_that_alone(undisturbed, tmp_path):
     longer = {"set": {**SETTINGS, "train.steps": 100000}}
     process = start(tmp_path, **longer)
@@ -88,6 +89,7 @@ def test_ctrl_c_has_the_runs_save_and_a_seed_more_starts_that_alone(undisturbed,
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
     (tmp_path / "runs" / NAMES[0]).mkdir(parents=True)
     (tmp_path / "runs" / NAMES[0] / "notes.txt").touch()
