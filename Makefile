@@ -14,15 +14,16 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all golden speed gpu-check lint clean distclean
+.PHONY: help demo test test-all golden speed gpu-check docs lint clean distclean
 
 help:
 	@echo "make demo       meta-train CML on embedded data (all GPUs, or 2 CPU processes), test and export it; under 10 minutes"
 	@echo "make test       run ruff and the tests (PYTEST_ARGS=...); 9 to 20 minutes on 2 cores"
-	@echo "make test-all   the same, and what is slow: container images, two machines, a real SLURM, long faults"
+	@echo "make test-all   the same, and what is slow: the tutorial, container images, two machines, a real SLURM, long faults"
 	@echo "make golden     run five short runs on the commit BASE=... and on the working tree, and compare them to the bit"
 	@echo "make speed      seconds of a meta-step beside a plain unrolled loop and other libraries (SPEED_ARGS=...); 15 minutes"
 	@echo "make gpu-check  parity, seconds and memory on a GPU, and the largest ViT that trains on it (GPU_CHECK_ARGS=...); 10 minutes"
+	@echo "make docs       build the documentation as a site, and check its links: build/site/index.html"
 	@echo "make lint       run ruff alone"
 	@echo "make clean      remove caches, builds and the demo's run"
 	@echo "make distclean  remove the environment $(VENV) as well"
@@ -55,6 +56,10 @@ speed: $(INSTALLED)
 
 gpu-check: $(INSTALLED)
 	@$(BIN)/python benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
+
+# Always all of it: pages hold what follows from the code.
+docs: $(INSTALLED)
+	@$(BIN)/python -m sphinx -qWE --keep-going -c docs . build/site && echo "Written: build/site/index.html"
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --output-format concise

