@@ -163,7 +163,8 @@ class Console:
             self._out.print(Text(f"Left out, for {self._out.width} columns: {', '.join(left_out)}", style="dim"))
         self._out.print()
         plain = io.StringIO()
-        RichConsole(file=plain, width=PLAIN_WIDTH, color_system=None).print(fitted(shown, cells, PLAIN_WIDTH)[0])
+        record = RichConsole(file=plain, width=PLAIN_WIDTH, color_system=None, force_jupyter=False)
+        record.print(fitted(shown, cells, PLAIN_WIDTH)[0])
         for row in filter(str.strip, plain.getvalue().splitlines()):
             LOG.info("%s", row.rstrip())
 
@@ -248,6 +249,7 @@ class Console:
             highlight=False,
             markup=False,
             emoji=False,
+            force_jupyter=False,  # there it would make each line an object of its own
         )
 
     def _complain(self, level: int, style: str, message: str) -> None:

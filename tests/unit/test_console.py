@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import io
 import math
 import re
@@ -303,3 +304,10 @@ def test_the_log_has_plain_lines_of_everything_that_is_said(caplog, how):
     assert "step 1  validation  CML 50.0 %" in lines and any(line.startswith("step 1/3  loss 1.234") for line in lines)
     assert any(line.split() == ["CML", "50.00", "%", "-", "-"] for line in lines)
     assert not any("\x1b" in line for line in lines)
+
+
+def test_a_notebook_gets_plain_text_once(monkeypatch, capsys):
+    shell = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
+    Console().table("Runs", ("name",), [("conv4",)])
+    assert capsys.readouterr().out.count("conv4") == 1
