@@ -62,9 +62,10 @@ def settings(page: str) -> str:
         lines += ["", f"### {title}", ""]
         for setting in all_settings(kind).values():
             if setting.key.startswith(f"{section}."):
-                limits = f" Values: `{setting.takes}`." if setting.takes else ""
+                values = ", ".join(dict.fromkeys(filter(None, (setting.kind, setting.takes))))
                 anchor = [":no-index:"] if setting.key in seen else []  # shots of images and of curves
-                lines += [f"```{{confval}} {setting.key}", *anchor, "", f"Default: `{setting.default}`.{limits}", ""]
+                default = f"default `{setting.default}`".replace("default `required`", "required")
+                lines += [f"```{{confval}} {setting.key}", *anchor, "", f"`{values}`; {default}", ""]
                 lines += [re.sub(r"([*<\\])", r"\\\1", setting.help), "```"]
                 seen.add(setting.key)
     return "\n".join(lines) + "\n"

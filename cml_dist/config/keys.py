@@ -7,7 +7,8 @@ import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, get_args
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -35,12 +36,14 @@ class Setting:
         default: as one would write it, or ``required``.
         takes: choices, or range and unit; empty where the description says it.
         help: the description, which may be empty.
+        kind: of its values, or which there are, in words.
     """
 
     key: str
     default: str
     takes: str
     help: str
+    kind: str
 
     @property
     def meaning(self) -> str:
@@ -54,7 +57,7 @@ class Setting:
 def all_settings(domain: str | None = None) -> dict[str, Setting]:
     """Every setting by its key, with those of one domain (default: of all)."""
     names = " | ".join(DOMAINS)
-    found = {"domain.name": Setting("domain.name", "required", names, f"or {OWN_DOMAIN.help}")}
+    found = {"domain.name": Setting("domain.name", "required", names, f"or {OWN_DOMAIN.help}", names)}
     domains = {**DOMAINS, schema.OWN: OWN_DOMAIN}
     models = [("domain", getattr(schema, entry.settings)) for name, entry in domains.items() if domain in (None, name)]
     models += [(name, info.annotation) for name, info in RunConfig.model_fields.items() if name != "domain"]
@@ -99,7 +102,20 @@ def _settings(model: Any, prefix: str) -> Iterator[Setting]:
         bounds = ((sign, getattr(rule, word, None)) for rule in info.metadata for word, sign in _BOUNDS.items())
         limits = ", ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
         unit = _UNITS.get(name.rpartition("_")[2], "") if "_" in name else ""
-        yield Setting(f"{prefix}{name}", default, takes or f"{limits} {unit}".strip(), info.description or "")
+        takes = takes or f"{limits} {unit}".strip()
+        yield Setting(f"{prefix}{name}", default, takes, info.description or "", _kind(info.annotation))
+
+
+def _kind(annotation: Any) -> str:
+    """What a value is, in words: ``integer | null``."""
+    kinds = {int: "integer", float: "number", str: "text", bool: "true | false", NoneType: "null"}
+    if not (parts := get_args(annotation)):
+        return kinds[annotation]
+    if (origin := get_origin(annotation)) is Literal:
+        return " | ".join(map(str, parts))
+    if origin in (tuple, dict):
+        return f"list of {_kind(parts[0])}" if origin is tuple else "mapping"
+    return _kind(parts[0]) if origin is Annotated else " | ".join(map(_kind, parts))
 
 
 # --------------------------------------------------------------------------- of one configuration
