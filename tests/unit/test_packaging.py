@@ -113,6 +113,7 @@ def test_a_wheel_carries_the_recipes_the_launch_files_and_every_module(tmp_path)
     assert found.stdout.split() == [
         str(tmp_path / "site/cml_dist/config/load.py"),
         *("amazon_computers", "cifar_fs", "citeseer", "cora_full", "glyphs", "mini_imagenet", "my_images"),
+        "my_images_pretrained",
         *("omniglot", "pretrain", "protonet", "r2d2", "sinusoid", "vgg_flower"),
         str(tmp_path / "site/cml_dist/recipes/glyphs.yaml"),
         str(tmp_path / "site/cml_dist/launch"),

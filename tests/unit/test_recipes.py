@@ -15,7 +15,7 @@ BASELINES = ["protonet", "r2d2"]
 """On Glyphs."""
 NODES = ["amazon_computers", "citeseer", "cora_full"]
 IMAGES = ["cifar_fs", "glyphs", "mini_imagenet", "omniglot", "vgg_flower"]
-SETS = ["my_images", "pretrain"]
+SETS = ["my_images", "my_images_pretrained", "pretrain"]
 """Of any packed set."""
 NAMES = sorted([*IMAGES, *BASELINES, *NODES, *SETS, "sinusoid"])
 DOMAINS = dict.fromkeys(BASELINES, "glyphs") | dict.fromkeys(NODES, "graph_nodes") | dict.fromkeys(SETS, "images")
