@@ -82,7 +82,7 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
     title = f"{info.name}, {width}x{height} px, {kind} (min, median, max: images a class)"
     console.table(title, COLUMNS, split_rows(shards), least=("shards", "median"))
     if info.group_by is not None:
-        title = f"Groups by {info.group_by!r}: none has images in both support and query set of an episode"
+        title = f"Groups by '{info.group_by}': none has images in both support and query set of an episode"
         rows = [(split, *group_cells(shards, split)) for split in shards.splits]
         console.table(title, ("split", *GROUP_COLUMNS), rows)
     if info.mean and info.std:

@@ -270,9 +270,9 @@ def parse_config(data: Mapping[str, Any], source: str = "configuration") -> RunC
     try:
         return RunConfig.model_validate(_nested(_renamed(flatten(data))))
     except ValidationError as error:
-        faults = [_fault(e) for e in error.errors()]
+        faults = list(dict.fromkeys(map(_fault, error.errors())))
         raise ConfigError(
-            f"{source}: " + "; ".join(what for what, _ in faults),
+            f"{source}: " + "; ".join(dict.fromkeys(what for what, _ in faults)),
             "; ".join(dict.fromkeys(remedy for _, remedy in faults if remedy)),
         ) from error
 
@@ -288,6 +288,8 @@ def _fault(error: Mapping[str, Any]) -> tuple[str, str]:
     domain = None
     if location[:1] == ["domain"] and location[1:2] and location[1] in (*DOMAINS, schema.OWN):
         domain = location.pop(1)  # the tag of the union, which users never wrote
+    if (place := location[-1] if location else "").startswith("literal[") or place.startswith("constrained-"):
+        location.pop()  # one of several kinds of value that a setting takes
     key, value, kind = ".".join(location), error.get("input"), error["type"]
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(key, valid_keys(domain), n=1, cutoff=0.5)

@@ -204,6 +204,7 @@ class ImageDomain(ClassificationDomain):
         if self._rotates("train"):
             pixels = sampling.turn(pixels, turns)
         pixels = self._changed(episode_rng(seed, "train", index), "train", pixels)
+        pixels = pixels if "train" in self._features else self._scaled(pixels)
         labels = np.searchsorted(self._starts["train"], numbers, "right") - 1 + turns * len(sizes)
         query = Batch(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels))
         return Episode(query.map(lambda values: values[:0]), query, "train", index, ways=self.output_dim)
@@ -226,6 +227,8 @@ class ImageDomain(ClassificationDomain):
         return images
 
     def _scaled(self, images: np.ndarray) -> np.ndarray:
+        if images.shape[2:] == self.input_shape[1:]:
+            return images
         return np.stack([resized(image, self.input_shape[1:], self._interpolation) for image in images])
 
     def _rotates(self, split: str) -> bool:
@@ -269,7 +272,7 @@ class ImageDomain(ClassificationDomain):
     def images(self, split: str, numbers: range) -> np.ndarray:
         """uint8 ``[N, C, H, W]`` of images of a split by number, in the network's size; decoded now, by threads."""
         first = self.shards.first_image(split)
-        return self._scaled(list(in_threads(self.shards.decode, [first + number for number in numbers])))
+        return self._scaled(np.stack(list(in_threads(self.shards.decode, [first + number for number in numbers]))))
 
     def keep(self, split: str, features: np.ndarray) -> None:
         """From now on episodes of a split give these in place of images: ``[images, K]``, in their order."""

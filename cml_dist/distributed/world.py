@@ -62,7 +62,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of a float64 vector over all ranks, on the CPU. Collective: all ranks."""
+        """Sum of a tensor over all ranks, on the CPU. Collective: all ranks."""
         if self.size == 1:
             return values.cpu()
         values = values.to(self.device, copy=True)

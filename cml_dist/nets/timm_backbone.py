@@ -260,16 +260,16 @@ def hub_config(
 
     Args:
         kwargs: as :func:`timm_export` returned them.
-        preprocessing: mean and std of each channel.
+        preprocessing: mean and std of each channel, and interpolation.
     """
     pretrained = {
         "num_classes": num_classes,
         "input_size": body.input_shape,
         "fixed_input_size": "img_size" in kwargs,
-        "interpolation": "bicubic",
+        "interpolation": preprocessing.get("interpolation", "bicubic"),
         "crop_pct": 1.0,
         "classifier": body.model.pretrained_cfg.get("classifier"),
-        **preprocessing,
+        **{key: preprocessing[key] for key in ("mean", "std") if key in preprocessing},
     }
     named = {"architecture": body.name.partition(".")[0], "num_classes": num_classes}
     return {**named, "model_args": kwargs, "pretrained_cfg": pretrained}

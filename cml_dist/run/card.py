@@ -100,6 +100,10 @@ ROWS = """
 Norms have learned gains and biases for each inner step; under timm's names there are those of the first step alone.
 """
 
+LENGTH = """
+The head reads the features scaled to length {feature_length} (`model.feature_length`), which plain timm does not do.
+"""
+
 OWN_NET = """
 Plain timm does not know {backbone}: load it as above.
 """
@@ -157,6 +161,7 @@ def model_card(
         TIMM: timm is not None,
         RUNNING: timm is not None and by_batch,
         ROWS: timm is not None and has_rows,
+        LENGTH: config.model.feature_length is not None,
         ONNX: onnx,
     }
     card = CARD + "".join(part for part, wanted in optional.items() if wanted)
@@ -171,6 +176,7 @@ def model_card(
         tags=", ".join(tags),
         packed="x".join(map(str, said.get("packed_size", ())[::-1])),
         interpolation=said.get("interpolation"),
+        feature_length=config.model.feature_length,
         step=description["step"],
         data=text.markdown(description["image_set"] or domain.name),
         task=f"{ways}-way {shots}-shot" if ways else f"{shots}-point regression",

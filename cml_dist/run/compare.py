@@ -16,10 +16,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from cml_dist.config.keys import as_yaml
-from cml_dist.config.load import flatten
+from cml_dist.config.keys import as_yaml, flatten
 from cml_dist.config.methods import method_title
-from cml_dist.config.schema import ImageSettings, MethodConfig, OptimConfig, RunConfig
+from cml_dist.config.schema import AUTO, ImageSettings, MethodConfig, OptimConfig, RunConfig
 from cml_dist.errors import CheckpointError, ConfigError
 from cml_dist.registry import method_entry
 from cml_dist.run.folder import NEUTRAL_KEYS, RunFolder, same_everywhere
@@ -27,12 +26,15 @@ from cml_dist.run.interval import Estimate, estimate
 from cml_dist.run.status import read_status
 from cml_dist.telemetry.metrics import read_metrics
 
-UNNAMED_KEYS = (*(key for key in NEUTRAL_KEYS if key != "engine."), "run.seed", "eval.untrained", "eval.ensemble")
+UNNAMED_KEYS = (
+    *(key for key in NEUTRAL_KEYS if key != "engine."),
+    *("run.seed", "eval.untrained", "eval.ensemble", "domain.features"),
+)
 """Settings in which runs of one variant may differ. Engines change no value, but seconds and memory."""
 
 SAME_EPISODES = (
-    *("domain.augment.", "domain.mean", "domain.std", "domain.statistics"),
-    *("domain.memory_gib", "domain.workers", "domain.splits"),
+    *("domain.augment.", "domain.mean", "domain.std", "domain.statistics", "domain.size", "domain.features"),
+    *("domain.memory_gib", "domain.workers", "domain.splits", "domain.batch"),
     *("domain.base", "domain.hops", "domain.cap", "domain.readout", "domain.adjacency", "domain.dropout"),
 )
 """Settings of a domain with which test episodes stay the same examples."""
@@ -188,6 +190,8 @@ def _tested(folder: RunFolder, config: RunConfig, test: dict[str, Any]) -> Teste
     if (told := test[learner]["mean"]) is not None and not math.isclose(told, scores.mean(), rel_tol=1e-9):
         raise ValueError(f"{folder.eval_file.name} and {folder.scores_file.name} are of two tests")
     settings = same_everywhere(config)
+    if any(line.get("inner_lr") == AUTO for line in read_metrics(folder.sessions_file)):
+        settings["method.inner_lr"] = AUTO  # each seed may have chosen another one
     episodes = {k: v for k, v in settings.items() if k.startswith("domain.") and not k.startswith(SAME_EPISODES)}
     if isinstance(config.domain, ImageSettings):
         del episodes["domain.name"]  # whatever the set is called, its checksum says which it is

@@ -59,7 +59,10 @@ def images_drawn(config: RunConfig, training: bool) -> Counter[str]:
         episodes["val"] = config.num_validations * config.eval.val_episodes
     if not training or config.eval.final:
         episodes[config.eval.split] += config.eval.episodes
-    return Counter({split: n * domain.ways * (domain.shots + domain.queries) for split, n in episodes.items()})
+    drawn = Counter({split: n * domain.ways * (domain.shots + domain.queries) for split, n in episodes.items()})
+    if domain.batch:
+        drawn["train"] = episodes["train"] * domain.batch
+    return drawn
 
 
 def keep_features(

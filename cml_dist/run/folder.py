@@ -235,8 +235,13 @@ def run_config(run_dir: str | Path, overrides: Sequence[str], warn: Warn = silen
     folder = RunFolder(run_dir)
     folder.check_contained()
     data = in_folder(folder.read_config().model_dump(mode="json"), folder.path)
+    if any(word.startswith("domain.size=") for word in overrides):
+        raise ConfigError(f"domain.size is what {run_dir} was trained with, and of no other test", "leave it out")
     data["parallel"] |= {"processes": None, "strategy": "auto", "offload": "auto", "deepspeed": None}
-    return with_shape(parse_config(merge(data, overrides, warn), source=f"{run_dir}/config.yaml"), data["domain"])
+    config = parse_config(merge(data, overrides, warn), source=f"{run_dir}/config.yaml")
+    if config.method.inner_lr == AUTO:
+        config = with_rate(config, data["method"]["inner_lr"])
+    return with_shape(config, data["domain"])
 
 
 def on_set(config: RunConfig, place: str) -> RunConfig:

@@ -112,9 +112,12 @@ def _input(entry: str, description: dict[str, Any]) -> str:
     if entry == "inputs":
         return f"{entry}: float32 [N, {shape}]"
     colours = "RGB" if description["input_shape"][0] == 3 else "grey"
+    said, fitted = description["preprocessing"], "this height and width"
+    if "packed_size" in said:
+        fitted = f"{' x '.join(map(str, said['packed_size']))}, then ({said['interpolation']}) {fitted}"
     return (
-        f"{entry}: uint8 [N, {shape}], {colours}, 0 to 255; scaled (bicubic) to cover this height and width and cut at "
-        "the centre; they are normalised inside, (x / 255 - mean) / std"
+        f"{entry}: uint8 [N, {shape}], {colours}, 0 to 255; scaled (bicubic) to cover {fitted}, and cut at the centre; "
+        "they are normalised inside, (x / 255 - mean) / std"
     )
 
 

@@ -14,7 +14,7 @@ from cml_dist import __version__
 from cml_dist.atomic import append_json_line, write_text
 from cml_dist.config.load import dump_config
 from cml_dist.config.methods import method_title
-from cml_dist.config.schema import RunConfig
+from cml_dist.config.schema import AUTO, RunConfig
 from cml_dist.distributed.deepspeed import deepspeed_config, zero_stage
 from cml_dist.distributed.env import this_start
 from cml_dist.distributed.failure import Failure
@@ -51,6 +51,7 @@ class Session:
     def __init__(self, config: RunConfig, world: World, console: Console) -> None:
         self.config, self.world, self.console = config, world, console
         self.folder, self.start = RunFolder(config.run.dir), this_start()
+        self._asked_rate = config.method.inner_lr
         self._log = RankLog(world.rank)
         self.trackers = Trackers(config, 0, console, active=False)  # until the run has begun
         self._metrics: MetricsWriter | None = None  # rank 0's, once the run has begun
@@ -81,6 +82,8 @@ class Session:
         Collective: all ranks.
         """
         record = session_record(parts, self.world, step)
+        if self._asked_rate == AUTO:
+            record["inner_lr"] = AUTO  # of which config.yaml has the number that was chosen
         self.step, self.doing = step, "training"
         self.world.run_on_main(lambda: self._begin(parts, record, validated))
         here = f"run.dir {self.folder.path.resolve()}"

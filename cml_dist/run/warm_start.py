@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cml_dist.atomic import write_json
-from cml_dist.config.schema import RunConfig
+from cml_dist.config.schema import ImageSettings, RunConfig
 from cml_dist.data.base import Domain, ModelInputs
 from cml_dist.errors import CheckpointError, ConfigError
 from cml_dist.meta.rule import LEARNED_RATES, part_of
@@ -38,12 +38,14 @@ class Start:
         values: by canonical name, on the CPU; what a rule learned beside rates is put into the network's own.
         source: where they are from, in words; empty for the copy in the run's own folder.
         mean, std: of each channel, by which that run's images were normalised; None: not known.
+        size: height and width of the images that its network read; empty: not known.
     """
 
     values: Params
     source: str
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    size: tuple[int, ...] = ()
 
 
 def read_start(config: RunConfig, warn: Warn) -> Start | None:
@@ -83,17 +85,18 @@ def _exported(folder: Path, source: str) -> Start:
         rest = StreamReader(folder / REST)
         values = {f"{BODY}.model.{n}": value for n, value in values.items()}
         values |= {name: rest.read(name) for name in rest.layout}
-    inputs = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["preprocessing"]
+    said = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    inputs = {"input_shape": said.get("input_shape", ()), **said["preprocessing"]}
     return _start(values, source, inputs)
 
 
 def _start(values: Params, source: str, inputs: dict[str, object]) -> Start:
-    read = ModelInputs.model_validate({"input_shape": (), "output_dim": None, **inputs})
+    read = ModelInputs.model_validate({"input_shape": (), **inputs, "output_dim": None})
     rates = {n: value for n, value in values.items() if n.startswith(LEARNED_RATES)}
     beside = tuple((n[len(PREFIX) : -2], 0, 0) for n in values if n.startswith(PREFIX) and n.endswith(".A"))
     network = MamlPlusPlus(0.0, 0.0).network(values, 0)  # the norms of the first step
     network = Lora(0.0, 0.0, beside=beside).network({**values, **network}, 0)
-    return Start({**network, **rates}, source, read.mean, read.std)
+    return Start({**network, **rates}, source, read.mean, read.std, read.input_shape[1:])
 
 
 def keep_start(config: RunConfig, net: CmlNet, inputs: ModelInputs) -> None:
@@ -105,9 +108,15 @@ def keep_start(config: RunConfig, net: CmlNet, inputs: ModelInputs) -> None:
 
 def normalise_as_before(config: RunConfig, domain: Domain, start: Start | None, console: Console) -> None:
     """Give the network images as it was given them, where ``domain.statistics`` says so."""
-    if start is None or start.mean is None or getattr(config.domain, "statistics", "set") == "set":
+    if start is None or not isinstance(config.domain, ImageSettings):
         return
     shape = tuple(map(int, domain.input_shape))
+    if start.source and len(start.size) == 2 and start.size != shape[1:]:
+        ours, theirs = ("x".join(map(str, size[::-1])) for size in (shape[1:], start.size))
+        remedy = f" (domain.size={start.size[0]} reads these so)" if start.size[0] == start.size[1] else ""
+        console.warn(f"Images have {ours} px, and those of {start.source} had {theirs}{remedy}")
+    if start.mean is None or config.domain.statistics == "set":
+        return
     if len(start.mean) == shape[0]:  # colours for grey fit no body
         said = domain.adopt(ModelInputs(input_shape=shape, output_dim=None, mean=start.mean, std=start.std))
         if said is not None:
@@ -142,7 +151,8 @@ def check_start(config: RunConfig, net: CmlNet, start: Start | None, warn: Warn)
     has_statistics = any(n.endswith("running_mean") for n in taken)
     if config.model.norm == "frozen" and has_batch_norm(net.body) and not has_statistics:
         raise ConfigError(
-            f"model.norm is frozen, but {place}, which has no statistics to freeze", "set model.norm=batch"
+            f"model.norm is frozen, but {place}, which has no statistics to freeze",
+            "set model.norm=batch, or give an export, which has some",
         )
     if lacking:
         said = f"{len(lacking)} of {len(body)} tensors of the body are not taken over, and start as without it"

@@ -116,6 +116,16 @@ def test_other_test_episodes_are_refused(tmp_path, setting, said):
         compare([read_run(tmp_path / name) for name in "ab"])
 
 
+def test_how_images_are_read_is_no_other_episode_and_a_rate_that_each_seed_chose_one_variant(tmp_path):
+    for seed, rate in enumerate((0.01, 0.003)):
+        run = write_run(tmp_path / f"auto-{seed}", [0.5, 0.7], f"run.seed={seed}", f"method.inner_lr={rate}")
+        (run / "sessions.jsonl").write_text(json.dumps({"step": 0, "inner_lr": "auto"}) + "\n")
+    write_run(tmp_path / "fixed", [0.5, 0.6], "domain.features=compute", "domain.size=32", "method.inner_lr=0.01")
+    found = compare([read_run(run) for run in find_runs([str(tmp_path)])])
+    assert [len(variant.runs) for variant in found.variants] == [2, 1]
+    assert "inner_lr=auto" in found.variants[0].name
+
+
 def test_other_data_and_numbers_of_episodes_are_refused(tmp_path):
     write_run(tmp_path / "a", [0.1, 0.2])
     write_run(tmp_path / "b", [0.1, 0.2, 0.3])

@@ -141,6 +141,12 @@ def test_it_is_tested_on_a_set_of_other_classes_and_planned(pretrained, images, 
     assert json.loads(capsys.readouterr().out)["num_parameters"] == sum(p.numel() for p in net.parameters())
 
 
+def test_its_batches_have_the_size_that_is_read(images, tmp_path):
+    domain = domain_of(images, "domain.size=24")
+    assert domain.episode("train", 0).query.inputs.shape[2:] == domain.episode("val", 0).query.inputs.shape[2:]
+    assert pretrain(images, tmp_path / "run", "domain.size=24") == 0
+
+
 def test_what_does_not_fit_is_one_line(pretrained, images, tmp_path, capsys):
     def refused(code: int) -> str:
         assert code != 0

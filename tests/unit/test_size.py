@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from image_sets import write_folder, write_set
+from packaging import version
 from PIL import Image
 from timm.models import save_for_hf
 
@@ -19,6 +20,7 @@ from cml_dist.config.load import parse_config
 from cml_dist.data.build import build_domain
 from cml_dist.data.pixels import to_image
 from cml_dist.data.shards import ShardSet
+from cml_dist.errors import ConfigError
 from cml_dist.run.folder import run_config
 from cml_dist.run.trainer import train
 from cml_dist.telemetry.console import Console
@@ -61,7 +63,10 @@ def test_episodes_evaluation_on_another_set_and_answers_have_the_weights_size(tm
 
     # What the export answers to the packed pictures is what was tested, to the episode.
     config = run_config(run, [])
-    packed = run_config(run, ["domain.size=set"])
+    with pytest.raises(ConfigError, match="domain.size is what .* was trained with"):
+        run_config(run, ["domain.size=set"])
+    data = config.model_dump(mode="json")
+    packed = parse_config(data | {"domain": data["domain"] | {"size": "set"}})
     domain = build_domain(packed.domain, train_seed=0, eval_seed=config.eval.seed)
     learner, found = cml_dist.load(run), []
     for index in range(config.eval.episodes):
@@ -70,6 +75,11 @@ def test_episodes_evaluation_on_another_set_and_answers_have_the_weights_size(tm
         right = np.array(adapted.predict(list(episode.query.inputs.numpy()))) == episode.query.targets.numpy()
         found.append(right.mean())
     assert np.load(tmp_path / "run" / "eval_scores.npz")["meta"].tolist() == pytest.approx(found)
+
+    if version.parse(timm.__version__) >= version.parse("1.0.26"):  # reads folders
+        model = timm.create_model(f"local-dir:{run}/export", pretrained=True)
+        assert model.pretrained_cfg["input_size"] == (3, READ, READ)
+        assert model.pretrained_cfg["interpolation"] == "lanczos"
 
     # A set that is packed at the weights' size is read as it is; a file of pictures goes the run's own way.
     write_set(tmp_path / "large", images=4, size=READ)

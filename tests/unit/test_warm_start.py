@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from cml_dist.cli import main
 from cml_dist.run import checkpoint as checkpoints
+from cml_dist.run.folder import run_config
 
 TINY = (
     "domain.ways=3", "domain.shots=1", "domain.queries=2", "model.filters=4", "method.inner_steps=1",
@@ -150,6 +151,9 @@ def test_the_inner_rate_is_the_best_of_a_ladder_and_becomes_the_runs_setting(ear
         assert go(images, tmp_path / "auto", start, some, f"method.inner_lr={setting}") == 0
     assert "before training" not in capsys.readouterr().out, "it is chosen once"
     assert go(images, tmp_path / "auto", start, some, "method.inner_lr=0.7") == 1
+    assert run_config(tmp_path / "auto", ["method.inner_lr=auto"]).method.inner_lr == rate
+    asked = json.loads((tmp_path / "auto" / "sessions.jsonl").read_text().splitlines()[0])
+    assert asked["inner_lr"] == "auto"
     assert f"method.inner_lr was {rate}, is 0.7" in capsys.readouterr().err
 
 
