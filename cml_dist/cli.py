@@ -167,6 +167,16 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         _option("--latex", "also write the tables for LaTeX (booktabs)", metavar="FILE"),
         _option("--md", "also write the tables in Markdown", metavar="FILE"),
     )),
+    "report": ("compare.report", "runs, finished or not, as one page to look at: tables, curves, sample episodes", (
+        _option("runs", "run folders, or folders with runs somewhere below", metavar="RUN", nargs="+"),
+        _option("--out", "the page (.html); its figures lie beside it; what is there is replaced", required=True,
+                metavar="FILE"),
+        _option("--baseline", "as of compare", metavar="NAME"),
+        _option(
+            "--episodes", "test episodes that are shown with the answers of the baseline and of the best (default 2)",
+            type=int, default=2, metavar="N",
+        ),
+    )),
     "export": ("finished.export", "write body and head of a run as safetensors with a model card; or as ONNX", (
         _option("run_dir", "the folder of a run; or a classifier that predict --save wrote", metavar="RUN"),
         _option("--to", "where to write (default: RUN/export; of a classifier beside it)", metavar="DIR"),
@@ -286,6 +296,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cml-dist compare runs/maml-* runs/cml-* --latex table.tex",
         "cml-dist compare runs --baseline method.name=boil --csv compare.csv",
     ),
+    "report": ("cml-dist report runs --out report.html",),
     "status": ("cml-dist status runs/first --watch", "cml-dist status runs", "cml-dist status runs/* --check"),
     "export": (
         "cml-dist export runs/first --to first-model --license apache-2.0",

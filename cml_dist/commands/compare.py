@@ -1,4 +1,4 @@
-"""``cml-dist compare``: finished runs beside each other, on the same test episodes."""
+"""``cml-dist compare`` and ``cml-dist report``: runs beside each other, as tables and as a page."""
 
 from __future__ import annotations
 
@@ -34,3 +34,30 @@ def compare(args: argparse.Namespace, console: Console) -> None:
         if place:
             write_text(Path(place), written(found))
             console.note(f"Written: {place}")
+
+
+def report(args: argparse.Namespace, console: Console) -> None:
+    from cml_dist.run.compare import find_runs
+    from cml_dist.tools.report_figures import draw_all, draw_fits
+    from cml_dist.tools.report_page import check_out, figures_folder, write_report
+    from cml_dist.tools.report_runs import read_shown
+
+    if args.episodes < 0:
+        raise ConfigError(f"--episodes is {args.episodes}", "give 0 or more")
+    check_out(out := Path(args.out))
+    shown = read_shown(find_runs(args.runs), args.baseline)
+    for warning in shown.warnings:
+        console.warn(warning)
+    samples, fits, absent = [], None, "no run is finished and tested" if args.episodes else "none were asked for"
+    if args.episodes and shown.comparisons:
+        console.loading()
+        from cml_dist.tools.report_samples import Sample, sample_episodes
+
+        try:
+            samples, absent = sample_episodes(shown, shown.comparisons[0][1], args.episodes), ""
+        except CmlError as error:
+            console.warn(absent := f"no sample episodes: {error}")
+        if samples and not isinstance(samples[0], Sample):
+            samples, fits = [], draw_fits(samples, {variant.number: variant.name for variant in shown.variants})
+    write_report(out, shown, [*draw_all(shown)], samples, fits, absent)
+    console.note(f"Written: {out}, and its figures in {figures_folder(out)}")

@@ -159,8 +159,16 @@ def _runs_below(place: str) -> Iterator[str]:
             yield root
 
 
-def read_run(path: str) -> TestedRun:
+def variant_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings, flat, that runs of one variant have alike."""
+    return {key: value for key, value in same_everywhere(config).items() if not key.startswith(UNNAMED_KEYS)}
+
+
+def read_run(path: str, metrics: Sequence[dict[str, Any]] | None = None) -> TestedRun:
     """What a run's folder says of its own test.
+
+    Args:
+        metrics: its ``metrics.jsonl``, where that has been read.
 
     Raises:
         CheckpointError: it is no run, is not finished or not tested, or its records are damaged.
@@ -177,13 +185,15 @@ def read_run(path: str) -> TestedRun:
     if (test := folder.own_test()) is None:
         raise CheckpointError(f"{path} has no test ({folder.eval_file.name})", f"run cml-dist eval {path}")
     try:
-        return _tested(folder, config, test)
+        return _tested(folder, config, test, read_metrics(folder.metrics_file) if metrics is None else metrics)
     except _DAMAGE as error:
         what = f"the test in {path} is damaged ({type(error).__name__}: {str(error)[:200]})"
         raise CheckpointError(what, f"run cml-dist eval {path}") from error
 
 
-def _tested(folder: RunFolder, config: RunConfig, test: dict[str, Any]) -> TestedRun:
+def _tested(
+    folder: RunFolder, config: RunConfig, test: dict[str, Any], metrics: Sequence[dict[str, Any]]
+) -> TestedRun:
     learner = config.eval.learner if config.eval.learner in test else "meta"
     with open(folder.scores_file, "rb") as opened, np.load(opened) as file:  # np.load leaves a torn one open
         scores = file[learner].astype(float, casting="safe").reshape(test[learner]["episodes"])
@@ -201,13 +211,12 @@ def _tested(folder: RunFolder, config: RunConfig, test: dict[str, Any]) -> Teste
         data = newest_state(folder.checkpoints).get("data", "")
     episodes |= {"the data's checksum": data[:12], "eval.split": test["split"]}
     episodes |= {"eval.seed": test.get("seed", config.eval.seed), "eval.episodes": len(scores)}
-    metrics = read_metrics(folder.metrics_file)
     memory = [line["peak_memory_gib"] for line in metrics if line.get("peak_memory_gib") is not None]
     validated = ((line["step"], line["mean"]) for line in read_metrics(folder.validation_file))
     return TestedRun(
         folder=str(folder.path),
         seed=config.run.seed,
-        settings={key: value for key, value in settings.items() if not key.startswith(UNNAMED_KEYS)},
+        settings=variant_settings(config),
         episodes=episodes,
         method=method_title(config),
         score=test["score"],
@@ -242,7 +251,7 @@ def compare(runs: Sequence[TestedRun], baseline: str | None = None, reach: float
         if (first := group.setdefault(run.seed, run)) is not run:
             notes.append(f"{run.folder} is left out: the variant and seed of {first.folder} again")
     variants = [tuple(group[seed] for seed in sorted(group)) for group in groups.values()]
-    names = _names(variants)
+    names = variant_names([runs[0].settings for runs in variants], variants[0][0].method)
     base = _baseline(baseline, names, variants)
     order = sorted(range(len(variants)), key=lambda k: k != base)
     found = tuple(_variant(names[k], variants[k], None if k == base else variants[base], reach) for k in order)
@@ -266,15 +275,18 @@ def _check_same_episodes(first: TestedRun, run: TestedRun) -> None:
         )
 
 
-def _names(variants: Sequence[tuple[TestedRun, ...]]) -> list[str]:
-    """What differs: ``method.name=boil, inner_steps=5``, without what follows from a method's name in each variant."""
-    each = [runs[0].settings for runs in variants]
+def differing(each: Sequence[dict[str, Any]]) -> list[str]:
+    """Settings of variants in which they differ, without what follows from a method's name in each of them."""
     keys = [key for key in {key: None for one in each for key in one} if len({str(one.get(key)) for one in each}) > 1]
     pairs = [(one, _implied(one)) for one in each]
     keys = [key for key in keys if any(key not in implied or implied[key] != one[key] for one, implied in pairs)]
-    if not keys:
-        return [variants[0][0].method]
-    keys.sort(key=lambda key: not key.startswith("method."))
+    return sorted(keys, key=lambda key: not key.startswith("method."))
+
+
+def variant_names(each: Sequence[dict[str, Any]], alone: str) -> list[str]:
+    """What differs: ``method.name=boil, inner_steps=5``; ``alone`` where nothing does."""
+    if not (keys := differing(each)):
+        return [alone] * len(each)
     short = {key: key if key == "method.name" else key.removeprefix("method.") for key in keys}
     return [", ".join(f"{short[key]}={as_yaml(one.get(key))}" for key in keys) for one in each]
 

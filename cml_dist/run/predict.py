@@ -92,6 +92,7 @@ class Learner:
     Attributes:
         ways: the classes that its head was trained for (its outputs); None: any number.
         description: what the export says of it.
+        params, rule, problem: what its description and its weights are in the terms of ``cml_dist.meta``.
     """
 
     def __init__(self, description: dict[str, Any], tensors: Params, device: torch.device) -> None:
@@ -105,14 +106,14 @@ class Learner:
         if rule is None:  # format 1; the oldest do not say what adapts: all of body and head
             adapts = description.get("adapts", [n for n, _ in net.named_parameters()])
             rule = {"kind": "InnerRule", "adapts": adapts, **{k: description[k] for k in ("body_lr", "head_lr")}}
-        self._rule = described_rule(rule)
+        self.rule = described_rule(rule)
         adaptable = net.adaptable()
         self._adaptable = list(adaptable)
-        net.add_rule(self._rule.init(adaptable), self._rule.replaces)
+        net.add_rule(self.rule.init(adaptable), self.rule.replaces)
         for name, value in net.named_parameters():
             if tensors[name].shape != value.shape:
                 raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(value.shape)}")
-        self._params = {n: tensors[n].to(device) for n, _ in net.named_parameters()}
+        self.params = {n: tensors[n].to(device) for n, _ in net.named_parameters()}
         buffers = {n: tensors.get(n, b).to(device) for n, b in net.named_buffers()}
         usual = torch.nn.functional.mse_loss if self.regression else torch.nn.functional.cross_entropy
         loss = usual if own is None else own.loss
@@ -147,12 +148,12 @@ class Learner:
             classes = list(dict.fromkeys(labels))
             targets = torch.tensor([classes.index(label) for label in labels])
         support = Batch(inputs, targets.to(self.device))
-        params, ways = self._params, self.ways or len(classes)
+        params, ways = self.params, self.ways or len(classes)
         if len(classes) > ways:
             params, ways = self._widened(len(classes)), len(classes)
         steps = self.description["inner_steps"] if inner_steps is None else inner_steps
         episode = Episode(support, support, "test", 0, ways=ways)
-        adapted = adapt(params, episode, self.problem, Method(steps, self._rule))
+        adapted = adapt(params, episode, self.problem, Method(steps, self.rule))
         network = network_part({**self.problem.buffers, **adapted})
         seen = self.problem.seen_of(network, episode, ("meta",), "support")
         return AdaptedLearner(self.description, network, seen, classes, self.problem)
@@ -167,15 +168,15 @@ class Learner:
         def wide(rows: Tensor) -> Tensor:
             return rows.mean(0, keepdim=True).repeat(classes, *[1] * (rows.ndim - 1))
 
-        head = {n: wide(value) for n, value in self._params.items() if part_of(n) == HEAD}
-        if not self._rule.rates(head) or any(part_of(n) == HEAD for n in self.problem.buffers):
+        head = {n: wide(value) for n, value in self.params.items() if part_of(n) == HEAD}
+        if not self.rule.rates(head) or any(part_of(n) == HEAD for n in self.problem.buffers):
             raise DataError(
                 f"{classes} classes were given, and the head's {self.ways} outputs do not adapt by this method",
                 f"adapt to at most {self.ways} classes, or meta-train with more domain.ways or another model.head",
             )
-        params = {**self._params, **head}
+        params = {**self.params, **head}
         every = {**self.problem.buffers, **params}  # a rule may have put its own in the place of some
-        learned = self._rule.init({n: every[n] for n in self._adaptable})
+        learned = self.rule.init({n: every[n] for n in self._adaptable})
         return params | {n: wide(params[n]) for n, value in learned.items() if value.shape != params[n].shape}
 
     def inputs(self, images: Any) -> Tensor:
