@@ -19,7 +19,7 @@ INSTALLED := $(VENV)/.installed
 help:
 	@echo "make demo       meta-train CML on embedded data (all GPUs, or 2 CPU processes), test and export it; under 10 minutes"
 	@echo "make test       run ruff and the tests (PYTEST_ARGS=...); 9 to 20 minutes on 2 cores"
-	@echo "make test-all   the same, and what is slow: the tutorial, container images, two machines, a real SLURM, long faults"
+	@echo "make test-all   the same, and what is slow: the tutorial, container images, two machines, a real SLURM, a browser, long faults"
 	@echo "make golden     run five short runs on the commit BASE=... and on the working tree, and compare them to the bit"
 	@echo "make speed      seconds of a meta-step beside a plain unrolled loop and other libraries (SPEED_ARGS=...); 15 minutes"
 	@echo "make gpu-check  parity, seconds and memory on a GPU, and the largest ViT that trains on it (GPU_CHECK_ARGS=...); 10 minutes"

@@ -287,8 +287,12 @@ def variant_names(each: Sequence[dict[str, Any]], alone: str) -> list[str]:
     """What differs: ``method.name=boil, inner_steps=5``; ``alone`` where nothing does."""
     if not (keys := differing(each)):
         return [alone] * len(each)
-    short = {key: key if key == "method.name" else key.removeprefix("method.") for key in keys}
-    return [", ".join(f"{short[key]}={as_yaml(one.get(key))}" for key in keys) for one in each]
+    return [", ".join(f"{short_key(key)}={as_yaml(one.get(key))}" for key in keys) for one in each]
+
+
+def short_key(key: str) -> str:
+    """A setting as variants' names have it."""
+    return key if key == "method.name" else key.removeprefix("method.")
 
 
 def _implied(settings: dict[str, Any]) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def _over(
         ticks = sorted({x for line in lines.values() for x, _ in line})
         axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
         axes.minorticks_off()
-        axes.set(xlabel="shots a class" if name == "shots" else "parameters", ylabel=f"test {label}")
+        axes.set(xlabel=over, ylabel=f"test {label}")
         _legend(figure, axes)
         title = f"{label.removesuffix(' (%)')} over {over}"
         return _drawn(figure, axes, name, title[0].upper() + title[1:], "With 95 % intervals over episodes.")

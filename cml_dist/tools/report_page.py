@@ -17,7 +17,7 @@ from cml_dist import __version__
 from cml_dist.atomic import write_bytes, write_text
 from cml_dist.config.keys import as_yaml
 from cml_dist.errors import ConfigError
-from cml_dist.run.compare import Comparison
+from cml_dist.run.compare import Comparison, short_key
 from cml_dist.run.status import now
 from cml_dist.telemetry.text import line
 from cml_dist.tools.compare_tables import tables
@@ -69,9 +69,7 @@ def write_report(
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"line": line, "base64": lambda data: base64.b64encode(data).decode()}
     count, variants = sum(len(variant.runs) for variant in shown.variants), shown.variants
-    about = (
-        f"{count} run{'s' * (count > 1)}, {len(variants)} variant{'s' * (len(variants) > 1)}; {now()[:10]}, cml-dist"
-    )
+    about = f"{count} run{'s' * (count > 1)}, {len(variants)} variant{'s' * (len(variants) > 1)}; {now()[:10]}"
     compared = [
         (title, [(heading, columns, _numbered(shown, found, rows)) for heading, columns, rows in tables(found)])
         for title, found in shown.comparisons
@@ -82,6 +80,7 @@ def write_report(
         about=f"{about}, cml-dist {__version__}. Figures as SVG and PNG: {folder.name}/",
         shown=shown,
         common=_common(variants),
+        columns=["variant", *map(short_key, shown.differing), "seeds", "state"],
         runs=[(variant.number, _row(shown, variant)) for variant in variants],
         names={variant.number: variant.name for variant in variants},
         comparisons=compared,

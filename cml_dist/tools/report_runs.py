@@ -27,6 +27,9 @@ POINTS = 200
 ROSE = 1.5
 """A run has diverged whose loss at its end (a tenth of its steps) is so many times that at its beginning."""
 
+LARGEST = 1e15
+"""Values and steps beyond, and what is not finite, are not drawn."""
+
 Curve = dict[int, float]
 """Values by meta-step."""
 
@@ -169,7 +172,7 @@ def _read(path: str) -> ShownRun:
         reason = f": {status.reason}" if status and status.state in ("failed", "stopped") and status.reason else ""
         warnings.append(f"Not in the tables: {error.what}{step}{reason}")
     if skipped := sum(line.get("skipped") is True for line in metrics):
-        warnings.append(f"{path} skipped {skipped:,} meta-steps, whose meta-gradient held NaN or infinity")
+        warnings.append(f"{path} skipped meta-steps for NaN or infinity in the meta-gradient: {skipped:,}")
     losses = [*curves["loss"].values()]
     if tenth := len(losses) // 10:
         first, last = (math.fsum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
@@ -191,11 +194,11 @@ def _read(path: str) -> ShownRun:
 
 
 def _curve(records: Sequence[dict[str, Any]], key: str, width: int = 1) -> Curve:
-    """Means over ``width`` steps each, by the last of them; of finite values alone."""
+    """Means over ``width`` steps each, by the last of them; of values that can be drawn."""
     found: dict[int, list[float]] = {}
     for record in records:
         value = record.get(key)
-        if isinstance(value, (int, float)) and math.isfinite(value):
+        if isinstance(value, (int, float)) and abs(value) < LARGEST and 0 <= record["step"] < LARGEST:
             found.setdefault(-(-record["step"] // width) * width, []).append(value)
     return {step: math.fsum(values) / len(values) for step, values in sorted(found.items())}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from cml_dist.config.load import silently
@@ -56,8 +57,8 @@ def sample_episodes(shown: Shown, found: Comparison, count: int) -> list[Sample]
     Raises:
         CmlError: export or data are not at hand, or the episodes are neither pictures nor curves.
     """
-    sign = -1 if found.score == "mse" else 1
-    best = max(found.variants, key=lambda v: sign * v.over_episodes.mean)
+    sign, finite = -1 if found.score == "mse" else 1, [v for v in found.variants if np.isfinite(v.over_episodes.mean)]
+    best = max(finite or found.variants, key=lambda v: sign * v.over_episodes.mean)
     chosen = {shown.variant_of(v.runs[0]).number: v.runs[0].folder for v in (found.variants[0], best)}
     made = {number: _opened(folder) for number, folder in chosen.items()}
     return [_sample(made, found.split, index) for index in range(min(count, found.episodes))]
