@@ -56,7 +56,8 @@ def report(args: argparse.Namespace, console: Console) -> None:
         try:
             samples, absent = sample_episodes(shown, shown.comparisons[0][1], args.episodes), ""
         except CmlError as error:
-            console.warn(absent := f"no sample episodes: {error}")
+            absent = str(error)
+            console.warn(f"No sample episodes: {absent}")
         if samples and not isinstance(samples[0], Sample):
             samples, fits = [], draw_fits(samples, {variant.number: variant.name for variant in shown.variants})
     write_report(out, shown, [*draw_all(shown)], samples, fits, absent)

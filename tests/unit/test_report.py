@@ -214,4 +214,4 @@ def test_sample_episodes_are_those_of_the_test(tmp_path, kind):
     write_curves(tmp_path / "runs/cml")
     (tmp_path / "runs/maml/export/model.json").unlink()
     page = report(tmp_path / "runs", out=tmp_path / "page.html", words=())
-    assert "None: no sample episodes: " in page and "has no exported model" in page
+    assert re.search("None: .* has no exported model", page)
