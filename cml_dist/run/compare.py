@@ -159,9 +159,12 @@ def _runs_below(place: str) -> Iterator[str]:
             yield root
 
 
-def variant_settings(config: RunConfig) -> dict[str, Any]:
+def variant_settings(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     """The settings, flat, that runs of one variant have alike."""
-    return {key: value for key, value in same_everywhere(config).items() if not key.startswith(UNNAMED_KEYS)}
+    found = {key: value for key, value in same_everywhere(config).items() if not key.startswith(UNNAMED_KEYS)}
+    if any(line.get("inner_lr") == AUTO for line in read_metrics(folder.sessions_file)):
+        found["method.inner_lr"] = AUTO  # each seed may have chosen another one
+    return found
 
 
 def read_run(path: str, metrics: Sequence[dict[str, Any]] | None = None) -> TestedRun:
@@ -200,8 +203,6 @@ def _tested(
     if (told := test[learner]["mean"]) is not None and not math.isclose(told, scores.mean(), rel_tol=1e-9):
         raise ValueError(f"{folder.eval_file.name} and {folder.scores_file.name} are of two tests")
     settings = same_everywhere(config)
-    if any(line.get("inner_lr") == AUTO for line in read_metrics(folder.sessions_file)):
-        settings["method.inner_lr"] = AUTO  # each seed may have chosen another one
     episodes = {k: v for k, v in settings.items() if k.startswith("domain.") and not k.startswith(SAME_EPISODES)}
     if isinstance(config.domain, ImageSettings):
         del episodes["domain.name"]  # whatever the set is called, its checksum says which it is
@@ -216,7 +217,7 @@ def _tested(
     return TestedRun(
         folder=str(folder.path),
         seed=config.run.seed,
-        settings=variant_settings(config),
+        settings=variant_settings(folder, config),
         episodes=episodes,
         method=method_title(config),
         score=test["score"],

@@ -181,7 +181,7 @@ def _read(path: str) -> ShownRun:
     return ShownRun(
         folder=str(folder.path),
         seed=config.run.seed,
-        settings=variant_settings(config),
+        settings=variant_settings(folder, config),
         method=method_title(config),
         score=score,
         state=status.state if status else "unknown",
