@@ -9,6 +9,9 @@ import os
 # they wait for each other, and a test of seconds then takes minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Of whoever tests: tables are of one width wherever that is.
+os.environ.pop("COLUMNS", None)
+
 from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
