@@ -41,6 +41,7 @@ TRACKER_REQUIREMENTS = [
     "wandb>=0.18",
 ]
 ONNX_REQUIREMENTS = [
+    "onnx>=1.17",
     "onnxruntime>=1.20",
     "onnxscript>=0.2",
 ]
