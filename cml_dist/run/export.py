@@ -10,8 +10,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, Field, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cml_dist import __version__
@@ -30,10 +28,10 @@ from cml_dist.run.card import UNKNOWN, model_card, tested_figure
 from cml_dist.run.checkpoint import choose
 from cml_dist.run.folder import DESCRIPTION, REST, WEIGHTS, RunFolder
 from cml_dist.run.report import overrides_of
-from cml_dist.run.safetensors_stream import save_tensors
+from cml_dist.run.safetensors_stream import read_exported, save_tensors
 from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.metrics import read_metrics
-from cml_dist.types import BODY, COLEARNER, INTERPOLATIONS, Batch, Episode, Params
+from cml_dist.types import COLEARNER, INTERPOLATIONS, Batch, Episode, Params
 
 CARD = "README.md"
 TIMM_CONFIG, ONNX = "config.json", "model.onnx"
@@ -287,9 +285,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     try:
         if not (folder / WEIGHTS).is_file():
             raise FileNotFoundError(f"no file {WEIGHTS}")
-        tensors = load_file(folder / WEIGHTS)
-        if (folder / REST).is_file():
-            tensors = {f"{BODY}.model.{n}": value for n, value in tensors.items()} | load_file(folder / REST)
-        return {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        return {n: t.float() if t.is_floating_point() else t for n, t in read_exported(folder).items()}
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} is missing or damaged ({error})", "export the run again") from error

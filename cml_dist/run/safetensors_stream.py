@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from cml_dist.atomic import atomic_file, refused
-from cml_dist.types import Layout
+from cml_dist.run.folder import REST, WEIGHTS
+from cml_dist.types import BODY, Layout
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -167,3 +168,20 @@ def _header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def read_exported(folder: Path) -> dict[str, Tensor]:
+    """All tensors of an export, or of another network that is no checkpoint, by canonical name.
+
+    Raises:
+        OSError: they cannot be read. ValueError: a file is no whole safetensors file.
+    """
+    tensors = _read_all(folder / WEIGHTS)
+    if (folder / REST).is_file():  # the others then have timm's own names
+        tensors = {f"{BODY}.model.{name}": value for name, value in tensors.items()} | _read_all(folder / REST)
+    return tensors
+
+
+def _read_all(path: Path) -> dict[str, Tensor]:
+    file = StreamReader(path)
+    return {name: file.read(name) for name in file.layout}

@@ -20,8 +20,8 @@ from cml_dist.methods.maml_pp import MamlPlusPlus
 from cml_dist.nets.guard import has_batch_norm
 from cml_dist.nets.network import CmlNet
 from cml_dist.run.checkpoint import find
-from cml_dist.run.folder import DESCRIPTION, REST, WEIGHTS, RunFolder, steps_in
-from cml_dist.run.safetensors_stream import StreamReader, save_tensors
+from cml_dist.run.folder import DESCRIPTION, WEIGHTS, RunFolder, steps_in
+from cml_dist.run.safetensors_stream import read_exported, save_tensors
 from cml_dist.telemetry.console import Console
 from cml_dist.types import BODY, COLEARNER, HEAD, RULE, Params
 
@@ -79,12 +79,7 @@ def _read(place: Path, warn: Warn) -> Start:
 
 
 def _exported(folder: Path, source: str) -> Start:
-    file = StreamReader(folder / WEIGHTS)
-    values = {name: file.read(name) for name in file.layout}
-    if (folder / REST).is_file():  # the others have timm's own names
-        rest = StreamReader(folder / REST)
-        values = {f"{BODY}.model.{n}": value for n, value in values.items()}
-        values |= {name: rest.read(name) for name in rest.layout}
+    values = read_exported(folder)
     said = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     inputs = {"input_shape": said.get("input_shape", ()), **said["preprocessing"]}
     return _start(values, source, inputs)
