@@ -23,9 +23,7 @@ from cml_dist.methods.check import check_rule, made_up_episode
 from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.guard import check_twice_differentiable
 from cml_dist.nets.network import CmlNet
-from cml_dist.run.checkpoint import newest_state
 from cml_dist.run.features import keep_features
-from cml_dist.run.folder import RunFolder
 from cml_dist.run.trained import trained_inputs
 from cml_dist.run.warm_start import check_start, normalise_as_before, read_start
 from cml_dist.telemetry.console import Console, preparing
@@ -130,9 +128,7 @@ def assemble(
     method = world.run_on_all_ranks(make_method)
     kept = None
     if training:  # once network and method are known to be sound
-        then = world.run_on_all_ranks(lambda: newest_state(RunFolder(config.run.dir).checkpoints).get("kept"))
-        (then, *_) = world.gather(then if isinstance(then, list) else None)  # as rank 0 sees it: see above
-        kept = keep_features(config, net, domain, world, console, splits, training=True, then=then)
+        kept = keep_features(config, net, domain, world, console, splits, training=True)
     with preparing(console) as progress:
         world.run_on_all_ranks(load)  # every rank decodes at once
     world.heartbeat.beat("measuring memory")

@@ -24,6 +24,8 @@ from cml_dist.meta.rule import part_of
 from cml_dist.nets.guard import couples_examples
 from cml_dist.nets.network import CmlNet
 from cml_dist.registry import TIMM, backbone_entry
+from cml_dist.run.checkpoint import newest_state
+from cml_dist.run.folder import RunFolder
 from cml_dist.telemetry.console import Console, preparing
 from cml_dist.types import BODY
 from cml_dist.user_code import is_code
@@ -74,20 +76,24 @@ def keep_features(
     splits: Collection[str],
     *,
     training: bool,
-    then: Collection[str] | None = None,
 ) -> tuple[str, ...]:
     """Have episodes of these splits give the body's features, where these never change; returns the splits that do.
 
-    A split of which fewer images will be drawn than it has goes without. The ranks share the work, and each keeps all.
+    A split of which fewer images will be drawn than it has goes without; a run that goes on keeps to the splits of its
+    first start. The ranks share the work, and each keeps all.
 
     Args:
         net: on the CPU, with its values.
-        then: the splits of which an earlier start of the run kept them; None: there was none.
+        training: whether a run's episodes are drawn, and not those of a test alone.
 
     Collective: all ranks, and all fail together.
     """
     if not are_constant(config, net):
         return ()
+    then = None
+    if training:  # as rank 0 sees it: another machine may not see the newest checkpoint yet
+        then = world.run_on_all_ranks(lambda: newest_state(RunFolder(config.run.dir).checkpoints).get("kept"))
+        (then, *_) = world.gather(then if isinstance(then, list) else None)
     drawn = images_drawn(config, training)
     chosen = [split for split in splits if split != "train" or config.domain.augment == AugmentConfig()]
     if then is None:
