@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from zipfile import BadZipFile
@@ -21,7 +21,7 @@ from cml_dist.config.methods import method_title
 from cml_dist.config.schema import AUTO, ImageSettings, MethodConfig, OptimConfig, RunConfig
 from cml_dist.errors import CheckpointError, ConfigError
 from cml_dist.registry import method_entry
-from cml_dist.run.folder import NEUTRAL_KEYS, RunFolder, same_everywhere
+from cml_dist.run.folder import NEUTRAL_KEYS, RunFolder, runs_in, same_everywhere
 from cml_dist.run.interval import Estimate, estimate
 from cml_dist.run.status import read_status
 from cml_dist.telemetry.metrics import read_metrics
@@ -146,17 +146,9 @@ def find_runs(places: Iterable[str]) -> list[str]:
     """Run folders, each once: those named, and all below a folder that is none itself."""
     found: dict[str, str] = {}
     for place in places:
-        for run in list(_runs_below(place)) or [place]:
+        for run in runs_in(place) or [place]:
             found.setdefault(os.path.realpath(run), run)
     return list(found.values())
-
-
-def _runs_below(place: str) -> Iterator[str]:
-    for root, folders, _ in os.walk(place):
-        folders.sort()
-        if RunFolder(root).exists:
-            folders.clear()
-            yield root
 
 
 def variant_settings(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
@@ -167,14 +159,11 @@ def variant_settings(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
     return found
 
 
-def read_run(path: str, metrics: Sequence[dict[str, Any]] | None = None) -> TestedRun:
-    """What a run's folder says of its own test.
-
-    Args:
-        metrics: its ``metrics.jsonl``, where that has been read.
+def open_run(path: str) -> tuple[RunFolder, RunConfig]:
+    """A run's folder and its configuration.
 
     Raises:
-        CheckpointError: it is no run, is not finished or not tested, or its records are damaged.
+        CheckpointError: it is no run, or has one for each class split.
         ConfigError: its configuration cannot be read.
     """
     folder = RunFolder(path)
@@ -182,13 +171,32 @@ def read_run(path: str, metrics: Sequence[dict[str, Any]] | None = None) -> Test
     config = folder.read_config()
     if config.all_splits:
         raise CheckpointError(f"{path} holds a run for each class split", "name the folders of one of them")
-    status = read_status(folder.status_file)
+    return folder, config
+
+
+def read_run(path: str) -> TestedRun:
+    """What a run's folder says of its own test.
+
+    Raises:
+        CheckpointError, ConfigError: as :func:`open_run` and :func:`tested_run`.
+    """
+    folder, config = open_run(path)
+    return tested_run(folder, config, read_metrics(folder.metrics_file))
+
+
+def tested_run(folder: RunFolder, config: RunConfig, metrics: Sequence[dict[str, Any]]) -> TestedRun:
+    """A run by its own test, and by the lines of its ``metrics.jsonl``.
+
+    Raises:
+        CheckpointError: it is not finished or not tested, or its records are damaged.
+    """
+    path, status = folder.path, read_status(folder.status_file)
     if status is None or status.state != "finished":
         raise CheckpointError(f"{path} is not finished ({status.state if status else 'no status.json'})", "resume it")
     if (test := folder.own_test()) is None:
         raise CheckpointError(f"{path} has no test ({folder.eval_file.name})", f"run cml-dist eval {path}")
     try:
-        return _tested(folder, config, test, read_metrics(folder.metrics_file) if metrics is None else metrics)
+        return _tested(folder, config, test, metrics)
     except _DAMAGE as error:
         what = f"the test in {path} is damaged ({type(error).__name__}: {str(error)[:200]})"
         raise CheckpointError(what, f"run cml-dist eval {path}") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cml_dist.config.keys import flatten
-from cml_dist.config.load import RUN_CONFIG, Warn, in_folder, merge, parse_config, read_yaml, silently
+from cml_dist.config.load import RUN_CONFIG, Warn, holds_run, in_folder, merge, parse_config, read_yaml, silently
 from cml_dist.config.methods import with_rate
 from cml_dist.config.schema import AUTO, ImageSettings, RunConfig
 from cml_dist.config.shape import with_shape
@@ -173,6 +173,17 @@ def _as_in(then: RunConfig, config: RunConfig) -> RunConfig:
     if config.method.inner_lr == AUTO:
         config = with_rate(config, then.method.inner_lr)
     return settled(with_shape(config, dict(then.domain)), versions_of(then))
+
+
+def runs_in(folder: str) -> list[str]:
+    """The folder itself where it is that of a run; else all runs below it, in order of name. Links are not followed."""
+    found = []
+    for place, below, _ in os.walk(folder):
+        if holds_run(Path(place)):
+            found.append(place)
+            below.clear()  # what a run keeps is its own
+        below.sort()
+    return found
 
 
 def path_of(checkpoints: Path, step: int) -> Path:

@@ -15,8 +15,17 @@ import numpy as np
 
 from cml_dist.config.keys import as_yaml
 from cml_dist.config.methods import has_classes, method_title
-from cml_dist.errors import CheckpointError, CmlError, ConfigError
-from cml_dist.run.compare import Comparison, TestedRun, compare, differing, read_run, variant_names, variant_settings
+from cml_dist.errors import CmlError, ConfigError
+from cml_dist.run.compare import (
+    Comparison,
+    TestedRun,
+    compare,
+    differing,
+    open_run,
+    tested_run,
+    variant_names,
+    variant_settings,
+)
 from cml_dist.run.folder import RunFolder
 from cml_dist.run.status import read_status
 from cml_dist.telemetry.metrics import read_metrics
@@ -150,11 +159,7 @@ def read_shown(folders: Iterable[str], baseline: str | None = None) -> Shown:
 
 def _read(path: str) -> ShownRun:
     """A run's folder; CmlError where its configuration cannot be read."""
-    folder = RunFolder(path)
-    folder.check_contained()
-    config = folder.read_config()
-    if config.all_splits:
-        raise CheckpointError(f"{path} holds a run for each class split", "name the folders of one of them")
+    folder, config = open_run(path)
     status, metrics = read_status(folder.status_file), read_metrics(folder.metrics_file)
     score = "accuracy" if has_classes(config) else "mse"
     width = -(-config.train.steps // POINTS)
@@ -164,7 +169,7 @@ def _read(path: str) -> ShownRun:
     curves["validation"] = _curve(validations, "mean")
     warnings, tested = [], None
     try:
-        tested = read_run(path, metrics)
+        tested = tested_run(folder, config, metrics)
         if not np.isfinite(tested.scores).all():
             warnings.append(f"{path} has diverged: test scores are not finite")
     except CmlError as error:

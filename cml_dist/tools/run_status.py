@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cml_dist.config.load import holds_run
 from cml_dist.errors import CheckpointError, CmlError
 from cml_dist.run.folder import RunFolder, path_of, steps_in
 from cml_dist.run.status import read_status
@@ -34,17 +32,6 @@ EXIT_CODES = {"finished": 0, "stopped": 75, "unknown": 3, "waiting": 3, "running
 
 SWEEP_RECORD = "sweep.json"
 """In the folder of a sweep: what it is."""
-
-
-def runs_in(folder: str) -> list[str]:
-    """The folder itself where it is that of a run; else all runs below it, in order of name. Links are not followed."""
-    found = []
-    for place, below, _ in os.walk(folder):
-        if holds_run(Path(place)):
-            found.append(place)
-            below.clear()  # what a run keeps is its own
-        below.sort()
-    return found
 
 
 def state_of(run_dir: str | Path) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from cml_dist.config.load import Warn, load_config, silently
 from cml_dist.config.schema import RunConfig
 from cml_dist.config.sweep import Run, Sweep, parse_sweep
 from cml_dist.errors import CheckpointError, CmlError, ConfigError
-from cml_dist.run.folder import FREE_KEYS, RunFolder
+from cml_dist.run.folder import FREE_KEYS, RunFolder, runs_in
 from cml_dist.telemetry.metrics import read_metrics
-from cml_dist.tools.run_status import SWEEP_RECORD, is_gone, runs_in, state_of
+from cml_dist.tools.run_status import SWEEP_RECORD, is_gone, state_of
 from cml_dist.user_code import SETTINGS, is_code
 
 
