@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import TextIO
-
-from jinja2 import Environment
 
 from cml_dist.atomic import atomic_file, refused
 from cml_dist.telemetry.text import line
 from cml_dist.tools.answers import Answer
+from cml_dist.tools.page import page_template
 
 FIELDS = ("image", "prediction", "probability", "error")
 """Of each row, before the probabilities of the classes."""
@@ -53,10 +50,6 @@ def _write_jsonl(file: TextIO, title: str, classes: Sequence[object], answers: I
 
 
 def _write_sheet(file: TextIO, title: str, classes: Sequence[object], answers: Iterable[Answer]) -> None:
-    template = files("cml_dist.tools").joinpath("contact_sheet.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    environment.filters["line"] = line
     found = sorted(answers, key=lambda answer: (answer.error is not None, -(answer.probability or 0.0)))
     readable = [answer for answer in found if answer.error is None]
     counts: dict[object, int] = {}
@@ -64,7 +57,7 @@ def _write_sheet(file: TextIO, title: str, classes: Sequence[object], answers: I
         counts[answer.prediction] = counts.get(answer.prediction, 0) + 1
     counted = sorted(counts.items(), key=lambda item: -item[1])
     said = {"title": title, "counts": counted, "readable": readable, "unreadable": found[len(readable) :]}
-    environment.from_string(template).stream(**said).dump(file)
+    page_template("contact_sheet.html").stream(**said).dump(file)
 
 
 WRITERS: dict[str, Callable[[TextIO, str, Sequence[object], Iterable[Answer]], None]] = {

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import string
 from collections import Counter
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from jinja2 import Environment
 
 from cml_dist import __version__
 from cml_dist.atomic import write_bytes, write_text
@@ -19,8 +15,8 @@ from cml_dist.config.keys import as_yaml
 from cml_dist.errors import ConfigError
 from cml_dist.run.compare import Comparison, short_key
 from cml_dist.run.status import now
-from cml_dist.telemetry.text import line
 from cml_dist.tools.compare_tables import tables
+from cml_dist.tools.page import page_template
 from cml_dist.tools.report_figures import RIGHT, WRONG, Drawn, style
 from cml_dist.tools.report_runs import Shown, ShownVariant
 
@@ -66,16 +62,13 @@ def write_report(
     for figure in (*figures, *([fits] if fits else [])):
         write_bytes(folder / f"{figure.name}.svg", figure.svg)
         write_bytes(folder / f"{figure.name}.png", figure.png)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"line": line, "base64": lambda data: base64.b64encode(data).decode()}
     count, variants = sum(len(variant.runs) for variant in shown.variants), shown.variants
     about = f"{count} run{'s' * (count > 1)}, {len(variants)} variant{'s' * (len(variants) > 1)}; {now()[:10]}"
     compared = [
         (title, [(heading, columns, _numbered(shown, found, rows)) for heading, columns, rows in tables(found)])
         for title, found in shown.comparisons
     ]
-    template = environment.from_string(files("cml_dist.tools").joinpath("report.html").read_text(encoding="utf-8"))
-    page = template.render(
+    page = page_template("report.html").render(
         title=out.stem,
         about=f"{about}, cml-dist {__version__}. Figures as SVG and PNG: {folder.name}/",
         shown=shown,

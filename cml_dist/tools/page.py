@@ -1,0 +1,17 @@
+"""Templates of the pages that commands write, which hold everything in one file."""
+
+from __future__ import annotations
+
+import base64
+from importlib.resources import files
+
+from jinja2 import Environment, Template
+
+from cml_dist.telemetry.text import line
+
+
+def page_template(name: str) -> Template:
+    """A template beside this module; it escapes what it is given, with filters ``line`` (one line) and ``base64``."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"line": line, "base64": lambda data: base64.b64encode(data).decode()}
+    return environment.from_string(files("cml_dist.tools").joinpath(name).read_text(encoding="utf-8"))
