@@ -13,8 +13,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -67,8 +67,9 @@ def launch_here(asked: argparse.Namespace, inner: argparse.Namespace, say: Calla
     return _watch(command, lambda: say(started), SAID[inner.command], f"{again} -- {shlex.join(asked.words)}")
 
 
-def _watch(arguments: Sequence[str], starting: Callable[[], object], first: str, again: str) -> int:
-    """``first``: what a first Ctrl-C does; ``again``: the command to go on with."""
+@contextmanager
+def heard(first: str, numbers: Sequence[int] = PASSED_ON) -> Iterator[list[int]]:
+    """The signals that come meanwhile, each said on the screen; ``first``: what it does but for a second Ctrl-C."""
     came: list[int] = []
 
     def hear(number: int, frame: object) -> None:
@@ -80,24 +81,30 @@ def _watch(arguments: Sequence[str], starting: Callable[[], object], first: str,
         with suppress(OSError):  # nobody may read it any more
             os.write(2, f"\n{name}: {what}{hint}\n".encode())
 
+    before = {number: signal.signal(number, hear) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(arguments: Sequence[str], starting: Callable[[], object], first: str, again: str) -> int:
+    """``first``: what a first Ctrl-C does; ``again``: the command to go on with."""
     environment = {**os.environ, LAUNCHED_LOCALLY: "yes", "PET_SIGNALS_TO_HANDLE": "SIGQUIT"}
     command = [sys.executable, "-m", "cml_dist.tools.local", *arguments]
-    before = {number: signal.signal(number, hear) for number in PASSED_ON}
-    starting()
-    # A session of its own, which the terminal's Ctrl-C does not reach.
-    launcher = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_hear_nothing
-    )
-    try:
+    with heard(first) as came:
+        starting()
+        # A session of its own, which the terminal's Ctrl-C does not reach.
+        launcher = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_hear_nothing
+        )
         while True:
             with suppress(subprocess.TimeoutExpired):
                 code = launcher.wait(TICK_S)
                 break
             if came:
                 _tell(psutil.Process(launcher.pid), came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if came and code != 0:
         print(f"To go on: {again}", file=sys.stderr)
         return STOPPED_BY_USER if signal.SIGINT in came else code

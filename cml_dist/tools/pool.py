@@ -9,8 +9,8 @@ import subprocess
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from cml_dist.run.folder import RunFolder
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER
 from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.text import duration, measured
-from cml_dist.tools.local import PASSED_ON
+from cml_dist.tools.local import PASSED_ON, heard
 from cml_dist.tools.sweep import Job, seconds_a_step, steps_done
 
 TICK_S = 0.5
@@ -99,7 +99,9 @@ def work_off(jobs: Sequence[Job], where: Sequence[Place], console: Console) -> i
     """
     waiting, free, running, past, code, told = deque(jobs), list(where), [], 0, 0, 0
     name = f"{len(jobs)} run{'s' * (len(jobs) != 1)}"
-    with _heard() as came, console.progress(name, sum(job.config.train.steps for job in jobs)) as whole:
+    heeded = [number for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]  # under nohup not all
+    steps = sum(job.config.train.steps for job in jobs)
+    with heard("the runs stop and save", heeded) as came, console.progress(name, steps) as whole:
         while running or (waiting and not came):
             while waiting and free and not came:
                 running.append(_Training(waiting.popleft(), free.pop(0), console))
@@ -156,24 +158,3 @@ class _Training:
             self._console.warn(f"Failed {name}: {why[-1]}")
             return 1
         return 0
-
-
-@contextmanager
-def _heard() -> Iterator[list[int]]:
-    """The signals that come meanwhile."""
-    came: list[int] = []
-
-    def hear(number: int, frame: object) -> None:
-        came.append(number)
-        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        what = "ended at once" if came.count(signal.SIGINT) > 1 else "the runs stop and save; Ctrl-C again ends them"
-        with suppress(OSError):  # nobody may read it any more
-            os.write(2, f"\n{name}: {what}\n".encode())
-
-    heeded = [number for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]  # under nohup not all
-    before = {number: signal.signal(number, hear) for number in heeded}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
