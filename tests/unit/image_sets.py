@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import cml_dist
+from cml_dist.data.base import Domain
 from cml_dist.data.pixels import as_png
 from cml_dist.data.shard_writer import new_shard_set
 
@@ -87,3 +89,14 @@ def write_zip(path: Path, files: dict[str, bytes]) -> Path:
         for name, data in files.items():
             archive.writestr(name, data)
     return path
+
+
+def delivered(export: str | Path, domain: Domain, episodes: int) -> list[float]:
+    """The accuracy of an export on a domain's test episodes, by the public API alone, on pixels as they are packed."""
+    learner, found = cml_dist.load(export), []
+    for index in range(episodes):
+        episode = domain.episode("test", index)
+        adapted = learner.adapt(list(episode.support.inputs.numpy()), episode.support.targets)
+        hits = np.array(adapted.predict(list(episode.query.inputs.numpy()))) == episode.query.targets.numpy()
+        found.append(hits.mean())
+    return found

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_sets import pixels, write_set
+from image_sets import delivered, pixels, write_set
 
-import cml_dist
 from cml_dist.cli import main
 from cml_dist.config.load import load_config, merge, parse_config
 from cml_dist.data.build import build_domain
@@ -78,24 +77,18 @@ def scores(folder: Path) -> list[float]:
     return np.load(max((folder / "evals").glob("*.npz")))["meta"].tolist()
 
 
-def delivered(folder: Path, root: Path, export: Path) -> list[float]:
-    """The scores of the export, by the public API alone."""
+def delivered_on(folder: Path, root: Path, export: Path) -> list[float]:
+    """The scores of the export on the test of a run, with another set."""
     config = run_config(folder, [f"domain.root={root}", "domain.mean=[0,0,0]", "domain.std=[1,1,1]"])
     domain = build_domain(config.domain, train_seed=0, eval_seed=config.eval.seed, splits=["test"])
-    learner, found = cml_dist.load(export), []
-    for index in range(config.eval.episodes):
-        episode = domain.episode("test", index)
-        adapted = learner.adapt(list(episode.support.inputs.numpy()), episode.support.targets)
-        hits = np.array(adapted.predict(list(episode.query.inputs.numpy()))) == episode.query.targets.numpy()
-        found.append(hits.mean())
-    return found
+    return delivered(export, domain, config.eval.episodes)
 
 
 def test_what_is_tested_is_what_is_delivered_and_says_so(run, dark, root, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     said = evaluated(folder, f"domain.root={dark}")
     assert said.count("Images are normalised as those of the run were (mean 0.") == 1
-    assert np.allclose(scores(folder), delivered(folder, dark, run))
+    assert np.allclose(scores(folder), delivered_on(folder, dark, run))
     assert "normalised" not in evaluated(folder, f"domain.root={root}")
     # Exported with the other set at hand, the statistics are still the model's.
     wanted = Wanted(to=str(tmp_path / "out"))
@@ -125,7 +118,7 @@ def test_a_run_of_an_earlier_version_is_tested_by_its_sessions(run, dark, root, 
     folder = shutil.copytree(run, tmp_path / "run")
     without_record(folder)
     assert "Images are normalised as those of the run were" in evaluated(folder, f"domain.root={dark}")
-    assert np.allclose(scores(folder), delivered(folder, dark, run))
+    assert np.allclose(scores(folder), delivered_on(folder, dark, run))
     (folder / "sessions.jsonl").write_text("{}\n")
     evaluated(folder)
     bright = write_set(tmp_path / "bright", images=4, size=SIZE)

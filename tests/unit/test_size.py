@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from image_sets import write_folder, write_set
+from image_sets import delivered, write_folder, write_set
 from packaging import version
 from PIL import Image
 from timm.models import save_for_hf
@@ -68,12 +68,7 @@ def test_episodes_evaluation_on_another_set_and_answers_have_the_weights_size(tm
     data = config.model_dump(mode="json")
     packed = parse_config(data | {"domain": data["domain"] | {"size": "set"}})
     domain = build_domain(packed.domain, train_seed=0, eval_seed=config.eval.seed)
-    learner, found = cml_dist.load(run), []
-    for index in range(config.eval.episodes):
-        episode = domain.episode("test", index)
-        adapted = learner.adapt(list(episode.support.inputs.numpy()), episode.support.targets)
-        right = np.array(adapted.predict(list(episode.query.inputs.numpy()))) == episode.query.targets.numpy()
-        found.append(right.mean())
+    found, learner = delivered(run, domain, config.eval.episodes), cml_dist.load(run)
     assert np.load(tmp_path / "run" / "eval_scores.npz")["meta"].tolist() == pytest.approx(found)
 
     if version.parse(timm.__version__) >= version.parse("1.0.26"):  # reads folders
