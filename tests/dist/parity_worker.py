@@ -95,7 +95,7 @@ class Case:
 
 
 COUNTED = Case("", "float32", "vit", "graph", (2,))
-RESUMED = Case("", "float32", "conv4", "adjoint", (5,), SLOW_BODY)
+RESUMED = {optimizer: Case("", "float32", "conv4", "adjoint", (5,), optimizer) for optimizer in OPTIMS}
 ADAMW = Case("", "float32", "conv4", "graph", (5, 5), "adamw")
 
 
@@ -315,16 +315,19 @@ def main(out: Path, device: str | None = None) -> None:
             continue
         if size == 2:
             results["collectives"][strategy] = collectives(world, replace(COUNTED, strategy=strategy))
-            results["skipped"][strategy] = skip(world, replace(RESUMED, strategy=strategy))
+            resumed = {optimizer: replace(case, strategy=strategy) for optimizer, case in RESUMED.items()}
+            results["skipped"][strategy] = {optimizer: skip(world, case) for optimizer, case in resumed.items()}
             if strategy == SAVED_BY:
-                state = save(world, replace(RESUMED, strategy=strategy))
+                state = {optimizer: save(world, case) for optimizer, case in resumed.items()}
                 if world.is_main:
                     torch.save(state, state_file)
                 world.run_on_all_ranks(lambda: None)
         if strategy in RESUMED_BY[size]:
-            state = torch.load(state_file)
-            results["state"] = state
-            results["resumed"][strategy] = resume(world, replace(RESUMED, strategy=strategy), state)
+            results["state"] = state = torch.load(state_file)
+            results["resumed"][strategy] = {
+                optimizer: resume(world, replace(case, strategy=strategy), state[optimizer])
+                for optimizer, case in RESUMED.items()
+            }
     if world.is_main:
         torch.save({"world": size, **results}, out)
     world.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import run_ranks
-from parity_worker import ENGINES, EPISODES, FURTHER, NETS, PER_RANK, RESUMED_BY, SLOW_BODY, ZERO
+from parity_worker import ENGINES, EPISODES, FURTHER, NETS, OPTIMS, PER_RANK, RESUMED_BY, SLOW_BODY, ZERO
 
 pytestmark = pytest.mark.timeout(5000)  # whichever test comes first waits for the workers
 WORKER = str(Path(__file__).with_name("parity_worker.py"))
@@ -105,27 +105,29 @@ def test_the_matrix_can_tell_runs_apart(results):
     assert largest_difference(without_norms(slow), without_norms(adamw)) > 1e-3
 
 
-def test_state_of_one_strategy_resumes_under_another(results):
+@pytest.mark.parametrize("optimizer", OPTIMS)
+def test_state_of_one_strategy_resumes_under_another(results, optimizer):
     """Saved by zero3 on 2 ranks with all on the CPU: the same to the bit once loaded, and the same further step."""
-    state = results[2]["state"]
+    state = results[2]["state"][optimizer]
     names = {name for name in state if name.startswith("param/")}
     assert len(state) == 4 * len(names), "AdamW keeps exp_avg, exp_avg_sq and step of each parameter"
     assert {state[name].item() for name in state if name.startswith("moment/step/")} == {2.0}
-    reference = results[1]["resumed"]["single"]["further"]
+    reference = results[1]["resumed"]["single"][optimizer]["further"]
     assert largest_difference(reference, state) > 1e-4
     for world, strategies in RESUMED_BY.items():
         for strategy in strategies:
-            there = results[world]["resumed"][strategy]
+            there = results[world]["resumed"][strategy][optimizer]
             assert there["loaded"].keys() == state.keys()
             for name, tensor in state.items():
                 assert same_bits(there["loaded"][name], tensor), (world, strategy, name)
             assert largest_difference(there["further"], reference) < 1e-6, (world, strategy)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMS)
 @pytest.mark.parametrize("strategy", ("ddp", *ZERO[2]))
-def test_a_skipped_step_leaves_nothing_behind(results, strategy):
+def test_a_skipped_step_leaves_nothing_behind(results, strategy, optimizer):
     """A NaN on one rank: no rank steps, and the next step is as if it had never been."""
-    for name, (with_nan, without) in results[2]["skipped"][strategy].items():
+    for name, (with_nan, without) in results[2]["skipped"][strategy][optimizer].items():
         assert torch.equal(with_nan, without), name
 
 
