@@ -92,7 +92,7 @@ setup(
     packages=[*find_packages(include=["cml_dist", "cml_dist.*"]), "cml_dist.recipes", "cml_dist.launch"],
     package_dir={"cml_dist.recipes": "configs/recipes", "cml_dist.launch": "launch"},
     package_data={
-        "cml_dist": ["py.typed", "tools/*.html", "tools/sources/*.json"],
+        "cml_dist": ["py.typed", "templates/*.html", "tools/sources/*.json"],
         "cml_dist.recipes": ["*.yaml"],
         "cml_dist.launch": ["accelerate/*.yaml", "slurm/*"],
     },

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 def compare(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.atomic import write_text
-    from cml_dist.run.compare import compare, find_runs, read_run
-    from cml_dist.tools.compare_tables import as_csv, as_latex, as_markdown, tables
+    from cml_dist.experiments.compare import compare, find_runs, read_run
+    from cml_dist.experiments.compare_tables import as_csv, as_latex, as_markdown, tables
 
     if not 0 < args.reach <= 100:
         raise ConfigError(f"--reach is {args.reach:g}", "give per cent of the best validation, above 0 and at most 100")
@@ -37,10 +37,10 @@ def compare(args: argparse.Namespace, console: Console) -> None:
 
 
 def report(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.run.compare import find_runs
-    from cml_dist.tools.report_figures import draw_all, draw_fits
-    from cml_dist.tools.report_page import check_out, figures_folder, write_report
-    from cml_dist.tools.report_runs import read_shown
+    from cml_dist.experiments.compare import find_runs
+    from cml_dist.experiments.report_figures import draw_all, draw_fits
+    from cml_dist.experiments.report_page import check_out, figures_folder, write_report
+    from cml_dist.experiments.report_runs import read_shown
 
     if args.episodes < 0:
         raise ConfigError(f"--episodes is {args.episodes}", "give 0 or more")
@@ -51,7 +51,7 @@ def report(args: argparse.Namespace, console: Console) -> None:
     samples, fits, absent = [], None, "no run is finished and tested" if args.episodes else "none were asked for"
     if args.episodes and shown.comparisons:
         console.loading()
-        from cml_dist.tools.report_samples import Sample, sample_episodes
+        from cml_dist.experiments.report_samples import Sample, sample_episodes
 
         try:
             samples, absent = sample_episodes(shown, shown.comparisons[0][1], args.episodes), ""

@@ -23,8 +23,8 @@ LEAST = ("saved", "starts", "ep/s", "loss", "of", "method", "best", "left")
 
 
 def status(args: argparse.Namespace, console: Console) -> int:
+    from cml_dist.experiments.sweep import runs_of
     from cml_dist.tools.run_status import RunView
-    from cml_dist.tools.sweep import runs_of
 
     if args.check:
         if args.watch is not None or args.json:

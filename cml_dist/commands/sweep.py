@@ -13,8 +13,8 @@ from cml_dist.errors import ConfigError
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER
 
 if TYPE_CHECKING:
+    from cml_dist.experiments.sweep import Job
     from cml_dist.telemetry.console import Console
-    from cml_dist.tools.sweep import Job
 
 WHAT_NEXT = {
     "finished": "finished", "running": "running", "queued": "in the queue", "stopped": "to go on with",
@@ -25,9 +25,9 @@ WHAT_NEXT = {
 
 def sweep(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.config.sweep import MANY, read_sweep
-    from cml_dist.tools.pool import measure, places, visible_gpus, work_off
+    from cml_dist.experiments.pool import measure, places, visible_gpus, work_off
+    from cml_dist.experiments.sweep import estimated, survey, write_record
     from cml_dist.tools.slurm import follow, prepare, queued, submit
-    from cml_dist.tools.sweep import estimated, survey, write_record
 
     asked = read_sweep(args.sweep)
     if asked.count() > MANY and not args.yes:

@@ -11,7 +11,7 @@ from cml_dist.telemetry.text import line
 
 
 def page_template(name: str) -> Template:
-    """A template beside this module; it escapes what it is given, with filters ``line`` (one line) and ``base64``."""
+    """A template by its file name; it escapes what it is given, with filters ``line`` (one line) and ``base64``."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"line": line, "base64": lambda data: base64.b64encode(data).decode()}
-    return environment.from_string(files("cml_dist.tools").joinpath(name).read_text(encoding="utf-8"))
+    return environment.from_string(files("cml_dist").joinpath("templates", name).read_text(encoding="utf-8"))

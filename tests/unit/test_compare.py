@@ -15,9 +15,9 @@ from image_sets import write_set
 from cml_dist.cli import main
 from cml_dist.config.load import dump_config, load_config
 from cml_dist.errors import CmlError, ConfigError
-from cml_dist.run.compare import TestedRun, compare, find_runs, read_run
+from cml_dist.experiments.compare import TestedRun, compare, find_runs, read_run
+from cml_dist.experiments.compare_tables import tables
 from cml_dist.run.status import RunStatus, now
-from cml_dist.tools.compare_tables import tables
 
 
 def write_run(folder: Path, scores, *settings: str, state: str = "finished", seconds: float = 0.5) -> Path:

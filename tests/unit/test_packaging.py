@@ -96,7 +96,7 @@ def test_a_wheel_carries_the_recipes_the_launch_files_and_every_module(tmp_path)
         names = set(archive.namelist())
     modules = {str(path.relative_to(copy)) for path in (copy / "cml_dist").rglob("*.py")}
     assert len(modules) > 20 and modules <= names and "cml_dist/py.typed" in names
-    assert {"cml_dist/tools/sources/class_splits.json", "cml_dist/tools/contact_sheet.html"} <= names
+    assert {"cml_dist/tools/sources/class_splits.json", "cml_dist/templates/contact_sheet.html"} <= names
     assert not any(name.startswith(("tests", "configs", "benchmarks")) for name in names)
     said = next(tmp_path.glob("site/*.dist-info/METADATA")).read_text(encoding="utf-8")
     for package in ("deepspeed", "transformers"):

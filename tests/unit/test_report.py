@@ -13,8 +13,8 @@ from image_sets import write_set
 from test_compare import broken, write_run
 
 from cml_dist.cli import main
-from cml_dist.run.compare import compare, find_runs, read_run
-from cml_dist.tools.compare_tables import tables
+from cml_dist.experiments.compare import compare, find_runs, read_run
+from cml_dist.experiments.compare_tables import tables
 
 CURVES = ("validation", "score", "loss", "gradient-cosine")
 

@@ -13,7 +13,7 @@ import cml_dist
 PACKAGE = Path(cml_dist.__file__).parent
 ROOMS = (
     "types", "errors", "atomic", "user_code", "registry", "config", "telemetry", "meta", "methods", "nets", "data",
-    "distributed", "memory", "run", "tools", "commands", "cli",
+    "distributed", "memory", "run", "tools", "experiments", "commands", "cli",
 )  # fmt: skip
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

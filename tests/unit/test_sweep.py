@@ -17,7 +17,7 @@ from test_status import DEAD_PID, make_run
 from cml_dist.cli import main
 from cml_dist.config.load import dump_config, load_config
 from cml_dist.config.sweep import Sweep, parse_sweep
-from cml_dist.tools.pool import places
+from cml_dist.experiments.pool import places
 
 SMALL = {"run.device": "cpu", "train.steps": 100}
 NAMES = ["method.name=maml,seed=0", "method.name=maml,seed=1", "method.name=cml,seed=0", "method.name=cml,seed=1"]

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cml_dist.distributed.exit import signal_when_parent_ends
+from cml_dist.experiments.sweep import Job, seconds_a_step, steps_done
 from cml_dist.run.folder import RunFolder
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER
 from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.text import duration, measured
 from cml_dist.tools.local import PASSED_ON, heard
-from cml_dist.tools.sweep import Job, seconds_a_step, steps_done
 
 TICK_S = 0.5
 """Between two looks at the runs."""

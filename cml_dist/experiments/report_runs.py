@@ -16,7 +16,7 @@ import numpy as np
 from cml_dist.config.keys import as_yaml
 from cml_dist.config.methods import has_classes, method_title
 from cml_dist.errors import CmlError, ConfigError
-from cml_dist.run.compare import (
+from cml_dist.experiments.compare import (
     Comparison,
     TestedRun,
     compare,
@@ -120,7 +120,7 @@ def read_shown(folders: Iterable[str], baseline: str | None = None) -> Shown:
     """Read run folders, and compare those that can be.
 
     Args:
-        baseline: as of :func:`cml_dist.run.compare.compare`; where a test has none of that name, its own default.
+        baseline: as of :func:`cml_dist.experiments.compare.compare`; its own default where a test has none of it.
 
     Raises:
         ConfigError: there is no run, or nothing is the baseline.

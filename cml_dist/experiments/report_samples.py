@@ -13,14 +13,14 @@ from cml_dist.data.base import Domain
 from cml_dist.data.build import build_domain
 from cml_dist.data.pixels import as_png
 from cml_dist.errors import DataError
+from cml_dist.experiments.compare import Comparison
+from cml_dist.experiments.report_figures import Fit
+from cml_dist.experiments.report_runs import Shown
 from cml_dist.meta.rule import Method
-from cml_dist.run.compare import Comparison
 from cml_dist.run.evaluator import answers_of
 from cml_dist.run.folder import run_config
 from cml_dist.run.predict import Learner, load
 from cml_dist.run.trained import trained_inputs
-from cml_dist.tools.report_figures import Fit
-from cml_dist.tools.report_runs import Shown
 from cml_dist.types import Batch, Episode
 
 SUPPORT, QUERIES = 5, 3

@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 
-from cml_dist.run.compare import Comparison, Variant
+from cml_dist.experiments.compare import Comparison, Variant
 from cml_dist.run.interval import Estimate
 from cml_dist.telemetry import text
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cml_dist.run.compare import Variant, variant_names
+from cml_dist.experiments.compare import Variant, variant_names
+from cml_dist.experiments.report_runs import Shown, ShownVariant
 from cml_dist.telemetry import text
-from cml_dist.tools.report_runs import Shown, ShownVariant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,15 +13,15 @@ from cml_dist import __version__
 from cml_dist.atomic import write_bytes, write_text
 from cml_dist.config.keys import as_yaml
 from cml_dist.errors import ConfigError
-from cml_dist.run.compare import Comparison, short_key
+from cml_dist.experiments.compare import Comparison, short_key
+from cml_dist.experiments.compare_tables import tables
+from cml_dist.experiments.report_figures import RIGHT, WRONG, Drawn, style
+from cml_dist.experiments.report_runs import Shown, ShownVariant
 from cml_dist.run.status import now
-from cml_dist.tools.compare_tables import tables
 from cml_dist.tools.page import page_template
-from cml_dist.tools.report_figures import RIGHT, WRONG, Drawn, style
-from cml_dist.tools.report_runs import Shown, ShownVariant
 
 if TYPE_CHECKING:
-    from cml_dist.tools.report_samples import Sample
+    from cml_dist.experiments.report_samples import Sample
 
 COMMON = (
     "domain.name", "domain.ways", "domain.shots", "model.backbone", "method.name", "method.inner_steps", "optim.lr",
