@@ -74,7 +74,7 @@ def test_a_wheel_carries_the_recipes_the_launch_files_and_every_module(tmp_path)
     for part in (
         "cml_dist/**/*.py",
         "cml_dist/py.typed",
-        "cml_dist/tools/*.html",
+        "cml_dist/templates/*.html",
         "cml_dist/tools/sources/*.json",
         "configs/recipes/*.yaml",
         "launch/*/*",
