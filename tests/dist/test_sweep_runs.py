@@ -14,6 +14,8 @@ import pytest
 import yaml
 from launching import finish, spawn, until
 
+from cml_dist.experiments.compare import compare, find_runs, read_run
+from cml_dist.experiments.compare_tables import tables
 from cml_dist.run.folder import RunFolder
 from cml_dist.telemetry.metrics import read_metrics
 
@@ -22,11 +24,11 @@ SETTINGS = {
     "train.steps": 12, "train.episodes_per_step": 2, "eval.every": 6, "eval.val_episodes": 2, "eval.episodes": 4,
     "checkpoint.every": 5,
 }  # fmt: skip
-NAMES = [f"method.name={method},seed={seed}" for method in ("maml", "cml") for seed in (0, 1)]
+NAMES = [f"method.name={method},seed={seed}" for method in ("maml", "cml") for seed in (0, 1, 2)]
 
 
 def start(folder: Path, *words: str, **how: object):
-    said = {"base": "glyphs", "set": SETTINGS, "axes": {"method.name": ["maml", "cml"]}, "seeds": 2}
+    said = {"base": "glyphs", "set": SETTINGS, "axes": {"method.name": ["maml", "cml"]}, "seeds": 3}
     folder.mkdir(exist_ok=True)
     (folder / "sweep.yaml").write_text(yaml.safe_dump({**said, "dir": str(folder / "runs"), **how}))
     return spawn([sys.executable, "-m", "cml_dist", "sweep", str(folder / "sweep.yaml"), "--at-once=2", *words])
@@ -44,8 +46,8 @@ def steps(folder: Path) -> int:
 
 
 def results(folder: Path) -> dict[str, list]:
-    """What each run has computed."""
-    found = {}
+    """What each run has computed, and the tables of scores and of their differences."""
+    found = {"tables": tables(compare([read_run(place) for place in find_runs([str(folder / "runs")])]))[:2]}
     for name in NAMES:
         run = RunFolder(folder / "runs" / name)
         test = json.loads(run.eval_file.read_text())
@@ -59,17 +61,17 @@ def results(folder: Path) -> dict[str, list]:
 def undisturbed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     code, out = run(folder)
-    assert code == 0 and "runs: 4 finished\n" in out, out
+    assert code == 0 and "runs: 6 finished\n" in out, out
     return folder
 
 
 def test_after_a_kill_of_everything_the_same_command_comes_to_the_same_results(undisturbed, tmp_path):
-    process, at = start(tmp_path), random.randint(1, 4 * SETTINGS["train.steps"] - 1)
+    process, at = start(tmp_path), random.randint(1, len(NAMES) * SETTINGS["train.steps"] - 1)
     until(lambda: steps(tmp_path) >= at or process.poll() is not None)
     os.killpg(process.pid, signal.SIGKILL)
     finish(process)
     code, out = run(tmp_path)
-    assert code == 0 and "runs: 4 finished\n" in out, f"killed at {at} of all steps:\n{out}"
+    assert code == 0 and "runs: 6 finished\n" in out, f"killed at {at} of all steps:\n{out}"
     assert results(tmp_path) == results(undisturbed), f"killed at {at} of all steps"
 
 
@@ -84,8 +86,8 @@ def test_ctrl_c_has_the_runs_save_and_a_seed_more_starts_that_alone(undisturbed,
     states = [json.loads(path.read_text())["state"] for path in (tmp_path / "runs").glob("*/status.json")]
     assert states and set(states) == {"stopped"}, out
     before = {path: path.stat().st_mtime_ns for path in (undisturbed / "runs").glob("*/*")}
-    code, out = run(undisturbed, seeds=[0, 1, 2])
-    assert code == 0 and out.count("Started ") == 2 and "6 finished\n" in out, out
+    code, out = run(undisturbed, seeds=[0, 1, 2, 3])
+    assert code == 0 and out.count("Started ") == 2 and "8 finished\n" in out, out
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
