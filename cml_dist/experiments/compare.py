@@ -81,6 +81,18 @@ class TestedRun:
         best = (min if lower else max)(mean for _, mean in self.validations)
         return next(s for s, mean in self.validations if (mean <= best / reach if lower else mean >= reach * best))
 
+    @property
+    def last_slope(self) -> float | None:
+        """Of the validation's score per 1,000 meta-steps, by least squares over the last third of the validations.
+
+        Far from 0 where training was too short to say what a method comes to. None: there are fewer than three.
+        """
+        last = self.validations[-max(3, len(self.validations) // 3) :]
+        if len(last) < 3:
+            return None
+        steps, means = np.array(last).T
+        return 1000 * float(np.polyfit(steps, means, 1)[0])
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -106,7 +118,7 @@ class Variant:
         runs: by seed.
         over_episodes, over_seeds: its mean score.
         difference: to the baseline; None: this is it.
-        seconds, steps_to_reach: means over its runs; None: not recorded of all.
+        seconds, steps_to_reach, last_slope: means over its runs; None: not recorded of all.
         peak_memory_gib: largest of its runs.
     """
 
@@ -117,6 +129,7 @@ class Variant:
     difference: Difference | None
     seconds: float | None
     steps_to_reach: float | None
+    last_slope: float | None
     peak_memory_gib: float | None
 
 
@@ -335,12 +348,12 @@ def _terms(name: str) -> set[str]:
 
 def _variant(name: str, runs: tuple[TestedRun, ...], baseline: tuple[TestedRun, ...] | None, reach: float) -> Variant:
     scores = np.stack([run.scores for run in runs])
-    seconds, steps = [run.seconds for run in runs], [run.steps_to(reach) for run in runs]
+    of_training = zip(*((run.seconds, run.steps_to(reach), run.last_slope) for run in runs), strict=True)
     memory = [run.peak_memory_gib for run in runs if run.peak_memory_gib is not None]
     return Variant(
         name, runs, estimate(scores.mean(0)), estimate(scores.mean(1)),
         None if baseline is None else _difference(runs, baseline),
-        *(None if None in values else float(np.mean(values)) for values in (seconds, steps)),
+        *(None if None in values else float(np.mean(values)) for values in of_training),
         max(memory, default=None),
     )  # fmt: skip
 

@@ -27,7 +27,8 @@ def tables(found: Comparison) -> list[Table]:
         return f"{shown(value.mean, form)}{half}"
 
     def scores(v: Variant) -> list[str]:
-        return [str(len(v.runs)), interval(v.over_episodes), shown(v.over_seeds.se)]
+        slope = text.MISSING if v.last_slope is None else shown(v.last_slope, "+.2f")
+        return [str(len(v.runs)), interval(v.over_episodes), shown(v.over_seeds.se), slope]
 
     def difference(v: Variant) -> list[str]:
         if v.difference is None:
@@ -41,10 +42,11 @@ def tables(found: Comparison) -> list[Table]:
         return [text.duration(v.seconds), steps, text.number(v.peak_memory_gib, 3)]
 
     name = f"{text.score_label(found.score)} (%)" if is_share else text.score_label(found.score)
-    test = f"{found.split} split, {found.episodes:,} episodes (±: 95 % over these episodes; s.e. over seeds)"
+    test = f"{found.split} split, {found.episodes:,} episodes "
+    test += "(±: 95 % over these episodes; s.e. over seeds; slope: of the last validations, per 1,000 steps)"
     differs = f"Paired difference to {baseline} (s.e., 95 % and p over seeds)"
     blocks: list[tuple[str, list[str], Callable[[Variant], list[str]]]] = [
-        (test, ["seeds", name, "s.e."], scores),
+        (test, ["seeds", name, "s.e.", "slope"], scores),
         (differs, ["difference", "s.e.", "95 %", "p"], difference),
         ("Training", ["time", f"steps to {100 * found.reach:g} %", "peak GiB"], costs),
     ]
@@ -66,7 +68,7 @@ def as_csv(found: Comparison) -> str:
     writer.writerow(
         ["variant", "runs", "seeds", found.score, "episodes_ci95", "seeds_se", "paired_seeds", "difference"]
         + [f"difference_{key}" for key in of]
-        + ["seconds", f"steps_to_{found.reach:g}", "peak_memory_gib"]
+        + ["seconds", f"steps_to_{found.reach:g}", "last_slope", "peak_memory_gib"]
     )
     for v in found.variants:
         differs: Sequence[object] = [None] * (2 + len(of))
@@ -75,7 +77,7 @@ def as_csv(found: Comparison) -> str:
             differs = [" ".join(map(str, d.seeds)), d.over_episodes.mean, *each]
         row = [v.name, " ".join(run.folder for run in v.runs), " ".join(str(run.seed) for run in v.runs)]
         row += [v.over_episodes.mean, v.over_episodes.ci95, v.over_seeds.se, *differs]
-        row += [v.seconds, v.steps_to_reach, v.peak_memory_gib]
+        row += [v.seconds, v.steps_to_reach, v.last_slope, v.peak_memory_gib]
         writer.writerow(None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row)
     return file.getvalue()
 

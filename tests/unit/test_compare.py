@@ -207,6 +207,12 @@ def test_a_lower_error_is_reached_from_above():
     assert made[0].steps_to(0.95) == 2 and made[0].steps_to(1) == 3
 
 
+def test_the_last_slope_is_of_the_last_third_of_the_validations():
+    validations = [(100 * k, min(k, 7) + 0.1 * max(k - 7, 0)) for k in range(1, 11)]  # 1 in 100 steps, at the end 0.1
+    made = [TestedRun("", 0, {}, {}, "", "mse", np.zeros(2), tuple(validations[:n])) for n in (10, 2)]
+    assert made[0].last_slope == pytest.approx(1.0) and made[1].last_slope is None
+
+
 def test_a_run_of_a_class_split_each_is_left_out_with_a_word(tmp_path):
     write_run(tmp_path / "all", [0.1, 0.2])
     config = load_config("citeseer", ["domain.split=all", "domain.splits=2", "domain.root=x.npz"])
