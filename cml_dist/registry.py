@@ -90,6 +90,15 @@ METHODS: dict[str, MethodEntry] = {
         "cml_dist.methods.sharp:SharpSgd", title="Sharp-MAML",
         settings={"inner_steps": 5, "inner_lr": 0.1, "sharp": "both"},
     ),
+    "warpgrad": MethodEntry(
+        "WarpGrad: layers that never adapt precondition the steps of the others (Flennerhag et al., 1909.00025)",
+        "cml_dist.methods.warpgrad:WarpGrad", title="WarpGrad",
+        settings={"inner_steps": 5, "inner_lr": 0.1, "warp": "conv"},
+    ),
+    "tnet": MethodEntry(
+        "the same layers, meta-trained through the whole inner loop (T-Net, Lee and Choi, 1801.05558)",
+        title="T-Net", settings={"inner_steps": 5, "inner_lr": 0.1, "warp": "conv"},
+    ),
 }
 
 OWN_METHOD = MethodEntry(

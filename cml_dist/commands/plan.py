@@ -28,7 +28,7 @@ LEAST = ("host", "buffers", "copies", "params", "grads", "moments", "sent", "act
 
 def plan(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.config.load import load_config
-    from cml_dist.config.methods import has_upper_ascent
+    from cml_dist.config.methods import has_upper_ascent, sub_networks_in_words
 
     config = load_config(args.config, args.overrides, console.warn, args.preset)
     from cml_dist.memory.forecast import forecast
@@ -51,6 +51,7 @@ def plan(args: argparse.Namespace, console: Console) -> None:
         "inputs": f"{text.shape_in_words(found['inputs'])} ({found['input_source']})",
         "meta-step": f"{steps} inner step{'s' * (steps != 1)}, {each} episode{'s' * (each != 1)} a GPU"
         + (", each twice" if has_upper_ascent(config) else "")
+        + (f", {sub_networks_in_words(config.method)} besides" if config.method.augment else "")
         + (f", {min(ways)}" if len(ways) == 1 else ""),
         "GPUs": f"{used} of {args.gpu_memory_gib:g} GiB, of which {found['usable_gib']:.4g} GiB may be used",
     }

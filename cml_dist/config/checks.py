@@ -43,6 +43,16 @@ def contradictions(config: Any) -> Iterator[str]:
     if method.sharp in ("lower", "both") and method.inner_steps == 0:
         remedy = "set method.sharp=upper, or method.inner_steps to 1 or more"
         yield f"method.sharp is {method.sharp}, but method.inner_steps is 0: no step can ascend; {remedy}"
+    warped = name in ("warpgrad", "tnet")
+    if (method.warp or method.warp_residual) and not warped:
+        key = "warp" if method.warp else "warp_residual"
+        remedy = f"set method.name=warpgrad or tnet, or leave method.{key} out"
+        yield f"method.{key} is {getattr(method, key)}, but method.name {name} has no warp layers: {remedy}"
+    if name == "warpgrad" and method.inner_steps == 0:
+        yield "method.inner_steps is 0, but method.name warpgrad learns from each step: set it to 1 or more"
+    if method.augment and engine.compile != "off":
+        masks = "but under method.augment each episode has masks of its own, which no graph can hold"
+        yield f"engine.compile is {engine.compile}, {masks}: set engine.compile=off"
     if annealed := method.first_order_steps:
         said = f"method.first_order_steps is {annealed}, but"
         if method.order == 1:
@@ -86,7 +96,7 @@ def contradictions(config: Any) -> Iterator[str]:
             yield f"eval.permutations is {test.permutations}, {without} labels: set eval.permutations=1"
     if rank := lora_rank(method.adapts):
         lora = f"method.adapts has lora:{rank}"
-        if info.target or method.inner_optim != "sgd":
+        if info.target or warped or method.inner_optim != "sgd":
             yield f"{lora}, whose factors move by plain SGD: set method.name=maml and method.inner_optim=sgd"
         if info.adapts_only == "head":
             yield f"{lora}, but method.name {name} adapts the head alone: set method.name=maml"
@@ -98,6 +108,7 @@ def contradictions(config: Any) -> Iterator[str]:
         yield f"model.extra_blocks is {model.extra_blocks}, {none}"
     if is_classifier(config):
         plain = {"method.inner_steps": 0, "method.colearner": False, "model.head": "linear", "eval.ensemble": 1}
+        plain |= {"method.augment": None, "method.warp": None}
         for key, value in plain.items():
             section, _, own = key.partition(".")
             if (now := getattr(getattr(config, section), own)) != value:

@@ -31,15 +31,34 @@ def method_title(config: RunConfig) -> str:
     if method.sharp in ("lower", "upper"):
         notes.append(f"{method.sharp} level")
     if not notes and title == "MAML" and method.colearner is True:
-        return "CML"
+        return "CML" + _augmented(method)
+    if not notes and title == "MAML" and method.augment and method.colearner is False:
+        return "MGAug"
     title += f" ({', '.join(notes)})" if notes else ""
     with_it = " + CML" if noise_warning(config) is None else " + CML (guessing)"
-    return title + {True: with_it, "untrained": " + noise", "adapts": " + CL"}.get(method.colearner, "")
+    title += {True: with_it, "untrained": " + noise", "adapts": " + CL"}.get(method.colearner, "")
+    return title + _augmented(method)
+
+
+def _augmented(method: Any) -> str:
+    return " + MGAug" if method.augment else ""
 
 
 def has_upper_ascent(config: RunConfig) -> bool:
     """Whether a meta-step goes through its episodes twice (Sharp-MAML's upper level)."""
     return config.method.sharp in ("upper", "both")
+
+
+def sub_networks_in_words(method: Any) -> str:
+    """What ``method.augment`` adds to a meta-step, e.g. ``2 sub-networks (width pruned by 0.1, 0.3)``."""
+    count = len(method.augment_ratios)
+    ratios = ", ".join(f"{ratio:g}" for ratio in method.augment_ratios)
+    return f"{count} sub-network{'s' * (count > 1)} ({method.augment_pruning} pruned by {ratios})"
+
+
+def warp_settings(method: Any) -> dict[str, Any] | None:
+    """Of the warp layers, as an export keeps them; None: there are none."""
+    return {"kind": method.warp, "residual": method.warp_residual} if method.warp else None
 
 
 def last_row_note(config: RunConfig) -> str | None:

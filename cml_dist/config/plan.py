@@ -15,6 +15,7 @@ from cml_dist.config.methods import (
     is_classifier,
     last_row_note,
     method_title,
+    sub_networks_in_words,
 )
 from cml_dist.config.schema import AUTO, RunConfig
 from cml_dist.errors import ConfigError
@@ -167,6 +168,8 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
             method.colearner and f"gamma {method.gamma:g}",
             method.sharp and f"ascents of {method.radius:g} ({method.sharp})",
             has_upper_ascent(config) and "each episode twice",
+            method.augment and f"{sub_networks_in_words(method)} besides",
+            method.warp and f"{'residual ' * method.warp_residual}{method.warp} warp layers",
             method.multi_step_loss and f"multi-step loss for {method.multi_step_loss:,} meta-steps",
             method.first_order_steps and f"first order for {method.first_order_steps:,} meta-steps",
         ),

@@ -245,6 +245,14 @@ class MethodConfig(Section):
     radius: float = Field(0.05, gt=0, le=100, description="sharp_maml only: how far parameters go up the normalised gradient before it is taken again, in L2 norm")
     ascent: Literal["exact", "detached"] = Field("exact", description="sharp_maml only, lower level: exact differentiates through the way up too; detached takes it as a constant, which is cheaper")
 
+    augment: Literal["mgaug"] | None = Field(None, description="mgaug: the meta-gradients of pruned sub-networks, each with an inner loop of its own, are added to the whole network's (MGAug); with any method and co-learner; null: none")
+    augment_pruning: Literal["width", "parameters", "catfish"] = Field("width", description="augment only: what a sub-network lacks: width: random channels; parameters: random weights; catfish: the weights that memorise most, by |gradient of the support loss * weight|")
+    augment_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field((0.2,), min_length=1, max_length=16, description="augment only: the part of each layer of the body that is pruned; a sub-network, with a meta-gradient's cost, for each")
+    augment_weight: float = Field(1.0, gt=0, le=1000, description="augment only: weight of each sub-network's outer loss beside the whole network's")
+
+    warp: Literal["linear", "conv"] | None = Field(None, description="warpgrad and tnet only: the layers between the others, as wide as these: linear: a matrix (on maps a 1x1 convolution); conv: a 3x3 convolution (on vectors a matrix); null: conv for these two")
+    warp_residual: bool = Field(False, description="warpgrad and tnet only: false: W x, with W the identity at the start; true: x + W x, with W 0 at the start, so that weight decay draws the layer to the identity")
+
     @property
     def rate(self) -> float:
         """``inner_lr`` as a number: the default where it is still to be chosen."""

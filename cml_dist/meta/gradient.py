@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -27,7 +26,8 @@ class MetaGradient:
     Attributes:
         grads: d (outer loss) / d (meta-parameter) by canonical name; no graph hangs on them.
         terms: scalars of the episode: ``loss`` (what is minimised), ``outer_loss``, ``score``; with a co-learner
-            ``colearner_loss``, ``colearner_score``; on request ``gradient_cosine``.
+            ``colearner_loss``, ``colearner_score``; on request ``gradient_cosine``. Of sub-networks ``loss`` alone has
+            a share; the others are the whole network's.
     """
 
     grads: Params
@@ -75,19 +75,27 @@ def meta_gradient(
     for all K graphs; ``adjoint`` K forward and backward passes more, and memory for one graph of a micro-batch and K
     copies of what adapts (``sqrt``: about 2 sqrt(K), and K forward and backward passes more again). Both add one
     forward and backward pass over the query set; ``diagnose`` computes the co-learner's meta-gradient besides: all of
-    it again.
+    it again, and so does each sub-network of ``method.augment``.
     Collective: none.
     Source: CML (UAI 2024), eq. 5-7.
     """
     engine = Engine(engine) if isinstance(engine, str) else engine
     if meta_step < method.first_order_steps:
         method = replace(method, order=1)
-    loop = InnerLoop(params, episode, problem, method)
-    grads, terms = _objective(loop, {"meta": 1.0, "co": method.gamma}, engine, meta_step)
+    loop, weights = InnerLoop(params, episode, problem, method), {"meta": 1.0, "co": method.gamma}
+    grads, terms = _objective(loop, weights, engine, meta_step)
     # A body that is all frozen has no gradient.
     if diagnose and len(problem.learners) == 2 and any(part_of(n) == BODY for n in grads):
         co, _ = _objective(loop, {"meta": 0.0, "co": 1.0}, engine, meta_step, first_alone=True)
-        terms["gradient_cosine"] = _cosine_in_body(grads, co, method.gamma)
+        first = loop.rule.terms(meta_step, loop.steps)[0]
+        terms["gradient_cosine"] = _cosine_in_body({n: grads[n] for n in grads if first.moves(n)}, co, method.gamma)
+    if (augment := method.augment) is not None:
+        for masks in augment.masks(loop.seen(), loop.slopes, episode):
+            pruned = InnerLoop(params, episode, problem, method, masks=masks)
+            more, told = _objective(pruned, weights, engine, meta_step)
+            accumulate(grads, {n: g.mul_(augment.weight) for n, g in more.items()}, owned=True)
+            terms["loss"] = terms["loss"] + augment.weight * told["loss"]
+            del pruned, more
     return MetaGradient({n: grads[n] if n in grads else torch.zeros_like(p) for n, p in params.items()}, terms)
 
 
@@ -110,7 +118,7 @@ def _objective(
             terms = graph(loop, term, weights, back, penalty=number == 0 and not first_alone)
         else:
             terms = adjoint(loop, term, weights, back, engine, penalty=number == 0 and not first_alone)
-        accumulate(total, {n: g for n, g in back.meta.items() if fnmatchcase(n, term.trains)}, owned=True)
+        accumulate(total, {n: g for n, g in back.meta.items() if term.moves(n)}, owned=True)
         told = {**terms, **told, "loss": terms["loss"] + told["loss"] if told else terms["loss"]}
     return total, told
 

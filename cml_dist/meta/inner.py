@@ -71,6 +71,7 @@ class InnerLoop:
         problem: the network's losses; its ``micro_batch`` bounds what passes through the network at once.
         method: the rule, the number of steps, the order.
         weights: of each learner's loss on the support set; None: what the method trains with.
+        masks: what tensors of the network are multiplied by wherever it is seen, by name: those of a sub-network.
 
     Attributes:
         fast, const: fast_0 and the constants of the episode, as values.
@@ -84,8 +85,9 @@ class InnerLoop:
         problem: Problem,
         method: Method,
         weights: Mapping[Learner, float] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.meta, self.episode, self.problem = detached(meta), episode, problem
+        self.meta, self.episode, self.problem, self.masks = detached(meta), episode, problem, masks or {}
         self.rule, self.order = method.rule, method.order
         if weights is None:
             weights = {"meta": 1.0, "co": method.gamma} if method.both_adapt else {"meta": 1.0}
@@ -112,8 +114,8 @@ class InnerLoop:
         """What the head is started from: ``[N, D]`` of the support set at the meta-parameters, as values."""
         if not (self.starts_head and self.problem.head_reads_support):
             return None
-        net, episode = self.rule.network(self.meta, 0), self.episode
-        return self.problem.values(net, episode.support, ("pooled",))[0]
+        net = self._before(Point(self.meta, {}, {}))
+        return self.problem.values(net, self.episode.support, ("pooled",))[0]
 
     def pull_back_start(self, back: Cotangent) -> None:
         """Turn a gradient at the start into one with respect to the meta-parameters alone, in ``back.meta``."""
@@ -134,7 +136,7 @@ class InnerLoop:
         accumulate(back.meta, dict(zip(leaves, grads, strict=False)))
         if made and grads[-1] is not None:
             here = Point(self.meta, {}, {})
-            self._pull_back_pass(here, lambda at: self.rule.network(dict(at.meta), 0), "pooled", grads[-1], back)
+            self._pull_back_pass(here, self._before, "pooled", grads[-1], back)
 
     # ------------------------------------------------------------------ a step
 
@@ -226,7 +228,26 @@ class InnerLoop:
 
     def _view(self, at: Point, k: int) -> Params:
         # A rule may show the network a frozen weight changed: constants come with the meta-parameters.
-        return self.rule.view({**self.problem.buffers, **at.meta}, dict(at.fast), dict(at.const), k)
+        return self._masked(self.rule.view({**self.problem.buffers, **at.meta}, dict(at.fast), dict(at.const), k))
+
+    def _before(self, at: Point) -> Params:
+        """The network before anything adapts."""
+        return self._masked(self.rule.network({**self.problem.buffers, **at.meta}, 0))
+
+    def _masked(self, network: Params) -> Params:
+        return {n: p * self.masks[n] if n in self.masks else p for n, p in network.items()}
+
+    def seen(self) -> Params:
+        """What the network sees in the first step, as values."""
+        return self._view(Point(self.meta, self.fast, self.const), 0)
+
+    def slopes(self) -> Params:
+        """The gradient of the support loss at the start, by meta-parameter; of what adapts, by its first value."""
+        here, total = Point(self.meta, self.fast, self.const), Cotangent()
+        for loss in self._support_losses(0):
+            leaves = here.leaves()
+            total.add(here.named(torch.autograd.grad(loss(leaves), leaves.tensors(), allow_unused=True)))
+        return {**total.meta, **total.fast}
 
     # ------------------------------------------------------------------ the query
 

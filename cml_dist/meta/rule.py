@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Protocol
 
 from torch import Tensor
 
@@ -34,12 +36,16 @@ class Term:
         weights: of the query loss after each inner step (after none, where there is no step).
         horizon: None: differentiated through the whole path; 1: each visited point is held constant, and one step is
             differentiated (WarpGrad).
-        trains: a glob over names of meta-parameters: who gets this term's gradient.
+        trains: a glob over names of meta-parameters: who gets this term's gradient; after ``!`` all others do.
     """
 
     weights: tuple[float, ...]
     horizon: int | None = None
     trains: str = "*"
+
+    def moves(self, name: str) -> bool:
+        """Whether the meta-parameter of this name gets this term's gradient."""
+        return fnmatchcase(name, self.trains.removeprefix("!")) != self.trains.startswith("!")
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,24 @@ class InnerRule:
         return None
 
 
+class Augmentation(Protocol):
+    """Further meta-gradients of an episode, of sub-networks that each have an inner loop of their own.
+
+    Attributes:
+        weight: of each sub-network's outer loss beside the whole network's.
+    """
+
+    weight: float
+
+    def masks(self, network: Params, slopes: Callable[[], Params], episode: Episode) -> Iterator[Params]:
+        """Of each sub-network, what some of the network's tensors are multiplied by, by name; constants.
+
+        Args:
+            network: what the network is before anything adapts, as values.
+            slopes: the gradient of the support loss there, where it has one.
+        """
+
+
 @dataclass(frozen=True)
 class Method:
     """What defines a meta-gradient (paper, eq. 5-7).
@@ -140,6 +164,7 @@ class Method:
         first_order_steps: meta-steps at the beginning that are of order 1 all the same.
         ascent: the meta-gradient is taken at theta + ascent h / |h|, with h the one at theta over all episodes of the
             meta-step and all meta-parameters (Sharp-MAML's upper level, 2206.03996, algorithm 1); 0: at theta.
+        augment: sub-networks whose meta-gradients are added to the whole network's; None: there are none.
     """
 
     inner_steps: int
@@ -149,6 +174,7 @@ class Method:
     both_adapt: bool = False
     first_order_steps: int = 0
     ascent: float = 0.0
+    augment: Augmentation | None = None
 
     @property
     def passes(self) -> int:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from cml_dist.config.methods import colearner_kind, has_upper_ascent, lora_rank
+from cml_dist.config.methods import colearner_kind, has_upper_ascent, lora_rank, warp_settings
 from cml_dist.config.schema import ModelConfig, RunConfig
 from cml_dist.errors import ConfigError
 from cml_dist.meta.rule import Method, part_of
 from cml_dist.methods.build import rule_of
+from cml_dist.methods.mgaug import Pruning
+from cml_dist.methods.warpgrad import is_warp
 from cml_dist.nets.colearner import build_colearner
 from cml_dist.nets.guard import has_batch_norm, prepare_for_second_order
 from cml_dist.nets.heads import build_head
 from cml_dist.nets.network import CmlNet
 from cml_dist.nets.own import check_body
-from cml_dist.nets.partition import freeze, linear_weights, norms_a_step, select
+from cml_dist.nets.partition import channels_of, freeze, layers_of, linear_weights, norms_a_step, select
+from cml_dist.nets.warp import add_warps
 from cml_dist.registry import TIMM, backbone_entry, method_entry
 from cml_dist.types import BODY, COLEARNER, HEAD, Params
 from cml_dist.user_code import blamed, is_code
@@ -35,6 +38,7 @@ def build_net(
     seed: int,
     colearner: bool,
     prototypes: bool = False,
+    warp: Mapping[str, Any] | None = None,
     structure_only: bool = False,
 ) -> CmlNet:
     """The network, ready for second-order meta-gradients, on the CPU in float32.
@@ -47,10 +51,12 @@ def build_net(
             neither body nor head. The global random state is left as it was.
         colearner: whether to build the co-learner.
         prototypes: the co-learner gives embeddings of ``model.colearner.width`` numbers instead of outputs.
+        warp: ``kind`` and ``residual`` of the layers between the body's (``method.warp``); None: there are none.
         structure_only: all values will be replaced (an exported model's): no pre-trained weights are read or needed.
 
     Raises:
-        ConfigError: the backbone does not read such inputs, or ``model.norm=frozen`` has no statistics to freeze.
+        ConfigError: the backbone does not read such inputs, has no places for warp layers, or ``model.norm=frozen`` has
+            no statistics to freeze.
         ModelError: the backbone is unknown, or does not take the image size or channels.
     """
     backbone, own = backbone_entry(model.backbone), is_code(model.backbone)
@@ -78,6 +84,8 @@ def build_net(
     prepare_for_second_order(body, model.norm)
     if own:
         check_body(body, model.backbone, input_shape)
+    if warp is not None:
+        add_warps(body, model.backbone, **warp)
     with _part_seed(seed, HEAD):
         head = build_head(model.head, body.pooled_dim, output_dim)
     with _part_seed(seed, COLEARNER):
@@ -119,6 +127,7 @@ def make_network(
         seed=config.run.seed,
         colearner=config.method.colearner is not False,
         prototypes=colearner_kind(config) == "prototype",
+        warp=warp_settings(config.method),
         structure_only=structure_only,
     )
     net.take_over(start or {})  # a rule may start from them
@@ -161,8 +170,34 @@ def method_of(config: RunConfig, net: CmlNet) -> Method:
         further = {"rank": rank, "beside": linear_weights(net), "seed": config.run.seed}
     elif method.name == "maml_pp":
         further = {"norms": norms_a_step(net)}
+    if method.warp:
+        adapts = frozenset(n for n in (net.adaptable() if adapts is None else adapts) if not is_warp(n))
     rule = rule_of(method, adapts=adapts, parts=PARTS if both_adapt else (BODY, HEAD), **further)
     ascent = method.radius if has_upper_ascent(config) else 0.0
+    how = {"ascent": ascent, "augment": _pruning(config, net) if method.augment else None}
     return Method(
-        method.inner_steps, rule, method.gamma or 0.0, method.order or 2, both_adapt, method.first_order_steps, ascent
+        method.inner_steps,
+        rule,
+        method.gamma or 0.0,
+        method.order or 2,
+        both_adapt,
+        method.first_order_steps,
+        **how,
     )
+
+
+def _pruning(config: RunConfig, net: CmlNet) -> Pruning:
+    """MGAug's sub-networks of ``net``.
+
+    Raises:
+        ConfigError: the body is frozen, or does not say which of its tensors are of the same channels.
+    """
+    method = config.method
+    if not any(part_of(n) == BODY for n, _ in net.named_parameters()):
+        raise ConfigError(
+            "method.augment prunes the body, which is frozen",
+            "leave method.augment out, or set model.trained to more, e.g. [head,last:1]",
+        )
+    groups = channels_of(net, config.model.backbone) if method.augment_pruning == "width" else layers_of(net)
+    kind, ratios, weight = method.augment_pruning, method.augment_ratios, method.augment_weight
+    return Pruning(kind, ratios, groups, config.run.seed, weight)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cml_dist.config.schema import ModelConfig
 from cml_dist.errors import ModelError
 from cml_dist.nets.second_order import BatchNorm2d, Conv2d, max_pool
+from cml_dist.nets.warp import warped
 from cml_dist.types import Features
 
 NUM_BLOCKS = 4
@@ -83,6 +84,17 @@ class Conv4(nn.Module):
         """Names of the parameters of each block, first to last."""
         return [[f"{child}.{name}" for name, _ in block.named_parameters()] for child, block in self.named_children()]
 
+    def channels(self) -> list[list[str]]:
+        """Names of the tensors whose first axis is the same channels, a list a block, its weight first."""
+        return [
+            [f"{block}.{layer}.{kind}" for layer in ("conv", "norm") for kind in ("weight", "bias")]
+            for block, _ in self.named_children()
+        ]
+
+    def warp_places(self) -> list[tuple[nn.Module, int]]:
+        """Behind each block: the module that owns the warp layer, and its channels."""
+        return [(block, self.tap_shape[0]) for block in self.children()]
+
     def forward(self, inputs: Tensor) -> Features:
         """Features of images ``[N, C, H, W]``."""
         # A clone, since ``to`` leaves images of one channel as they lie: their maps would not lie channels last.
@@ -90,10 +102,10 @@ class Conv4(nn.Module):
         for number, block in enumerate(self.children(), start=1):
             maps = block.norm(block.conv(maps))
             if number < NUM_BLOCKS:
-                maps = block.act(max_pool(maps))
+                maps = warped(block, block.act(max_pool(maps)))
             elif number < self.num_blocks:
-                maps = block.act(maps)
-        return Features(tap=block.act(maps), pooled=block.act(max_pool(maps)).flatten(1))
+                maps = warped(block, block.act(maps))
+        return Features(tap=block.act(maps), pooled=warped(block, block.act(max_pool(maps))).flatten(1))
 
 
 def build(model: ModelConfig, input_shape: tuple[int, ...]) -> Conv4:

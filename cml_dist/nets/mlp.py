@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cml_dist.config.schema import ModelConfig
+from cml_dist.nets.warp import warped
 from cml_dist.types import Features
 
 
 class MLP(nn.Module):
-    """Hidden layers with ReLU; ``tap`` and ``pooled`` are both the last hidden vector ``[N, D]``.
+    """Hidden layers with ReLU; ``tap`` and ``pooled`` are both the last hidden vector ``[N, D]`` (``pooled`` warped).
 
     Args:
         input_dim: size of one input vector.
@@ -32,12 +33,19 @@ class MLP(nn.Module):
         """Names of the parameters of each layer, first to last."""
         return [[f"layers.{number}.weight", f"layers.{number}.bias"] for number in range(len(self.layers))]
 
+    channels = blocks
+
+    def warp_places(self) -> list[tuple[nn.Module, int]]:
+        """Behind each layer: the module that owns the warp layer, and its units."""
+        return [(layer, layer.out_features) for layer in self.layers]
+
     def forward(self, inputs: Tensor) -> Features:
         """Features of vectors ``[N, input_dim]``."""
-        hidden = inputs
+        pooled = inputs
         for layer in self.layers:
-            hidden = F.relu(layer(hidden))
-        return Features(tap=hidden, pooled=hidden)
+            hidden = F.relu(layer(pooled))
+            pooled = warped(layer, hidden)
+        return Features(tap=hidden, pooled=pooled)
 
 
 def build(model: ModelConfig, input_shape: tuple[int, ...]) -> MLP:

@@ -9,9 +9,11 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from cml_dist.errors import ConfigError
 from cml_dist.methods.maml_pp import ROWS
+from cml_dist.methods.warpgrad import is_warp
 from cml_dist.nets.network import CmlNet
 from cml_dist.types import BODY, COLEARNER, HEAD, RULE
 
@@ -82,6 +84,27 @@ def linear_weights(net: CmlNet) -> tuple[tuple[str, int, int], ...]:
             "method.adapts has lora, but the body has no linear layers", "choose a transformer, or use last:N or norms"
         )
     return tuple((f"{name}.weight", layer.out_features, layer.in_features) for name, layer in layers)
+
+
+def layers_of(net: CmlNet) -> tuple[tuple[str], ...]:
+    """The weight of each linear layer and convolution of the body but warp layers, each a group of its own."""
+    layers = ((n, m) for n, m in net.body.named_modules(prefix=BODY) if isinstance(m, (nn.Linear, _ConvNd)))
+    return tuple((f"{n}.weight",) for n, _ in layers if not is_warp(f"{n}.weight"))
+
+
+def channels_of(net: CmlNet, backbone: str) -> tuple[tuple[str, ...], ...]:
+    """Names of the body's tensors whose first axis is the same channels, a group a layer, its weight first.
+
+    Raises:
+        ConfigError: the body does not say.
+    """
+    channels = getattr(net.body, "channels", lambda: None)()
+    if channels is None:
+        raise ConfigError(
+            f"method.augment_pruning is width, but model.backbone {backbone} does not say what its channels are",
+            "set method.augment_pruning=parameters or catfish, or model.backbone=conv4, resnet12, mlp or gcn",
+        )
+    return tuple(tuple(f"{BODY}.{n}" for n in group) for group in channels)
 
 
 def freeze(net: CmlNet, trained: Sequence[str], *, colearner: bool = False) -> None:

@@ -6,6 +6,8 @@ from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from cml_dist.nets.warp import warped
+
 CONFIG = {"input_size": (3, 84, 84), "first_conv": ("layer1.0.conv1", "layer1.0.downsample.0"), "classifier": "head.fc"}
 default_cfgs = generate_default_cfgs({"resnet12": CONFIG, "resnet12_wide": CONFIG})
 
@@ -24,7 +26,7 @@ class Block(nn.Module):
         self.act = nn.LeakyReLU(0.1)
 
     def forward(self, maps: Tensor) -> Tensor:
-        maps = self.pool(maps)
+        maps = warped(self, self.pool(maps))
         out = self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(maps))))))
         return self.act(self.bn3(self.conv3(out)) + self.downsample(maps))
 
@@ -57,6 +59,21 @@ class ResNet12(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         return {"blocks": r"^layer(\d+)"}
 
+    def channels(self) -> list[list[str]]:
+        """Names of the tensors whose first axis is the same channels, a list a layer, its weight first."""
+        layers = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3", "downsample.0", "downsample.1"))
+        return [
+            [f"{block}.0.{name}.{kind}" for name in together for kind in ("weight", "bias")]
+            for block in ("layer1", "layer2", "layer3", "layer4")
+            for together in layers
+        ]
+
+    def warp_places(self) -> list[tuple[nn.Module, int]]:
+        """Behind each block's max-pool: the module that owns the warp layer, and its channels."""
+        widths = [info["num_chs"] for info in self.feature_info[:-1]]
+        owners = (self.layer2[0], self.layer3[0], self.layer4[0], self)
+        return list(zip(owners, widths, strict=True))
+
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
@@ -70,7 +87,7 @@ class ResNet12(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(self.pool(x), pre_logits=pre_logits)
+        return self.head(warped(self, self.pool(x)), pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

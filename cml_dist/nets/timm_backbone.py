@@ -92,6 +92,15 @@ class TimmBackbone(nn.Module):
             ) from error
         return [[f"model.{name}" for name in names] for names in groups.values()]
 
+    def channels(self) -> list[list[str]] | None:
+        """Names of the tensors whose first axis is the same channels; None: this model does not say."""
+        found = self.model.channels() if hasattr(self.model, "channels") else None
+        return found and [[f"model.{name}" for name in group] for group in found]
+
+    def warp_places(self) -> list[tuple[nn.Module, int]]:
+        """The modules that own warp layers, with their channels; none where this model has no places for them."""
+        return self.model.warp_places() if hasattr(self.model, "warp_places") else []
+
     def forward(self, inputs: Tensor) -> Features:
         """Features of images ``[N, C, H, W]``, or those that :meth:`kept` made of them: ``[N, K]``."""
         if inputs.ndim == 4:

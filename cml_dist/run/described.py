@@ -32,6 +32,7 @@ def described_net(description: dict[str, Any], tensors: Params) -> CmlNet:
             "test it on a graph: cml-dist eval RUN_DIR domain.root=FILE",
         )
     shapes = {"input_shape": tuple(description["input_shape"]), "output_dim": description["output_dim"]}
+    shapes["warp"] = description.get("warp")
     if backbone_entry(model.backbone) is not TIMM and not is_code(model.backbone):
         with torch.device("meta"):  # measured first, without memory
             size = sum(p.numel() for p in build_net(model, **shapes, seed=0, colearner=False).parameters())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cml_dist import __version__
 from cml_dist.atomic import write_json, write_text
-from cml_dist.config.methods import is_classifier, method_title
+from cml_dist.config.methods import is_classifier, method_title, warp_settings
 from cml_dist.config.schema import RunConfig
 from cml_dist.distributed.allocator import memory_explained
 from cml_dist.distributed.world import joined_world
@@ -91,7 +91,8 @@ def export_run(config: RunConfig, parts: Parts, console: Console, wanted: Wanted
     rule = parts.model.method.rule
     constants = {n: b for n, b in net.named_buffers() if part_of(n) != COLEARNER and n not in rule.replaces}
     whole = {**params, **constants}
-    plain, is_timm = rule.network(whole, 0), backbone_entry(config.model.backbone) is TIMM
+    # Plain timm knows no warp layers.
+    plain, is_timm = rule.network(whole, 0), backbone_entry(config.model.backbone) is TIMM and not config.method.warp
     by_batch = has_batch_norm(net) and config.model.norm == "batch"
     running: Params = {}
     if by_batch and (is_timm or wanted.onnx):
@@ -114,6 +115,7 @@ def export_run(config: RunConfig, parts: Parts, console: Console, wanted: Wanted
         "method": method_title(config),
         "rule": describe_rule(rule, config.method.name, adapts),
         "model": config.model.model_dump(mode="json"),
+        "warp": warp_settings(config.method),
         "step": checkpoint.step,
         "trained_on": config.domain.model_dump(mode="json"),
         "image_set": parts.domain.describe().get("name"),
