@@ -33,7 +33,9 @@ from cml_dist.methods.inner_optim import Adam, Momentum
 from cml_dist.methods.lora import Lora
 from cml_dist.methods.maml_pp import MamlPlusPlus
 from cml_dist.methods.meta_sgd import MetaSgd
+from cml_dist.methods.mgaug import Pruning
 from cml_dist.methods.sharp import SharpSgd
+from cml_dist.methods.warpgrad import WarpGrad, is_warp
 from cml_dist.nets.gcn import GCN
 from cml_dist.nets.heads import build_head
 from cml_dist.nets.network import CmlNet
@@ -72,6 +74,7 @@ class Case:
         frozen: the body is constant.
         squares: the loss is that of one-hot labels: under cross-entropy what all classes share, such as a shared
             head's vector and a ridge head's offset, has a gradient of zero.
+        augment: sub-networks besides.
         nodes: settings of the domain of nodes.
     """
 
@@ -89,6 +92,7 @@ class Case:
     squares: bool = False
     clip_value: float | None = None
     ascent: float = 0.0
+    augment: Pruning | None = None
     nodes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -100,6 +104,7 @@ PLUS_PLUS = MamlPlusPlus(
 """A multi-step loss in two meta-steps of three, with other weights in each."""
 SHARP = SharpSgd(*RATES, radius=0.3)
 LORA = Lora(*RATES, rank=2, beside=(("body.qkv.weight", 18, 6),))
+PRUNING = Pruning("width", (0.2, 0.5), tuple((f"body.layers.{n}.weight", f"body.layers.{n}.bias") for n in (0, 2)))
 CASES = {
     "maml": Case("attention", SGD, diagnose=True),
     "fomaml": Case("attention", SGD, order=1),
@@ -124,6 +129,8 @@ CASES = {
     "nodes": Case("gcn", SGD, steps=3),
     "nodes_dropout": Case("gcn", SGD, nodes={"dropout": 0.5}),
     "subgraphs": Case("gcn", SGD, head="prototype", nodes={"base": "g_meta", "cap": 6}),
+    "mgaug": Case("vector", SGD, augment=PRUNING),
+    "warpgrad": Case("warped", WarpGrad(*RATES), micro_batch=2),
     "lora_frozen": Case("attention", LORA, adapts=HEAD, frozen=True),
 }
 
@@ -177,9 +184,12 @@ def make(case: Case) -> tuple[CmlNet, Method, Noise | GraphNodesDomain]:
         rule = replace(rule, adapts=frozenset(n for n in net.adaptable() if part_of(n) == case.adapts))
     if both_adapt:
         rule = replace(rule, parts=(BODY, HEAD, COLEARNER))
+    if any(map(is_warp, net.adaptable())):
+        rule = replace(rule, adapts=frozenset(n for n in net.adaptable() if not is_warp(n)))
     net.add_rule(rule.init(net.adaptable()), rule.replaces)
     domain = nodes_of(case) if case.body == "gcn" else Noise(case)
-    return net, Method(case.steps, rule, GAMMA, case.order, both_adapt, ascent=case.ascent), domain
+    how = {"ascent": case.ascent, "augment": case.augment}
+    return net, Method(case.steps, rule, GAMMA, case.order, both_adapt, **how), domain
 
 
 def train(world: World, case: Case, strategy_name: str, dtype_name: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
 from cml_dist.nets.network import CmlNet
+from cml_dist.nets.warp import add_warps, warped
 from cml_dist.types import Batch, Episode, Features, Params
 
 NUM_CLASSES = 3
@@ -31,6 +32,26 @@ class Vector(nn.Module):
     def forward(self, x: Tensor) -> Features:
         hidden = self.layers(x)
         return Features(hidden, hidden)
+
+
+class Warped(Vector):
+    """The same with a warp layer behind each of the two, moved off the identity."""
+
+    tap_shape = (6,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        add_warps(self, "toy", "linear", residual=False)
+        for layer, _ in self.warp_places():
+            layer.warp.weight.data += 0.5 * torch.randn_like(layer.warp.weight)
+
+    def warp_places(self) -> list[tuple[nn.Module, int]]:
+        return [(layer, layer.out_features) for layer in (self.layers[0], self.layers[2])]
+
+    def forward(self, x: Tensor) -> Features:
+        first, _, second, _ = self.layers
+        tap = torch.tanh(second(warped(first, torch.tanh(first(x)))))
+        return Features(tap, warped(second, tap))
 
 
 class Map(nn.Module):
@@ -68,7 +89,7 @@ class Attention(nn.Module):
         return Features(tokens, tokens.mean(1))
 
 
-BODIES = {"vector": Vector, "map": Map, "attention": Attention}
+BODIES = {"vector": Vector, "warped": Warped, "map": Map, "attention": Attention}
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:

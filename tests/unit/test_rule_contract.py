@@ -21,6 +21,7 @@ from cml_dist.methods.inner_optim import Adam, Momentum
 from cml_dist.methods.maml_pp import MamlPlusPlus
 from cml_dist.methods.meta_sgd import MetaSgd
 from cml_dist.methods.sharp import SharpSgd
+from cml_dist.methods.warpgrad import WarpGrad
 from cml_dist.nets.build import make_network, method_of
 from cml_dist.nets.network import CmlNet
 from cml_dist.types import Episode, Features, Params
@@ -174,7 +175,7 @@ class ByView(InnerRule):
         return {**seen, "head.bias": seen["head.bias"] * meta["rule.gain"]}
 
 
-@pytest.mark.parametrize("rule", [InnerRule, MetaSgd, MamlPlusPlus, SharpSgd, Momentum, Adam, ByView])
+@pytest.mark.parametrize("rule", [InnerRule, MetaSgd, MamlPlusPlus, SharpSgd, WarpGrad, Momentum, Adam, ByView])
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("ways", [0, WAYS])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -257,6 +258,24 @@ CONTRADICTIONS = [
         "method.name=sharp_maml method.inner_steps=0",
         "method.sharp is both, but method.inner_steps is 0: no step can ascend; set method.sharp=upper, or "
         "method.inner_steps to 1 or more",
+    ),
+    (
+        "method.warp=conv",
+        "method.warp is conv, but method.name cml has no warp layers: set method.name=warpgrad or tnet, or leave "
+        "method.warp out",
+    ),
+    (
+        "method.name=warpgrad method.inner_steps=0",
+        "method.inner_steps is 0, but method.name warpgrad learns from each step: set it to 1 or more",
+    ),
+    (
+        "method.name=tnet method.adapts=[head,lora:2]",
+        "method.adapts has lora:2, whose factors move by plain SGD: set method.name=maml and method.inner_optim=sgd",
+    ),
+    (
+        "method.augment=mgaug engine.compile=on",
+        "engine.compile is on, but under method.augment each episode has masks of its own, which no graph can hold: set "
+        "engine.compile=off",
     ),
     (
         "train.patience=3 eval.every=0",
