@@ -31,7 +31,7 @@ class Pruning:
         seed: of the masks.
         weight: of each sub-network's outer loss.
 
-    Source: Wang et al., 2306.08460, section IV: meta-gradient augmentation, and its three ways to prune.
+    Source: Wang et al., 2306.08460.
     """
 
     kind: Literal["width", "parameters", "catfish"] = "width"

@@ -24,7 +24,9 @@ class WarpGrad(InnerRule):
     after the last step, through the whole path, which the paper calls Warp-MAML. With that for warp layers too, they
     are a T-Net's (1801.05558).
 
-    Source: Flennerhag et al., 1909.00025, eq. 8 and algorithm 1 (of which each point counts alike).
+    How the points are weighted is open: here each counts alike.
+
+    Source: Flennerhag et al., 1909.00025.
     """
 
     def terms(self, meta_step: int, steps: int) -> tuple[Term, ...]:

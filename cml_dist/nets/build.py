@@ -174,16 +174,9 @@ def method_of(config: RunConfig, net: CmlNet) -> Method:
         adapts = frozenset(n for n in (net.adaptable() if adapts is None else adapts) if not is_warp(n))
     rule = rule_of(method, adapts=adapts, parts=PARTS if both_adapt else (BODY, HEAD), **further)
     ascent = method.radius if has_upper_ascent(config) else 0.0
-    how = {"ascent": ascent, "augment": _pruning(config, net) if method.augment else None}
-    return Method(
-        method.inner_steps,
-        rule,
-        method.gamma or 0.0,
-        method.order or 2,
-        both_adapt,
-        method.first_order_steps,
-        **how,
-    )
+    augment = _pruning(config, net) if method.augment else None
+    gamma, order, annealed = method.gamma or 0.0, method.order or 2, method.first_order_steps
+    return Method(method.inner_steps, rule, gamma, order, both_adapt, annealed, ascent, augment)
 
 
 def _pruning(config: RunConfig, net: CmlNet) -> Pruning:

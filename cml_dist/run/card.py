@@ -105,7 +105,7 @@ The head reads the features scaled to length {feature_length} (`model.feature_le
 """
 
 OWN_NET = """
-Plain timm does not know {backbone}: load it as above.
+Plain timm does not know {backbone}{warps}: load it as above.
 """
 
 ONNX = """
@@ -177,6 +177,7 @@ def model_card(
         packed="x".join(map(str, said.get("packed_size", ())[::-1])),
         interpolation=said.get("interpolation"),
         feature_length=config.model.feature_length,
+        warps=" with warp layers" if config.method.warp else "",
         step=description["step"],
         data=text.markdown(description["image_set"] or domain.name),
         task=f"{ways}-way {shots}-shot" if ways else f"{shots}-point regression",

@@ -1,4 +1,4 @@
-"""MGAug against its sum written out in plain torch, in float64: J(p) + weight * sum of J(p * mask), each J a whole loop.
+"""MGAug against its sum written out in plain torch, in float64: J(p) + weight * sum of J(p * mask), each J a loop.
 
 There the masks are put on parameters before the loop and on the gradients inside; the package masks what is seen.
 """
@@ -10,6 +10,7 @@ from functools import partial as bind
 
 import pytest
 import torch
+from torch import Tensor
 from toy import (
     accuracy,
     check_equal,
@@ -24,7 +25,6 @@ from toy import (
     total_gradient,
     uneven_episode,
 )
-from torch import Tensor
 
 from cml_dist.meta.gradient import meta_gradient
 from cml_dist.meta.problem import Problem
