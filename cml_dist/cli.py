@@ -177,6 +177,21 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
             type=int, default=2, metavar="N",
         ),
     )),
+    "analyse": ("analyse.analyse", "draw why a co-learner helps, or does not: meta-gradients, features, inner steps", (
+        _option("runs", "run folders, or folders with runs somewhere below", metavar="RUN_DIR", nargs="+"),
+        _option(
+            "--checkpoints", "all of the trail (checkpoint.keep_every; without one best and last), best (by "
+            "validation), or so many of them, evenly (default all)", default="all", metavar="WHICH",
+        ),
+        _option(
+            "--episodes", "training episodes, and as many of the test, at each checkpoint (default 32)",
+            type=at_least(2), default=32, metavar="N",
+        ),
+        _option(
+            "--out", "folder of the pictures and numbers; what it has of a checkpoint is not computed again (default "
+            "analysis)", default="analysis", metavar="DIR",
+        ),
+    )),
     "export": ("finished.export", "write body and head of a run as safetensors with a model card; or as ONNX", (
         _option("run_dir", "the folder of a run; or a classifier that predict --save wrote", metavar="RUN"),
         _option("--to", "where to write (default: RUN/export; of a classifier beside it)", metavar="DIR"),
@@ -297,6 +312,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cml-dist compare runs --baseline method.name=boil --csv compare.csv",
     ),
     "report": ("cml-dist report runs --out report.html",),
+    "analyse": (
+        "cml-dist analyse runs/study --out study-analysis",
+        "cml-dist analyse runs/maml-* runs/cml-* --checkpoints 5 --episodes 200",
+    ),
     "status": ("cml-dist status runs/first --watch", "cml-dist status runs", "cml-dist status runs/* --check"),
     "export": (
         "cml-dist export runs/first --to first-model --license apache-2.0",

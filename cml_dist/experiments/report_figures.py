@@ -102,7 +102,7 @@ def draw_all(shown: Shown) -> Iterator[Drawn]:
 
 
 def _curves(shown: Shown, key: str, title: str, axis: str, scale: float, caption: str) -> Drawn:
-    with _figure() as (figure, axes):
+    with new_figure() as (figure, axes):
         every = []
         for variant in shown.variants:
             steps, *values = variant.band(key)
@@ -133,7 +133,7 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
 def _costs(tested: Sequence[tuple[ShownVariant, Variant]], label: str, scale: float) -> Drawn:
     """A row a variant: its test score with the interval over episodes and a point a seed, and what it cost."""
     height = max(SIZE[1] / 2, 0.9 + 0.17 * len(tested))
-    with _figure(1, 3, size=(SIZE[0], height), sharey=True) as (figure, (scores, seconds, memory)):
+    with new_figure(1, 3, size=(SIZE[0], height), sharey=True) as (figure, (scores, seconds, memory)):
         rows = range(len(tested))
         for row, (variant, v) in enumerate(tested):
             colour = style(variant.number)["color"]
@@ -169,7 +169,7 @@ def _over(
             rest[key := repr(other)] = other
             lines.setdefault(key, []).append((x, v))
     names = variant_names([*rest.values()], points[0][0].runs[0].method)
-    with _figure() as (figure, axes):
+    with new_figure() as (figure, axes):
         for number, (named, line) in enumerate(zip(names, lines.values(), strict=True), start=1):
             line.sort(key=lambda point: point[0])
             means, halves = ([scale * getattr(v.over_episodes, of) for _, v in line] for of in ("mean", "ci95"))
@@ -184,27 +184,27 @@ def _over(
         axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
         axes.minorticks_off()
         axes.set(xlabel=over, ylabel=f"test {label}")
-        _legend(figure, axes)
+        legend_below(figure, axes)
         title = f"{label.removesuffix(' (%)')} over {over}"
         return _drawn(figure, axes, name, title[0].upper() + title[1:], "With 95 % intervals over episodes.")
 
 
 def draw_fits(fits: Sequence[Fit], names: dict[int, str]) -> Drawn:
     """Curves of regression: the true one, the support points, and what adapted learners answer."""
-    with _figure(1, len(fits), sharey=True, squeeze=False) as (figure, (row,)):
+    with new_figure(1, len(fits), sharey=True, squeeze=False) as (figure, (row,)):
         for fit, axes in zip(fits, row, strict=True):
             axes.plot(fit.x, fit.truth, color="0.75", linewidth=4, label="true curve")
             axes.plot(*fit.support, "o", color=INK, markersize=3, zorder=3, label="support points")
             for number, y in fit.answers.items():
                 axes.plot(fit.x, y, **style(number), label=f"{number}  {names[number]}")
             axes.set(title=f"episode {fit.index}", xlabel="x")
-        _legend(figure, axes)
+        legend_below(figure, axes)
         caption = "After the inner steps of the test, on the first test episodes."
         return _drawn(figure, axes, "fits", "Sample episodes", caption)
 
 
 @contextmanager
-def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = SIZE, **how: Any) -> Iterator[Any]:
+def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = SIZE, **how: Any) -> Iterator[Any]:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -214,10 +214,10 @@ def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = SIZE, *
         yield figure, figure.subplots(rows, columns, **how)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    """Below the axes, for which the figure grows."""
+def legend_below(figure: Figure, axes: Axes, columns: int = 64) -> None:
+    """Below the axes, for which the figure grows; ``columns`` of text."""
     handles, labels = axes.get_legend_handles_labels()
-    labels = [text.folded(text.line(label), 64, hang=4) for label in labels]
+    labels = [text.folded(text.line(label), columns, hang=4) for label in labels]
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + 0.16 * (1 + sum(label.count("\n") + 1 for label in labels)))
     figure.legend(handles, labels, loc="outside lower left", fontsize=8)
@@ -231,14 +231,14 @@ def _drawn(
     (width, height), box = 72 * figure.get_size_inches(), axes.get_position()
     corners = (box.x0 * width, (1 - box.y1) * height, box.x1 * width, (1 - box.y0) * height)
     view = (*corners, *axes.get_xlim(), *axes.get_ylim())
-    inline = _inline(_saved(figure, "svg", name), title)
+    inline = _inline(saved(figure, "svg", name), title)
     if legend:
-        _legend(figure, axes)
-    svg, png = (_saved(figure, kind, name) for kind in ("svg", "png"))
+        legend_below(figure, axes)
+    svg, png = (saved(figure, kind, name) for kind in ("svg", "png"))
     return Drawn(name, title, caption, inline, svg, png, view if zoom else None)
 
 
-def _saved(figure: Figure, kind: str, name: str) -> bytes:
+def saved(figure: Figure, kind: str, name: str) -> bytes:
     import matplotlib
 
     made, how = io.BytesIO(), {"dpi": 200} if kind == "png" else {"dpi": 72, "metadata": {"Date": None}}

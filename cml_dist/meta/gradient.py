@@ -7,7 +7,7 @@ back to the start. An engine is how that is done; the value is the same to round
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,6 +97,41 @@ def meta_gradient(
             terms["loss"] = terms["loss"] + augment.weight * told["loss"]
             del pruned, more
     return MetaGradient({n: grads[n] if n in grads else torch.zeros_like(p) for n, p in params.items()}, terms)
+
+
+def learners_gradients(
+    params: Params,
+    episode: Episode,
+    problem: Problem,
+    method: Method,
+    engine: Engine | str,
+    learners: Sequence[Learner],
+    *,
+    meta_step: int = 0,
+) -> dict[Learner, Params]:
+    """The meta-gradient of each learner's own query loss, both pulled back through the method's inner loop.
+
+    Of ``meta`` it is g, and of ``co`` gbar, without gamma, in the paper's descent condition <g_j, gbar_j> > 0 in each
+    layer j. As in the trainer's diagnosis they are of the rule's first term.
+
+    Args:
+        params, episode, problem, method, engine, meta_step: as of :func:`meta_gradient`.
+        learners: whose; of those that the network has.
+
+    Returns:
+        By learner, and by name of what the gradient reaches.
+
+    Cost: :func:`meta_gradient` for each learner. Collective: none.
+    Source: CML (UAI 2024).
+    """
+    engine = Engine(engine) if isinstance(engine, str) else engine
+    if meta_step < method.first_order_steps:
+        method = replace(method, order=1)
+    loop, found = InnerLoop(params, episode, problem, method), {}
+    for learner in learners:
+        weights = {one: float(one == learner) for one in problem.learners}
+        found[learner], _ = _objective(loop, weights, engine, meta_step, first_alone=True)
+    return found
 
 
 def _objective(

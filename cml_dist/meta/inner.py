@@ -6,6 +6,7 @@ or one micro-batch of it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -352,7 +353,17 @@ class _Streamed(torch.autograd.Function):
 
 
 def adapt(meta: Params, episode: Episode, problem: Problem, method: Method, learner: Learner = "meta") -> Params:
-    """What the network is after the whole inner loop on an episode's support set, as values by canonical name.
+    """What the network is after the whole inner loop: the last of :func:`adapting`, with its arguments."""
+    (adapted,) = deque(adapting(meta, episode, problem, method, learner), maxlen=1)
+    return adapted
+
+
+def adapting(
+    meta: Params, episode: Episode, problem: Problem, method: Method, learner: Learner = "meta"
+) -> Iterator[Params]:
+    """What the network is before the inner loop on an episode's support set and after each step, by canonical name.
+
+    Values, of which each is made when it is asked for; one alone where nothing adapts.
 
     Args:
         learner: whose support loss is descended: ``meta`` adapts psi and theta (eq. 8), ``co`` psi alone with phi
@@ -366,9 +377,10 @@ def adapt(meta: Params, episode: Episode, problem: Problem, method: Method, lear
     episode = replace(episode, support=replace(episode.support, by_step={}))  # what is drawn a step is of training
     loop = InnerLoop(meta, episode, problem, replace(method, rule=rule), {learner: 1.0})
     fast = loop.fast
+    yield loop._view(Point(loop.meta, fast, loop.const), 0)
     for k in range(loop.steps):
         fast = loop.step(fast, k)
-    return loop._view(Point(loop.meta, fast, loop.const), max(loop.steps - 1, 0))
+        yield loop._view(Point(loop.meta, fast, loop.const), k)
 
 
 # --------------------------------------------------------------------------- small things

@@ -13,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from cml_dist.errors import CheckpointError
 from cml_dist.run.folder import path_of, steps_in, wait_until_seen
 from cml_dist.run.safetensors_stream import StreamReader, tensor_bytes, write_stream
 from cml_dist.types import RULE, Layout, Params
+
+TRAIL = "trail"
+"""Folder, beside the checkpoints, of those that hold parameters alone (checkpoint.keep_every)."""
 
 FORMAT = 2
 """Format 1, still read, differs in its SHA-256 alone: there it ran over the tensors' bytes, and not their digests."""
@@ -99,6 +103,7 @@ def save(
     layout: Layout,
     tensors: Iterable[tuple[str, Tensor]],
     before: Callable[[], None] = lambda: None,
+    trail: bool = False,
 ) -> Path:
     """Write a checkpoint by rank 0, see :func:`atomic_file`.
 
@@ -107,6 +112,7 @@ def save(
         tensors: (name, whole tensor on the CPU), made one at a time (``strategy.saved_tensors()``); on other ranks
             than 0 they are asked for and not looked at.
         before: called right before the rename; a CheckpointError that it raises calls it off.
+        trail: one of the trail: of the parameters alone, which come first.
 
     Raises:
         CheckpointError: the file system refused (full, read-only), or ``before`` did; older checkpoints are untouched.
@@ -114,7 +120,10 @@ def save(
     Collective: all ranks, and all raise it if rank 0 cannot write. An error in ``tensors`` itself is raised where it
     happens and at once, since the other ranks then wait in a collective of theirs.
     """
-    tensors, target = iter(tensors), path_of(folder, step)
+    if trail:
+        layout = {name: kind for name, kind in layout.items() if name.startswith("param/")}
+        tensors = islice(tensors, len(layout))
+    tensors, target = iter(tensors), path_of(folder / TRAIL if trail else folder, step)
     meta, digests = {"format": FORMAT, "step": step, "state": state}, {}
     fault: CheckpointError | None = None
 
@@ -219,27 +228,28 @@ def newest_state(folder: Path) -> dict[str, Any]:
 def find(folder: Path, which: str, warn: Callable[[str], None]) -> tuple[Checkpoint, str]:
     """The checkpoint of the best validation (``best``), the newest (``last``), or of a step, and how it was chosen.
 
-    Where ``best`` has none (never validated, or damaged) it is the newest, which then is called ``last``. ``warn`` is
-    told of what is passed over.
+    A step may also be one of the trail, whose checkpoints hold no moments. Where ``best`` has none (never validated, or
+    damaged) it is the newest, which then is called ``last``. ``warn`` is told of what is passed over.
 
     Raises:
         CheckpointError: there is none, or none that is whole.
     """
     steps = steps_in(folder)
+    for place in (folder / TRAIL, folder) if which.isdigit() else ():
+        if int(which) in steps_in(place):
+            return load(path_of(place, int(which))), which
     if not steps:
         raise CheckpointError(f"{folder} holds no checkpoint yet", "train it first: cml-dist train")
-    if which in ("best", "last"):
-        found, how = load_newest(folder, warn), "last"
-        best = found.state.get("best")
-        if which == "best" and best is not None:
-            try:
-                found, how = found if best["step"] == found.step else load(path_of(folder, best["step"])), "best"
-            except DamagedCheckpoint as error:
-                warn(f"{error.what}: step {found.step} is used")
-    elif which.isdigit() and int(which) in steps:
-        found, how = load(path_of(folder, int(which))), which
-    else:
-        raise CheckpointError(f"{folder} keeps no checkpoint {which!r}", f"use best, last, or one of {steps}")
+    if which not in ("best", "last"):
+        kept = sorted({*steps, *steps_in(folder / TRAIL)})
+        raise CheckpointError(f"{folder} keeps no checkpoint {which!r}", f"use best, last, or one of {kept}")
+    found, how = load_newest(folder, warn), "last"
+    best = found.state.get("best")
+    if which == "best" and best is not None:
+        try:
+            found, how = found if best["step"] == found.step else load(path_of(folder, best["step"])), "best"
+        except DamagedCheckpoint as error:
+            warn(f"{error.what}: step {found.step} is used")
     return found, how
 
 
@@ -295,7 +305,7 @@ def prune(folder: Path, keep_last: int, keep: Collection[int]) -> None:
 
     Also what killed writers left half-written: only the one trainer of a run folder writes there, and it is here now.
     """
-    for leftover in folder.glob(LEFTOVERS):
+    for leftover in (*folder.glob(LEFTOVERS), *(folder / TRAIL).glob(LEFTOVERS)):
         leftover.unlink(missing_ok=True)
     for step in steps_in(folder)[:-keep_last]:
         if step not in keep:

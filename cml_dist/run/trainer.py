@@ -196,12 +196,15 @@ class Trainer:
         with closing(stream), training as live, profile:
             if self.step == 0 and is_compared(config, parts):
                 tell_before(config, parts, world, console, self.stop_wanted)
+            if self.step == 0:
+                self.keep_if_due()
             self.validate_if_due()
             while self.step < config.train.steps and not self.ended_early:
                 with profile.step(self.step + 1):
                     metrics, stop, save = self.meta_step(stream)
                 live.step(metrics)
                 self.on_step(self.step, "step")
+                self.keep_if_due()
                 # Before a validation too, which may take long: a run that is stopped or killed in it loses no step.
                 if stop or save or self.validation_due or self.step == config.train.steps:
                     self.save()
@@ -364,6 +367,13 @@ class Trainer:
         self.on_step(self.step, "validated")
         self.save()
         self.session.doing = "training"
+
+    def keep_if_due(self) -> None:
+        """A checkpoint of the trail; before the full one of the same step, at which a run may resume."""
+        every, folder = self.config.checkpoint.keep_every, self.session.folder.checkpoints
+        if every is not None and (self.step % every == 0 or self.step == self.config.train.steps):
+            saved = self.strategy.saved_layout(), self.strategy.saved_tensors()
+            checkpoints.save(self.world, folder, self.step, self.state, *saved, before=self.session.fence, trail=True)
 
     def save(self) -> None:
         """One checkpoint by rank 0, and the removal of those no longer kept; fails on all ranks if it fails."""

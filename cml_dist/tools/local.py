@@ -30,6 +30,7 @@ PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SAID = {
     "train.train": "the processes stop and save once their meta-step or episode is done",
     "finished.evaluate": "the processes stop once their episode is done; nothing is written",
+    "analyse.analyse": "the processes stop; what is finished of a checkpoint is kept",
     "doctor.doctor": "the processes stop",
 }
 """Commands that several processes can run, and what a first signal does to them."""

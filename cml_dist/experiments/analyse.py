@@ -1,0 +1,368 @@
+"""What ``cml-dist analyse`` measures at checkpoints of runs: meta-gradients by layer, CKA, scores over inner steps."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cml_dist.atomic import write_bytes
+from cml_dist.config.keys import flatten
+from cml_dist.config.methods import has_classes, is_classifier, method_title
+from cml_dist.config.schema import ImageSettings, RunConfig
+from cml_dist.distributed.world import World
+from cml_dist.errors import CheckpointError, ConfigError
+from cml_dist.experiments.cka import LEAST, terms
+from cml_dist.experiments.compare import open_run, variant_names, variant_settings
+from cml_dist.experiments.report_figures import BACKBONE
+from cml_dist.meta.gradient import learners_gradients
+from cml_dist.meta.inner import accumulate, adapting
+from cml_dist.meta.problem import Problem
+from cml_dist.run.assemble import Parts, assemble
+from cml_dist.run.checkpoint import TRAIL, Checkpoint, check_same_run, find, newest_state, on_all_ranks
+from cml_dist.run.folder import NEUTRAL_KEYS, run_config, same_everywhere, steps_in
+from cml_dist.run.status import read_status
+from cml_dist.run.stream import episode_stream
+from cml_dist.telemetry.console import Console
+from cml_dist.types import BODY, COLEARNER, Batch, Params
+
+FORMAT = 1
+"""Of what is kept of a checkpoint: raised where what is measured changes, so that it is measured again."""
+
+FACTOR = 3
+"""Inner steps are tested up to so many times those of the run's own test."""
+
+LEARNERS = ("meta", "co", "untrained")
+"""Whose meta-gradients: the meta-learner's, the trained co-learner's, and a co-learner's with its initial values."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found at one checkpoint. NaN where there is nothing, such as a gradient of what is frozen.
+
+    Attributes:
+        layers: of the body, L of them.
+        products: ``[meta-steps, L, 3, 3]``, inner products of the learners' meta-gradients in a layer, in the order of
+            ``LEARNERS``; each meta-step has as many training episodes as one of the run.
+        alike: ``[episodes, L, 3]``, the terms of CKA between features before and after adaptation, on query sets.
+        scores: ``[episodes, inner steps + 1]`` on test episodes, of the meta-learner (eq. 8).
+    """
+
+    layers: tuple[str, ...]
+    products: np.ndarray
+    alike: np.ndarray
+    scores: np.ndarray
+
+    def norm(self, learner: str) -> np.ndarray:
+        """``[meta-steps, L]``, the norm of a learner's meta-gradient in each layer."""
+        one = LEARNERS.index(learner)
+        return np.sqrt(self.products[:, :, one, one])
+
+    def cosine(self, learner: str) -> np.ndarray:
+        """``[meta-steps, L]``, between the meta-gradients of a co-learner and of the meta-learner."""
+        dot, norms = self.products[:, :, 0, LEARNERS.index(learner)], self.norm("meta") * self.norm(learner)
+        return np.divide(dot, norms, out=np.full_like(dot, np.nan), where=norms > 0)
+
+
+@dataclass(frozen=True)
+class Analysed:
+    """A run, and which of its checkpoints are looked at.
+
+    Attributes:
+        settings: flat, those that make a variant.
+        steps: over training.
+        best: the step of the best validation, else the newest: of the scores over inner steps.
+        notes: what is to be said of it.
+    """
+
+    path: str
+    config: RunConfig
+    settings: dict[str, Any]
+    steps: tuple[int, ...]
+    best: int
+    notes: tuple[str, ...]
+
+
+# --------------------------------------------------------------------------- which runs and checkpoints
+
+
+def choose_runs(folders: Sequence[str], which: str) -> tuple[list[list[Analysed]], list[str], list[str]]:
+    """Runs by variant and seed, the variants' names, and what is to be said.
+
+    Args:
+        which: ``all`` of the trail, or where there is none the best and the newest checkpoint; ``best``; or a number:
+            so many of them, evenly.
+
+    Raises:
+        CheckpointError: a folder is no run, or has no checkpoint. ConfigError: the networks are not of one kind.
+    """
+    if which not in ("all", "best") and not (which.isdecimal() and int(which) > 0):
+        raise ConfigError(f"--checkpoints is {which}", "give all, best, or a number of 1 or more")
+    groups: dict[str, dict[int, Analysed]] = {}
+    notes, runs = [], [_open(folder, which) for folder in folders]
+    for run in runs:
+        _check_same_network(runs[0], run)
+        group = groups.setdefault(json.dumps(run.settings, sort_keys=True), {})
+        if (first := group.setdefault(run.config.run.seed, run)) is not run:
+            notes.append(f"{run.path} is left out: the variant and seed of {first.path} again")
+        else:
+            notes += run.notes
+    variants = [[group[seed] for seed in sorted(group)] for group in groups.values()]
+    variants.sort(key=lambda group: {False: 0, "untrained": 1}.get(group[0].config.method.colearner, 2))
+    names = variant_names([group[0].settings for group in variants], method_title(variants[0][0].config))
+    return variants, names, notes
+
+
+def _open(path: str, which: str) -> Analysed:
+    folder, _ = open_run(path)
+    config = run_config(path, ())
+    if is_classifier(config):
+        raise ConfigError(f"{path} is a run of cml-dist pretrain, in which nothing adapts", "name meta-trained runs")
+    kept, trail = steps_in(folder.checkpoints), steps_in(folder.checkpoints / TRAIL)
+    if not kept and not trail:
+        raise CheckpointError(f"{path} holds no checkpoint yet", "train it first, or leave it out")
+    best = (newest_state(folder.checkpoints).get("best") or {}).get("step", -1)
+    best = best if best in kept else max(kept or trail)
+    steps, notes = trail or sorted({best, kept[-1]}), []
+    if which == "best":
+        steps = [best]
+    elif not trail:
+        notes.append(f"{path} has no trail (checkpoint.keep_every): its checkpoints of steps {steps} are used")
+    if which.isdecimal() and int(which) < len(steps):
+        steps = [steps[round(place)] for place in np.linspace(0, len(steps) - 1, int(which))]
+    status = read_status(folder.status_file)
+    if status is None or status.state != "finished":
+        state = f"{status.state}, step {status.step} of {status.steps}" if status else "no status.json"
+        notes.append(f"{path} is not finished ({state}): what it has is used")
+    if config.method.colearner is False:
+        notes.append(f"{path} has no co-learner: its norms, CKA and scores are drawn, and no cosine")
+    return Analysed(path, config, variant_settings(folder, config), tuple(steps), best, tuple(notes))
+
+
+def _check_same_network(first: Analysed, run: Analysed) -> None:
+    def facts(of: Analysed) -> dict[str, Any]:
+        flat = flatten(of.config.model_dump(mode="json"))
+        return {"classes": has_classes(of.config), **{k: v for k, v in flat.items() if k.startswith(BACKBONE)}}
+
+    one, other = facts(first), facts(run)
+    differs = [f"{k} is {other.get(k)}, there {one.get(k)}" for k in {**one, **other} if one.get(k) != other.get(k)]
+    if differs:
+        raise ConfigError(
+            f"{run.path} has another network than {first.path}, so that their layers share no picture: "
+            + "; ".join(differs),
+            "analyse them apart",
+        )
+
+
+# --------------------------------------------------------------------------- what is kept
+
+
+def measure_run(run: Analysed, episodes: int, out: Path, world: World, console: Console) -> dict[int, Measured]:
+    """What was found at each of a run's checkpoints, by step; computed unless ``out`` has it. Collective: all ranks."""
+    parts, found = None, {}
+    folder = Path(run.path, "checkpoints")
+    for step in sorted({*run.steps, run.best}):
+        checkpoint, _ = on_all_ranks(world, lambda warn, step=step: find(folder, str(step), warn), console.warn)
+        file = out / "numbers" / f"{_key(run.config, checkpoint, episodes)}.npz"
+        known = world.gather(_kept(file) if world.is_main else None)[0]
+        if known is None:
+            if parts is None:
+                parts = _assembled(run.config, world, console)
+            belongs = partial(check_same_run, checkpoint, parts.net, parts.domain.fingerprint())
+            world.run_on_all_ranks(belongs)
+            known = measure(run.config, parts, checkpoint, episodes, world, console)
+            world.run_on_main(partial(_keep, file, known))
+        found[step] = known
+    return found
+
+
+def _key(config: RunConfig, checkpoint: Checkpoint, episodes: int) -> str:
+    """What the numbers follow from."""
+    settings = {k: v for k, v in same_everywhere(config).items() if not k.startswith(NEUTRAL_KEYS)}
+    whole = json.dumps([FORMAT, episodes, checkpoint.sha256, settings], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def _keep(file: Path, measured: Measured) -> None:
+    made = io.BytesIO()
+    np.savez(made, **vars(measured))
+    write_bytes(file, made.getvalue())
+
+
+def _kept(file: Path) -> Measured | None:
+    try:
+        with open(file, "rb") as opened, np.load(opened) as found:
+            layers = tuple(str(name) for name in found["layers"])
+            return Measured(layers, found["products"], found["alike"], found["scores"])
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged ({error})", "delete it; it is computed again") from error
+
+
+def _assembled(config: RunConfig, world: World, console: Console) -> Parts:
+    if isinstance(config.domain, ImageSettings):  # layers are looked into, also those of a frozen body
+        domain = config.domain.model_copy(update={"features": "compute"})
+        config = config.model_copy(update={"domain": domain})
+    parts = assemble(config, world, console, dict.fromkeys(("train", config.eval.split)))
+    parts.model.to(world.device)
+    return parts
+
+
+# --------------------------------------------------------------------------- measuring
+
+
+def measure(
+    config: RunConfig, parts: Parts, checkpoint: Checkpoint, episodes: int, world: World, console: Console
+) -> Measured:
+    """What is found at a checkpoint, on ``episodes`` training and as many test episodes.
+
+    Each meta-step, and each test episode, is computed by one rank as by any other: the numbers are the same for any
+    world size, to the bit where processes have as many threads. Collective: all ranks.
+    """
+    params = {n: p.to(world.device, parts.dtype) for n, p in world.run_on_all_ranks(checkpoint.params).items()}
+    size = min(config.train.episodes_per_step, episodes)
+    layers = layers_of(parts.model.problem)
+    work, done = 2 * (episodes // size * size) // world.size, 0
+    with console.progress(f"{config.run.dir}, step {checkpoint.step}", work) as view:
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            view.update(min(done, work))
+            world.heartbeat.beat(f"step {checkpoint.step}, episode {done} of {work}")
+
+        where = (parts, world, params, layers, tick)
+        products = gradient_products(config, checkpoint.step, episodes // size, size, *where)
+        alike, scores = before_and_after(config, episodes, *where)
+    names = tuple(name.removeprefix("model.") for name in layers)
+    return Measured(names, *(world.sum(table).numpy() for table in (products, alike, scores)))
+
+
+def layer_of(name: str) -> str:
+    """The layer of the body that a tensor belongs to: its name up to the first number, else the first word.
+
+    ``body.block1.conv.weight`` is of ``block1``, ``body.layers.0.bias`` of ``layers.0``, and
+    ``body.model.blocks.3.attn.qkv.weight`` of ``model.blocks.3``.
+    """
+    words = name.removeprefix(f"{BODY}.").split(".")
+    inside = words[0] == "model" and len(words) > 2  # timm's
+    number = next((place for place, word in enumerate(words[:-1]) if word.isdecimal()), int(inside))
+    return ".".join(words[: number + 1])
+
+
+def layers_of(problem: Problem) -> list[str]:
+    """All layers of the body, in the network's own order."""
+    body = problem.structure.body
+    return list(dict.fromkeys(layer_of(n) for n, _ in (*body.named_parameters(), *body.named_buffers())))
+
+
+def gradient_products(
+    config: RunConfig, meta_step: int, count: int, size: int, parts: Parts, world: World, params: Params,
+    layers: Sequence[str], tick: Callable[[], None],
+) -> Tensor:  # fmt: skip
+    """This rank's rows of :attr:`Measured.products`, and zeros in the place of the others'."""
+    problem, method, engine = parts.model.problem, parts.model.method, parts.model.engine
+    products = torch.zeros(count, len(layers), len(LEARNERS), len(LEARNERS), dtype=torch.float64)
+    initial = {n: p.detach() for n, p in parts.net.named_parameters() if n.startswith(f"{COLEARNER}.")}
+    fresh = {**params, **{n: p.to(world.device, parts.dtype) for n, p in initial.items()}}
+    own = "co" if initial else "untrained"  # which is constant where the method trains none
+    mine = range(world.rank, count, world.size)
+    indices = [index for number in mine for index in range(number * size, (number + 1) * size)]
+    how = {"device": world.device, "dtype": parts.dtype, "workers": config.domain.workers}
+    stream = episode_stream(parts.domain, "train", indices, **how)
+    for number in mine:
+        total: dict[str, Params] = {learner: {} for learner in LEARNERS}
+        for episode in islice(stream, size):
+            of = (episode, problem, method, engine)
+            for learner, grads in learners_gradients(params, *of, problem.learners, meta_step=meta_step).items():
+                accumulate(total["meta" if learner == "meta" else own], grads)
+            if initial:
+                accumulate(total["untrained"], learners_gradients(fresh, *of, ["co"], meta_step=meta_step)["co"])
+            tick()
+        for place, layer in enumerate(layers):
+            products[number, place] = _gram([_vector(total[one], layer) for one in LEARNERS]) / size**2
+    return products
+
+
+def _vector(grads: Params, layer: str) -> Tensor | None:
+    """The gradient in a layer as one vector, None where there is none."""
+    found = [g.flatten() for n, g in grads.items() if n.startswith(f"{BODY}.") and layer_of(n) == layer]
+    return torch.cat(found).double() if found else None
+
+
+def _gram(vectors: Sequence[Tensor | None]) -> Tensor:
+    """Inner products of all pairs; NaN with None."""
+    rows = [[torch.nan if None in (a, b) else (a @ b).item() for b in vectors] for a in vectors]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def before_and_after(
+    config: RunConfig, episodes: int, parts: Parts, world: World, params: Params, layers: Sequence[str],
+    tick: Callable[[], None],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """This rank's rows of :attr:`Measured.alike` and :attr:`Measured.scores`, and zeros in the place of the others'."""
+    problem, steps = parts.model.problem, parts.plan.test_inner_steps
+    method = replace(parts.model.method, inner_steps=FACTOR * steps)
+    alike = torch.zeros(episodes, len(layers), 3, dtype=torch.float64)
+    scores = torch.zeros(episodes, FACTOR * steps + 1, dtype=torch.float64)
+    mine = range(world.rank, episodes, world.size)
+    how = {"device": world.device, "dtype": parts.dtype, "workers": config.domain.workers}
+    for episode in episode_stream(parts.domain, config.eval.split, mine, **how):
+        row, query, seen = episode.index, episode.query, {}
+        alike[row], scores[row] = torch.nan, torch.nan
+        for k, adapted in enumerate(adapting(params, episode, problem, method)):
+            (outputs,) = problem.answers(adapted, episode, ("meta",), config.eval.norm)
+            scores[row, k] = problem.score(outputs, query.targets).item()
+            if k in (0, steps):
+                seen[k] = features(problem, adapted, query, layers)
+        for place, layer in enumerate(layers):
+            before, after = (seen.get(k, {}).get(layer) for k in (0, steps))
+            if before is not None and after is not None and len(before) >= LEAST:
+                alike[row, place] = terms(before, after)
+        tick()
+    return alike, scores
+
+
+def features(problem: Problem, params: Params, batch: Batch, layers: Sequence[str]) -> dict[str, Tensor]:
+    """What the last module inside each layer gives for a batch, ``[N, ...]``; not of layers without a module."""
+    with _recorded(problem.structure.body, layers) as seen:
+        parts = []
+        for part, _ in problem.micro_batches(batch):
+            with torch.no_grad():
+                problem.outputs(params, part, ("meta",))
+            parts.append(dict(seen))
+    return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+
+
+@contextmanager
+def _recorded(body: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Inside, each pass puts the layers' outputs into the dictionary."""
+    seen: dict[str, Tensor] = {}
+
+    def record(layer: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                seen[layer] = output.detach()
+
+        return hook
+
+    modules = dict(body.named_modules())
+    inside = [(layer, module) for layer in layers if layer in modules for module in modules[layer].modules()]
+    hooks = [module.register_forward_hook(record(layer)) for layer, module in inside]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,289 @@
+"""The pictures of ``cml-dist analyse``, and its numbers as JSON: several runs in one, with bands over seeds."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cml_dist.config.methods import has_classes
+from cml_dist.experiments.analyse import FORMAT, Analysed, Measured
+from cml_dist.experiments.cka import cka
+from cml_dist.experiments.report_figures import COLOURS, DASHES, INK, legend_below, new_figure, saved
+from cml_dist.run.interval import estimate
+from cml_dist.telemetry import text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKERS = "os^Dv<>P"
+PANELS = 12
+"""Layers that a picture has at most; of more it has so many, evenly."""
+
+WHOSE = {"meta": "the meta-learner", "co": "its co-learner", "untrained": "an untrained co-learner"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture under a file's name, as SVG and PNG."""
+
+    name: str
+    svg: bytes
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of a variant, with what was found at their checkpoints by step."""
+
+    number: int
+    name: str
+    runs: tuple[tuple[Analysed, dict[int, Measured]], ...]
+
+    @property
+    def title(self) -> str:
+        """With its number, and of how many seeds it is."""
+        return f"{self.number}  {self.name} ({counted(len(self.runs), 'seed')})"
+
+    def over_training(self) -> Iterator[Measured]:
+        """All that the pictures over training show."""
+        return (found[step] for run, found in self.runs for step in run.steps)
+
+    def best(self) -> list[Measured]:
+        """Of each run at its best checkpoint."""
+        return [found[run.best] for run, found in self.runs]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve in each layer's panel.
+
+    Attributes:
+        steps: S meta-steps.
+        middle, low, high: ``[S, L]``.
+    """
+
+    label: str
+    number: int
+    steps: list[int]
+    middle: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def line(group: Group, label: str, values: Callable[[Measured], np.ndarray]) -> Line | None:
+    """A variant's curve: mean over seeds, with the least and most; of one seed with the 95 % interval.
+
+    Args:
+        values: ``[n, L]`` of a checkpoint, averaged over n; None where all are NaN.
+    """
+    steps = sorted({step for run, _ in group.runs for step in run.steps})
+    rows = []
+    for step in steps:
+        each = [values(found[step]) for run, found in group.runs if step in run.steps]
+        means = np.stack([_mean(one) for one in each])
+        half = np.array([estimate(column).ci95 for column in each[0].T]) if len(group.runs) == 1 else np.zeros(1)
+        half = np.nan_to_num(half)
+        rows.append((_mean(means), means.min(0) - half, means.max(0) + half))
+    middle, low, high = (np.stack(part) for part in zip(*rows, strict=True))
+    return None if np.isnan(middle).all() else Line(label, group.number, steps, middle, low, high)
+
+
+def counted(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
+def positive(group: Group, learner: str) -> float:
+    """The share of layers, checkpoints and meta-steps in which a co-learner's meta-gradient has a positive inner
+    product with the meta-learner's; NaN where there is none."""
+    cosines = np.concatenate([found.cosine(learner).flatten() for found in group.over_training()])
+    cosines = cosines[~np.isnan(cosines)]
+    return float((cosines > 0).mean()) if len(cosines) else math.nan
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Over the first axis, of what is not NaN."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of all NaN
+        return np.nanmean(values, axis=0)
+
+
+# --------------------------------------------------------------------------- pictures
+
+
+def draw(groups: Sequence[Group]) -> Iterator[Picture]:
+    """All pictures for which there is something to draw."""
+    config, some = groups[0].runs[0][0].config, next(groups[0].over_training())
+    count, size = len(some.products), min(config.train.episodes_per_step, len(some.scores))
+    band = "Band: least to most over seeds; of one seed its 95 % interval over meta-steps."
+    steps = f"Mean over {counted(count, 'meta-step')} of {counted(size, 'training episode')}. {band}"
+
+    def lines(learners: Sequence[str], what: str, share: bool = False) -> list[Line]:
+        found = []
+        for learner, group in ((learner, group) for group in groups for learner in learners):
+            shown = f"; > 0 in {positive(group, learner):.0%}" if share else ""
+            values = lambda one, learner=learner: getattr(one, what)(learner)  # noqa: E731
+            found.append(line(group, f"{group.title}, {WHOSE[learner]}{shown}", values))
+        return [one for one in found if one is not None]
+
+    if cosines := lines(("co", "untrained"), "cosine", share=True):
+        caption = "Above 0 both learners' losses descend along the sum (the paper's condition, in each layer). "
+        caption += f"{steps} Shares: of layers, checkpoints and meta-steps."
+        title = "Cosine of the co-learner's and the meta-learner's meta-gradients"
+        yield _panels("gradient-cosine", title, caption, "cosine", cosines, some.layers, zero=True)
+    for name, whose, learners in (
+        ("gradient-norm-meta", "meta-learner", ("meta",)), ("gradient-norm-co", "co-learner", ("co", "untrained"))
+    ):  # fmt: skip
+        if norms := lines(learners, "norm"):
+            caption = f"L2 norm in each layer{', without gamma' * (whose == 'co-learner')}. {steps}"
+            title = f"Norm of the {whose}'s meta-gradient"
+            yield _panels(name, title, caption, "norm", norms, some.layers, log=True)
+    alike = [line(group, group.title, lambda one: cka(one.alike)[None]) for group in groups]
+    if alike := [one for one in alike if one is not None]:
+        caption = "1: adaptation leaves a layer's features as they are; lower: it changes them. Query sets of "
+        caption += f"{len(some.alike)} {config.eval.split} episodes (debiased, minibatch). "
+        caption += "Band: least to most over seeds."
+        yield _panels("cka", "CKA of features before and after adaptation", caption, "CKA", alike, some.layers)
+    yield _over_inner_steps(groups)
+
+
+def _look(place: int, number: int) -> dict[str, Any]:
+    """Of the curve at a place in a picture: one can be told from others without colours."""
+    dashes, marker = DASHES[place % len(DASHES)], MARKERS[place % len(MARKERS)]
+    return {"color": COLOURS[(number - 1) % len(COLOURS)], "linestyle": dashes, "marker": marker, "markersize": 3.5}
+
+
+def _panels(
+    name: str, title: str, caption: str, axis: str, lines: Sequence[Line], layers: Sequence[str], *,
+    log: bool = False, zero: bool = False,
+) -> Picture:  # fmt: skip
+    """A panel a layer over meta-steps; where there is one checkpoint of each, one panel over layers."""
+    drawn = [place for place in range(len(layers)) if any(not np.isnan(one.middle[:, place]).all() for one in lines)]
+    if all(len(one.steps) == 1 for one in lines):
+        with new_figure(size=(6.4, 3.6)) as (figure, axes):
+            for place, one in enumerate(lines):
+                middle, low, high = (part[0, drawn] for part in (one.middle, one.low, one.high))
+                spread = np.maximum([middle - low, high - middle], 0)
+                label = f"{one.label}, step {one.steps[0]:,}"
+                axes.errorbar(range(len(drawn)), middle, spread, capsize=3, label=label, **_look(place, one.number))
+            axes.set_xticks(range(len(drawn)), [layers[k] for k in drawn], rotation=30 * (len(drawn) > 6))
+            axes.set(xlabel="layer", ylabel=axis)
+            _finish_axes(axes, log, zero)
+            return _finish(figure, axes, name, title, caption)
+    chosen = drawn
+    if len(drawn) > PANELS:
+        chosen = [drawn[round(place)] for place in np.linspace(0, len(drawn) - 1, PANELS)]
+        caption += f" {PANELS} of {len(drawn)} layers."
+    columns = min(4, len(chosen))
+    rows = -(-len(chosen) // columns)
+    size = (max(6.4, 2.2 * columns), 0.6 + 2.0 * rows)
+    with new_figure(rows, columns, size=size, sharex=True, sharey=True, squeeze=False) as (figure, grid):
+        for panel, layer in zip(grid.flat, chosen, strict=False):
+            for place, one in enumerate(lines):
+                look = _look(place, one.number)
+                panel.fill_between(
+                    one.steps, one.low[:, layer], one.high[:, layer], color=look["color"], alpha=0.15, linewidth=0
+                )
+                panel.plot(one.steps, one.middle[:, layer], linewidth=1.4, label=one.label, **look)
+            panel.set_title(layers[layer])
+            panel.locator_params(axis="x", nbins=4)
+            _finish_axes(panel, log, zero)
+        for empty in [*grid.flat][len(chosen) :]:
+            empty.set_axis_off()
+        figure.supxlabel("meta-step", fontsize=9)
+        figure.supylabel(axis, fontsize=9)
+        return _finish(figure, grid.flat[0], name, title, caption)
+
+
+def _over_inner_steps(groups: Sequence[Group]) -> Picture:
+    """The score of the best checkpoints after each inner step."""
+    config, tested = groups[0].runs[0][0].config, len(groups[0].best()[0].scores)
+    scale, axis = (100, "accuracy (%), higher is better") if has_classes(config) else (1, "MSE, lower is better")
+    caption = f"{tested} {config.eval.split} episodes, the best checkpoint of each run (by validation, else the newest)"
+    caption += ". Strokes: 95 % intervals over episodes, of the mean over seeds. Dotted: the run's own inner steps."
+    with new_figure(size=(6.4, 3.6)) as (figure, axes):
+        for place, group in enumerate(groups):
+            scores = scale * np.mean([one.scores for one in group.best()], axis=0)
+            found = [estimate(column) for column in scores.T if not np.isnan(column).any()]
+            middle, half = [one.mean for one in found], np.nan_to_num([one.ci95 for one in found])
+            look = _look(place, group.number)
+            # Beside each other, so that intervals can be seen.
+            at = np.arange(len(found)) + 0.04 * (place - (len(groups) - 1) / 2) * max(1, len(found) / 10)
+            axes.errorbar(at, middle, half, capsize=2, linewidth=1.4, label=group.title, **look)
+            axes.axvline((scores.shape[1] - 1) / 3, color=INK, linestyle=":", linewidth=0.8)
+        if has_classes(config):
+            axes.axhline(100 / config.domain.ways, color="0.5", linewidth=0.8, label="chance")
+        axes.set(xlabel="inner steps", ylabel=axis)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        return _finish(figure, axes, "inner-steps", "Score against inner steps at test", caption)
+
+
+def _finish_axes(axes: Axes, log: bool, zero: bool) -> None:
+    if log:
+        axes.set_yscale("log")
+    if zero:
+        axes.axhline(0, color=INK, linewidth=0.8)
+
+
+def _finish(figure: Figure, axes: Axes, name: str, title: str, caption: str) -> Picture:
+    """Title and caption above, the legend below."""
+    width, height = figure.get_size_inches()
+    columns = int(width * 15)
+    said = text.folded(caption, columns)
+    figure.set_size_inches(width, height + 0.16 * (said.count("\n") + 2))
+    figure.suptitle(f"{title}\n{said}", x=0.01, horizontalalignment="left", fontsize=9, linespacing=1.3)
+    legend_below(figure, axes, columns)
+    return Picture(name, *(saved(figure, kind, name) for kind in ("svg", "png")))
+
+
+# --------------------------------------------------------------------------- numbers
+
+
+def numbers(groups: Sequence[Group], episodes: int, notes: Sequence[str]) -> dict[str, Any]:
+    """All that pictures show, and each seed by itself, as JSON; null where there is nothing."""
+    runs = []
+    for variant in groups:
+        for run, found in variant.runs:
+            each = [_of_checkpoint(step, found[step]) for step in sorted(found)]
+            known = {"run": run.path, "variant": variant.name, "seed": run.config.run.seed, "best": run.best}
+            runs.append({**known, "over_training": list(run.steps), "checkpoints": each})
+    shares = {group.name: {who: _plain(positive(group, who)) for who in ("co", "untrained")} for group in groups}
+    layers = next(groups[0].over_training()).layers
+    head = {"format": FORMAT, "episodes": episodes, "layers": list(layers), "notes": list(notes)}
+    return {**head, "positive_share": shares, "runs": runs}
+
+
+def _of_checkpoint(step: int, one: Measured) -> dict[str, Any]:
+    shown: dict[str, Any] = {"step": step}
+    shown["cosine"] = {who: _plain(_mean(one.cosine(who))) for who in ("co", "untrained")}
+    shown["norm"] = {who: _plain(_mean(one.norm(who))) for who in WHOSE}
+    shown["cka"] = _plain(cka(one.alike))
+    found = [estimate(column) for column in one.scores.T]
+    return {**shown, "scores": _plain([e.mean for e in found]), "scores_ci95": _plain([e.ci95 for e in found])}
+
+
+def _plain(values: Any) -> Any:
+    """For JSON: None for what is not finite."""
+    if isinstance(values, float):
+        return values if math.isfinite(values) else None
+    return [_plain(float(value)) for value in values]
+
+
+def table(groups: Sequence[Group]) -> tuple[str, tuple[str, ...], list[tuple[Any, ...]]]:
+    """Title, columns and rows of what is shown on the screen."""
+    score = "accuracy" if has_classes(groups[0].runs[0][0].config) else "mse"
+    columns = ("variant", "seeds", "cosine > 0", "untrained > 0", "CKA of the last layer", f"test {score}")
+    rows = []
+    for group in groups:
+        shares = [text.score("accuracy", positive(group, who)) for who in ("co", "untrained")]
+        alike = [float(values[-1]) for values in (cka(one.alike) for one in group.best())]
+        tested = [float(one.scores[:, (one.scores.shape[1] - 1) // 3].mean()) for one in group.best()]
+        last = text.number(float(np.mean(alike)), 3), text.score(score, float(np.mean(tested)))
+        rows.append((f"{group.number}  {group.name}", len(group.runs), *shares, *last))
+    title = "Layers, checkpoints and meta-steps with a positive cosine; CKA and score at the best checkpoints"
+    return title, columns, rows
