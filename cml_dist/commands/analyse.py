@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cml_dist.distributed.env import check_launch
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -23,11 +21,12 @@ def analyse(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.experiments.analyse_figures import Group
     from cml_dist.experiments.compare import find_runs
 
-    variants, names, notes = choose_runs(find_runs(args.runs), args.checkpoints)
+    # A pattern over the runs of a sweep also gives the logs that lie beside them.
+    folders = find_runs(place for place in args.runs if not Path(place).is_file())
+    variants, names, notes = choose_runs(folders, args.checkpoints)
     for note in notes:
         console.note(note)
     out, groups = Path(args.out), []
-    check_launch(None)
     with joined_world(variants[0][0].config) as world, memory_explained(world.device):
         for number, (name, runs) in enumerate(zip(names, variants, strict=True), start=1):
             found = tuple((run, measure_run(run, args.episodes, out, world, console)) for run in runs)

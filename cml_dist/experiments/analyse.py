@@ -109,6 +109,8 @@ def choose_runs(folders: Sequence[str], which: str) -> tuple[list[list[Analysed]
     """
     if which not in ("all", "best") and not (which.isdecimal() and int(which) > 0):
         raise ConfigError(f"--checkpoints is {which}", "give all, best, or a number of 1 or more")
+    if not folders:
+        raise CheckpointError("no run folder is named", "name the run.dir of training runs, or a folder above them")
     groups: dict[str, dict[int, Analysed]] = {}
     notes, runs = [], [_open(folder, which) for folder in folders]
     for run in runs:
@@ -257,7 +259,7 @@ def layer_of(name: str) -> str:
     ``body.model.blocks.3.attn.qkv.weight`` of ``model.blocks.3``.
     """
     words = name.removeprefix(f"{BODY}.").split(".")
-    inside = words[0] == "model" and len(words) > 2  # timm's
+    inside = words[0] == "model" and len(words) > 1  # timm's
     number = next((place for place, word in enumerate(words[:-1]) if word.isdecimal()), int(inside))
     return ".".join(words[: number + 1])
 

@@ -132,7 +132,7 @@ def draw(groups: Sequence[Group]) -> Iterator[Picture]:
         return [one for one in found if one is not None]
 
     if cosines := lines(("co", "untrained"), "cosine", share=True):
-        caption = "Above 0 both learners' losses descend along the sum (the paper's condition, in each layer). "
+        caption = "Above 0 a small step along both lowers both learners' losses (the paper's condition, by layer). "
         caption += f"{steps} Shares: of layers, checkpoints and meta-steps."
         title = "Cosine of the co-learner's and the meta-learner's meta-gradients"
         yield _panels("gradient-cosine", title, caption, "cosine", cosines, some.layers, zero=True)
@@ -186,24 +186,28 @@ def _panels(
         for panel, layer in zip(grid.flat, chosen, strict=False):
             for place, one in enumerate(lines):
                 look = _look(place, one.number)
-                panel.fill_between(
-                    one.steps, one.low[:, layer], one.high[:, layer], color=look["color"], alpha=0.15, linewidth=0
-                )
+                low = np.maximum(one.low[:, layer], 1e-30) if log else one.low[:, layer]
+                panel.fill_between(one.steps, low, one.high[:, layer], color=look["color"], alpha=0.15, linewidth=0)
                 panel.plot(one.steps, one.middle[:, layer], linewidth=1.4, label=one.label, **look)
             panel.set_title(layers[layer])
             panel.locator_params(axis="x", nbins=4)
             _finish_axes(panel, log, zero)
+        panel.set_ylim(_limits(np.concatenate([one.middle[:, chosen].flatten() for one in lines]), log, zero))
         for empty in [*grid.flat][len(chosen) :]:
             empty.set_axis_off()
-        figure.supxlabel("meta-step", fontsize=9)
-        figure.supylabel(axis, fontsize=9)
+        for column in grid.T:
+            column[-1].set_xlabel("meta-step")
+        for row in grid:
+            row[0].set_ylabel(axis)
         return _finish(figure, grid.flat[0], name, title, caption)
 
 
 def _over_inner_steps(groups: Sequence[Group]) -> Picture:
     """The score of the best checkpoints after each inner step."""
     config, tested = groups[0].runs[0][0].config, len(groups[0].best()[0].scores)
-    scale, axis = (100, "accuracy (%), higher is better") if has_classes(config) else (1, "MSE, lower is better")
+    title, axis, scale = "MSE", "MSE, lower is better", 1
+    if has_classes(config):
+        title, axis, scale = "Accuracy", "accuracy (%), higher is better", 100
     caption = f"{tested} {config.eval.split} episodes, the best checkpoint of each run (by validation, else the newest)"
     caption += ". Strokes: 95 % intervals over episodes, of the mean over seeds. Dotted: the run's own inner steps."
     with new_figure(size=(6.4, 3.6)) as (figure, axes):
@@ -220,24 +224,32 @@ def _over_inner_steps(groups: Sequence[Group]) -> Picture:
             axes.axhline(100 / config.domain.ways, color="0.5", linewidth=0.8, label="chance")
         axes.set(xlabel="inner steps", ylabel=axis)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        return _finish(figure, axes, "inner-steps", "Score against inner steps at test", caption)
+        return _finish(figure, axes, "inner-steps", f"{title} against inner steps at test", caption)
+
+
+def _limits(values: np.ndarray, log: bool, zero: bool) -> tuple[float, float]:
+    """Of the axis, by the means alone: wide intervals of few meta-steps would press them flat."""
+    values = values[np.isfinite(values) & ((values > 0) | (not log))]
+    values = np.log(values) if log else np.append(values, 0.0) if zero else values
+    low, high = values.min(initial=1e9), values.max(initial=-1e9)
+    margin = 0.35 * (high - low) or 0.1
+    limits = low - margin, high + margin
+    return tuple(np.exp(limits)) if log else limits
 
 
 def _finish_axes(axes: Axes, log: bool, zero: bool) -> None:
     if log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     if zero:
         axes.axhline(0, color=INK, linewidth=0.8)
 
 
 def _finish(figure: Figure, axes: Axes, name: str, title: str, caption: str) -> Picture:
-    """Title and caption above, the legend below."""
-    width, height = figure.get_size_inches()
-    columns = int(width * 15)
-    said = text.folded(caption, columns)
-    figure.set_size_inches(width, height + 0.16 * (said.count("\n") + 2))
-    figure.suptitle(f"{title}\n{said}", x=0.01, horizontalalignment="left", fontsize=9, linespacing=1.3)
-    legend_below(figure, axes, columns)
+    """The title above, caption and legend below."""
+    figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize=9, fontweight="bold")
+    legend_below(figure, axes, int(14 * figure.get_figwidth()), caption)
     return Picture(name, *(saved(figure, kind, name) for kind in ("svg", "png")))
 
 

@@ -214,13 +214,16 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = SIZE
         yield figure, figure.subplots(rows, columns, **how)
 
 
-def legend_below(figure: Figure, axes: Axes, columns: int = 64) -> None:
-    """Below the axes, for which the figure grows; ``columns`` of text."""
+def legend_below(figure: Figure, axes: Axes, columns: int = 64, caption: str = "") -> None:
+    """Below the axes, for which the figure grows; ``columns`` of text, with a caption above it."""
     handles, labels = axes.get_legend_handles_labels()
     labels = [text.folded(text.line(label), columns, hang=4) for label in labels]
+    said = text.folded(caption, columns) if caption else None
+    lines = sum(label.count("\n") + 1 for label in (*labels, *([said] if said else [])))
     width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + 0.16 * (1 + sum(label.count("\n") + 1 for label in labels)))
-    figure.legend(handles, labels, loc="outside lower left", fontsize=8)
+    figure.set_size_inches(width, height + 0.16 * (1 + lines))
+    look = {"loc": "outside lower left", "fontsize": 8, "title_fontsize": 8, "alignment": "left"}
+    figure.legend(handles, labels, title=said, **look)
 
 
 def _drawn(

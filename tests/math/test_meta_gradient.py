@@ -18,9 +18,10 @@ from toy import (
     plain_losses,
     plain_objective,
     relative_error,
+    total_gradient,
 )
 
-from cml_dist.meta.gradient import meta_gradient
+from cml_dist.meta.gradient import learners_gradients, meta_gradient
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method
@@ -47,6 +48,20 @@ def test_engines_equal_an_independent_implementation(family, method, steps, engi
     episode, numbers = make_episode(family), replace(METHODS[method], inner_steps=steps)
     ours = meta_gradient(params, episode, problem, numbers, engine)
     assert relative_error(ours.grads, plain_gradient(net, params, episode, numbers)) < 1e-12
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("engine", ["graph", "adjoint"])
+def test_each_learners_own_gradient_is_that_of_its_query_loss(order, engine):
+    net = make_net("map")
+    problem, params = make_problem(net)
+    episode, method = make_episode("map"), Method.sgd(3, 0.4, 0.3, gamma=0.7, order=order)
+    ours = learners_gradients(params, episode, problem, method, engine, ("meta", "co"))
+    for number, learner in enumerate(("meta", "co")):
+        _, theirs = total_gradient(lambda p, n=number: plain_losses(net, p, episode, method)[n], params)
+        reached = {n: g for n, g in theirs.items() if n in ours[learner]}
+        assert all(g.abs().max() == 0 for n, g in theirs.items() if n not in reached)
+        assert relative_error(ours[learner], reached) < 1e-12
 
 
 @pytest.mark.parametrize("family", BODIES)
