@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -29,6 +28,7 @@ from cml_dist.experiments.report_figures import BACKBONE
 from cml_dist.meta.gradient import learners_gradients
 from cml_dist.meta.inner import accumulate, adapting
 from cml_dist.meta.problem import Problem
+from cml_dist.meta.rule import part_of
 from cml_dist.run.assemble import Parts, assemble
 from cml_dist.run.checkpoint import TRAIL, Checkpoint, check_same_run, find, newest_state, on_all_ranks
 from cml_dist.run.folder import NEUTRAL_KEYS, run_config, same_everywhere, steps_in
@@ -294,18 +294,14 @@ def gradient_products(
                 accumulate(total["untrained"], learners_gradients(fresh, *of, ["co"], meta_step=meta_step)["co"])
             tick()
         for place, layer in enumerate(layers):
-            products[number, place] = _gram([_vector(total[one], layer) for one in LEARNERS]) / size**2
+            products[number, place] = _gram([total[one] for one in LEARNERS], layer) / size**2
     return products
 
 
-def _vector(grads: Params, layer: str) -> Tensor | None:
-    """The gradient in a layer as one vector, None where there is none."""
-    found = [g.flatten() for n, g in grads.items() if n.startswith(f"{BODY}.") and layer_of(n) == layer]
-    return torch.cat(found).double() if found else None
-
-
-def _gram(vectors: Sequence[Tensor | None]) -> Tensor:
-    """Inner products of all pairs; NaN with None."""
+def _gram(each: Sequence[Params], layer: str) -> Tensor:
+    """Inner products of gradients in a layer, of all pairs; NaN where there is none."""
+    inside = [[g.flatten() for n, g in one.items() if part_of(n) == BODY and layer_of(n) == layer] for one in each]
+    vectors = [torch.cat(found).double() if found else None for found in inside]
     rows = [[torch.nan if None in (a, b) else (a @ b).item() for b in vectors] for a in vectors]
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -339,32 +335,22 @@ def before_and_after(
 
 def features(problem: Problem, params: Params, batch: Batch, layers: Sequence[str]) -> dict[str, Tensor]:
     """What the last module inside each layer gives for a batch, ``[N, ...]``; not of layers without a module."""
-    with _recorded(problem.structure.body, layers) as seen:
-        parts = []
+    seen: dict[str, Tensor] = {}
+
+    def record(layer: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            seen[layer] = output.detach()
+
+    modules = dict(problem.structure.body.named_modules())
+    inside = [(layer, module) for layer in layers if layer in modules for module in modules[layer].modules()]
+    hooks = [module.register_forward_hook(partial(record, layer)) for layer, module in inside]
+    parts = []
+    try:
         for part, _ in problem.micro_batches(batch):
             with torch.no_grad():
                 problem.outputs(params, part, ("meta",))
             parts.append(dict(seen))
-    return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
-
-
-@contextmanager
-def _recorded(body: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Inside, each pass puts the layers' outputs into the dictionary."""
-    seen: dict[str, Tensor] = {}
-
-    def record(layer: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                seen[layer] = output.detach()
-
-        return hook
-
-    modules = dict(body.named_modules())
-    inside = [(layer, module) for layer in layers if layer in modules for module in modules[layer].modules()]
-    hooks = [module.register_forward_hook(record(layer)) for layer, module in inside]
-    try:
-        yield seen
     finally:
         for hook in hooks:
             hook.remove()
+    return {layer: torch.cat([part[layer] for part in parts]) for layer in seen}

@@ -77,19 +77,16 @@ class Line:
 
 
 def line(group: Group, label: str, values: Callable[[Measured], np.ndarray]) -> Line | None:
-    """A variant's curve: mean over seeds, with the least and most; of one seed with the 95 % interval.
+    """A variant's curve: the mean over seeds, with the least and most; of one seed those over meta-steps.
 
     Args:
         values: ``[n, L]`` of a checkpoint, averaged over n; None where all are NaN.
     """
-    steps = sorted({step for run, _ in group.runs for step in run.steps})
-    rows = []
+    steps, rows = sorted({step for run, _ in group.runs for step in run.steps}), []
     for step in steps:
         each = [values(found[step]) for run, found in group.runs if step in run.steps]
-        means = np.stack([_mean(one) for one in each])
-        half = np.array([estimate(column).ci95 for column in each[0].T]) if len(group.runs) == 1 else np.zeros(1)
-        half = np.nan_to_num(half)
-        rows.append((_mean(means), means.min(0) - half, means.max(0) + half))
+        each = each[0] if len(group.runs) == 1 else np.stack([_mean(one) for one in each])
+        rows.append((_mean(each), each.min(0), each.max(0)))
     middle, low, high = (np.stack(part) for part in zip(*rows, strict=True))
     return None if np.isnan(middle).all() else Line(label, group.number, steps, middle, low, high)
 
@@ -120,7 +117,7 @@ def draw(groups: Sequence[Group]) -> Iterator[Picture]:
     """All pictures for which there is something to draw."""
     config, some = groups[0].runs[0][0].config, next(groups[0].over_training())
     count, size = len(some.products), min(config.train.episodes_per_step, len(some.scores))
-    band = "Band: least to most over seeds; of one seed its 95 % interval over meta-steps."
+    band = "Band: least to most over seeds; of one seed over meta-steps."
     steps = f"Mean over {counted(count, 'meta-step')} of {counted(size, 'training episode')}. {band}"
 
     def lines(learners: Sequence[str], what: str, share: bool = False) -> list[Line]:
@@ -186,13 +183,12 @@ def _panels(
         for panel, layer in zip(grid.flat, chosen, strict=False):
             for place, one in enumerate(lines):
                 look = _look(place, one.number)
-                low = np.maximum(one.low[:, layer], 1e-30) if log else one.low[:, layer]
-                panel.fill_between(one.steps, low, one.high[:, layer], color=look["color"], alpha=0.15, linewidth=0)
+                band = one.low[:, layer], one.high[:, layer]
+                panel.fill_between(one.steps, *band, color=look["color"], alpha=0.15, linewidth=0)
                 panel.plot(one.steps, one.middle[:, layer], linewidth=1.4, label=one.label, **look)
             panel.set_title(layers[layer])
             panel.locator_params(axis="x", nbins=4)
             _finish_axes(panel, log, zero)
-        panel.set_ylim(_limits(np.concatenate([one.middle[:, chosen].flatten() for one in lines]), log, zero))
         for empty in [*grid.flat][len(chosen) :]:
             empty.set_axis_off()
         for column in grid.T:
@@ -225,16 +221,6 @@ def _over_inner_steps(groups: Sequence[Group]) -> Picture:
         axes.set(xlabel="inner steps", ylabel=axis)
         axes.xaxis.get_major_locator().set_params(integer=True)
         return _finish(figure, axes, "inner-steps", f"{title} against inner steps at test", caption)
-
-
-def _limits(values: np.ndarray, log: bool, zero: bool) -> tuple[float, float]:
-    """Of the axis, by the means alone: wide intervals of few meta-steps would press them flat."""
-    values = values[np.isfinite(values) & ((values > 0) | (not log))]
-    values = np.log(values) if log else np.append(values, 0.0) if zero else values
-    low, high = values.min(initial=1e9), values.max(initial=-1e9)
-    margin = 0.35 * (high - low) or 0.1
-    limits = low - margin, high + margin
-    return tuple(np.exp(limits)) if log else limits
 
 
 def _finish_axes(axes: Axes, log: bool, zero: bool) -> None:

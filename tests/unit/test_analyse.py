@@ -122,7 +122,7 @@ def test_what_there_is_of_each_method_is_drawn_with_labels(runs, analysed):
     pictures = ("gradient-cosine", "gradient-norm-meta", "gradient-norm-co", "cka", "inner-steps")
     assert all((analysed / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in pictures)
     drawn = (analysed / "gradient-cosine.svg").read_text()
-    assert all(said in drawn for said in ("layers.1", "method.name=cml (2 seeds)", "2 meta-steps", "untrained"))
+    assert all(said in drawn for said in ("layers.1", "(2 seeds), its co-learner", "2 meta-steps", "untrained"))
     assert "method.name=maml" not in drawn and "method.name=maml" in (analysed / "cka.svg").read_text()
 
 
