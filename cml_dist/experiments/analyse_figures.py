@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cml_dist.config.methods import has_classes
-from cml_dist.experiments.analyse import FORMAT, Analysed, Measured
+from cml_dist.experiments.analyse import FACTOR, FORMAT, Analysed, Measured
 from cml_dist.experiments.cka import cka
 from cml_dist.experiments.report_figures import COLOURS, DASHES, INK, legend_below, new_figure, saved
 from cml_dist.run.interval import estimate
@@ -83,8 +83,11 @@ def line(group: Group, label: str, values: Callable[[Measured], np.ndarray]) -> 
         values: ``[n, L]`` of a checkpoint, averaged over n; None where all are NaN.
     """
     steps, rows = sorted({step for run, _ in group.runs for step in run.steps}), []
+    if all(len(run.steps) == 1 for run, _ in group.runs):  # each its best one
+        label, steps = f"{label}, step {', '.join(map(str, steps))}", steps[-1:]
     for step in steps:
-        each = [values(found[step]) for run, found in group.runs if step in run.steps]
+        chosen = [(found, step if len(steps) > 1 else run.steps[0]) for run, found in group.runs]
+        each = [values(found[at]) for found, at in chosen if at in found]
         each = each[0] if len(group.runs) == 1 else np.stack([_mean(one) for one in each])
         rows.append((_mean(each), each.min(0), each.max(0)))
     middle, low, high = (np.stack(part) for part in zip(*rows, strict=True))
@@ -117,7 +120,7 @@ def draw(groups: Sequence[Group]) -> Iterator[Picture]:
     """All pictures for which there is something to draw."""
     config, some = groups[0].runs[0][0].config, next(groups[0].over_training())
     count, size = len(some.products), min(config.train.episodes_per_step, len(some.scores))
-    band = "Band: least to most over seeds; of one seed over meta-steps."
+    band = "Band (or stroke): least to most over seeds; of one seed over meta-steps."
     steps = f"Mean over {counted(count, 'meta-step')} of {counted(size, 'training episode')}. {band}"
 
     def lines(learners: Sequence[str], what: str, share: bool = False) -> list[Line]:
@@ -137,14 +140,16 @@ def draw(groups: Sequence[Group]) -> Iterator[Picture]:
         ("gradient-norm-meta", "meta-learner", ("meta",)), ("gradient-norm-co", "co-learner", ("co", "untrained"))
     ):  # fmt: skip
         if norms := lines(learners, "norm"):
-            caption = f"L2 norm in each layer{', without gamma' * (whose == 'co-learner')}. {steps}"
+            gamma = ", without gamma" * (whose == "co-learner")
+            caption = f"L2 norm in each layer{gamma}; neither way is better. {steps}"
             title = f"Norm of the {whose}'s meta-gradient"
             yield _panels(name, title, caption, "norm", norms, some.layers, log=True)
     alike = [line(group, group.title, lambda one: cka(one.alike)[None]) for group in groups]
     if alike := [one for one in alike if one is not None]:
-        caption = "1: adaptation leaves a layer's features as they are; lower: it changes them. Query sets of "
+        caption = "1: adaptation leaves a layer's features as they are; lower: it changes them; neither way is better. "
+        caption += "Query sets of "
         caption += f"{len(some.alike)} {config.eval.split} episodes (debiased, minibatch). "
-        caption += "Band: least to most over seeds."
+        caption += "Band (or stroke): least to most over seeds."
         yield _panels("cka", "CKA of features before and after adaptation", caption, "CKA", alike, some.layers)
     yield _over_inner_steps(groups)
 
@@ -166,8 +171,7 @@ def _panels(
             for place, one in enumerate(lines):
                 middle, low, high = (part[0, drawn] for part in (one.middle, one.low, one.high))
                 spread = np.maximum([middle - low, high - middle], 0)
-                label = f"{one.label}, step {one.steps[0]:,}"
-                axes.errorbar(range(len(drawn)), middle, spread, capsize=3, label=label, **_look(place, one.number))
+                axes.errorbar(range(len(drawn)), middle, spread, capsize=3, label=one.label, **_look(place, one.number))
             axes.set_xticks(range(len(drawn)), [layers[k] for k in drawn], rotation=30 * (len(drawn) > 6))
             axes.set(xlabel="layer", ylabel=axis)
             _finish_axes(axes, log, zero)
@@ -179,7 +183,7 @@ def _panels(
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
     size = (max(6.4, 2.2 * columns), 0.6 + 2.0 * rows)
-    with new_figure(rows, columns, size=size, sharex=True, sharey=True, squeeze=False) as (figure, grid):
+    with new_figure(rows, columns, size=size, sharey=True, squeeze=False) as (figure, grid):
         for panel, layer in zip(grid.flat, chosen, strict=False):
             for place, one in enumerate(lines):
                 look = _look(place, one.number)
@@ -189,12 +193,13 @@ def _panels(
             panel.set_title(layers[layer])
             panel.locator_params(axis="x", nbins=4)
             _finish_axes(panel, log, zero)
-        for empty in [*grid.flat][len(chosen) :]:
-            empty.set_axis_off()
-        for column in grid.T:
-            column[-1].set_xlabel("meta-step")
-        for row in grid:
-            row[0].set_ylabel(axis)
+        for place, panel in enumerate(grid.flat):
+            if len(chosen) - columns <= place < len(chosen):  # the lowest of each column
+                panel.set_xlabel("meta-step")
+            if place % columns == 0:
+                panel.set_ylabel(axis)
+            if place >= len(chosen):
+                panel.set_axis_off()
         return _finish(figure, grid.flat[0], name, title, caption)
 
 
@@ -215,7 +220,7 @@ def _over_inner_steps(groups: Sequence[Group]) -> Picture:
             # Beside each other, so that intervals can be seen.
             at = np.arange(len(found)) + 0.04 * (place - (len(groups) - 1) / 2) * max(1, len(found) / 10)
             axes.errorbar(at, middle, half, capsize=2, linewidth=1.4, label=group.title, **look)
-            axes.axvline((scores.shape[1] - 1) / 3, color=INK, linestyle=":", linewidth=0.8)
+            axes.axvline((scores.shape[1] - 1) // FACTOR, color=INK, linestyle=":", linewidth=0.8)
         if has_classes(config):
             axes.axhline(100 / config.domain.ways, color="0.5", linewidth=0.8, label="chance")
         axes.set(xlabel="inner steps", ylabel=axis)
@@ -280,7 +285,7 @@ def table(groups: Sequence[Group]) -> tuple[str, tuple[str, ...], list[tuple[Any
     for group in groups:
         shares = [text.score("accuracy", positive(group, who)) for who in ("co", "untrained")]
         alike = [float(values[-1]) for values in (cka(one.alike) for one in group.best())]
-        tested = [float(one.scores[:, (one.scores.shape[1] - 1) // 3].mean()) for one in group.best()]
+        tested = [float(one.scores[:, (one.scores.shape[1] - 1) // FACTOR].mean()) for one in group.best()]
         last = text.number(float(np.mean(alike)), 3), text.score(score, float(np.mean(tested)))
         rows.append((f"{group.number}  {group.name}", len(group.runs), *shares, *last))
     title = "Layers, checkpoints and meta-steps with a positive cosine; CKA and score at the best checkpoints"

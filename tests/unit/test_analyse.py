@@ -136,6 +136,14 @@ def test_what_is_computed_is_kept(runs, analysed, tmp_path):
     assert changed == [gone] and (out / "analysis.json").read_bytes() == before
 
 
+def test_of_the_best_checkpoints_alone_layers_stand_beside_each_other(runs, tmp_path):
+    words = ["--checkpoints", "best", "--episodes", "2", "--out", str(tmp_path)]
+    assert main(["analyse", str(runs / "cml-0"), str(runs / "cml-1"), *words]) == 0
+    best = {found(tmp_path, run)["best"] for run in ("cml-0", "cml-1")}
+    drawn = (tmp_path / "gradient-norm-co.svg").read_text()
+    assert all(said in drawn for said in (f"step {', '.join(map(str, sorted(best)))}", ">layer<", "(2 seeds)"))
+
+
 def test_runs_without_a_trail_are_drawn_at_what_they_kept(runs, tmp_path, capfd):
     shutil.copytree(runs / "cml-0", tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/trail")
