@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cml_dist.config.methods import has_classes
+from cml_dist.config.methods import has_classes, has_trained_colearner
 from cml_dist.experiments.analyse import FACTOR, FORMAT, Analysed, Measured
 from cml_dist.experiments.cka import cka
 from cml_dist.experiments.report_figures import COLOURS, DASHES, INK, legend_below, new_figure, saved
@@ -64,19 +64,21 @@ class Line:
     """A curve in each layer's panel.
 
     Attributes:
+        hollow: its markers are: an untrained co-learner beside a trained one.
         steps: S meta-steps.
         middle, low, high: ``[S, L]``.
     """
 
     label: str
     number: int
+    hollow: bool
     steps: list[int]
     middle: np.ndarray
     low: np.ndarray
     high: np.ndarray
 
 
-def line(group: Group, label: str, values: Callable[[Measured], np.ndarray]) -> Line | None:
+def line(group: Group, label: str, values: Callable[[Measured], np.ndarray], hollow: bool = False) -> Line | None:
     """A variant's curve: the mean over seeds, with the least and most; of one seed those over meta-steps.
 
     Args:
@@ -91,7 +93,7 @@ def line(group: Group, label: str, values: Callable[[Measured], np.ndarray]) -> 
         each = each[0] if len(group.runs) == 1 else np.stack([_mean(one) for one in each])
         rows.append((_mean(each), each.min(0), each.max(0)))
     middle, low, high = (np.stack(part) for part in zip(*rows, strict=True))
-    return None if np.isnan(middle).all() else Line(label, group.number, steps, middle, low, high)
+    return None if np.isnan(middle).all() else Line(label, group.number, hollow, steps, middle, low, high)
 
 
 def counted(count: int, word: str) -> str:
@@ -128,7 +130,8 @@ def draw(groups: Sequence[Group]) -> Iterator[Picture]:
         for learner, group in ((learner, group) for group in groups for learner in learners):
             shown = f"; > 0 in {positive(group, learner):.0%}" if share else ""
             values = lambda one, learner=learner: getattr(one, what)(learner)  # noqa: E731
-            found.append(line(group, f"{group.title}, {WHOSE[learner]}{shown}", values))
+            beside = learner == "untrained" and has_trained_colearner(group.runs[0][0].config)
+            found.append(line(group, f"{group.title}, {WHOSE[learner]}{shown}", values, beside))
         return [one for one in found if one is not None]
 
     if cosines := lines(("co", "untrained"), "cosine", share=True):
@@ -154,10 +157,11 @@ def draw(groups: Sequence[Group]) -> Iterator[Picture]:
     yield _over_inner_steps(groups)
 
 
-def _look(place: int, number: int) -> dict[str, Any]:
-    """Of the curve at a place in a picture: one can be told from others without colours."""
-    dashes, marker = DASHES[place % len(DASHES)], MARKERS[place % len(MARKERS)]
-    return {"color": COLOURS[(number - 1) % len(COLOURS)], "linestyle": dashes, "marker": marker, "markersize": 3.5}
+def _look(number: int, hollow: bool = False) -> dict[str, Any]:
+    """Of a variant's curve, in all pictures: it can be told from others without colours."""
+    at, colour = number - 1, COLOURS[(number - 1) % len(COLOURS)]
+    look = {"color": colour, "linestyle": DASHES[at % len(DASHES)], "marker": MARKERS[at % len(MARKERS)]}
+    return {**look, "markersize": 4, "markerfacecolor": "white" if hollow else colour}
 
 
 def _panels(
@@ -168,10 +172,11 @@ def _panels(
     drawn = [place for place in range(len(layers)) if any(not np.isnan(one.middle[:, place]).all() for one in lines)]
     if all(len(one.steps) == 1 for one in lines):
         with new_figure(size=(6.4, 3.6)) as (figure, axes):
-            for place, one in enumerate(lines):
+            for one in lines:
                 middle, low, high = (part[0, drawn] for part in (one.middle, one.low, one.high))
                 spread = np.maximum([middle - low, high - middle], 0)
-                axes.errorbar(range(len(drawn)), middle, spread, capsize=3, label=one.label, **_look(place, one.number))
+                look = _look(one.number, one.hollow)
+                axes.errorbar(range(len(drawn)), middle, spread, capsize=3, label=one.label, **look)
             axes.set_xticks(range(len(drawn)), [layers[k] for k in drawn], rotation=30 * (len(drawn) > 6))
             axes.set(xlabel="layer", ylabel=axis)
             _finish_axes(axes, log, zero)
@@ -185,8 +190,8 @@ def _panels(
     size = (max(6.4, 2.2 * columns), 0.6 + 2.0 * rows)
     with new_figure(rows, columns, size=size, sharey=True, squeeze=False) as (figure, grid):
         for panel, layer in zip(grid.flat, chosen, strict=False):
-            for place, one in enumerate(lines):
-                look = _look(place, one.number)
+            for one in lines:
+                look = _look(one.number, one.hollow)
                 band = one.low[:, layer], one.high[:, layer]
                 panel.fill_between(one.steps, *band, color=look["color"], alpha=0.15, linewidth=0)
                 panel.plot(one.steps, one.middle[:, layer], linewidth=1.4, label=one.label, **look)
@@ -216,7 +221,7 @@ def _over_inner_steps(groups: Sequence[Group]) -> Picture:
             scores = scale * np.mean([one.scores for one in group.best()], axis=0)
             found = [estimate(column) for column in scores.T if not np.isnan(column).any()]
             middle, half = [one.mean for one in found], np.nan_to_num([one.ci95 for one in found])
-            look = _look(place, group.number)
+            look = _look(group.number)
             # Beside each other, so that intervals can be seen.
             at = np.arange(len(found)) + 0.04 * (place - (len(groups) - 1) / 2) * max(1, len(found) / 10)
             axes.errorbar(at, middle, half, capsize=2, linewidth=1.4, label=group.title, **look)
@@ -271,10 +276,11 @@ def _of_checkpoint(step: int, one: Measured) -> dict[str, Any]:
 
 
 def _plain(values: Any) -> Any:
-    """For JSON: None for what is not finite."""
+    """For JSON: None for what is not finite, and for a list of nothing else."""
     if isinstance(values, float):
         return values if math.isfinite(values) else None
-    return [_plain(float(value)) for value in values]
+    found = [_plain(float(value)) for value in values]
+    return found if any(value is not None for value in found) else None
 
 
 def table(groups: Sequence[Group]) -> tuple[str, tuple[str, ...], list[tuple[Any, ...]]]:

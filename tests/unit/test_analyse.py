@@ -114,7 +114,7 @@ def test_scores_after_the_runs_own_inner_steps_are_those_of_its_test(runs, analy
 
 def test_what_there_is_of_each_method_is_drawn_with_labels(runs, analysed):
     at = {run: found(analysed, run)["checkpoints"][0] for run in ("maml-0", "noise-0", "cml-0")}
-    have = {run: [who for who in ("co", "untrained") if one["cosine"][who][0] is not None] for run, one in at.items()}
+    have = {run: [who for who in ("co", "untrained") if one["cosine"][who] is not None] for run, one in at.items()}
     assert have == {"maml-0": [], "noise-0": ["untrained"], "cml-0": ["co", "untrained"]}
     # Before the first step a trained co-learner is the untrained one.
     assert at["cml-0"]["cosine"]["co"] == pytest.approx(at["cml-0"]["cosine"]["untrained"])
@@ -144,11 +144,15 @@ def test_of_the_best_checkpoints_alone_layers_stand_beside_each_other(runs, tmp_
     assert all(said in drawn for said in (f"step {', '.join(map(str, sorted(best)))}", ">layer<", "(2 seeds)"))
 
 
-def test_runs_without_a_trail_are_drawn_at_what_they_kept(runs, tmp_path, capfd):
+def test_unfinished_runs_without_a_trail_are_drawn_at_what_they_kept(runs, tmp_path, capfd):
     shutil.copytree(runs / "cml-0", tmp_path / "run")
+    status = tmp_path / "run/status.json"
+    status.write_text(status.read_text().replace('"finished"', '"stopped"'))
     shutil.rmtree(tmp_path / "run/checkpoints/trail")
     assert main(["analyse", str(tmp_path / "run"), "--episodes", "2", "--out", str(tmp_path / "out")]) == 0
-    assert "has no trail (checkpoint.keep_every): its checkpoints of steps" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "has no trail (checkpoint.keep_every): its checkpoints of steps" in said
+    assert "is not finished (stopped, step 5 of 5): what it has is used" in said
     assert 5 in found(tmp_path / "out", "run")["checkpoints"]
 
 
