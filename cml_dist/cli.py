@@ -101,6 +101,32 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         ),
         _option("--slurm", "submit one job array, with the options below", action="store_true"),
     )),
+    "scale": ("scale.scale", "measure how meta-steps scale with processes, backbones and settings; and project it", (
+        CONFIG, PRESET,
+        _option("--worlds", "how many processes, e.g. 1,2,4", required=True, metavar="N,N"),
+        _option("--backbones", "values of model.backbone, e.g. conv4,resnet18", metavar="A,B"),
+        _option(
+            "--axes", "values of other settings, in every combination, e.g. method.inner_steps=1,5 domain.size=28,56",
+            nargs="+", default=[], metavar="KEY=V,V",
+        ),
+        _option(
+            "--scaling", "strong: as many episodes a meta-step in every world; weak: as many a process; or both "
+            "(default)", choices=["strong", "weak", "both"], default="both", metavar="KIND",
+        ),
+        _option("--steps", "meta-steps that are measured (default 10)", type=at_least(2), default=10, metavar="N"),
+        _option("--warm-up", "meta-steps before them (default 3)", type=at_least(1), default=3, metavar="N"),
+        _option(
+            "--cores", "of each process (default: those that are here, by the largest world)", type=at_least(1),
+            metavar="N",
+        ),
+        _option("--project", "worlds to say the seconds of by the fit, e.g. 8,64,256", metavar="N,N"),
+        _option("--link", "with --project: Gbit/s between them (default: as measured)", type=float, metavar="GBIT"),
+        _option("--srun", "in a job of SLURM: measure in steps of it", action="store_true"),
+        _option("--out", "the study's folder (default runs/scale); the same command goes on", default="runs/scale",
+                metavar="DIR"),
+        _option("--measure", argparse.SUPPRESS),
+        OVERRIDES,
+    )),
     "eval": ("finished.evaluate", "test a run again: its learners with 95 %% intervals", (
         RUN_DIR, CHECKPOINT, OVERRIDES,
         _option(
@@ -301,6 +327,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cml-dist sweep study.yaml --plan",
         "cml-dist sweep study.yaml --at-once 2",
         "cml-dist sweep study.yaml --slurm --gpus-per-node 1 --time 04:00:00",
+    ),
+    "scale": (
+        "cml-dist scale glyphs --worlds 1,2 --backbones conv4,resnet18 --out runs/scale",
+        "cml-dist scale glyphs --worlds 1,2 --axes method.inner_steps=1,5 --project 8,64 --link 10",
     ),
     "eval": (
         "cml-dist eval runs/first eval.episodes=10000",

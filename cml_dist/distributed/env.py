@@ -104,6 +104,16 @@ def launched_or_alone() -> Launched:
         return Launched()
 
 
+def environment_of(place: Launched, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables of a new process in that place of a world of its own, without what speaks of this one's."""
+    ours = ("TORCHELASTIC_", "GROUP_", "ROLE_", "PET_")  # of torchrun's own processes
+    kept = {k: v for k, v in environment.items() if k not in ("WORLD_SIZE", *NEEDED) and not k.startswith(ours)}
+    if place.size == 1:
+        return kept
+    values = (place.rank, place.local_rank, place.local_size, place.host, place.port)
+    return {**kept, "WORLD_SIZE": str(place.size), **{k: str(v) for k, v in zip(NEEDED, values, strict=True)}}
+
+
 def check_launch(asked: int | None, environment: Mapping[str, str] = os.environ) -> Launched:
     """The world that was launched, refused where it is not the one that was asked for.
 

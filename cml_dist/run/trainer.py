@@ -258,10 +258,14 @@ class Trainer:
         diagnose = frozenset(range(self.step * num_episodes, (self.step + 1) * num_episodes) if is_logged else ())
         world.heartbeat.wait(f"the start of step {self.step + 1}")  # where ZeRO-3 gathers the parameters
         episodes = EachTime(lambda: self.episodes(stream))
-        # Beside the reduction of the meta-gradient, and there before the optimizer is.
-        told = self.strategy.gradient(
-            episodes, num_episodes, diagnose, self.step, meanwhile=lambda sums: world.start_sum(self.to_tell(sums))
-        )
+
+        def computed(sums: dict[str, torch.Tensor]) -> Callable[[], list[float]]:
+            self.on_step(self.step, "computed")
+            # Beside the reduction of the meta-gradient, and there before the optimizer is.
+            return world.start_sum(self.to_tell(sums))
+
+        told = self.strategy.gradient(episodes, num_episodes, diagnose, self.step, meanwhile=computed)
+        self.on_step(self.step, "reduced")
         lr = learning_rate(config.optim, self.step, config.train.steps)
         norm, taken = self.strategy.apply(lr, config.optim.clip_norm)
         terms, stop, save, memory_gib = self.read(told())
@@ -319,8 +323,13 @@ class Trainer:
         for number in range(1, count + 1):
             heartbeat.beat(f"step {step}, episode {number} of {count}")
             self.on_step(self.step, "episode")
-            yield next(stream)
+            yield self.drawn(next(stream))
         heartbeat.wait(f"the reduction of step {step}")
+
+    def drawn(self, episode: Episode) -> Episode:
+        """The same; no name here holds on to it, which would take the memory of one more."""
+        self.on_step(self.step, "drawn")
+        return episode
 
     def stop_wanted(self) -> bool:
         """Whether this rank was asked to stop: asked before each tested episode."""

@@ -1,0 +1,219 @@
+"""A scaling study and its folder: the cells that are asked for, and those that are measured. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cml_dist.atomic import write_text
+from cml_dist.config.load import Warn, load_config, silently
+from cml_dist.config.schema import RunConfig
+from cml_dist.config.sweep import Run, Sweep
+from cml_dist.errors import CheckpointError, ConfigError
+from cml_dist.run.folder import same_everywhere
+
+STUDY = "scale.json"
+"""A study's folder has this file, see docs/how-to/scaling.md."""
+
+EPISODES = "train.episodes_per_step"
+
+QUIET = (
+    "eval.every=0", "eval.final=false", "eval.val_episodes=1", "run.log_every=1000000", "run.trackers=[]",
+    "run.profile=null", "train.patience=null", "checkpoint.every=1000000", "checkpoint.every_minutes=null",
+)  # fmt: skip
+"""Of each cell: nothing but meta-steps."""
+
+UNNAMED = ("run.dir", "run.log_every", "train.steps", "parallel.processes", "eval.", "checkpoint.")
+"""Settings that no cell is told apart by."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How cells are measured: all of a study alike.
+
+    Attributes:
+        steps, warm_up: meta-steps that count, and before them.
+        cores: of each process, by number; None: the launcher decides.
+    """
+
+    steps: int = 10
+    warm_up: int = 3
+    cores: int | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: a configuration in a world of so many processes.
+
+    Attributes:
+        variant: what the study varies beside the world, in words.
+        settings: the same as settings.
+        kinds: ``strong``: as many episodes a meta-step in every world; ``weak``: as many a process.
+        words: of ``cml-dist train``: the configuration, and what replaces it.
+        config: the same, checked.
+        file: where its measurement is, or will be.
+    """
+
+    variant: str
+    settings: dict[str, Any]
+    world: int
+    kinds: tuple[str, ...]
+    words: tuple[str, ...]
+    config: RunConfig
+    file: Path
+
+    @property
+    def name(self) -> str:
+        episodes, processes = self.config.train.episodes_per_step, f"{self.world} process{'es' * (self.world > 1)}"
+        return f"{self.variant}, {processes}, {episodes} episode{'s' * (episodes > 1)} a meta-step"
+
+    @property
+    def log(self) -> Path:
+        """What its processes say."""
+        return self.file.with_suffix(".log")
+
+    @property
+    def run_dir(self) -> Path:
+        """Removed once it is measured."""
+        return Path(self.config.run.dir)
+
+    @property
+    def is_measured(self) -> bool:
+        return self.file.exists()
+
+    def measured(self) -> dict[str, Any]:
+        """What :func:`cml_dist.experiments.scale_cell.measure_cell` wrote.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        try:
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+            if len(found["ranks"]) != self.world:
+                raise ValueError(f"{len(found['ranks'])} ranks of {self.world}")
+            return found
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise CheckpointError(f"{self.file} is damaged: {error}", "remove it, and run the same command") from error
+
+
+def parse_axes(words: Sequence[str], backbones: str | None) -> dict[str, list[Any]]:
+    """``--axes KEY=V1,V2 ...`` and ``--backbones A,B`` as values by key.
+
+    Raises:
+        ConfigError: a word is no axis, or an axis is named twice.
+    """
+    found: dict[str, list[Any]] = {}
+    for word in [*([f"model.backbone={backbones}"] if backbones is not None else []), *words]:
+        key, equals, values = word.partition("=")
+        if not (key and equals and all(values.split(","))):
+            raise ConfigError(f"--axes has {word!r}", "write KEY=V1,V2, e.g. method.inner_steps=1,5")
+        if key in found:
+            raise ConfigError(f"{key} varies in two places", "name it in one")
+        if key in ("run.dir", "train.steps", "parallel.processes"):
+            raise ConfigError(f"{key} cannot vary here", "worlds are those of --worlds, meta-steps those of --steps")
+        found[key] = [yaml.safe_load(value) for value in values.split(",")]
+    return found
+
+
+def plan_study(
+    config: str, overrides: Sequence[str], preset: str | None, out: Path, *, worlds: Sequence[int],
+    axes: Mapping[str, Sequence[Any]], kinds: Sequence[str], measuring: Measuring, warn: Warn = silently,
+) -> list[Cell]:  # fmt: skip
+    """Every cell once, each configuration checked; nothing is written.
+
+    Raises:
+        ConfigError: a configuration cannot be, or a world has more processes than a meta-step has episodes.
+        CheckpointError: the folder holds a study of other settings.
+    """
+    length = ["--preset", preset] if preset else []
+    base = load_config(config, overrides, warn, preset)
+    if base.all_splits:
+        raise ConfigError("domain.split is all: that is several runs", "name one split")
+    _check_record(out, record(base, measuring))
+    runs = [Run(base.model.backbone, {})]
+    if axes:
+        runs = Sweep(base=config, dir=str(out), axes={key: list(values) for key, values in axes.items()}).runs()
+    found: dict[str, Cell] = {}
+    for run in runs:
+        varied = load_config(config, [*overrides, *run.overrides], silently, preset)
+        batch = varied.train.episodes_per_step
+        each = max(1, batch // min(worlds))
+        for kind in kinds:
+            for world in worlds:
+                episodes = batch if kind == "strong" else each * world
+                if episodes < world:
+                    raise ConfigError(
+                        f"--worlds has {world}, but {EPISODES} is {batch} ({run.name}): some of {world} processes "
+                        "would have nothing to do",
+                        f"set {EPISODES}={max(worlds)} or more, name smaller worlds, or measure --scaling weak alone",
+                    )
+                words = (config, *length, *overrides, *run.overrides, f"{EPISODES}={episodes}", *QUIET)
+                words += (f"train.steps={measuring.warm_up + measuring.steps}", f"parallel.processes={world}")
+                if measuring.cores is not None and base.parallel.threads is None:
+                    words += (f"parallel.threads={measuring.cores}",)
+                cell = _cell(run, world, kind, words, out, preset)
+                same = found.get(cell.file.name)
+                if same is not None and kind not in same.kinds:
+                    cell = replace(same, kinds=(*same.kinds, kind))
+                found[cell.file.name] = cell
+    return list(found.values())
+
+
+def _cell(run: Run, world: int, kind: str, words: tuple[str, ...], out: Path, preset: str | None) -> Cell:
+    """``words``: all of the cell's but where it is."""
+    settings = [word for word in words[1:] if "=" in word]
+    config = load_config(words[0], settings, silently, preset)
+    kept = {k: v for k, v in same_everywhere(config).items() if not k.startswith(UNNAMED)}
+    mark = hashlib.sha256(json.dumps([world, kept], sort_keys=True, default=str).encode()).hexdigest()[:8]
+    episodes = config.train.episodes_per_step
+    file = out / "cells" / f"{Path(config.model.backbone).name}-{world}p-{episodes}e-{mark}.json"
+    run_dir = f"run.dir={file.with_suffix('.run')}"
+    config, words = load_config(words[0], [*settings, run_dir], silently, preset), (*words, run_dir)
+    return Cell(run.name, dict(run.settings), world, (kind,), words, config, file)
+
+
+# --------------------------------------------------------------------------- the folder
+
+
+def record(base: RunConfig, measuring: Measuring) -> dict[str, Any]:
+    """What all cells of a study have in common, and nothing that may be added to it."""
+    kept = {key: value for key, value in same_everywhere(base).items() if not key.startswith(UNNAMED)}
+    return {**kept, "--steps": measuring.steps, "cores a process": measuring.cores}
+
+
+def read_study(folder: str | Path) -> dict[str, Any] | None:
+    """What a study's folder says; None: it is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = Path(folder, STUDY)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found["record"], found["cells"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}", "remove it; the same command makes it anew") from error
+    return found
+
+
+def write_study(folder: Path, content: Mapping[str, Any]) -> None:
+    write_text(folder / STUDY, json.dumps(content, indent=1) + "\n")
+
+
+def _check_record(out: Path, now: dict[str, Any]) -> None:
+    if (study := read_study(out)) is None:
+        return
+    for key in {**study["record"], **now}:
+        if study["record"].get(key) != (value := json.loads(json.dumps(now.get(key), default=str))):
+            raise CheckpointError(
+                f"{out} holds another study: {key} was {study['record'].get(key)}, is {value}",
+                "name another --out; only values of --worlds, --backbones and --axes may be added",
+            )

@@ -1,0 +1,158 @@
+"""A cell of a scaling study, in the processes that are measured: a few meta-steps of the real trainer, and their parts.
+
+Whatever follows an event of :mod:`cml_dist.run.hooks` up to the next one is a part of the step, on each rank:
+
+- *data*: from asking for an episode until it is here;
+- *compute*: the meta-gradient of this rank's episodes, with reductions inside it (``optim.clip_value``, ascents);
+- *reduction*: of the meta-gradient over the ranks. Whoever comes last waits for nobody: the shortest of the ranks'
+  is the reduction itself, and what the others take longer is *waiting* for slower ranks;
+- *rest*: the outer step, metrics, what is written.
+
+On a GPU each part ends when the device is done.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import socket
+import time
+from contextlib import suppress
+from ctypes import CDLL
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from cml_dist.atomic import write_text
+from cml_dist.config.plan import RunPlan
+from cml_dist.config.schema import RunConfig
+from cml_dist.data.set_shape import known_shape
+from cml_dist.distributed.world import World, joined_world
+from cml_dist.memory.choose import MemoryPlanner, in_words, model_size
+from cml_dist.memory.forecast import known_inputs, network_structure
+from cml_dist.memory.strategies import Strategy
+from cml_dist.nets.build import method_of
+from cml_dist.run.folder import RunFolder
+from cml_dist.run.trainer import train
+from cml_dist.telemetry.console import Console
+from cml_dist.telemetry.metrics import read_metrics
+
+ENDS = {"drawn": "data", "computed": "compute", "reduced": "reduction"}
+"""What is over at an event; an episode's computing ends where the next one is asked for."""
+
+PARTS = ("data", "compute", "reduction", "rest")
+
+TCP_INFO_BYTES, BYTES_ACKED = 192, slice(120, 128)
+"""Of ``struct tcp_info``, see tcp(7) and linux/tcp.h."""
+
+
+class Stopwatch:
+    """A hook that tells a rank's seconds apart. ``steps``: of each meta-step that counts, by part."""
+
+    def __init__(self, world: World, warm_up: int, last: int) -> None:
+        self.world, self.warm_up, self.last = world, warm_up, last
+        self.steps: list[dict[str, float]] = []
+        self.rise = self.sent = 0
+        self._now = dict.fromkeys(PARTS, 0.0)
+        self._before, self._since_s, self._base, self._sent_before = "", 0.0, 0, 0
+
+    def __call__(self, step: int, what: str) -> None:
+        gpu = self.world.device.type == "cuda"
+        if gpu:
+            torch.cuda.synchronize(self.world.device)
+        now_s = time.perf_counter()
+        part = "compute" if (self._before, what) == ("drawn", "episode") else ENDS.get(what, "rest")
+        self._now[part] += now_s - self._since_s
+        if what == "assembled":  # parameters are here, and nothing that training takes
+            if gpu:
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                self._base = _settled_memory()
+        elif what == "step":
+            if step > self.warm_up:
+                self.steps.append(self._now)
+            if step == self.warm_up:
+                self._sent_before = sent_bytes()
+            elif step == self.last:
+                self.sent = sent_bytes() - self._sent_before
+                self.rise = torch.cuda.max_memory_allocated() if gpu else _peak_memory() - self._base
+        if what in ("step", "started"):
+            self._now = dict.fromkeys(PARTS, 0.0)
+        self._before, self._since_s = what, time.perf_counter()
+
+
+def measure_cell(config: RunConfig, warm_up: int, out: Path, console: Console) -> None:
+    """Train ``train.steps`` meta-steps, and have rank 0 write to ``out`` what those after ``warm_up`` took.
+
+    The file holds for each rank seconds by part of each step, bytes sent by TCP, and the rise of its memory; beside
+    them what ``cml-dist plan`` foresees.
+
+    Collective: all ranks.
+    """
+    with joined_world(config) as world:
+        watch = Stopwatch(world, warm_up, config.train.steps)
+        train(config, console, on_step=watch, world=world)
+        ranks = world.gather(
+            {"host": socket.gethostname(), "steps": watch.steps, "sent": watch.sent, "rise": watch.rise}
+        )
+    if world.is_main:
+        (session,) = read_metrics(RunFolder(config.run.dir).sessions_file)
+        kept = {key: session[key] for key in ("time", "versions", "commit", "hardware", "threads", "parameters")}
+        found = {**kept, **foreseen(config, session["plan"], world), "ranks": ranks}
+        write_text(out, json.dumps(found, indent=1) + "\n")
+
+
+def foreseen(config: RunConfig, plan: dict[str, Any], world: World) -> dict[str, Any]:
+    """What ``cml-dist plan`` says of the busiest rank under this plan: bytes of memory, and sent in a meta-step."""
+    plan_ = RunPlan(**{**plan, "episodes_by_rank": tuple(plan["episodes_by_rank"])})
+    inputs = known_inputs(known_shape(config))
+    net = network_structure(config, inputs)
+    on_gpu = world.device.type == "cuda"
+    planner = MemoryPlanner(config, plan_, net, method_of(config, net), inputs, on_gpu=on_gpu)
+    strategy, size = Strategy(plan_.strategy, plan_.offload), model_size(config, net)
+    need = planner.need(strategy, plan_, plan_.processes)
+    return {
+        "strategy": str(strategy),
+        "by": in_words(plan_),
+        "episodes_by_rank": plan["episodes_by_rank"],
+        "inputs": inputs.input_shape,
+        "planned_memory": need.total,
+        # Parameters and constants are there before the rise is measured; a GPU's allocator counts them.
+        "resident": 0 if on_gpu else size.parameters + size.constants,
+        "planned_sent": need.sent,
+        "reduced_bytes": size.reductions * size.parameters,
+        "reductions": size.reductions,
+    }
+
+
+def sent_bytes() -> int:
+    """Bytes that this process's TCP connections have delivered so far; not NCCL's over NVLink or InfiniBand."""
+    total = 0
+    for connection in psutil.Process().net_connections("tcp"):
+        with suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as found:
+            info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
+            total += int.from_bytes(info[BYTES_ACKED], "little")
+    return total
+
+
+def _settled_memory() -> int:
+    """Resident bytes, once what is free is given back, and the highest mark set to it."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        CDLL("libc.so.6").malloc_trim(0)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return psutil.Process().memory_info().rss
+
+
+def _peak_memory() -> int:
+    """The highest mark of resident bytes, since it was set."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

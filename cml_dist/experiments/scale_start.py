@@ -1,0 +1,131 @@
+"""Start a cell of a scaling study in fresh processes: on this machine, as a step of SLURM, or beside a launcher's."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cml_dist.distributed.env import Launched, environment_of
+from cml_dist.distributed.exit import signal_when_parent_ends
+from cml_dist.errors import ConfigError
+from cml_dist.experiments.scale import Cell, Measuring
+
+Start = Callable[[Cell, Measuring], list[int]]
+"""Starts a cell's processes, and returns their exit codes."""
+
+
+def command(cell: Cell, measuring: Measuring) -> list[str]:
+    """What each process of a cell runs."""
+    words = [f"--measure={cell.file.absolute()}", f"--warm-up={measuring.warm_up}"]
+    return [sys.executable, "-m", "cml_dist", "scale", *cell.words, f"--worlds={cell.world}", *words]
+
+
+def run_cell(cell: Cell, measuring: Measuring, start: Start, is_main: bool = True) -> str:
+    """Measure a cell; returns why it failed, or nothing. Under a launcher collective: all of its processes."""
+    if is_main:
+        cell.file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(cell.run_dir, ignore_errors=True)
+    begun = cell.log.stat().st_size if cell.log.exists() else 0
+    codes = start(cell, measuring)
+    if not is_main:
+        return ""
+    shutil.rmtree(cell.run_dir, ignore_errors=True)
+    if not any(codes) and cell.is_measured:
+        cell.log.unlink(missing_ok=True)
+        return ""
+    said = cell.log.read_bytes()[begun:].decode(errors="replace")
+    return (re.findall("^error: (.*)", said, re.M) or [f"its processes ended with {codes}; see {cell.log}"])[0]
+
+
+@dataclass(frozen=True)
+class Here:
+    """Processes of this machine, each on cores of its own (or a GPU, by its local rank)."""
+
+    cores: int
+
+    def __call__(self, cell: Cell, measuring: Measuring) -> list[int]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        ours, started = sorted(os.sched_getaffinity(0)), []
+        try:
+            for rank in range(cell.world):
+                place = Launched(rank, cell.world, rank, cell.world, "127.0.0.1", port)
+                own = ours[rank * self.cores : (rank + 1) * self.cores]
+                started.append(_start(command(cell, measuring), cell, environment_of(place), own))
+            return [process.wait() for process in started]
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+
+
+@dataclass(frozen=True)
+class Srun:
+    """A step of the SLURM job that this process is in: on its cores and GPUs as srun deals them out."""
+
+    cores: int | None
+
+    def __call__(self, cell: Cell, measuring: Measuring) -> list[int]:
+        cores = [f"--cpus-per-task={self.cores}", "--cpu-bind=cores"] if self.cores else []
+        srun = ["srun", f"--ntasks={cell.world}", *cores, "--mpi=none", "--kill-on-bad-exit=1", "--export=ALL"]
+        process = _start([*srun, *command(cell, measuring)], cell, {**os.environ}, ())
+        try:
+            return [process.wait()]
+        finally:
+            process.terminate()
+            process.wait()
+
+
+class Beside:
+    """A fresh process beside each of a launcher's, which wait for them. Collective: all of the launcher's."""
+
+    def __init__(self, here: Launched) -> None:
+        import torch.distributed
+
+        from cml_dist.distributed.rendezvous import choose_interface
+
+        self.here, self._group = here, torch.distributed
+        if here.size > here.local_size:
+            choose_interface(here.host, here.port)
+        self._group.init_process_group("gloo")
+
+    def agreed(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks."""
+        told = [value]
+        self._group.broadcast_object_list(told)
+        return told[0]
+
+    def __call__(self, cell: Cell, measuring: Measuring) -> list[int]:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = self.agreed(probe.getsockname()[1])
+        process = _start(command(cell, measuring), cell, environment_of(self.here._replace(port=port)), ())
+        try:
+            codes = [0] * self.here.size
+            self._group.all_gather_object(codes, process.wait())
+            return codes
+        finally:
+            process.kill()
+            process.wait()
+
+    def close(self) -> None:
+        self._group.destroy_process_group()
+
+
+def _start(words: Sequence[str], cell: Cell, environment: Mapping[str, str], cores: Sequence[int]) -> subprocess.Popen:
+    def settle() -> None:
+        signal_when_parent_ends(9)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+    with open(cell.log, "ab") as log:
+        how = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT, "preexec_fn": settle}
+        return subprocess.Popen(words, env=environment, **how)
