@@ -114,7 +114,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
             "(default)", choices=["strong", "weak", "both"], default="both", metavar="KIND",
         ),
         _option("--steps", "meta-steps that are measured (default 10)", type=at_least(2), default=10, metavar="N"),
-        _option("--warm-up", "meta-steps before them (default 3)", type=at_least(1), default=3, metavar="N"),
+        _option("--warm-up", "meta-steps before them (default 2)", type=at_least(1), default=2, metavar="N"),
         _option(
             "--cores", "of each process (default: those that are here, by the largest world)", type=at_least(1),
             metavar="N",

@@ -40,12 +40,15 @@ def report(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.experiments.compare import find_runs
     from cml_dist.experiments.report_figures import draw_all, draw_fits
     from cml_dist.experiments.report_page import check_out, figures_folder, write_report
-    from cml_dist.experiments.report_runs import read_shown
+    from cml_dist.experiments.report_runs import Shown, read_shown
+    from cml_dist.experiments.scale_shown import shown_study
 
     if args.episodes < 0:
         raise ConfigError(f"--episodes is {args.episodes}", "give 0 or more")
     check_out(out := Path(args.out))
-    shown = read_shown(find_runs(args.runs), args.baseline)
+    studies = {folder: study for folder in args.runs if (study := shown_study(folder)) is not None}
+    runs = [folder for folder in args.runs if folder not in studies]
+    shown = read_shown(find_runs(runs), args.baseline) if runs else Shown("", (), (), (), ())
     for warning in shown.warnings:
         console.warn(warning)
     samples, fits, absent = [], None, "no run is finished and tested" if args.episodes else "none were asked for"
@@ -60,5 +63,5 @@ def report(args: argparse.Namespace, console: Console) -> None:
             console.warn(f"No sample episodes: {absent}")
         if samples and not isinstance(samples[0], Sample):
             samples, fits = [], draw_fits(samples, {variant.number: variant.name for variant in shown.variants})
-    write_report(out, shown, [*draw_all(shown)], samples, fits, absent)
+    write_report(out, shown, [*draw_all(shown)], samples, fits, absent, [*studies.values()])
     console.note(f"Written: {out}, and its figures in {figures_folder(out)}")

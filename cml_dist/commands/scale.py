@@ -158,10 +158,12 @@ def _conclude(
     write_study(out, study)
     if not results:
         return 1
+    from cml_dist.experiments.scale_shown import write_figures
     from cml_dist.experiments.scale_tables import notes, tables
 
     for title, columns, rows, least in tables(study):
         console.table(title, columns, rows, least=least)
     for note in notes(study):
         console.note(note)
+    console.note(f"Written: {out}/scale.json, and as .png and .svg {', '.join(write_figures(out, study))}")
     return 1 if left_out else 0

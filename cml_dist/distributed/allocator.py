@@ -34,9 +34,10 @@ def keep_freed_memory() -> bool:
 def give_back_freed_memory() -> bool:
     """Tell glibc to map every tensor by itself and to give it back when it is freed: for a memory budget.
 
-    Left alone, glibc raises its threshold with what it sees and fragments after all. Returns the same.
+    Left alone, glibc raises its threshold with what it sees and fragments after all. Returns the same; also takes back
+    :func:`keep_freed_memory`.
     """
-    return _advise({M_MMAP_THRESHOLD: MAP_FROM_BYTES})
+    return _advise({M_MMAP_MAX: 65_536, M_MMAP_THRESHOLD: MAP_FROM_BYTES})
 
 
 def _advise(settings: dict[int, int]) -> bool:

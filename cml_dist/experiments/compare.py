@@ -215,7 +215,9 @@ def tested_run(folder: RunFolder, config: RunConfig, metrics: Sequence[dict[str,
         raise CheckpointError(what, f"run cml-dist eval {path}") from error
 
 
-def _tested(folder: RunFolder, config: RunConfig, test: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> TestedRun:
+def _tested(
+    folder: RunFolder, config: RunConfig, test: dict[str, Any], metrics: Sequence[dict[str, Any]]
+) -> TestedRun:
     learner = config.eval.learner if config.eval.learner in test else "meta"
     with open(folder.scores_file, "rb") as opened, np.load(opened) as file:  # np.load leaves a torn one open
         scores = file[learner].astype(float, casting="safe").reshape(test[learner]["episodes"])

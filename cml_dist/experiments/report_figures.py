@@ -117,7 +117,7 @@ def _curves(shown: Shown, key: str, title: str, axis: str, scale: float, caption
             axes.plot(steps, mean, **look, **one, linewidth=1.6, gid=gid, label=f"{variant.number}  {variant.name}")
             every += [low, high]
         axes.set(xlabel="meta-step", ylabel=axis, ylim=_limits(np.concatenate(every)))
-        return _drawn(figure, axes, key.replace("_", "-"), title, caption, legend=True, zoom=True)
+        return drawn(figure, axes, key.replace("_", "-"), title, caption, legend=True, zoom=True)
 
 
 def _limits(values: np.ndarray) -> tuple[float, float]:
@@ -153,7 +153,7 @@ def _costs(tested: Sequence[tuple[ShownVariant, Variant]], label: str, scale: fl
             axes.locator_params(axis="x", nbins=3)
         scores.locator_params(axis="x", nbins=4)
         caption = "Diamond: mean with its 95 % interval over episodes; strokes: seeds. Time: of all meta-steps."
-        return _drawn(figure, scores, "costs", "Score, time and memory", caption, legend=True)
+        return drawn(figure, scores, "costs", "Score, time and memory", caption, legend=True)
 
 
 def _over(
@@ -186,7 +186,7 @@ def _over(
         axes.set(xlabel=over, ylabel=f"test {label}")
         legend_below(figure, axes)
         title = f"{label.removesuffix(' (%)')} over {over}"
-        return _drawn(figure, axes, name, title[0].upper() + title[1:], "With 95 % intervals over episodes.")
+        return drawn(figure, axes, name, title[0].upper() + title[1:], "With 95 % intervals over episodes.")
 
 
 def draw_fits(fits: Sequence[Fit], names: dict[int, str]) -> Drawn:
@@ -200,7 +200,7 @@ def draw_fits(fits: Sequence[Fit], names: dict[int, str]) -> Drawn:
             axes.set(title=f"episode {fit.index}", xlabel="x")
         legend_below(figure, axes)
         caption = "After the inner steps of the test, on the first test episodes."
-        return _drawn(figure, axes, "fits", "Sample episodes", caption)
+        return drawn(figure, axes, "fits", "Sample episodes", caption)
 
 
 @contextmanager
@@ -226,7 +226,7 @@ def legend_below(figure: Figure, axes: Axes, columns: int = 64, caption: str = "
     figure.legend(handles, labels, title=said, **look)
 
 
-def _drawn(
+def drawn(
     figure: Figure, axes: Axes, name: str, title: str, caption: str, legend: bool = False, zoom: bool = False
 ) -> Drawn:
     """``legend``: in the files alone: the page has one for all figures."""

@@ -17,6 +17,7 @@ from cml_dist.experiments.compare import Comparison, short_key
 from cml_dist.experiments.compare_tables import tables
 from cml_dist.experiments.report_figures import RIGHT, WRONG, Drawn, style
 from cml_dist.experiments.report_runs import Shown, ShownVariant
+from cml_dist.experiments.scale_shown import ShownStudy
 from cml_dist.run.status import now
 from cml_dist.tools.page import page_template
 
@@ -47,30 +48,39 @@ def figures_folder(out: Path) -> Path:
 
 
 def write_report(
-    out: Path, shown: Shown, figures: Sequence[Drawn], samples: Sequence[Sample], fits: Drawn | None, absent: str
+    out: Path,
+    shown: Shown,
+    figures: Sequence[Drawn],
+    samples: Sequence[Sample],
+    fits: Drawn | None,
+    absent: str,
+    studies: Sequence[ShownStudy] = (),
 ) -> None:
     """Write page and figures, each whole or not at all; those of an earlier report are replaced.
 
     Args:
         samples, fits: sample episodes of pictures, or of curves.
         absent: why there are none.
+        studies: of scaling, each a section of its own.
 
     Raises:
         CmlError: the file system refused.
     """
     folder = figures_folder(out)
-    for figure in (*figures, *([fits] if fits else [])):
-        write_bytes(folder / f"{figure.name}.svg", figure.svg)
-        write_bytes(folder / f"{figure.name}.png", figure.png)
+    of_studies = [(f"{study.stem}-{figure.name}", figure) for study in studies for figure in study.figures]
+    for name, figure in (*((figure.name, figure) for figure in (*figures, *([fits] if fits else []))), *of_studies):
+        write_bytes(folder / f"{name}.svg", figure.svg)
+        write_bytes(folder / f"{name}.png", figure.png)
     count, variants = sum(len(variant.runs) for variant in shown.variants), shown.variants
-    about = f"{count} run{'s' * (count > 1)}, {len(variants)} variant{'s' * (len(variants) > 1)}; {now()[:10]}"
+    about = f"{count} run{'s' * (count > 1)}, {len(variants)} variant{'s' * (len(variants) > 1)}" if variants else ""
+    about = "; ".join(filter(None, (about, ", ".join(f"scaling study {study.folder}" for study in studies))))
     compared = [
         (title, [(heading, columns, _numbered(shown, found, rows)) for heading, columns, rows in tables(found)])
         for title, found in shown.comparisons
     ]
     page = page_template("report.html").render(
         title=out.stem,
-        about=f"{about}, cml-dist {__version__}. Figures as SVG and PNG: {folder.name}/",
+        about=f"{about}; {now()[:10]}, cml-dist {__version__}. Figures as SVG and PNG: {folder.name}/",
         shown=shown,
         common=_common(variants),
         columns=["variant", *map(short_key, shown.differing), "seeds", "state"],
@@ -81,6 +91,7 @@ def write_report(
         samples=samples,
         fits=fits,
         absent=absent,
+        studies=studies,
         style=style,
         dashes=lambda number: DASHES[style(number)["linestyle"]],
         letter=lambda label: string.ascii_uppercase[label] if label < 26 else str(label),
@@ -105,6 +116,6 @@ def _row(shown: Shown, variant: ShownVariant) -> list[str]:
 
 def _common(variants: Sequence[ShownVariant]) -> str:
     """Settings that all have alike."""
-    each = [variant.settings for variant in variants]
+    each = [variant.settings for variant in variants] or [{}]
     keys = [key for key in COMMON if key in each[0] and all(one.get(key) == each[0][key] for one in each)]
     return ", ".join(f"{key}={as_yaml(each[0][key])}" for key in keys)

@@ -21,6 +21,9 @@ from cml_dist.run.folder import same_everywhere
 STUDY = "scale.json"
 """A study's folder has this file, see docs/how-to/scaling.md."""
 
+MEMORY_STEPS = 2
+"""At the end of a cell, in which memory is measured and no time."""
+
 EPISODES = "train.episodes_per_step"
 
 QUIET = (
@@ -43,7 +46,7 @@ class Measuring:
     """
 
     steps: int = 10
-    warm_up: int = 3
+    warm_up: int = 2
     cores: int | None = None
 
 
@@ -154,7 +157,10 @@ def plan_study(
                         f"set {EPISODES}={max(worlds)} or more, name smaller worlds, or measure --scaling weak alone",
                     )
                 words = (config, *length, *overrides, *run.overrides, f"{EPISODES}={episodes}", *QUIET)
-                words += (f"train.steps={measuring.warm_up + measuring.steps}", f"parallel.processes={world}")
+                words += (
+                    f"train.steps={measuring.warm_up + measuring.steps + MEMORY_STEPS}",
+                    f"parallel.processes={world}",
+                )
                 if measuring.cores is not None and base.parallel.threads is None:
                     words += (f"parallel.threads={measuring.cores}",)
                 cell = _cell(run, world, kind, words, out, preset)

@@ -31,7 +31,9 @@ from cml_dist.atomic import write_text
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import RunConfig
 from cml_dist.data.set_shape import known_shape
+from cml_dist.distributed.allocator import give_back_freed_memory
 from cml_dist.distributed.world import World, joined_world
+from cml_dist.experiments.scale import MEMORY_STEPS
 from cml_dist.memory.choose import MemoryPlanner, in_words, model_size
 from cml_dist.memory.forecast import known_inputs, network_structure
 from cml_dist.memory.strategies import Strategy
@@ -51,42 +53,46 @@ TCP_INFO_BYTES, BYTES_ACKED = 192, slice(120, 128)
 
 
 class Stopwatch:
-    """A hook that tells a rank's seconds apart. ``steps``: of each meta-step that counts, by part."""
+    """A hook that tells a rank's seconds apart; its memory is measured in the last two meta-steps, which do not count.
+
+    Resident memory is what tensors take only where what is freed is given back (see ``distributed/allocator.py``).
+
+    Attributes:
+        steps: seconds by part, of each meta-step after ``warm_up`` but the last two.
+        sent: bytes in those steps.
+        rise: bytes of memory above the level between two steps; on a GPU all that tensors took at most.
+    """
 
     def __init__(self, world: World, warm_up: int, last: int) -> None:
-        self.world, self.warm_up, self.last = world, warm_up, last
+        self.device, self.warm_up, self.last = world.device, warm_up, last
         self.steps: list[dict[str, float]] = []
         self.rise = self.sent = 0
-        self._now = dict.fromkeys(PARTS, 0.0)
-        self._before, self._since_s, self._base, self._sent_before = "", 0.0, 0, 0
+        self._now, self._before, self._since_s = dict.fromkeys(PARTS, 0.0), "", 0.0
 
     def __call__(self, step: int, what: str) -> None:
-        gpu = self.world.device.type == "cuda"
+        gpu = self.device.type == "cuda"
         if gpu:
-            torch.cuda.synchronize(self.world.device)
-        now_s = time.perf_counter()
+            torch.cuda.synchronize(self.device)
         part = "compute" if (self._before, what) == ("drawn", "episode") else ENDS.get(what, "rest")
-        self._now[part] += now_s - self._since_s
-        if what == "assembled":  # parameters are here, and nothing that training takes
-            if gpu:
-                torch.cuda.reset_peak_memory_stats()
-            else:
-                self._base = _settled_memory()
-        elif what == "step":
-            if step > self.warm_up:
+        self._now[part] += time.perf_counter() - self._since_s
+        if what == "step":
+            timed = self.last - MEMORY_STEPS
+            if self.warm_up < step <= timed:
                 self.steps.append(self._now)
-            if step == self.warm_up:
-                self._sent_before = sent_bytes()
-            elif step == self.last:
-                self.sent = sent_bytes() - self._sent_before
-                self.rise = torch.cuda.max_memory_allocated() if gpu else _peak_memory() - self._base
+            if step in (self.warm_up, timed):
+                self.sent = sent_bytes() - self.sent
+            if step >= timed:
+                self.rise = torch.cuda.max_memory_allocated() if gpu else peak_memory_of_process() - self.rise
+                if step < self.last and not gpu:
+                    give_back_freed_memory()
+                    self.rise = settled_memory()
         if what in ("step", "started"):
             self._now = dict.fromkeys(PARTS, 0.0)
         self._before, self._since_s = what, time.perf_counter()
 
 
 def measure_cell(config: RunConfig, warm_up: int, out: Path, console: Console) -> None:
-    """Train ``train.steps`` meta-steps, and have rank 0 write to ``out`` what those after ``warm_up`` took.
+    """Train ``train.steps`` meta-steps, and have rank 0 write to ``out`` what they took.
 
     The file holds for each rank seconds by part of each step, bytes sent by TCP, and the rise of its memory; beside
     them what ``cml-dist plan`` foresees.
@@ -121,8 +127,8 @@ def foreseen(config: RunConfig, plan: dict[str, Any], world: World) -> dict[str,
         "episodes_by_rank": plan["episodes_by_rank"],
         "inputs": inputs.input_shape,
         "planned_memory": need.total,
-        # Parameters and constants are there before the rise is measured; a GPU's allocator counts them.
-        "resident": 0 if on_gpu else size.parameters + size.constants,
+        # Between two steps: parameters, moments, constants, and the meta-gradient; a GPU's allocator counts them.
+        "resident": 0 if on_gpu else need.parameters + need.moments + size.constants + size.parameters,
         "planned_sent": need.sent,
         "reduced_bytes": size.reductions * size.parameters,
         "reductions": size.reductions,
@@ -139,7 +145,7 @@ def sent_bytes() -> int:
     return total
 
 
-def _settled_memory() -> int:
+def settled_memory() -> int:
     """Resident bytes, once what is free is given back, and the highest mark set to it."""
     gc.collect()
     with suppress(OSError, AttributeError):
@@ -149,7 +155,7 @@ def _settled_memory() -> int:
     return psutil.Process().memory_info().rss
 
 
-def _peak_memory() -> int:
+def peak_memory_of_process() -> int:
     """The highest mark of resident bytes, since it was set."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():

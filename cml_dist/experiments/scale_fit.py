@@ -116,22 +116,25 @@ def _line(names: tuple[str, str], rows: Sequence[Sequence[float]], measured: Seq
     y = np.array([value for value, _ in measured])
     errors = np.maximum([error for _, error in measured], LEAST_ERROR * np.abs(y)) + 1e-12
 
-    def solved(kept: list[int]) -> tuple[float, list[int], np.ndarray, np.ndarray, np.ndarray]:
+    def solved(kept: list[int]) -> tuple[float, np.ndarray, np.ndarray]:
+        """Sum of squared residuals, values and covariance, if these coefficients alone explain it."""
         a = np.array(rows, dtype=float)[:, kept]
         scale = np.abs(a).max(axis=0)
         a = a / scale / errors[:, None]
+        if np.linalg.matrix_rank(a, rtol=1 / MOST_ALIKE) < len(kept):
+            return math.inf, np.zeros(2), np.zeros((2, 2))
         found = np.linalg.lstsq(a, y / errors, rcond=None)[0]
-        return float(np.sum((a @ found - y / errors) ** 2)), kept, found, a, scale
+        squares, free = float(np.sum((a @ found - y / errors) ** 2)), len(y) - len(kept)
+        values, covariance = np.zeros(2), np.zeros((2, 2))
+        values[kept] = found / scale
+        covariance[np.ix_(kept, kept)] = np.linalg.inv(a.T @ a) / np.outer(scale, scale)
+        return squares, values, covariance * max(1.0, squares / free if free else 0.0)
 
-    squares, kept, found, a, scale = solved([0, 1])
-    if np.linalg.cond(a) > MOST_ALIKE or (found < 0).any():
-        # Of two that explain it as well the second.
-        squares, kept, found, a, scale = min(solved([1]), solved([0]), key=lambda one: round(one[0], 6))
-    free = len(y) - len(kept)
-    scatter = squares / free if free else 0.0
-    values, covariance = np.zeros(2), np.zeros((2, 2))
-    values[kept] = np.maximum(found, 0) / scale
-    covariance[np.ix_(kept, kept)] = np.linalg.inv(a.T @ a) * max(1.0, scatter) / np.outer(scale, scale)
+    squares, values, covariance = solved([0, 1])
+    if math.isinf(squares) or (values < 0).any():
+        # Of two that explain it as well the second. That both could have been there remains in the errors.
+        _, values, alone = min(solved([1]), solved([0]), key=lambda one: round(one[0], 6))
+        covariance = alone if math.isinf(squares) else covariance
     return Line(names, values, covariance)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from cml_dist.distributed.env import Launched, environment_of
 from cml_dist.distributed.exit import signal_when_parent_ends
-from cml_dist.errors import ConfigError
 from cml_dist.experiments.scale import Cell, Measuring
 
 Start = Callable[[Cell, Measuring], list[int]]

@@ -49,9 +49,8 @@ FOLDERS = Layout(
     {
         "pictures in class folders": lambda tree, _: len(class_folders(tree)) > 1,
         f"folders {WORDS} above them, or class lists train.txt, val.txt, test.txt, names of a known set, or --splits": (
-            lambda tree, own_splits: (
-                own_splits or _split_folders(tree) or split_files(tree, ".txt") or recognised(class_folders(tree))
-            )
+            lambda tree, own_splits: own_splits or _split_folders(tree) or split_files(tree, ".txt")
+            or recognised(class_folders(tree))
         ),
     },
     _read,

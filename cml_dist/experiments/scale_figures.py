@@ -1,0 +1,137 @@
+"""Pictures of a scaling study, from what its ``scale.json`` holds: what is projected is dashed, grey and hollow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from cml_dist.experiments.report_figures import SIZE, Drawn, drawn, legend_below, new_figure, style
+from cml_dist.experiments.scale_results import PARTS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PART_COLOURS = dict(zip(PARTS, ("#1f5fae", "#c9a227", "#b3460b", "#13733e", "#9aa3ad"), strict=True))
+PROJECTED = "#7a7a7a"
+ERRORS = "Bars: standard errors."
+
+
+def draw_study(study: Mapping[str, Any]) -> Iterator[Drawn]:
+    """The figures for which enough was measured."""
+    cells = study["cells"]
+    if len({c["world"] for c in cells}) > 1:
+        yield _scaling(study)
+    yield _split(cells)
+    yield _memory(cells)
+    smallest = min(c["world"] for c in cells)
+    alone = [c for c in cells if c["world"] == smallest]
+    keys = {key for c in alone for key, value in c["settings"].items() if isinstance(value, (int, float))}
+    for key in ("parameters", *sorted(keys)):
+        points = [{**c, "x": c["parameters"] if key == "parameters" else c["settings"].get(key)} for c in alone]
+        if len({p["x"] for p in points if p["x"] is not None}) > 1:
+            yield _growth(key, points, smallest)
+
+
+def variant_numbers(study: Mapping[str, Any]) -> dict[str, int]:
+    """Of each variant the number of its colour, from 1."""
+    return {variant: n for n, variant in enumerate(dict.fromkeys(c["variant"] for c in study["cells"]), start=1)}
+
+
+def _scaling(study: Mapping[str, Any]) -> Drawn:
+    kinds = list(dict.fromkeys(p["kind"] for p in study["scaling"]))
+    numbers, every = variant_numbers(study), [*study["scaling"], *study["projected"]]
+    with new_figure(1, len(kinds), squeeze=False) as (figure, (row,)):
+        for kind, axes in zip(kinds, row, strict=True):
+            of = "speedup" if kind == "strong" else "efficiency"
+            by = 1 if kind == "strong" else 100
+            for variant, number in numbers.items():
+                for points, look in (
+                    (study["scaling"], {**style(number), "marker": "o", "label": variant}),
+                    (study["projected"], {"color": PROJECTED, "linestyle": "--", "marker": "os^vD<>p"[number % 8],
+                                          "markerfacecolor": "white", "label": f"{variant}, projected"}),
+                ):  # fmt: skip
+                    own = [p for p in points if p["variant"] == variant and p["kind"] == kind]
+                    values, errors = ([by * p[of][at] for p in own] for at in (0, 1))
+                    if own:
+                        axes.errorbar([p["world"] for p in own], values, errors, markersize=4, capsize=2, **look)
+            worlds = sorted({p["world"] for p in every if p["kind"] == kind})
+            speed = [w / worlds[0] for w in worlds]
+            axes.plot(worlds, speed if kind == "strong" else [100] * len(worlds), ":", color="0.6")
+            _worlds(axes, worlds)
+            axes.set(title=f"{kind} scaling", ylabel="speed-up" if kind == "strong" else "efficiency (%)")
+            if kind == "strong":
+                axes.set_yscale("log", base=2)
+                axes.set_yticks(speed, [f"{s:g}" for s in speed])
+                axes.minorticks_off()
+            else:
+                axes.set_ylim(bottom=0)
+        legend_below(figure, row[-1])
+        caption = f"Strong: the same meta-step; weak: the same episodes a process. Dotted: ideal. {ERRORS}"
+        return drawn(figure, row[-1], "scaling", "Scaling with processes", caption)
+
+
+def _worlds(axes: Axes, worlds: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(worlds, [str(world) for world in worlds])
+    axes.minorticks_off()
+    axes.set_xlabel("processes")
+
+
+def _split(cells: list[dict[str, Any]]) -> Drawn:
+    with new_figure(size=(SIZE[0], 1.1 + 0.3 * len(cells))) as (figure, axes):
+        left = [0.0] * len(cells)
+        for part, colour in PART_COLOURS.items():
+            widths = [100 * c["parts"][part][0] / sum(c["parts"][p][0] for p in PARTS) for c in cells]
+            axes.barh(range(len(cells)), widths, left=left, color=colour, height=0.7, label=part)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        names = [f"{_short(c['variant'])}, N={c['world']}, {c['episodes']} ep." for c in cells]
+        axes.set_yticks(range(len(cells)), names, fontsize=7)
+        axes.invert_yaxis()
+        axes.set(xlabel="% of a meta-step", xlim=(0, 100))
+        legend_below(figure, axes)
+        caption = "Waiting: for slower processes. Medians over meta-steps of the means over processes."
+        return drawn(figure, axes, "split", "Where the time goes", caption)
+
+
+def _short(name: str, most: int = 34) -> str:
+    return name if len(name) <= most else f"{name[: most - 3]}..."
+
+
+def _memory(cells: list[dict[str, Any]]) -> Drawn:
+    mib, numbers = 2**20, variant_numbers({"cells": cells})
+    with new_figure() as (figure, axes):
+        for variant, number in numbers.items():
+            own = [c for c in cells if c["variant"] == variant]
+            planned, measured = ([c[of] / mib for c in own] for of in ("planned_memory", "memory"))
+            axes.plot(planned, measured, "o", color=style(number)["color"], markersize=5, label=variant)
+        ends = [c[of] / mib for c in cells for of in ("planned_memory", "memory")]
+        ends = [min(ends) / 1.3, max(ends) * 1.3]
+        axes.plot(ends, ends, ":", color="0.6")
+        axes.set(xscale="log", yscale="log", xlabel="planned (MiB)", ylabel="measured (MiB)", xlim=ends, ylim=ends)
+        legend_below(figure, axes)
+        caption = "Of the busiest process at its largest moment, by cml-dist plan and as measured. Dotted: equal."
+        return drawn(figure, axes, "memory", "Memory, measured and planned", caption)
+
+
+def _growth(key: str, points: list[dict[str, Any]], world: int) -> Drawn:
+    """Seconds of an episode over ``x``; a line for variants that differ in nothing else."""
+    free = ("model.backbone",) if key == "parameters" else (key,)
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for p in points:
+        rest = ", ".join(f"{k.rpartition('.')[2]}={v}" for k, v in p["settings"].items() if k not in free) or "all"
+        if p["x"] is not None:
+            lines.setdefault(rest, []).append((p["x"], *(value / p["each"] for value in p["seconds"])))
+    with new_figure() as (figure, axes):
+        for number, (rest, line) in enumerate(lines.items(), start=1):
+            x, y, errors = zip(*sorted(line), strict=True)
+            axes.errorbar(x, y, errors, marker="o", markersize=4, capsize=2, label=rest, **style(number))
+        axes.set(xlabel=key, ylabel="seconds an episode", yscale="log")
+        if key == "parameters":
+            axes.set_xscale("log")
+        else:
+            ticks = sorted({p["x"] for p in points if p["x"] is not None})
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        if len(lines) > 1:
+            legend_below(figure, axes)
+        caption = f"Of a process, in worlds of {world}. {ERRORS}"
+        return drawn(figure, axes, f"growth-{key.rpartition('.')[2]}", f"Growth with {key}", caption)
