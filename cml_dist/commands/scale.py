@@ -44,12 +44,13 @@ def scale(args: argparse.Namespace, console: Console) -> int:
     _check_networks(cells)
     due = [cell for cell in cells if not cell.is_measured]
     if here.size > 1:
-        due = [cell for cell in cells if cell.file.name in start.agreed([one.file.name for one in due])]
-    later = [cell for cell in due if here.size > 1 and cell.world != here.size]
+        names = start.agreed([cell.file.name for cell in due])
+        due = [cell for cell in cells if cell.file.name in names]
+    later = [cell for cell in due if 1 < here.size < cell.world]
     due = [cell for cell in due if cell not in later]
     facts = {
         "cells": f"{len(cells)}: {len(cells) - len(due) - len(later)} measured, {len(due)} to measure"
-        + (f", {len(later)} of other worlds than this launcher's" if later else ""),
+        + (f", {len(later)} of larger worlds than this launcher's" if later else ""),
         "each": f"{measuring.steps} meta-steps after {measuring.warm_up}, in fresh processes"
         + (f" on {cores} core{'s' * (cores > 1)} each" if cores else ""),
     }
@@ -113,8 +114,9 @@ def _starter(args: argparse.Namespace, base: Any, here: Launched, worlds: Sequen
         return Srun(args.cores), args.cores
     if here.size > 1:
         if args.cores:
-            raise ConfigError("--cores is set, but the launcher deals out the cores", "leave it out")
-        return Beside(here), None
+            raise ConfigError(f"--cores is {args.cores}, but the launcher deals out the cores", "leave it out")
+        beside = Beside(here)
+        return beside, beside.agreed(max(1, usable_cores() // here.local_size))
     gpus = 0 if base.run.device == "cpu" else torch.cuda.device_count()
     have, what = (gpus, "GPU") if gpus else (usable_cores(), "core")
     cores = args.cores or max(1, usable_cores() // worlds[-1])

@@ -190,7 +190,7 @@ def _cell(run: Run, world: int, kind: str, words: tuple[str, ...], out: Path, pr
 def record(base: RunConfig, measuring: Measuring) -> dict[str, Any]:
     """What all cells of a study have in common, and nothing that may be added to it."""
     kept = {key: value for key, value in same_everywhere(base).items() if not key.startswith(UNNAMED)}
-    return {**kept, "--steps": measuring.steps, "cores a process": measuring.cores}
+    return {**kept, "--steps": measuring.steps, "--cores": measuring.cores}
 
 
 def read_study(folder: str | Path) -> dict[str, Any] | None:

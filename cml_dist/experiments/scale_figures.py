@@ -77,6 +77,22 @@ def _worlds(axes: Axes, worlds: list[int]) -> None:
     axes.set_xlabel("processes")
 
 
+def _log_where_wide(axes: Axes, of: str, values: list[float]) -> None:
+    """A logarithmic axis, with numbers as people write them, where the values span more than a factor of 4."""
+    if max(values) <= 4 * min(values):
+        axes.locator_params(axis="both" if of == "xy" else of, nbins=5)
+        return
+    from matplotlib.ticker import LogLocator
+
+    subs = (1, 2, 5) if max(values) < 50 * min(values) else (1,)
+    for name in of:
+        getattr(axes, f"set_{name}scale")("log")
+        axis = getattr(axes, f"{name}axis")
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axes.minorticks_off()
+
+
 def _split(cells: list[dict[str, Any]]) -> Drawn:
     with new_figure(size=(SIZE[0], 1.1 + 0.3 * len(cells))) as (figure, axes):
         left = [0.0] * len(cells)
@@ -104,10 +120,11 @@ def _memory(cells: list[dict[str, Any]]) -> Drawn:
             own = [c for c in cells if c["variant"] == variant]
             planned, measured = ([c[of] / mib for c in own] for of in ("planned_memory", "memory"))
             axes.plot(planned, measured, "o", color=style(number)["color"], markersize=5, label=variant)
-        ends = [c[of] / mib for c in cells for of in ("planned_memory", "memory")]
-        ends = [min(ends) / 1.3, max(ends) * 1.3]
+        every = [c[of] / mib for c in cells for of in ("planned_memory", "memory")]
+        ends = [min(every) / 1.3, max(every) * 1.3]
         axes.plot(ends, ends, ":", color="0.6")
-        axes.set(xscale="log", yscale="log", xlabel="planned (MiB)", ylabel="measured (MiB)", xlim=ends, ylim=ends)
+        axes.set(xlabel="planned (MiB)", ylabel="measured (MiB)", xlim=ends, ylim=ends)
+        _log_where_wide(axes, "xy", every)
         legend_below(figure, axes)
         caption = "Of the busiest process at its largest moment, by cml-dist plan and as measured. Dotted: equal."
         return drawn(figure, axes, "memory", "Memory, measured and planned", caption)
@@ -125,9 +142,10 @@ def _growth(key: str, points: list[dict[str, Any]], world: int) -> Drawn:
         for number, (rest, line) in enumerate(lines.items(), start=1):
             x, y, errors = zip(*sorted(line), strict=True)
             axes.errorbar(x, y, errors, marker="o", markersize=4, capsize=2, label=rest, **style(number))
-        axes.set(xlabel=key, ylabel="seconds an episode", yscale="log")
+        axes.set(xlabel=key, ylabel="seconds an episode")
+        _log_where_wide(axes, "y", [y for line in lines.values() for _, y, _ in line])
         if key == "parameters":
-            axes.set_xscale("log")
+            _log_where_wide(axes, "x", [p["x"] for p in points])
         else:
             ticks = sorted({p["x"] for p in points if p["x"] is not None})
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -84,17 +84,17 @@ class Srun:
 
 
 class Beside:
-    """A fresh process beside each of a launcher's, which wait for them. Collective: all of the launcher's."""
+    """A fresh process beside each of a launcher's, or the first of them. Collective: all of the launcher's."""
 
     def __init__(self, here: Launched) -> None:
         import torch.distributed
 
-        from cml_dist.distributed.rendezvous import choose_interface
+        from cml_dist.distributed.rendezvous import GROUP_TIMEOUT, choose_interface
 
         self.here, self._group = here, torch.distributed
         if here.size > here.local_size:
             choose_interface(here.host, here.port)
-        self._group.init_process_group("gloo")
+        self._group.init_process_group("gloo", timeout=GROUP_TIMEOUT)
 
     def agreed(self, value: Any) -> Any:
         """Rank 0's value, on all ranks."""
@@ -106,14 +106,19 @@ class Beside:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = self.agreed(probe.getsockname()[1])
-        process = _start(command(cell, measuring), cell, environment_of(self.here._replace(port=port)), ())
+        here, process = self.here, None
+        if here.rank < cell.world:
+            local_size = min(here.local_size, cell.world - (here.rank - here.local_rank))
+            place = here._replace(size=cell.world, local_size=local_size, port=port)
+            process = _start(command(cell, measuring), cell, environment_of(place), ())
         try:
-            codes = [0] * self.here.size
-            self._group.all_gather_object(codes, process.wait())
+            codes = [0] * here.size
+            self._group.all_gather_object(codes, process.wait() if process else 0)
             return codes
         finally:
-            process.kill()
-            process.wait()
+            if process:
+                process.kill()
+                process.wait()
 
     def close(self) -> None:
         self._group.destroy_process_group()
