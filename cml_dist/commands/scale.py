@@ -153,9 +153,9 @@ def _conclude(
         try:
             if cell.is_measured:
                 results.append(result_of(cell, cell.measured()))
-        except CmlError as error:
-            left_out[cell.name] = str(error)
-            console.warn(f"Left out: {error}")
+        except (CmlError, LookupError, TypeError, ValueError) as error:
+            left_out[cell.name] = str(error) if isinstance(error, CmlError) else f"{cell.file} is damaged: {error!r}"
+            console.warn(f"Left out: {left_out[cell.name]}")
     study = {"record": recorded, **content(results, ahead, link, left_out)}
     write_study(out, study)
     if not results:

@@ -48,6 +48,9 @@ ENDS = {"drawn": "data", "computed": "compute", "reduced": "reduction"}
 
 PARTS = ("data", "compute", "reduction", "rest")
 
+SMALL = 50
+"""Sums of one number after the meta-steps, of which the first fifth does not count."""
+
 TCP_INFO_BYTES, BYTES_ACKED = 192, slice(120, 128)
 """Of ``struct tcp_info``, see tcp(7) and linux/tcp.h."""
 
@@ -102,14 +105,23 @@ def measure_cell(config: RunConfig, warm_up: int, out: Path, console: Console) -
     with joined_world(config) as world:
         watch = Stopwatch(world, warm_up, config.train.steps)
         train(config, console, on_step=watch, world=world)
-        ranks = world.gather(
-            {"host": socket.gethostname(), "steps": watch.steps, "sent": watch.sent, "rise": watch.rise}
-        )
+        own = {"steps": watch.steps, "sent": watch.sent, "rise": watch.rise, "small": small_reductions(world)}
+        ranks = world.gather({"host": socket.gethostname(), **own})
     if world.is_main:
         (session,) = read_metrics(RunFolder(config.run.dir).sessions_file)
         kept = {key: session[key] for key in ("time", "versions", "commit", "hardware", "threads", "parameters")}
         found = {**kept, **foreseen(config, session["plan"], world), "ranks": ranks}
         write_text(out, json.dumps(found, indent=1) + "\n")
+
+
+def small_reductions(world: World) -> list[float]:
+    """Seconds of sums of one number over all ranks, which latency alone decides. Collective: all ranks."""
+    seconds, number = [], torch.zeros(1)
+    for _ in range(SMALL if world.size > 1 else 0):
+        began_s = time.perf_counter()
+        world.sum(number)
+        seconds.append(time.perf_counter() - began_s)
+    return seconds[SMALL // 5 :]
 
 
 def foreseen(config: RunConfig, plan: dict[str, Any], world: World) -> dict[str, Any]:

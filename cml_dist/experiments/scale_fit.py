@@ -93,11 +93,11 @@ def ring(point: Point, world: int) -> tuple[int, float]:
     return 2 * (world - 1) * point.reductions, 2 * (world - 1) / world * point.bytes
 
 
-def fit(points: Sequence[Point]) -> Fit:
-    """The model of these cells.
+def fit(points: Sequence[Point], small: Sequence[tuple[int, tuple[float, float]]] = ()) -> Fit:
+    """The model of these cells, and of sums of one number: worlds, and their seconds with standard errors.
 
     What a coefficient's data cannot tell is left out: ``fixed`` where all cells of a variant have as many episodes a
-    rank, ``latency`` where only one size and world was reduced. Nor is any below 0.
+    rank, ``latency`` where only one size was reduced in one world. Nor is any below 0.
     """
     by_variant: dict[str, list[Point]] = {}
     for point in points:
@@ -107,8 +107,9 @@ def fit(points: Sequence[Point]) -> Fit:
         for variant, own in by_variant.items()
     }
     reduced = [p for p in points if p.world > 1]
-    rows = [ring(p, p.world) for p in reduced]
-    return Fit(local, _line(("latency", "a byte"), rows, [p.reduction for p in reduced]) if reduced else None)
+    rows = [*(ring(p, p.world) for p in reduced), *((2 * (world - 1), 0.0) for world, _ in small)]
+    measured = [*(p.reduction for p in reduced), *(seconds for _, seconds in small)]
+    return Fit(local, _line(("latency", "a byte"), rows, measured) if reduced else None)
 
 
 def _line(names: tuple[str, str], rows: Sequence[Sequence[float]], measured: Sequence[tuple[float, float]]) -> Line:

@@ -27,6 +27,7 @@ class Result:
         episodes: of a meta-step; ``each``: of it on the busiest rank.
         seconds: of a meta-step, its ranks' mean; ``parts``: the same, by part.
         memory, planned_memory: bytes of the rank that takes most, as measured, and as ``cml-dist plan`` says.
+        small: seconds of a sum of one number over the ranks; of one process 0.
         sent, planned_sent: bytes that a rank sends in a meta-step, by its TCP connections, and by the plan.
         inputs: the shape of one.
     """
@@ -40,6 +41,7 @@ class Result:
     seconds: Measured
     parts: dict[str, Measured]
     local: Measured
+    small: Measured
     memory: int
     planned_memory: int
     sent: float
@@ -53,11 +55,6 @@ class Result:
     hardware: str
     hosts: int
     time: str
-
-    @property
-    def point(self) -> Point:
-        reduction = self.parts["reduction"]
-        return Point(self.variant, self.world, self.each, self.local, reduction, self.reduced_bytes, self.reductions)
 
 
 def result_of(cell: Cell, found: Mapping[str, Any]) -> Result:
@@ -78,6 +75,7 @@ def result_of(cell: Cell, found: Mapping[str, Any]) -> Result:
         seconds=middle(whole),
         parts={part: middle(steps[part]) for part in PARTS},
         local=middle(whole - own),
+        small=middle(np.min([rank["small"] for rank in ranks], axis=0)) if cell.world > 1 else (0.0, 0.0),
         memory=max(rank["rise"] for rank in ranks) + found["resident"],
         planned_memory=found["planned_memory"],
         sent=max(rank["sent"] for rank in ranks) / len(whole),
@@ -131,11 +129,25 @@ def projected(
     found = []
     for curve in _curves(results, kind):
         first = curve[0]
+        (point,) = points([first])
         for world in worlds if len(curve) > 1 else ():
             batch = first.episodes if kind == "strong" else first.episodes // first.world * world
-            seconds = model.predict(first.point, world, math.ceil(batch / world), bytes_per_s)
+            seconds = model.predict(point, world, math.ceil(batch / world), bytes_per_s)
             if batch >= world and seconds is not None:
                 found.append(_over(first, kind, world, batch, seconds))
+    return found
+
+
+def points(results: Sequence[Result]) -> list[Point]:
+    """What is fitted. One process reduces nothing: what its gradient takes there is taken off the others' reduction."""
+    alone = {result.variant: result.parts["reduction"] for result in results if result.world == 1}
+    found = []
+    for r in results:
+        local, (reduced_s, error) = r.local, r.parts["reduction"]
+        own_s, its = (reduced_s, error) if r.world == 1 else alone.get(r.variant, (0.0, 0.0))
+        local = local[0] + own_s, math.hypot(local[1], its)
+        reduction = max(0.0, reduced_s - own_s), math.hypot(error, its)
+        found.append(Point(r.variant, r.world, r.each, local, reduction, r.reduced_bytes, r.reductions))
     return found
 
 
@@ -162,7 +174,7 @@ def content(
 ) -> dict[str, Any]:
     """What ``scale.json`` holds beside the study's record: all that tables and figures show."""
     bytes_per_s = None if gbit_per_s is None else gbit_per_s * 1e9 / 8
-    model = fit([result.point for result in results]) if results else None
+    model = fit(points(results), [(r.world, r.small) for r in results if r.world > 1]) if results else None
     kinds = [kind for kind in ("strong", "weak") if any(kind in result.kinds for result in results)]
     ahead = [one for kind in kinds for one in projected(results, model, kind, worlds, bytes_per_s)]
     found: dict[str, Any] = {

@@ -58,6 +58,9 @@ def test_what_cannot_be_told_apart_is_one_coefficient():
     assert found.reduction.of("latency") == (0, 0) and found.reduction.of("a byte")[0] == pytest.approx(1e-7)
     assert found.predict(point, 4, 2)[0] == pytest.approx(0.5 + 0.15), "a ring of 4 sends 3/2 of the bytes"
     assert found.predict(point, 4, 2, 1e6)[0] == pytest.approx(0.5 + 1.5), "over links of 1 MB/s"
+    found = fit([point], [(2, (0.002, 1e-5))])
+    assert found.reduction.of("latency")[0] == pytest.approx(0.001), "a sum of one number is two rounds of two ranks"
+    assert found.reduction.of("a byte")[0] == pytest.approx(0.098e-6)
     assert fit([Point("one", 1, 4, (1.0, 0.01), (0.0, 0.0), 8)]).predict(point, 2, 4) is None
 
 
@@ -83,6 +86,7 @@ def test_a_study_is_measured_fitted_and_drawn(study):
         assert all(value >= 0 for value, _ in cell["parts"].values())
         assert sum(value for value, _ in cell["parts"].values()) == pytest.approx(cell["seconds"][0], rel=0.5)
         assert cell["memory"] > cell["parameters"] * 4
+    assert found["fit"]["reduction_s"]["latency"][0] > 0 and alone["small"] == [0, 0]
     assert alone["sent"] == alone["planned_sent"] == 0
     assert two["sent"] >= two["planned_sent"] > 0, "the metrics and the heartbeat come on top"
     (ahead,) = found["projected"]
