@@ -64,7 +64,7 @@ def _scaling(study: Mapping[str, Any]) -> Drawn:
                 axes.set_yticks(speed, [f"{s:g}" for s in speed])
                 axes.minorticks_off()
             else:
-                axes.set_ylim(bottom=0)
+                axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
         legend_below(figure, row[-1])
         caption = f"Strong: the same meta-step; weak: the same episodes a process. Dotted: ideal. {ERRORS}"
         return drawn(figure, row[-1], "scaling", "Scaling with processes", caption)
@@ -84,7 +84,7 @@ def _log_where_wide(axes: Axes, of: str, values: list[float]) -> None:
         return
     from matplotlib.ticker import LogLocator
 
-    subs = (1, 2, 5) if max(values) < 50 * min(values) else (1,)
+    subs = (1, 2, 5) if max(values) < 20 * min(values) else (1,)
     for name in of:
         getattr(axes, f"set_{name}scale")("log")
         axis = getattr(axes, f"{name}axis")

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from cml_dist.cli import main
+from cml_dist.experiments.scale_figures import draw_study
 from cml_dist.experiments.scale_fit import Point, fit, middle, ring
+from cml_dist.experiments.scale_results import Result, content
 
 LATENCY_S, BYTES_PER_S = 2e-4, 1e9
 COSTS = {"small": (0.01, 0.05, 1_000_000), "large": (0.02, 0.30, 40_000_000)}
@@ -62,6 +64,57 @@ def test_what_cannot_be_told_apart_is_one_coefficient():
     assert found.reduction.of("latency")[0] == pytest.approx(0.001), "a sum of one number is two rounds of two ranks"
     assert found.reduction.of("a byte")[0] == pytest.approx(0.098e-6)
     assert fit([Point("one", 1, 4, (1.0, 0.01), (0.0, 0.0), 8)]).predict(point, 2, 4) is None
+
+
+def result(backbone: str, world: int, episodes: int, kinds: tuple[str, ...], steps: int = 1) -> Result:
+    """A cell without noise: 0.1 s an episode, a reduction of 0.02 s, and 0.01 s of waiting."""
+    size, shared = 1_000_000 if backbone == "conv4" else 40_000_000, world > 1
+    parts = {"compute": 0.1 * episodes / world * steps, "waiting": 0.01 * shared, "reduction": 0.02 * shared}
+    parts = {**parts, "data": 0.0, "rest": 0.0}
+    seconds = sum(parts.values())
+    return Result(
+        variant=f"{backbone},inner_steps={steps}",
+        settings={"model.backbone": backbone, "method.inner_steps": steps},
+        kinds=kinds,
+        world=world,
+        episodes=episodes,
+        each=episodes // world,
+        seconds=(seconds, 0.001),
+        parts={part: (value, 0.001) for part, value in parts.items()},
+        local=(seconds - parts["reduction"], 0.001),
+        small=(0.0002 * shared, 1e-6),
+        memory=3 * size,
+        planned_memory=2 * size,
+        sent=float(size * shared),
+        planned_sent=size * shared,
+        reduced_bytes=size,
+        reductions=1,
+        parameters=size // 4,
+        inputs=(1, 28, 28),
+        strategy="ddp",
+        by="graph whole",
+        hardware="CPU",
+        hosts=1,
+        time="now",
+    )
+
+
+def test_speed_ups_are_those_of_the_hand_and_growth_is_drawn():
+    both, cases = ("strong", "weak"), [("conv4", 1), ("conv4", 5), ("resnet18", 1)]
+    results = [
+        result(backbone, *cell, steps)
+        for backbone, steps in cases
+        for cell in ((1, 4, both), (2, 4, ("strong",)), (2, 8, ("weak",)))
+    ]
+    found = json.loads(json.dumps(content(results, [4, 8], 10.0, {})))
+    strong, weak = (next(p for p in found["scaling"] if p["kind"] == kind and p["world"] == 2) for kind in both)
+    assert strong["speedup"][0] == pytest.approx(0.4 / 0.23) and strong["efficiency"][0] == pytest.approx(0.2 / 0.23)
+    assert weak["episodes"] == 8 and weak["efficiency"][0] == pytest.approx(0.4 / 0.43)
+    ahead = {(p["kind"], p["world"], p["episodes"]) for p in found["projected"]}
+    assert ahead == {("strong", 4, 4), ("weak", 4, 16), ("weak", 8, 32)}, "strong scaling ends at one episode each"
+    figures = {figure.name: figure for figure in draw_study(found)}
+    assert {*figures} == {"scaling", "split", "memory", "growth-parameters", "growth-inner_steps"}
+    assert "conv4,inner_steps=5, projected" in figures["scaling"].inline
 
 
 WORDS = ["scale", "sinusoid", "run.device=cpu", "train.episodes_per_step=2", "--steps=3", "--warm-up=1", "--cores=1"]
