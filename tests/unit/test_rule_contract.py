@@ -274,8 +274,8 @@ CONTRADICTIONS = [
     ),
     (
         "method.augment=mgaug engine.compile=on",
-        "engine.compile is on, but under method.augment each episode has masks of its own, which no graph can hold: set "
-        "engine.compile=off",
+        "engine.compile is on, but under method.augment each episode has masks of its own, which no graph can hold: "
+        "set engine.compile=off",
     ),
     (
         "train.patience=3 eval.every=0",
