@@ -66,6 +66,7 @@ class Episode:
         split: ``"train"``, ``"val"`` or ``"test"``.
         index: the global number of the episode within its split.
         ways: classes of the episode (labels are 0 .. ways - 1); 0 for regression.
+        unlabelled: further examples of its classes and of others, whose targets say nothing (-1); None: there are none.
     """
 
     support: Batch
@@ -73,14 +74,20 @@ class Episode:
     split: str
     index: int
     ways: int = 0
+    unlabelled: Batch | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Episode:
         """The episode with each of its tensors changed."""
-        return replace(self, support=self.support.map(change), query=self.query.map(change))
+        return self.each(lambda batch: batch.map(change))
+
+    def each(self, change: Callable[[Batch], Batch]) -> Episode:
+        """The episode with each of its sets changed, in the order of :attr:`batches`."""
+        return replace(self, **dict(zip(("support", "query", "unlabelled"), map(change, self.batches), strict=False)))
 
     @property
-    def batches(self) -> tuple[Batch, Batch]:
-        return self.support, self.query
+    def batches(self) -> tuple[Batch, ...]:
+        """Support set, query set, and the unlabelled examples where there are any."""
+        return (self.support, self.query) if self.unlabelled is None else (self.support, self.query, self.unlabelled)
 
     def to(self, device: torch.device) -> Episode:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))

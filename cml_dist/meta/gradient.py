@@ -177,14 +177,12 @@ def graph(
 ) -> dict[str, Tensor]:
     """Autograd through the unrolled loop: the oracle, and the fastest where K graphs fit into memory."""
     start = Point(loop.meta, loop.fast, loop.const).leaves()
-    meta, const = dict(start.meta), dict(start.const)
     fast = dict(start.fast)
     queries = _Queries(loop, term, weights)
     values, vectors = [], []
     for k in _steps(loop):
         if k >= 0:
-            grad = loop.gradient(start, k, differentiable=True)
-            fast = loop.rule.update(meta, fast, const, grad, k)
+            fast = loop.move(Point(start.meta, fast, start.const), k, differentiable=True)
         at = Cotangent(back.meta, {}, back.const)  # what the queries see directly adds up in back
         queries.after(k, detached(fast), at, penalty)
         reached = [n for n in at.fast if fast[n].requires_grad]
@@ -284,7 +282,8 @@ class Trajectory:
         return fast if self._device is None else {n: value.to(self._device) for n, value in fast.items()}
 
     def _here(self, fast: Params) -> Params:
-        return {n: value.to(self._loop.fast[n].device) for n, value in fast.items()}
+        device = next(iter(self._loop.meta.values())).device
+        return {n: value.to(device) for n, value in fast.items()}
 
 
 def _stretch(steps: int, trajectory: str) -> int:

@@ -7,7 +7,7 @@ or one micro-batch of it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from cml_dist.meta.problem import Pass, Problem, class_means, detached
 from cml_dist.meta.rule import GradFn, Method, part_of
+from cml_dist.meta.unlabelled import LABELS, consistency, soft_labels, without_labels
 from cml_dist.types import BODY, COLEARNER, HEAD, Batch, Episode, Learner, Params
 
 
@@ -77,6 +78,7 @@ class InnerLoop:
     Attributes:
         fast, const: fast_0 and the constants of the episode, as values.
         steps: inner steps; 0 where nothing adapts.
+        labelled_steps: those on the support set alone; the others are on the unlabelled examples as well.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class InnerLoop:
         self._features = self._support_features()
         fast, const = self._start(self.meta, self._features)
         self.fast, self.const = detached(fast), detached(const)
-        self.steps = method.inner_steps if self.fast else 0
+        self.unlabelled = method.unlabelled if episode.unlabelled is not None and self.fast else None
+        self.labelled_steps = method.inner_steps if self.fast else 0
+        self.steps = self.labelled_steps + (self.unlabelled.steps if self.unlabelled else 0)
 
     # ------------------------------------------------------------------ the start
 
@@ -143,8 +147,35 @@ class InnerLoop:
 
     def step(self, fast: Params, k: int) -> Params:
         """fast_{k+1} as values, without a graph. Cost: memory of one micro-batch."""
-        grad = self.gradient(Point(self.meta, fast, self.const), k, differentiable=False)
-        return detached(self.rule.update(self.meta, fast, self.const, grad, k))
+        return detached(self.move(Point(self.meta, fast, self.const), k, differentiable=False))
+
+    def move(self, at: Point, k: int, *, differentiable: bool) -> Params:
+        """fast_{k+1}, from the first step that reads unlabelled examples on with their labels.
+
+        Args:
+            differentiable: the inner gradient has a graph, as in :meth:`gradient`, and so have the labels.
+        """
+        labels: Params = {}
+        if k >= self.labelled_steps:
+            labels = {LABELS: at.fast[LABELS] if LABELS in at.fast else self._labels(at, differentiable)}
+        at = Point(at.meta, without_labels(at.fast), {**at.const, **labels})
+        grad = self.gradient(at, k, differentiable=differentiable)
+        return {**self.rule.update(dict(at.meta), dict(at.fast), dict(at.const), grad, k), **labels}
+
+    def _labels(self, at: Point, differentiable: bool) -> Tensor:
+        """Soft labels of the unlabelled examples, by the learner whose loss is descended, after the labelled steps."""
+        here, k = at if differentiable else at.leaves(), max(self.labelled_steps - 1, 0)
+        names, rates = [*at.meta, *at.fast], self.rule.rates(at.fast)
+
+        def outputs(inputs: Sequence[Tensor]) -> Tensor:
+            view, learner = self._view(here.named(inputs), k), next(iter(self.weights))
+            parts = self.problem.micro_batches(self.episode.unlabelled)
+            return torch.cat([self.problem.outputs(view, part, [learner])[0] for part, _ in parts])
+
+        places = [len(at.meta) + names[len(at.meta) :].index(n) for n in rates]
+        gradient = self.gradient(here, k, differentiable=differentiable)
+        labels = soft_labels(self.unlabelled, outputs, here.tensors(), rates, places, gradient)
+        return labels if differentiable else labels.detach()
 
     def gradient(self, at: Point, k: int, *, differentiable: bool) -> GradFn:
         """The gradient of the support loss in step ``k``, as a function of a point of the fast space.
@@ -156,7 +187,7 @@ class InnerLoop:
 
         def values(point: Params) -> Params:
             total: Params = {}
-            losses = list(self._support_losses(k))
+            losses = list(self._losses(k, at))
             for loss in losses:
                 leaves = detached(point, requires_grad=True)
                 grads = _gradients(loss(Point(at.meta, leaves, at.const)), leaves)
@@ -164,11 +195,12 @@ class InnerLoop:
             return total
 
         def whole(point: Params) -> Params:
-            (loss,) = self._support_losses(k)
             # Nodes of their own: the gradient is a partial one, also where a rule makes one of the point's tensors from
-            # another (SGD never does).
-            nodes = point if self.rule.is_sgd else {n: value.view_as(value) for n, value in point.items()}
-            return _gradients(loss(Point(at.meta, nodes, at.const)), nodes, create_graph=True)
+            # another (SGD never does), or labels from all of them.
+            alone = self.rule.is_sgd and LABELS not in at.const
+            nodes = point if alone else {n: value.view_as(value) for n, value in point.items()}
+            first, *others = (loss(Point(at.meta, nodes, at.const)) for loss in self._losses(k, at))
+            return _gradients(sum(others, first), nodes, create_graph=True)
 
         def streamed(point: Params) -> Params:
             here = Point(at.meta, point, at.const)
@@ -176,7 +208,8 @@ class InnerLoop:
 
         if not differentiable:
             return values
-        return whole if len(self.problem.micro_batches(self.episode.support)) == 1 else streamed
+        sets = [self.episode.support, *[self.episode.unlabelled] * (LABELS in at.const)]
+        return whole if all(len(self.problem.micro_batches(part)) == 1 for part in sets) else streamed
 
     def pull_back_step(self, fast: Params, k: int, back: Cotangent) -> None:
         """Turn a gradient at fast_{k+1} into the gradient at fast_k, in ``back.fast``; what shapes the step collects.
@@ -184,15 +217,14 @@ class InnerLoop:
         Cost: one Hessian-vector product (reverse over reverse), memory of one micro-batch's graph.
         """
         here = Point(self.meta, fast, self.const)
-        if self.rule.is_sgd:
+        if self.rule.is_sgd and k < self.labelled_steps:
             if self.order == 2:  # lambda - H alpha lambda; of first order the step is the identity
                 vector = {n: -rate * back.fast[n] for n, rate in self.rule.rates(fast).items()}
                 self.add_products(here, k, vector, back)
             return
         leaves = here.leaves()
-        grad = self.gradient(leaves, k, differentiable=self.order == 2)
-        after = self.rule.update(dict(leaves.meta), dict(leaves.fast), dict(leaves.const), grad, k)
-        moved = [n for n in after if after[n].requires_grad]
+        after = self.move(leaves, k, differentiable=self.order == 2)
+        moved = [n for n in after if after[n].requires_grad and n in back.fast]  # no query sees labels
         values, vectors = [after[n] for n in moved], [back.fast[n] for n in moved]
         back.fast = {}
         back.add(here.named(torch.autograd.grad(values, leaves.tensors(), vectors, allow_unused=True)))
@@ -200,7 +232,7 @@ class InnerLoop:
 
     def add_products(self, at: Point, k: int, vector: Params, into: Cotangent) -> None:
         """Add (d gradient / d ``at``)^T ``vector``, one micro-batch at a time; the gradient is that by ``at.fast``."""
-        for loss in self._support_losses(k):
+        for loss in self._losses(k, at):
             leaves = at.leaves()
             grads = _gradients(loss(leaves), {n: leaves.fast[n] for n in vector}, create_graph=True)
             curved = [n for n, grad in grads.items() if grad.requires_grad]  # the others are constants
@@ -212,8 +244,12 @@ class InnerLoop:
             del grads, leaves
             into.add(at.named(through))
 
-    def _support_losses(self, k: int) -> Iterator[Callable[[Point], Tensor]]:
-        """The support loss of step ``k`` as terms, one a micro-batch, each a scalar function of a point."""
+    def _losses(self, k: int, at: Point) -> Iterator[Callable[[Point], Tensor]]:
+        """The loss of step ``k`` as terms, one a micro-batch, each a scalar function of a point.
+
+        Args:
+            at: where its constants have labels of the unlabelled examples, their terms follow the support set's.
+        """
         for part, share in self.problem.micro_batches(self.episode.support):
 
             def loss(at: Point, part: Batch = part, share: float = share) -> Tensor:
@@ -226,10 +262,23 @@ class InnerLoop:
                 return _weighted(self.weights, [share * self.problem.loss(out, part.targets) for out in outputs])
 
             yield loss
+        if LABELS not in at.const:
+            return
+        begin = 0
+        for part, share in self.problem.micro_batches(self.episode.unlabelled):
+            rows = slice(begin, begin := begin + len(part.targets))
+            factor = self.unlabelled.weight * share
+
+            def loss(at: Point, part: Batch = part, rows: slice = rows, factor: float = factor) -> Tensor:
+                outputs = self.problem.outputs(self._view(at, k), part, list(self.weights))
+                labels = at.const[LABELS][rows]
+                return _weighted(self.weights, [factor * consistency(out, labels) for out in outputs])
+
+            yield loss
 
     def _view(self, at: Point, k: int) -> Params:
         # A rule may show the network a frozen weight changed: constants come with the meta-parameters.
-        return self._masked(self.rule.view({**self.problem.buffers, **at.meta}, dict(at.fast), dict(at.const), k))
+        return self._masked(self.rule.view({**self.problem.buffers, **at.meta}, without_labels(at.fast), dict(at.const), k))
 
     def _before(self, at: Point) -> Params:
         """The network before anything adapts."""
@@ -245,7 +294,7 @@ class InnerLoop:
     def slopes(self) -> Params:
         """The gradient of the support loss at the start, by meta-parameter; of what adapts, by its first value."""
         here, total = Point(self.meta, self.fast, self.const), Cotangent()
-        for loss in self._support_losses(0):
+        for loss in self._losses(0, here):
             leaves = here.leaves()
             total.add(here.named(torch.autograd.grad(loss(leaves), leaves.tensors(), allow_unused=True)))
         return {**total.meta, **total.fast}
@@ -301,7 +350,7 @@ class InnerLoop:
     def add_penalty(self, fast: Params, into: Cotangent) -> Tensor | None:
         """Add the gradient of the rule's own outer term at the end of the loop; return its value."""
         leaves = Point(self.meta, fast, self.const).leaves()
-        value = self.rule.penalty(dict(leaves.meta), dict(leaves.fast), dict(leaves.const), self.episode)
+        value = self.rule.penalty(dict(leaves.meta), without_labels(leaves.fast), dict(leaves.const), self.episode)
         if value is None:
             return None
         into.add(leaves.named(torch.autograd.grad(value, leaves.tensors(), allow_unused=True)))

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from cml_dist.meta.unlabelled import Unlabelled
 from cml_dist.types import BODY, COLEARNER, HEAD, Episode, Params
 
 GradFn = Callable[[Params], Params]
@@ -165,6 +166,7 @@ class Method:
         ascent: the meta-gradient is taken at theta + ascent h / |h|, with h the one at theta over all episodes of the
             meta-step and all meta-parameters (Sharp-MAML's upper level, 2206.03996, algorithm 1); 0: at theta.
         augment: sub-networks whose meta-gradients are added to the whole network's; None: there are none.
+        unlabelled: what follows the inner steps in episodes with unlabelled examples; None: these are left out.
     """
 
     inner_steps: int
@@ -175,6 +177,12 @@ class Method:
     first_order_steps: int = 0
     ascent: float = 0.0
     augment: Augmentation | None = None
+    unlabelled: Unlabelled | None = None
+
+    @property
+    def steps(self) -> int:
+        """Inner steps in all, where episodes have what the method reads."""
+        return self.inner_steps + (self.unlabelled.steps if self.unlabelled else 0)
 
     @property
     def passes(self) -> int:
