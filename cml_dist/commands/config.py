@@ -21,6 +21,7 @@ LINE = 60
 def config(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.config.keys import annotated
     from cml_dist.config.load import find_recipe, layered, parse_config, read_recipe
+    from cml_dist.config.methods import unlabelled_steps
     from cml_dist.config.plan import make_plan, plan_rows
     from cml_dist.config.shape import open_keys
     from cml_dist.distributed.deepspeed import deepspeed_config, zero_stage
@@ -50,7 +51,7 @@ def config(args: argparse.Namespace, console: Console) -> None:
         print(json.dumps(dictionary, indent=2))
         return
     rows = {"recipe": str(recipe), **plan_rows(config, plan)}
-    if config.engine.name == "auto" and plan.engine == "graph" and plan.inner_steps > 1:
+    if config.engine.name == "auto" and plan.engine == "graph" and plan.inner_steps + unlabelled_steps(config) > 1:
         rows["engine"] += ", or adjoint where memory asks for it (found out at the start)"
     if args.all:
         rows["environment"] = ", ".join(f"{name}={os.environ.get(name)}" for name in TORCH_DEFAULTS)

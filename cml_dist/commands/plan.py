@@ -28,7 +28,7 @@ LEAST = ("host", "buffers", "copies", "params", "grads", "moments", "sent", "act
 
 def plan(args: argparse.Namespace, console: Console) -> None:
     from cml_dist.config.load import load_config
-    from cml_dist.config.methods import has_upper_ascent, sub_networks_in_words
+    from cml_dist.config.methods import has_upper_ascent, sub_networks_in_words, unlabelled_steps
 
     config = load_config(args.config, args.overrides, console.warn, args.preset)
     from cml_dist.memory.forecast import forecast
@@ -49,7 +49,9 @@ def plan(args: argparse.Namespace, console: Console) -> None:
         f"{found['num_constants']:,} constants",
         "episode": found["episode"],
         "inputs": f"{text.shape_in_words(found['inputs'])} ({found['input_source']})",
-        "meta-step": f"{steps} inner step{'s' * (steps != 1)}, {each} episode{'s' * (each != 1)} a GPU"
+        "meta-step": f"{steps} inner step{'s' * (steps != 1)}, "
+        + (f"{further} more on unlabelled examples too, " if (further := unlabelled_steps(config)) else "")
+        + f"{each} episode{'s' * (each != 1)} a GPU"
         + (", each twice" if has_upper_ascent(config) else "")
         + (f", {sub_networks_in_words(config.method)} besides" if config.method.augment else "")
         + (f", {min(ways)}" if len(ways) == 1 else ""),

@@ -12,6 +12,7 @@ from cml_dist.config.methods import (
     has_trained_colearner,
     is_classifier,
     lora_rank,
+    unlabelled_kind,
 )
 from cml_dist.registry import backbone_entry, method_entry
 from cml_dist.user_code import is_code
@@ -71,6 +72,16 @@ def contradictions(config: Any) -> Iterator[str]:
         yield f"method.inner_lr is auto, {learns}: give the number that they start at"
     elif method.inner_lr == "auto" and "inner_lr" not in adapting_rates(config):
         yield "method.inner_lr is auto, but nothing adapts at it (inner_steps, head_lr, body_lr): leave it out"
+    kind, examples = unlabelled_kind(config), getattr(config.domain, "unlabelled", 0)
+    if kind != "none" and not examples:
+        given = "is 0" if hasattr(config.domain, "unlabelled") else f"does not exist for {config.domain.name}"
+        yield f"method.unlabelled is {kind}, but domain.unlabelled {given}: leave method.unlabelled out, or have some"
+    if not examples and (others := getattr(config.domain, "distractors", 0)):
+        without = "but domain.unlabelled is 0, and they lend nothing else: set domain.unlabelled"
+        yield f"domain.distractors is {others}, {without}, or domain.distractors=0"
+    if kind != "none" and model.head == "prototype":
+        alone = "but model.head prototype compares with support examples alone"
+        yield f"method.unlabelled is {kind}, {alone}: set method.unlabelled=none, or another model.head"
     if test.learner == "co" and (reason := dagger_refusal(config)) is not None:
         remedy = ", or eval.co_adapt=released" if has_trained_colearner(config) else ""
         yield f"eval.learner is co, but {reason}: set eval.learner=meta{remedy}"
@@ -108,7 +119,7 @@ def contradictions(config: Any) -> Iterator[str]:
         yield f"model.extra_blocks is {model.extra_blocks}, {none}"
     if is_classifier(config):
         plain = {"method.inner_steps": 0, "method.colearner": False, "model.head": "linear", "eval.ensemble": 1}
-        plain |= {"method.augment": None, "method.warp": None}
+        plain |= {"method.augment": None, "method.warp": None, "domain.unlabelled": 0}
         for key, value in plain.items():
             section, _, own = key.partition(".")
             if (now := getattr(getattr(config, section), own)) != value:

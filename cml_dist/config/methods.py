@@ -16,6 +16,18 @@ def is_classifier(config: RunConfig) -> bool:
     return getattr(config.domain, "batch", None) is not None
 
 
+def unlabelled_kind(config: RunConfig) -> str:
+    """``none``, ``soft_labels`` or ``meta_gradient``: what ``method.unlabelled`` means here."""
+    has_them = getattr(config.domain, "unlabelled", 0) > 0
+    return config.method.unlabelled or ("meta_gradient" if has_them else "none")
+
+
+def unlabelled_steps(config: RunConfig) -> int:
+    """Inner steps on unlabelled examples too, after those on the support set alone."""
+    method = config.method
+    return 0 if unlabelled_kind(config) == "none" else method.unlabelled_steps or max(method.inner_steps, 1)
+
+
 def method_title(config: RunConfig) -> str:
     """What ran, as tables, status and cards name it: ``CML``, ``BOIL + CML``, ``ANIL (ridge head)``."""
     if is_classifier(config):
@@ -30,6 +42,8 @@ def method_title(config: RunConfig) -> str:
         notes.append(f"inner {method.inner_optim.capitalize()}")
     if method.sharp in ("lower", "upper"):
         notes.append(f"{method.sharp} level")
+    if (kind := unlabelled_kind(config)) != "none":
+        notes.append({"soft_labels": "soft labels", "meta_gradient": "refined labels"}[kind])
     if not notes and title == "MAML" and method.colearner is True:
         return "CML" + _augmented(method)
     if not notes and title == "MAML" and method.augment and method.colearner is False:

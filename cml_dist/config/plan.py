@@ -16,6 +16,7 @@ from cml_dist.config.methods import (
     last_row_note,
     method_title,
     sub_networks_in_words,
+    unlabelled_steps,
 )
 from cml_dist.config.schema import AUTO, RunConfig
 from cml_dist.errors import ConfigError
@@ -137,7 +138,10 @@ def episode_in_words(config: RunConfig) -> str:
     domain = config.domain
     if has_classes(config):
         queries = "1 query" if domain.queries == 1 else f"{domain.queries} queries"
-        return f"{domain.ways}-way {domain.shots}-shot, {queries} a class"
+        words = f"{domain.ways}-way {domain.shots}-shot, {queries} a class"
+        if each := getattr(domain, "unlabelled", 0):
+            words += f", {each} unlabelled" + f" (of {domain.distractors} other classes too)" * bool(domain.distractors)
+        return words
     return f"{domain.shots} support and {domain.queries} query points"
 
 
@@ -164,6 +168,7 @@ def plan_rows(config: RunConfig, plan: RunPlan) -> dict[str, str]:
             f"{method_title(config)}, order {method.order}, {_steps(plan.inner_steps)} of {rate}"
             if not is_classifier(config)
             else "classifier of the training classes",
+            (more := unlabelled_steps(config)) and f"{_steps(more)} on unlabelled examples too",
             method.adapts and f"adapts: {', '.join(method.adapts)}",
             method.colearner and f"gamma {method.gamma:g}",
             method.sharp and f"ascents of {method.radius:g} ({method.sharp})",

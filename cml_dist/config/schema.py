@@ -115,6 +115,8 @@ class ImageSettings(Section):
     size: Literal["set", "weights"] | Annotated[int, Field(ge=8, le=4096)] | None = Field(None, description="side, in pixels, of the images that the network reads: set, as they are packed; weights, with model.pretrained as these were trained; or a number; scaled by the weights' interpolation (else bicubic), where the shape differs cut at the centre; null: weights, and in a run that began earlier set")
     augment: AugmentConfig = AugmentConfig()
     batch: int | None = Field(None, ge=2, le=100_000, description="a plain classifier of the training classes (cml-dist pretrain): images of a batch, which stands in the place of a training episode; null: episodes")
+    unlabelled: int = Field(0, ge=0, le=1000, description="unlabelled examples a class, of which labels are neither known nor told; support and query set stay as without them")
+    distractors: int = Field(0, ge=0, le=1000, description="further classes beside the episode's, of which it has unlabelled examples alone")
     draw: Draw = Field(None, description=_DRAW)
     memory_gib: float = Field(4.0, ge=0, description="keep a decoded split in memory (uint8, in each process) up to this size, GiB, and half of the free memory for all; else decode in workers")
     features: Literal["keep", "compute"] | None = Field(None, description="of a frozen timm body, whose features of an image never change (no norm by batch statistics, no augmentation, no lora): keep: computed once, and kept in memory (within memory_gib) or else in a file of run.dir, of the splits of which a run draws as many images as they have; compute: in each pass; null: keep, and in a run that began earlier compute")
@@ -157,6 +159,8 @@ class GraphNodesConfig(Section):
     shots: int = Field(1, ge=1, le=1000, description="support nodes a class (K)")
     queries: int = Field(5, ge=1, le=1000, description="query nodes a class")
     eval_queries: int | None = Field(None, ge=1, le=1000, description="query nodes a class in val and test; null: queries")
+    unlabelled: int = Field(0, ge=0, le=1000, description="unlabelled nodes a class, of which labels are neither known nor told; support and query set stay as without them")
+    distractors: int = Field(0, ge=0, le=1000, description="further classes beside the episode's, of which it has unlabelled nodes alone")
     base: Literal["gcn", "g_meta"] = Field("gcn", description="what a node sees: gcn, the whole graph; g_meta, a subgraph of its own")
     hops: int = Field(2, ge=1, le=10, description="g_meta: how far from its node a subgraph reaches")
     cap: int | None = Field(1000, ge=2, description="g_meta: most nodes of a subgraph: of more, its own and a random sample; null: all")
@@ -252,6 +256,12 @@ class MethodConfig(Section):
 
     warp: Literal["linear", "conv"] | None = Field(None, description="warpgrad and tnet only: the layers between the others, as wide as these: linear: a matrix (on maps a 1x1 convolution); conv: a 3x3 convolution (on vectors a matrix); null: conv for these two")
     warp_residual: bool = Field(False, description="warpgrad and tnet only: false: W x, with W the identity at the start; true: x + W x, with W 0 at the start, so that weight decay draws the layer to the identity")
+
+    unlabelled: Literal["none", "soft_labels", "meta_gradient"] | None = Field(None, description="what the inner loop does with domain.unlabelled: none, they are left out; soft_labels, further steps on the support set and on them, with the labels that the adapted learner gives them; meta_gradient, these labels refined by their meta-gradient; null: meta_gradient, and none where there are no such examples")
+    unlabelled_steps: int | None = Field(None, ge=1, le=1000, description="unlabelled only: gradient steps on both, after inner_steps on the support set alone; null: as many as inner_steps in training, at least 1")
+    unlabelled_weight: float = Field(1.0, gt=0, le=1000, description="unlabelled only: weight of the squared distance of probabilities and labels beside the support loss")
+    label_temperature: float = Field(1.0, gt=0, le=100, description="unlabelled only: of the softmax that makes the labels; below 1 they are sharpened")
+    label_rate: float = Field(0.02, gt=0, le=1e6, description="unlabelled=meta_gradient only: step size of the labels, an unlabelled example")
 
     @property
     def rate(self) -> float:

@@ -26,6 +26,11 @@ def episode_rng(seed: int, split: str, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, SPLITS.index(split), index])))
 
 
+def unlabelled_rng(seed: int, split: str, index: int) -> np.random.Generator:
+    """Of an episode's unlabelled examples, apart from :func:`episode_rng`: they change nothing of the others."""
+    return episode_rng(seed, split, index).spawn(4)[3]  # nodes use the first three
+
+
 class ModelInputs(BaseModel, frozen=True):
     """What a network was trained to read: it belongs to the model, and goes with its checkpoints and its export.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cml_dist.config.schema import GraphNodesConfig
 from cml_dist.data import sampling
-from cml_dist.data.base import SPLITS, ClassificationDomain, Progress, episode_rng
+from cml_dist.data.base import SPLITS, ClassificationDomain, Progress, episode_rng, unlabelled_rng
 from cml_dist.data.class_splits import class_split, num_class_splits
 from cml_dist.data.graph_files import Graph, read_graph
 from cml_dist.errors import ConfigError, DataError
@@ -66,16 +66,17 @@ def episode_that_sees(
 ) -> Episode:
     """Shapes and types of an episode on the meta device, of which so many nodes see ``seen`` ones."""
 
-    def batch(each: int) -> Batch:
-        nodes = settings.ways * each
+    def batch(each: int, classes: int = settings.ways) -> Batch:
+        nodes = classes * each
         near = torch.empty(seen(nodes), features, dtype=dtype)
         return Batch(torch.empty(nodes, len(near), dtype=dtype), torch.empty(nodes).long(), {"features": near})
 
     with torch.device("meta"):
         support, query = batch(settings.shots), batch(max(settings.queries, settings.eval_queries or 0))
+        unlabelled = batch(settings.unlabelled, settings.ways + settings.distractors) if settings.unlabelled else None
         masks = torch.empty(MASKED_STEPS, support.inputs.shape[1], MASKED_UNITS, dtype=dtype)
     support = replace(support, by_step={"keep": masks} if settings.dropout else {})
-    return Episode(support, query, "train", 0, ways=settings.ways)
+    return Episode(support, query, "train", 0, ways=settings.ways, unlabelled=unlabelled)
 
 
 class GraphNodesDomain(ClassificationDomain):
@@ -123,6 +124,14 @@ class GraphNodesDomain(ClassificationDomain):
                     f"{split!r} of {self.settings.root} {count} {enough}",
                     "lower domain.ways, shots or queries, or choose another domain.split or split_sizes",
                 )
+            if not (each := self.settings.unlabelled):
+                continue
+            if (others := count - self.settings.ways) < self.settings.distractors:
+                what = f"domain.distractors is {self.settings.distractors}, but beside domain.ways split {split!r} has "
+                raise DataError(f"{what}{others} classes", f"lower domain.distractors to at most {others}")
+            if (fewest := min(map(len, self._nodes[split])) - self._nodes_a_class(split)) < each:
+                what = f"domain.unlabelled is {each}, but of a class of {split!r} an episode leaves {fewest} nodes"
+                raise DataError(what, f"lower domain.unlabelled to at most {fewest}")
 
     # ------------------------------------------------------------------ episodes
 
@@ -135,19 +144,25 @@ class GraphNodesDomain(ClassificationDomain):
             Batch(torch.from_numpy(part.flatten()), torch.arange(ways).repeat_interleave(part.shape[1]))
             for part in (nodes[:, :shots], nodes[:, shots:])
         )
-        return Episode(support, query, split, index, ways=ways)
+        unlabelled = None
+        if self.settings.unlabelled:
+            own, how = unlabelled_rng(self._seeds[split], split, index), (classes, drawn, self.settings.unlabelled)
+            pairs = zip(*sampling.draw_unlabelled(own, sizes, *how, self.settings.distractors), strict=True)
+            ids = torch.from_numpy(np.concatenate([self._nodes[split][c][numbers] for c, numbers in pairs]))
+            unlabelled = Batch(ids, torch.full_like(ids, -1))
+        return Episode(support, query, split, index, ways=ways, unlabelled=unlabelled)
 
     def prepare(self, episode: Episode, device: torch.device, dtype: torch.dtype) -> Episode:
         if (device, dtype) not in self._matrices:
             self._matrices[device, dtype] = tuple(Rows.of(matrix, device, dtype) for matrix in self._propagated())
-        drawn = episode_rng(self._seeds[episode.split], episode.split, episode.index).spawn(3)
-        batches = zip(episode.to(device).batches, drawn[:2], strict=True)
-        support, query = (self._seen(batch, rng, *self._matrices[device, dtype]) for batch, rng in batches)
+        drawn = episode_rng(self._seeds[episode.split], episode.split, episode.index).spawn(5)
+        matrices, streams = self._matrices[device, dtype], iter((drawn[0], drawn[1], drawn[4]))
+        episode = episode.to(device).each(lambda batch: self._seen(batch, next(streams), *matrices))
         if episode.split == "train" and (rate := self.settings.dropout):
-            shape = (MASKED_STEPS, support.inputs.shape[1], MASKED_UNITS)
+            shape = (MASKED_STEPS, episode.support.inputs.shape[1], MASKED_UNITS)
             keep = torch.from_numpy(drawn[2].random(shape, np.float32) >= rate).to(device, dtype) / (1 - rate)
-            support = replace(support, by_step={"keep": keep})
-        return replace(episode, support=support, query=query)
+            episode = replace(episode, support=replace(episode.support, by_step={"keep": keep}))
+        return episode
 
     def _propagated(self) -> tuple[Tensor, Tensor]:
         """The normalised adjacency, and what is read of nodes: A X, in which nothing is learned, or X of subgraphs."""

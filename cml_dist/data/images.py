@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from cml_dist.config.schema import ImageSettings
 from cml_dist.data import sampling
 from cml_dist.data.as_trained import size_read
-from cml_dist.data.base import SPLITS, ClassificationDomain, ModelInputs, Progress, episode_rng
+from cml_dist.data.base import SPLITS, ClassificationDomain, ModelInputs, Progress, episode_rng, unlabelled_rng
 from cml_dist.data.cores import usable_cores
 from cml_dist.data.free_memory import available_bytes
 from cml_dist.data.groups import draw_parted
@@ -95,18 +95,28 @@ class ImageDomain(ClassificationDomain):
                 continue
             info, groups = self.shards.split_info(split), self._groups[split]
             count = self._num_classes(split)
-            if count < settings.ways:
-                what = f"domain.ways is {settings.ways}, but split {split!r} of {name} has {count} classes"
-                fewer = f"lower domain.ways to at most {count}"
+            if count < settings.ways + (others := settings.distractors):
+                beside = f" and domain.distractors {others}" * bool(others)
+                what = f"domain.ways is {settings.ways}{beside}, but split {split!r} of {name} has {count} classes"
+                fewer = f"lower domain.ways{' + distractors' * bool(others)} to at most {count}"
                 raise DataError(what, f"use a set with {settings.ways}" if self._has_fixed_ways else fewer)
-            if short := self.shards.short_classes(split, settings.shots, settings.queries):
+            if groups is not None and settings.unlabelled:
+                raise ConfigError(
+                    f"domain.unlabelled is {settings.unlabelled}, but {name} has groups of images (--group-by), and an "
+                    "unlabelled image could be of a query image's group",
+                    "set domain.unlabelled=0, or use a set without groups",
+                )
+            if short := self.shards.short_classes(split, settings.shots, settings.queries + settings.unlabelled):
                 named = ", ".join(f"{info.classes[n]!r} has {info.images[n]}" for n in short[:3])
                 more = f" and {len(short) - 3} more classes have too few" if len(short) > 3 else ""
                 whole = "" if groups is None else ", those of a group for one of both"
-                lower = f"shots + queries to at most {min(info.images)}" if groups is None else "shots or queries"
+                further = settings.unlabelled
+                too = " + unlabelled" * bool(further)
+                lower = f"shots + queries{too} to at most {min(info.images)}" if groups is None else "shots or queries"
                 raise DataError(
-                    f"an episode takes {settings.shots} + {settings.queries} images a class (domain.shots + "
-                    f"domain.queries{whole}), but in split {split!r} of {name} class {named}{more}",
+                    f"an episode takes {settings.shots} + {settings.queries}{f' + {further}' * bool(further)} images a "
+                    f"class (domain.shots + domain.queries{too}{whole}), but in split {split!r} of {name} "
+                    f"class {named}{more}",
                     f"lower {lower}, or leave these classes out",
                 )
             for index in range(_TRIED if groups else 0):  # classes may share groups: a set that cannot be is found here
@@ -163,22 +173,38 @@ class ImageDomain(ClassificationDomain):
         ways, shots, queries, version = settings.ways, settings.shots, settings.queries, settings.draw or 2
         rng = episode_rng(self._seeds[split], split, index)
         classes, images = self._draw(rng, split)
-        turns, classes = np.divmod(classes, len(self._sizes[split]))
-        pixels = self._pixels(split, (self._starts[split][classes][:, None] + images).reshape(-1))
-        if self._rotates(split):
-            pixels = sampling.turn(pixels, np.repeat(turns, shots + queries))
+        pixels = self._drawn(split, classes, images)
         if version == 1:
             pixels = self._changed(rng, split, pixels)
         grouped = pixels.reshape(ways, shots + queries, *pixels.shape[1:])
         batches = []
         for part in (grouped[:, :shots], grouped[:, shots:]):
-            images = part.reshape(-1, *pixels.shape[1:])
+            changed = part.reshape(-1, *pixels.shape[1:])
             # The support set's first: what the query set draws is then nothing to it.
-            images = images if version == 1 else self._changed(rng, split, images)
-            images = images if split in self._features else self._scaled(images)
+            changed = changed if version == 1 else self._changed(rng, split, changed)
             labels = torch.arange(ways).repeat_interleave(part.shape[1])
-            batches.append(Batch(torch.from_numpy(np.ascontiguousarray(images)), labels))
-        return Episode(*batches, split, index, ways=ways)
+            batches.append(Batch(self._read(split, changed), labels))
+        unlabelled = self._unlabelled(split, index, classes, images) if settings.unlabelled else None
+        return Episode(*batches, split, index, ways=ways, unlabelled=unlabelled)
+
+    def _drawn(self, split: str, classes: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """The images of these numbers ``[N, each]``, of classes ``[N]`` as :meth:`_draw` numbers them."""
+        turns, classes = np.divmod(classes, len(self._sizes[split]))
+        pixels = self._pixels(split, (self._starts[split][classes][:, None] + images).reshape(-1))
+        return sampling.turn(pixels, np.repeat(turns, images.shape[1])) if self._rotates(split) else pixels
+
+    def _read(self, split: str, pixels: np.ndarray) -> Tensor:
+        """In the network's size."""
+        scaled = pixels if split in self._features else self._scaled(pixels)
+        return torch.from_numpy(np.ascontiguousarray(scaled))
+
+    def _unlabelled(self, split: str, index: int, classes: np.ndarray, images: np.ndarray) -> Batch:
+        """Further images of an episode's classes, and of others that are not in it."""
+        rng, sizes = unlabelled_rng(self._seeds[split], split, index), self._sizes[split]
+        sizes, count = np.tile(sizes, 4 if self._rotates(split) else 1), self.settings.unlabelled
+        drawn = sampling.draw_unlabelled(rng, sizes, classes, images, count, self.settings.distractors)
+        pixels = self._changed(rng, split, self._drawn(split, *drawn))
+        return Batch(self._read(split, pixels), torch.full((len(pixels),), -1))
 
     def _draw(self, rng: np.random.Generator, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of classes ``[ways]`` and of their images; class c turned by t quarter turns is c + t * classes."""
@@ -297,8 +323,7 @@ class ImageDomain(ClassificationDomain):
 
     def prepare(self, episode: Episode, device: torch.device, dtype: torch.dtype) -> Episode:
         episode = episode.to(device)
-        support, query = (replace(b, inputs=self.normalise(b.inputs, dtype)) for b in (episode.support, episode.query))
-        return replace(episode, support=support, query=query)
+        return episode.each(lambda batch: replace(batch, inputs=self.normalise(batch.inputs, dtype)))
 
     def normalise(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """``(x / 255 - mean) / std`` of uint8 ``[N, C, H, W]``, on its device, in ``dtype``; features as they are."""

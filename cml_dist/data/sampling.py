@@ -29,6 +29,26 @@ def draw(
     return classes.astype(np.int64), numbers.astype(np.int64)
 
 
+def draw_unlabelled(
+    rng: np.random.Generator,
+    class_sizes: np.ndarray,
+    classes: np.ndarray,
+    images: np.ndarray,
+    unlabelled: int,
+    distractors: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws class numbers ``[ways + distractors]``, an episode's and others, and image numbers ``[.., unlabelled]``.
+
+    Args:
+        classes, images: the episode's own, as :func:`draw` gives them: none of these images is drawn again.
+    """
+    others = rng.choice(np.setdiff1d(np.arange(len(class_sizes)), classes), distractors, replace=False)
+    taken = [*images, *[np.empty(0, int)] * distractors]
+    found = np.concatenate([classes, others])
+    left = (np.setdiff1d(np.arange(class_sizes[c]), own) for c, own in zip(found, taken, strict=True))
+    return found, np.stack([rng.choice(numbers, unlabelled, replace=False) for numbers in left])
+
+
 def turn(images: np.ndarray, quarter_turns: np.ndarray) -> np.ndarray:
     """Turns each square image uint8 ``[N, C, S, S]`` counter-clockwise by its number of quarter turns ``[N]``."""
     turned = images.copy()

@@ -33,7 +33,11 @@ def settled_shape(config: RunConfig, tell: Callable[[str], object] = lambda line
         what = f"split {split!r} of {shards.name} has {classes} class, and an episode needs 2 or more"
         raise DataError(what, "pack the pictures again with other --splits")
     images, smallest = min(pair for part in parts for pair in zip(part.images, part.classes, strict=True))
-    config = shape_for(config, classes, lambda *shape: not any(shards.short_classes(s, *shape) for s in shards.splits))
+
+    def fits(shots: int, queries: int) -> bool:
+        return not any(shards.short_classes(s, shots, queries + domain.unlabelled) for s in shards.splits)
+
+    config = shape_for(config, classes - domain.distractors, fits)
     parted = "" if shards.info.group_by is None else ", and no group of images is parted"
     tell(
         f"{', '.join(f'domain.{key}' for key in left)}: {episode_in_words(config)}, from the set (the smallest split "

@@ -35,6 +35,7 @@ UNNAMED_KEYS = (
 SAME_EPISODES = (
     *("domain.augment.", "domain.mean", "domain.std", "domain.statistics", "domain.size", "domain.features"),
     *("domain.memory_gib", "domain.workers", "domain.splits", "domain.batch"),
+    *("domain.unlabelled", "domain.distractors"),
     *("domain.base", "domain.hops", "domain.cap", "domain.readout", "domain.adjacency", "domain.dropout"),
 )
 """Settings of a domain with which test episodes stay the same examples."""

@@ -96,7 +96,7 @@ def _sample(made: dict[int, tuple[Learner, Domain, str]], split: str, index: int
 
 
 def _answers(learner: Learner, episode: Episode, asked: Batch, norm: str) -> torch.Tensor:
-    method = Method(learner.description["inner_steps"], learner.rule)
+    method = Method(learner.description["inner_steps"], learner.rule, unlabelled=learner.unlabelled)
     return answers_of(learner.params, episode, learner.problem, method, ["meta"], [asked], norm=norm)["meta"][0]
 
 

@@ -114,15 +114,15 @@ class MemoryPlanner:
         lean = replace(plan, engine="adjoint") if plan.engine == "graph" else plan
         sizes = [plan.micro_batch]
         if asked.micro_batch == "auto" and not self.coupled:  # halves of the larger set, down to one example
-            size, sizes = max(len(self.episode.support.targets), len(self.episode.query.targets)), []
+            size, sizes = max(len(batch.targets) for batch in self.episode.batches), []
             while size > 1:
                 size = (size + 1) // 2
                 sizes.append(size)
         found = [plan, lean, *(replace(lean, micro_batch=size) for size in sizes)]
-        if lean.engine == "adjoint" and plan.inner_steps > 1:
+        if lean.engine == "adjoint" and self.method.steps > 1:
             if self.on_gpu and asked.trajectory_device == "auto":
                 found += [replace(lean, micro_batch=size, trajectory_device="cpu") for size in sizes]
-            elif lean.trajectory_device == "device" and asked.trajectory == "auto" and plan.inner_steps > 3:
+            elif lean.trajectory_device == "device" and asked.trajectory == "auto" and self.method.steps > 3:
                 sqrt = replace(lean, trajectory="sqrt")
                 found += [sqrt, *(replace(sqrt, micro_batch=size) for size in sizes)]
         return list(dict.fromkeys(found))
@@ -162,8 +162,8 @@ def _episode(config: RunConfig, domain: Domain | KnownInputs) -> Episode:
     if (largest := domain.largest_episode(dtype)) is not None:
         return largest
 
-    def batch(each: int) -> Batch:
-        count = each * (ways or 1)
+    def batch(each: int, classes: int = ways or 1) -> Batch:
+        count = each * classes
         targets = torch.empty(count, dtype=torch.int64) if ways else torch.empty(count, domain.output_dim, dtype=dtype)
         return Batch(torch.empty(count, *domain.input_shape, dtype=dtype), targets)
 
@@ -172,7 +172,10 @@ def _episode(config: RunConfig, domain: Domain | KnownInputs) -> Episode:
             inputs = torch.empty(config.domain.batch, *domain.input_shape, dtype=dtype)
             query = Batch(inputs, torch.empty(config.domain.batch, dtype=torch.int64))
             return Episode(query.map(lambda values: values[:0]), query, "train", 0, ways=domain.output_dim)
-        return Episode(batch(config.domain.shots), batch(config.domain.queries), "train", 0, ways=ways)
+        each = getattr(config.domain, "unlabelled", 0)
+        unlabelled = batch(each, ways + config.domain.distractors) if each else None
+        sets = batch(config.domain.shots), batch(config.domain.queries)
+        return Episode(*sets, "train", 0, ways=ways, unlabelled=unlabelled)
 
 
 def fit_memory(
@@ -202,7 +205,7 @@ def fit_memory(
     budget = memory_budget(config, device)
     found = planner.candidates()
     if budget is None:
-        asks = config.engine.name == "auto" and plan.engine == "graph" and plan.inner_steps > 1 and training
+        asks = config.engine.name == "auto" and plan.engine == "graph" and method.steps > 1 and training
         return found[1] if asks and planner.footprint(plan).peak > GRAPH_ON_CPU else plan
     strategy = Strategy(plan.strategy, plan.offload)
     means = planner.choose(strategy, plan.processes, budget)

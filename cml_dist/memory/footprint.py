@@ -71,23 +71,27 @@ def meta_step_footprint(
 
     Cost: seconds, whatever the number of inner steps, episodes and micro-batches, because the loops repeat themselves:
 
-    - inner steps: save the first, which starts from the parameters themselves, every step needs the same. So the peak
-      is a straight line from 2 steps on: a point that is kept adds its copy of what adapts, with its moments, in
-      ``adjoint`` (SGD at first order keeps none), and a step in ``graph`` what a third one shows.
+    - inner steps: save the first, which starts from the parameters themselves, every step needs the same; likewise
+      those on unlabelled examples, save the first of them, which makes their labels. So it is a straight line from 2
+      steps on: a point that is kept adds its copy of what adapts, with its moments, in ``adjoint`` (SGD at first order
+      keeps none), and a step in ``graph`` what a third one shows.
     - episodes: the second meets what the first left behind, the third the same again. So two stand for more.
     - micro-batches of ``adjoint``: likewise the second and a smaller last one stand for more; only their outputs (a few
       bytes an example) add up.
     """
     engine = Engine(engine) if isinstance(engine, str) else engine
     # An unrolled graph keeps every micro-batch, so there none may be left out.
+    phases = method.inner_steps, method.steps - method.inner_steps if episode.unlabelled is not None else 0
     unrolled = engine.name == "graph" and method.order == 2
     seen = episode if unrolled else _shortened(episode, micro_batch)
     bare = copy.deepcopy(net).to("meta")
     away = engine.device is not None
     way = Engine(engine.name, device=ELSEWHERE if away else None)
 
-    def peak(steps: int) -> int:
-        method_then = replace(method, inner_steps=steps, first_order_steps=0)  # the meta-steps that need most
+    def peak(*steps: int) -> int:
+        unlabelled = replace(method.unlabelled, steps=steps[1]) if phases[1] else None
+        # The meta-steps that need most.
+        method_then = replace(method, inner_steps=steps[0], first_order_steps=0, unlabelled=unlabelled)
         model = MetaModel(bare, loss, score, method_then, way, micro_batch=micro_batch, autocast=autocast)
         return _peak(model, seen, min(episodes, 2), scratch, fake=autocast is not None or away)
 
@@ -95,15 +99,17 @@ def meta_step_footprint(
     problem = Problem(bare, loss, score, dict(bare.named_buffers()))
     here = episode.map(lambda tensor: torch.empty_like(tensor, device="meta"))
     adapts = sum(map(bytes_of, InnerLoop(dict(bare.named_parameters()), here, problem, method).fast.values()))
-    steps = method.inner_steps
+    steps, few = sum(phases), [min(count, STEPS) for count in phases]
     if not unrolled and (away or (method.order == 1 and method.rule.is_sgd)):
         held = min(steps, 1)
     else:
         held = points_held(steps, engine.trajectory)
-    gradients, whole = method.passes * sum(map(bytes_of, bare.parameters())), peak(min(steps, STEPS))
-    activations = whole - _size(seen) - gradients - adapts * min(held, STEPS)
-    if unrolled and steps > STEPS:
-        activations += (steps - STEPS) * (peak(STEPS + 1) - whole - adapts)
+    gradients, whole = method.passes * sum(map(bytes_of, bare.parameters())), peak(*few)
+    activations = whole - _size(seen) - gradients - adapts * min(held, sum(few))
+    for phase, count in enumerate(phases):
+        if unrolled and count > STEPS:
+            one_more = [each + (number == phase) for number, each in enumerate(few)]
+            activations += (count - STEPS) * (peak(*one_more) - whole - adapts)
     return Footprint(_size(episode), gradients, adapts * held, activations)
 
 
@@ -146,4 +152,4 @@ def _shortened(episode: Episode, micro_batch: int | None) -> Episode:
 
 
 def _size(episode: Episode) -> int:
-    return sum(map(bytes_of, [*episode.support.tensors(), *episode.query.tensors()]))
+    return sum(bytes_of(tensor) for batch in episode.batches for tensor in batch.tensors())

@@ -278,7 +278,8 @@ class InnerLoop:
 
     def _view(self, at: Point, k: int) -> Params:
         # A rule may show the network a frozen weight changed: constants come with the meta-parameters.
-        return self._masked(self.rule.view({**self.problem.buffers, **at.meta}, without_labels(at.fast), dict(at.const), k))
+        meta, fast = {**self.problem.buffers, **at.meta}, without_labels(at.fast)
+        return self._masked(self.rule.view(meta, fast, dict(at.const), k))
 
     def _before(self, at: Point) -> Params:
         """The network before anything adapts."""

@@ -9,10 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from cml_dist.config.methods import colearner_kind, has_upper_ascent, lora_rank, warp_settings
+from cml_dist.config.methods import (
+    colearner_kind,
+    has_upper_ascent,
+    lora_rank,
+    unlabelled_kind,
+    unlabelled_steps,
+    warp_settings,
+)
 from cml_dist.config.schema import ModelConfig, RunConfig
 from cml_dist.errors import ConfigError
 from cml_dist.meta.rule import Method, part_of
+from cml_dist.meta.unlabelled import Unlabelled
 from cml_dist.methods.build import rule_of
 from cml_dist.methods.mgaug import Pruning
 from cml_dist.methods.warpgrad import is_warp
@@ -176,7 +184,12 @@ def method_of(config: RunConfig, net: CmlNet) -> Method:
     ascent = method.radius if has_upper_ascent(config) else 0.0
     augment = _pruning(config, net) if method.augment else None
     gamma, order, annealed = method.gamma or 0.0, method.order or 2, method.first_order_steps
-    return Method(method.inner_steps, rule, gamma, order, both_adapt, annealed, ascent, augment)
+    unlabelled = None
+    if (kind := unlabelled_kind(config)) != "none":
+        refinement = method.label_rate if kind == "meta_gradient" else 0.0
+        how = (unlabelled_steps(config), method.unlabelled_weight, method.label_temperature, refinement)
+        unlabelled = Unlabelled(*how)
+    return Method(method.inner_steps, rule, gamma, order, both_adapt, annealed, ascent, augment, unlabelled)
 
 
 def _pruning(config: RunConfig, net: CmlNet) -> Pruning:

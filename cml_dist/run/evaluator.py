@@ -131,7 +131,9 @@ def centroid_score(params: Params, episode: Episode, problem: Problem) -> Tensor
 
     Source: SimpleShot (Wang et al., 1911.04623), "L2N".
     """
-    support, query = (normalize(problem.values(params, batch, ("pooled",))[0]) for batch in episode.batches)
+    support, query = (
+        normalize(problem.values(params, batch, ("pooled",))[0]) for batch in (episode.support, episode.query)
+    )
     means = class_means(support, episode.support.targets, episode.ways)
     return problem.score(problem.against_prototypes(query, means), episode.query.targets)
 

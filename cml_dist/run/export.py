@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -113,6 +113,7 @@ def export_run(config: RunConfig, parts: Parts, console: Console, wanted: Wanted
         "preprocessing": parts.domain.preprocessing(),
         "inner_steps": parts.plan.test_inner_steps,
         "method": method_title(config),
+        "unlabelled": asdict(how) if (how := parts.model.method.unlabelled) else None,
         "rule": describe_rule(rule, config.method.name, adapts),
         "model": config.model.model_dump(mode="json"),
         "warp": warp_settings(config.method),
@@ -226,6 +227,15 @@ class _Scaling(BaseModel):
     interpolation: Literal[INTERPOLATIONS]
 
 
+class _Unlabelled(BaseModel, extra="forbid"):
+    """How a learner adapts on unlabelled examples."""
+
+    steps: int = Field(ge=1, le=1000)
+    weight: float = Field(allow_inf_nan=False)
+    temperature: float = Field(gt=0)
+    refinement: float = Field(ge=0, allow_inf_nan=False)
+
+
 class _Description(BaseModel):
     """What is read of ``model.json``, which may hold more: whoever made it may have written anything."""
 
@@ -237,6 +247,7 @@ class _Description(BaseModel):
     model: dict[str, Any]
     trained_on: dict[str, Any] | None = None
     rule: dict[str, Any] | None = None
+    unlabelled: _Unlabelled | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> _Description:

@@ -61,7 +61,8 @@ def images_drawn(config: RunConfig, training: bool) -> Counter[str]:
         episodes["val"] = config.num_validations * config.eval.val_episodes
     if not training or config.eval.final:
         episodes[config.eval.split] += config.eval.episodes
-    drawn = Counter({split: n * domain.ways * (domain.shots + domain.queries) for split, n in episodes.items()})
+    each = domain.ways * (domain.shots + domain.queries) + domain.unlabelled * (domain.ways + domain.distractors)
+    drawn = Counter({split: n * each for split, n in episodes.items()})
     if domain.batch:
         drawn["train"] = episodes["train"] * domain.batch
     return drawn

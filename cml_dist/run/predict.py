@@ -15,6 +15,7 @@ from cml_dist.errors import CheckpointError, CmlError, ConfigError, DataError
 from cml_dist.meta.inner import adapt
 from cml_dist.meta.problem import Problem
 from cml_dist.meta.rule import Method, network_part, part_of
+from cml_dist.meta.unlabelled import Unlabelled
 from cml_dist.methods.build import described_rule
 from cml_dist.run.adapted import AdaptedLearner, read_adapted, read_header
 from cml_dist.run.described import described_net
@@ -92,6 +93,7 @@ class Learner:
     Attributes:
         ways: the classes that its head was trained for (its outputs); None: any number.
         description: what the export says of it.
+        unlabelled: how it adapts on unlabelled examples; None: it was not meta-trained with any.
         params, rule, problem: what its description and its weights are in the terms of ``cml_dist.meta``.
     """
 
@@ -107,6 +109,7 @@ class Learner:
             adapts = description.get("adapts", [n for n, _ in net.named_parameters()])
             rule = {"kind": "InnerRule", "adapts": adapts, **{k: description[k] for k in ("body_lr", "head_lr")}}
         self.rule = described_rule(rule)
+        self.unlabelled = Unlabelled(**how) if (how := description.get("unlabelled")) else None
         adaptable = net.adaptable()
         self._adaptable = list(adaptable)
         net.add_rule(self.rule.init(adaptable), self.rule.replaces)
@@ -119,7 +122,9 @@ class Learner:
         loss = usual if own is None else own.loss
         self.problem = Problem(net, loss, lambda outputs, targets: outputs.new_zeros(()), buffers)
 
-    def adapt(self, images: Any, labels: Sequence[Hashable], inner_steps: int | None = None) -> AdaptedLearner:
+    def adapt(
+        self, images: Any, labels: Sequence[Hashable], inner_steps: int | None = None, unlabelled: Any = ()
+    ) -> AdaptedLearner:
         """Learn a task from a few labelled examples (paper, eq. 8); this learner itself stays as it is.
 
         There may be any number of classes. Up to ``ways`` they start as the head's trained rows, and where there are
@@ -132,10 +137,12 @@ class Learner:
                 regression targets ``[N, 1]`` or ``[N]``.
             inner_steps: gradient steps; None: as it was tested. Where steps have learned rates and norms of their own,
                 more steps than there are go on with the last ones.
+            unlabelled: further examples, as ``images``, that have no labels; the last inner steps are then on both, as
+                in meta-training (``method.unlabelled``).
 
         Raises:
-            DataError: no examples, as many labels as images do not exist, or more classes than the head has outputs
-                where it does not adapt.
+            DataError: no examples, as many labels as images do not exist, more classes than the head has outputs where
+                it does not adapt, or unlabelled examples for a learner that was trained without.
         """
         inputs = self.inputs(images)
         if len(inputs) == 0 or len(inputs) != len(labels):
@@ -152,8 +159,15 @@ class Learner:
         if len(classes) > ways:
             params, ways = self._widened(len(classes)), len(classes)
         steps = self.description["inner_steps"] if inner_steps is None else inner_steps
-        episode = Episode(support, support, "test", 0, ways=ways)
-        adapted = adapt(params, episode, self.problem, Method(steps, self.rule))
+        pool = None
+        if len(unlabelled):
+            if self.unlabelled is None:
+                remedy = "leave them out, or train with domain.unlabelled"
+                raise DataError("unlabelled examples were given to a learner that was trained without", remedy)
+            further = self.inputs(unlabelled)
+            pool = Batch(further, torch.full((len(further),), -1, device=self.device))
+        episode = Episode(support, support, "test", 0, ways=ways, unlabelled=pool)
+        adapted = adapt(params, episode, self.problem, Method(steps, self.rule, unlabelled=self.unlabelled))
         network = network_part({**self.problem.buffers, **adapted})
         seen = self.problem.seen_of(network, episode, ("meta",), "support")
         return AdaptedLearner(self.description, network, seen, classes, self.problem)

@@ -29,6 +29,7 @@ from cml_dist.data.graph_nodes import GraphNodesDomain
 from cml_dist.meta.gradient import Engine
 from cml_dist.meta.model import MetaModel
 from cml_dist.meta.rule import InnerRule, Method, part_of
+from cml_dist.meta.unlabelled import Unlabelled
 from cml_dist.methods.inner_optim import Adam, Momentum
 from cml_dist.methods.lora import Lora
 from cml_dist.methods.maml_pp import MamlPlusPlus
@@ -76,6 +77,7 @@ class Case:
             head's vector and a ridge head's offset, has a gradient of zero.
         augment: sub-networks besides.
         nodes: settings of the domain of nodes.
+        unlabelled: what is done with their unlabelled ones.
     """
 
     body: str
@@ -94,6 +96,7 @@ class Case:
     ascent: float = 0.0
     augment: Pruning | None = None
     nodes: dict[str, Any] = field(default_factory=dict)
+    unlabelled: Unlabelled | None = None
 
 
 RATES, SLOW = (0.4, 0.3), (0.08, 0.06)
@@ -131,6 +134,7 @@ CASES = {
     "subgraphs": Case("gcn", SGD, head="prototype", nodes={"base": "g_meta", "cap": 6}),
     "mgaug": Case("vector", SGD, augment=PRUNING),
     "warpgrad": Case("warped", WarpGrad(*RATES), micro_batch=2),
+    "unlabelled": Case("gcn", SGD, steps=1, nodes={"unlabelled": 2}, unlabelled=Unlabelled(2, 1.0, 0.7, 2.0)),
     "lora_frozen": Case("attention", LORA, adapts=HEAD, frozen=True),
 }
 
@@ -188,7 +192,7 @@ def make(case: Case) -> tuple[CmlNet, Method, Noise | GraphNodesDomain]:
         rule = replace(rule, adapts=frozenset(n for n in net.adaptable() if not is_warp(n)))
     net.add_rule(rule.init(net.adaptable()), rule.replaces)
     domain = nodes_of(case) if case.body == "gcn" else Noise(case)
-    how = {"ascent": case.ascent, "augment": case.augment}
+    how = {"ascent": case.ascent, "augment": case.augment, "unlabelled": case.unlabelled}
     return net, Method(case.steps, rule, GAMMA, case.order, both_adapt, **how), domain
 
 
