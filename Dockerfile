@@ -38,7 +38,7 @@ ARG PIP_ARGS=
 RUN export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 DS_BUILD_OPS=0 \
  && export PIP_CONSTRAINT=$PWD/constraints.txt PIP_BUILD_CONSTRAINT=$PWD/constraints.txt \
  && stand_in=$(mktemp -d) \
- && mkdir -p "$stand_in/cml_dist" "$stand_in/configs/recipes" "$stand_in/launch" \
+ && mkdir -p "$stand_in/cml_dist" "$stand_in/configs/recipes" "$stand_in/configs/repro" "$stand_in/launch" \
  && cp setup.py pyproject.toml "$stand_in" \
  && echo '__version__ = "0"' >"$stand_in/cml_dist/__init__.py" \
  && python3 -m venv "$VENV" \

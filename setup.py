@@ -87,13 +87,20 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    # The recipes live in configs/recipes and are installed as data of cml_dist.recipes (see config/load.py), what
-    # launchers read lies in launch, and is installed as data of cml_dist.launch (see tools/slurm.py).
-    packages=[*find_packages(include=["cml_dist", "cml_dist.*"]), "cml_dist.recipes", "cml_dist.launch"],
-    package_dir={"cml_dist.recipes": "configs/recipes", "cml_dist.launch": "launch"},
+    # The recipes live in configs/recipes and are installed as data of cml_dist.recipes (see config/load.py), the tables
+    # in configs/repro as data of cml_dist.repro (see config/repro.py); what launchers read lies in launch, and is
+    # installed as data of cml_dist.launch (see tools/slurm.py).
+    packages=[
+        *find_packages(include=["cml_dist", "cml_dist.*"]),
+        "cml_dist.recipes",
+        "cml_dist.repro",
+        "cml_dist.launch",
+    ],
+    package_dir={"cml_dist.recipes": "configs/recipes", "cml_dist.repro": "configs/repro", "cml_dist.launch": "launch"},
     package_data={
         "cml_dist": ["py.typed", "templates/*.html", "tools/sources/*.json"],
         "cml_dist.recipes": ["*.yaml"],
+        "cml_dist.repro": ["*.yaml"],
         "cml_dist.launch": ["accelerate/*.yaml", "slurm/*"],
     },
     include_package_data=False,

@@ -127,6 +127,27 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         _option("--measure", argparse.SUPPRESS),
         OVERRIDES,
     )),
+    "repro": ("repro.repro", "train a table of the CML paper, and put it beside what was published", (
+        _option("table", "a table's name, or a YAML file like it; without one: all of them, a line each",
+                metavar="TABLE", nargs="?"),
+        _option("overrides", "settings of all rows, above theirs, which the table then says", metavar="key=value",
+                nargs="*", default=[]),
+        _option("--data", "where the sets are, a folder or file each: what data/ is in the recipes (default data)",
+                default="data", metavar="DIR"),
+        _option("--rows", "those with this in their name, or a pattern ('*-5shot'), and their baselines",
+                metavar="PATTERN"),
+        _option("--seeds", "runs of each row (default: as many as in the table's file)", type=at_least(1), metavar="N"),
+        _option("--budget", "train for this fraction of the meta-steps (default 1)", type=float, default=1.0,
+                metavar="FRACTION"),
+        _option("--out", "where the runs are (default runs/repro)", default="runs/repro", metavar="DIR"),
+        _option("--list", "print rows, hours, sources and quirks, and train nothing", action="store_true"),
+        _option("--plan", "print how its runs stand, and what they found so far; train nothing", action="store_true"),
+        _option("--at-once", "runs at a time (default: one for each GPU; SLURM: all)", type=at_least(1), metavar="N"),
+        _option("--csv", "also write the numbers as they are", metavar="FILE"),
+        _option("--latex", "also write the tables for LaTeX (booktabs)", metavar="FILE"),
+        _option("--md", "also write the tables in Markdown", metavar="FILE"),
+        _option("--slurm", "submit one job array for each recipe, with the options below", action="store_true"),
+    )),
     "eval": ("finished.evaluate", "test a run again: its learners with 95 %% intervals", (
         RUN_DIR, CHECKPOINT, OVERRIDES,
         _option(
@@ -332,6 +353,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cml-dist scale glyphs --worlds 1,2 --backbones conv4,resnet18 --out runs/scale",
         "cml-dist scale glyphs --worlds 1,2 --axes method.inner_steps=1,5 --project 8,64 --link 10",
     ),
+    "repro": (
+        "cml-dist repro",
+        "cml-dist repro sinusoid --budget 0.1 --at-once 2",
+        "cml-dist repro mini_imagenet --data data --rows '*-5shot' --list",
+        "cml-dist repro mini_imagenet --slurm --gpus-per-node 1 --time 04:00:00",
+    ),
     "eval": (
         "cml-dist eval runs/first eval.episodes=10000",
         "cml-dist eval runs/birds --on data/cars data/flowers",
@@ -433,7 +460,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(command=target)
         for option, how in options:
             command.add_argument(option, **how).completer = COMPLETERS.get(option)  # type: ignore[attr-defined]
-        if word in ("slurm", "sweep"):
+        if word in ("slurm", "sweep", "repro"):
             add_slurm_options(command, is_needed=word == "slurm")
     return parser
 

@@ -6,6 +6,7 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from cml_dist.errors import ConfigError
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER
 
 if TYPE_CHECKING:
+    from cml_dist.config.sweep import Sweep
+    from cml_dist.experiments.pool import Place
     from cml_dist.experiments.sweep import Job
     from cml_dist.telemetry.console import Console
 
@@ -25,37 +28,51 @@ WHAT_NEXT = {
 
 def sweep(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.config.sweep import MANY, read_sweep
-    from cml_dist.experiments.pool import measure, places, visible_gpus, work_off
-    from cml_dist.experiments.sweep import estimated, survey, write_record
-    from cml_dist.tools.slurm import follow, prepare, queued, submit
 
     asked = read_sweep(args.sweep)
     if asked.count() > MANY and not args.yes:
         raise ConfigError(f"{args.sweep} makes {asked.count():,} runs", "add --yes if all of them are meant")
+    return carry_out([asked], args, console, f"Sweep {asked.dir}", args.code)
+
+
+def carry_out(
+    sweeps: Sequence[Sweep], args: argparse.Namespace, console: Console, title: str, code: Sequence[str] = ()
+) -> int:
+    """Train what is missing of sweeps, here or as an array of SLURM each, as the options say; returns the exit code.
+
+    Args:
+        args: ``at_once``, ``plan``, ``slurm``, and the options of :func:`cml_dist.tools.slurm.prepare`.
+        code: of a user's own, which the sweeps may name.
+    """
+    from cml_dist.experiments.pool import work_off
+    from cml_dist.experiments.sweep import estimated, survey, write_record
+    from cml_dist.tools.slurm import follow, prepare, queued, submit
+
     if args.slurm != bool(args.time) or (args.dry_run and not args.slurm):
         raise ConfigError("--slurm and --time go together", "give both, or neither of them nor --dry-run to train here")
-    jobs = estimated(survey(asked, args.code, console.warn))
-    there = queued(Path(asked.dir)) if args.slurm else ()
-    jobs = [replace(job, state="queued") if job.is_due and job.name in there else job for job in jobs]
-    due, source, at_once = [job for job in jobs if job.is_due], "from the runs that are there", args.at_once
+    surveyed = [estimated(survey(asked, code, console.warn)) for asked in sweeps]
+    for asked, jobs in zip(sweeps, surveyed, strict=True):
+        there = queued(Path(asked.dir)) if args.slurm else ()
+        jobs[:] = [replace(job, state="queued") if job.is_due and job.name in there else job for job in jobs]
+    source, at_once = "from the runs that are there", args.at_once
     if args.dry_run:
-        print(prepare(args, console.warn, [job.words for job in due]).script if due else "", end="")
+        if len(due := [[job.words for job in jobs if job.is_due] for jobs in surveyed]) > 1:
+            raise ConfigError(
+                f"--dry-run prints one script, and there are {len(due)}", "name rows of one recipe: --rows"
+            )
+        print(prepare(args, console.warn, due[0]).script if due[0] else "", end="")
         return 0
-    facts = {"base": asked.base, "runs": _counted(jobs)}
+    facts = {"base": ", ".join(asked.base for asked in sweeps), "runs": _counted([*chain(*surveyed)])}
     if not args.slurm:
-        processes = max(job.processes for job in jobs)
-        on_cpu = all(job.config.run.device == "cpu" for job in jobs)
-        if not on_cpu:
-            console.loading()
-        gpus = [] if on_cpu else visible_gpus()
-        at_once = at_once or max(1, len(gpus) // processes)
-        where = places(at_once, processes, gpus)
+        where = places_for([*chain(*surveyed)], at_once, console)
+        at_once = len(where)
         facts["at once"] = f"{at_once}, each on {where[0]}"
-        if due and due[0].step_s is None:
-            console.note(f"Measuring a meta-step of {due[0].name}")
-            jobs = estimated([replace(job, step_s=measure(job, where[0])) if job is due[0] else job for job in jobs])
-            due, source = [job for job in jobs if job.is_due], f"measured on {due[0].name}"
-    console.header(f"Sweep {asked.dir}", facts | _times(due, source, at_once))
+        for jobs in surveyed:
+            jobs[:], measured = timed(jobs, where[0], console)
+            source = measured or source
+    jobs = [*chain(*surveyed)]
+    due = [job for job in jobs if job.is_due]
+    console.header(title, facts | _times(due, source, at_once))
     for job in jobs:
         if job.state == "broken":
             console.warn(f"Left out: {job.name}: {job.reason}")
@@ -64,21 +81,50 @@ def sweep(args: argparse.Namespace, console: Console) -> int:
     if args.plan:
         _table(jobs, console)
         return 0
-    write_record(asked)
+    for asked in sweeps:
+        write_record(asked)
     if args.slurm:
-        if due:
-            batch = prepare(args, console.warn, [job.words for job in due])
+        for words in filter(None, ([job.words for job in jobs if job.is_due] for jobs in surveyed)):
+            batch = prepare(args, console.warn, words)
             for says, command in follow(batch, submit(batch)):
                 console.command(says, command)
         return 0
-    code = work_off(due, where, console)
-    now = survey(asked, args.code)
-    console.note(f"{asked.dir}: {_counted(now)}")
-    if code > 1:
+    ended = work_off(due, where, console)
+    now = [job for asked in sweeps for job in survey(asked, code)]
+    console.note(f"{title.removeprefix('Sweep ')}: {_counted(now)}")
+    if ended > 1:
         console.note("The same command goes on")
     elif any(job.state == "broken" for job in now):
         return 1
-    return code or STOPPED_BY_SCHEDULER * any(job.state != "finished" for job in now)
+    return ended or STOPPED_BY_SCHEDULER * any(job.state != "finished" for job in now)
+
+
+def places_for(jobs: Sequence[Job], at_once: int | None, console: Console) -> list[Place]:
+    """Where so many runs at a time have their GPUs and cores; None: as many as the GPUs are enough for."""
+    from cml_dist.experiments.pool import places, visible_gpus
+
+    processes = max((job.processes for job in jobs), default=1)
+    on_cpu = all(job.config.run.device == "cpu" for job in jobs)
+    if not on_cpu:
+        console.loading()
+    gpus = [] if on_cpu else visible_gpus()
+    return places(at_once or max(1, len(gpus) // processes), processes, gpus)
+
+
+def timed(jobs: Sequence[Job], place: Place, console: Console) -> tuple[list[Job], str]:
+    """The jobs of a sweep with seconds of a meta-step, measured where none is known, and then on which, in words."""
+    from cml_dist.experiments.pool import measure
+    from cml_dist.experiments.sweep import estimated
+
+    jobs = estimated(jobs)
+    first = next((job for job in jobs if job.is_due), None)
+    if first is None or first.step_s is not None:
+        return jobs, ""
+    console.note(f"Measuring a meta-step of {first.name}")
+    step_s = measure(first, place)
+    return estimated(
+        [replace(job, step_s=step_s) if job is first else job for job in jobs]
+    ), f"measured on {first.name}"
 
 
 def _counted(jobs: Sequence[Job]) -> str:

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -25,6 +25,9 @@ from cml_dist.run.folder import NEUTRAL_KEYS, RunFolder, runs_in, same_everywher
 from cml_dist.run.interval import Estimate, estimate
 from cml_dist.run.status import read_status
 from cml_dist.telemetry.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from cml_dist.types import Learner
 
 UNNAMED_KEYS = (
     *(key for key in NEUTRAL_KEYS if key != "engine."),
@@ -188,18 +191,23 @@ def open_run(path: str) -> tuple[RunFolder, RunConfig]:
     return folder, config
 
 
-def read_run(path: str) -> TestedRun:
+def read_run(path: str, learner: Learner | None = None) -> TestedRun:
     """What a run's folder says of its own test.
+
+    Args:
+        learner: whose scores are taken; None: the one that the run is about (``eval.learner``).
 
     Raises:
         CheckpointError, ConfigError: as :func:`open_run` and :func:`tested_run`.
     """
     folder, config = open_run(path)
-    return tested_run(folder, config, read_metrics(folder.metrics_file))
+    return tested_run(folder, config, read_metrics(folder.metrics_file), learner)
 
 
-def tested_run(folder: RunFolder, config: RunConfig, metrics: Sequence[dict[str, Any]]) -> TestedRun:
-    """A run by its own test, and by the lines of its ``metrics.jsonl``.
+def tested_run(
+    folder: RunFolder, config: RunConfig, metrics: Sequence[dict[str, Any]], learner: Learner | None = None
+) -> TestedRun:
+    """A run by its own test, and by the lines of its ``metrics.jsonl``; ``learner`` as of :func:`read_run`.
 
     Raises:
         CheckpointError: it is not finished or not tested, or its records are damaged.
@@ -210,16 +218,16 @@ def tested_run(folder: RunFolder, config: RunConfig, metrics: Sequence[dict[str,
     if (test := folder.own_test()) is None:
         raise CheckpointError(f"{path} has no test ({folder.eval_file.name})", f"run cml-dist eval {path}")
     try:
-        return _tested(folder, config, test, metrics)
+        return _tested(folder, config, test, metrics, learner)
     except _DAMAGE as error:
         what = f"the test in {path} is damaged ({type(error).__name__}: {str(error)[:200]})"
         raise CheckpointError(what, f"run cml-dist eval {path}") from error
 
 
 def _tested(
-    folder: RunFolder, config: RunConfig, test: dict[str, Any], metrics: Sequence[dict[str, Any]]
+    folder: RunFolder, config: RunConfig, test: dict[str, Any], metrics: Sequence[dict[str, Any]], asked: Learner | None
 ) -> TestedRun:
-    learner = config.eval.learner if config.eval.learner in test else "meta"
+    learner = asked or (config.eval.learner if config.eval.learner in test else "meta")
     with open(folder.scores_file, "rb") as opened, np.load(opened) as file:  # np.load leaves a torn one open
         scores = file[learner].astype(float, casting="safe").reshape(test[learner]["episodes"])
     if (told := test[learner]["mean"]) is not None and not math.isclose(told, scores.mean(), rel_tol=1e-9):

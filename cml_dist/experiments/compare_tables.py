@@ -15,38 +15,51 @@ Table = tuple[str, list[str], list[list[str]]]
 """Title, columns and rows."""
 
 
+def shown(score: str, value: float, form: str = ".2f") -> str:
+    """An accuracy (a fraction) in per cent, without the sign; an MSE with four digits."""
+    is_share = score == "accuracy"
+    return text.MISSING if not math.isfinite(value) else f"{100 * value:{form}}" if is_share else f"{value:#.4g}"
+
+
+def interval(score: str, value: Estimate, form: str = ".2f") -> str:
+    """A mean, and the half width of its interval if there is one."""
+    half = f" ± {shown(score, value.ci95)}" if math.isfinite(value.ci95) else ""
+    return f"{shown(score, value.mean, form)}{half}"
+
+
+def slope(score: str, variant: Variant) -> str:
+    """Of the last validations, per 1,000 meta-steps."""
+    return text.MISSING if variant.last_slope is None else shown(score, variant.last_slope, "+.2f")
+
+
+def score_column(score: str) -> str:
+    """What a column of such figures is called."""
+    return f"{text.score_label(score)} (%)" if score == "accuracy" else text.score_label(score)
+
+
 def tables(found: Comparison) -> list[Table]:
     """Scores, differences to the baseline, and costs, each small enough for a narrow screen."""
-    is_share, baseline = found.score == "accuracy", found.variants[0].name
-
-    def shown(value: float, form: str = ".2f") -> str:
-        return text.MISSING if not math.isfinite(value) else f"{100 * value:{form}}" if is_share else f"{value:#.4g}"
-
-    def interval(value: Estimate, form: str = ".2f") -> str:
-        half = f" ± {shown(value.ci95)}" if math.isfinite(value.ci95) else ""
-        return f"{shown(value.mean, form)}{half}"
+    kind, baseline = found.score, found.variants[0].name
 
     def scores(v: Variant) -> list[str]:
-        slope = text.MISSING if v.last_slope is None else shown(v.last_slope, "+.2f")
-        return [str(len(v.runs)), interval(v.over_episodes), shown(v.over_seeds.se), slope]
+        return [str(len(v.runs)), interval(kind, v.over_episodes), shown(kind, v.over_seeds.se), slope(kind, v)]
 
     def difference(v: Variant) -> list[str]:
         if v.difference is None:
             return ["baseline", *[text.MISSING] * 3]
         seeds = v.difference.over_seeds
-        half = f"± {shown(seeds.ci95)}" if math.isfinite(seeds.ci95) else text.MISSING
-        return [interval(v.difference.over_episodes, "+.2f"), shown(seeds.se), half, _p(seeds.p)]
+        half = f"± {shown(kind, seeds.ci95)}" if math.isfinite(seeds.ci95) else text.MISSING
+        return [interval(kind, v.difference.over_episodes, "+.2f"), shown(kind, seeds.se), half, _p(seeds.p)]
 
     def costs(v: Variant) -> list[str]:
         steps = text.MISSING if v.steps_to_reach is None else f"{v.steps_to_reach:,.0f}"
         return [text.duration(v.seconds), steps, text.number(v.peak_memory_gib, 3)]
 
-    name = f"{text.score_label(found.score)} (%)" if is_share else text.score_label(found.score)
     test = f"{found.split} split, {found.episodes:,} episodes "
     test += "(±: 95 % over these episodes; s.e. over seeds; slope: of the last validations, per 1,000 steps)"
     differs = f"Paired difference to {baseline} (s.e., 95 % and p over seeds)"
     blocks: list[tuple[str, list[str], Callable[[Variant], list[str]]]] = [
-        (test, ["seeds", name, "s.e.", "slope"], scores),
+        (test, ["seeds", score_column(kind), "s.e.", "slope"], scores),
         (differs, ["difference", "s.e.", "95 %", "p"], difference),
         ("Training", ["time", f"steps to {100 * found.reach:g} %", "peak GiB"], costs),
     ]
@@ -84,22 +97,37 @@ def as_csv(found: Comparison) -> str:
 
 def as_markdown(found: Comparison) -> str:
     """A heading and a table each."""
+    return markdown(tables(found))
+
+
+def markdown(all_of_them: Sequence[Table], notes: Sequence[str] = ()) -> str:
+    """A heading and a table each, and below each the notes."""
+    below = "".join(f"\n{text.markdown(note)}\n" for note in notes)
     return "\n".join(
-        f"**{text.markdown(title)}**\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        f"**{text.markdown(title)}**\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows) + below
         for title, rows in (
             (title, [[*map(text.markdown, columns)], ["---"] * len(columns), *([*map(text.markdown, r)] for r in rows)])
-            for title, columns, rows in tables(found)
+            for title, columns, rows in all_of_them
         )
     )
 
 
 def as_latex(found: Comparison) -> str:
     """A ``tabular`` each, of the package booktabs."""
+    return latex(tables(found))
+
+
+def latex(all_of_them: Sequence[Table], notes: Sequence[str] = ()) -> str:
+    """A ``tabular`` each, of the package booktabs, with the notes as its last lines."""
     parts = []
-    for title, columns, rows in tables(found):
+    for title, columns, rows in all_of_them:
         head, *body = (" & ".join(map(_latex, row)) + r" \\" for row in (columns, *rows))
         shape = "l" + "r" * (len(columns) - 1)
-        lines = [rf"\begin{{tabular}}{{{shape}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+        lines = [rf"\begin{{tabular}}{{{shape}}}", r"\toprule", head, r"\midrule", *body]
+        lines += [r"\midrule"] * bool(notes) + [
+            rf"\multicolumn{{{len(columns)}}}{{l}}{{{_latex(n)}}} \\" for n in notes
+        ]
+        lines.append(r"\bottomrule")
         parts.append("\n".join([f"% {text.line(title)}", *lines, r"\end{tabular}", ""]))
     return "\n".join(parts)
 

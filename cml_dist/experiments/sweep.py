@@ -7,7 +7,6 @@ import statistics
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +130,28 @@ def seconds_a_step(folder: RunFolder) -> float | None:
     return statistics.median(seconds) if seconds else None
 
 
+def work(config: RunConfig) -> float:
+    """Examples that pass through the network in a meta-step: what its seconds are about in proportion to."""
+    domain, method = config.domain, config.method
+    ways = getattr(domain, "ways", 1) or 1
+    support, query = ((getattr(domain, key, None) or 1) * ways for key in ("shots", "queries"))
+    lower, upper = (method.sharp in (level, "both") for level in ("lower", "upper"))
+    return config.train.episodes_per_step * (1 + upper) * (method.inner_steps * (1 + lower) * support + query)
+
+
 def estimated(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs with seconds of a step, from runs of the same settings but for the seed, else from all that have any."""
+    """The jobs with seconds of a step, from runs of the same settings but for the seed, else by the :func:`work` of all
+    that have any.
+    """
     known: dict[str, list[float]] = {}
     for job in jobs:
         if job.step_s is not None:
             known.setdefault(job.run.variant, []).append(job.step_s)
     if not known:
         return list(jobs)
-    usual_s = statistics.median(chain(*known.values()))
+    usual_s = statistics.median(job.step_s / work(job.config) for job in jobs if job.step_s is not None)
     alike_s = {variant: statistics.median(seconds) for variant, seconds in known.items()}
-    return [replace(job, step_s=job.step_s or alike_s.get(job.run.variant, usual_s)) for job in jobs]
+    return [replace(job, step_s=job.step_s or alike_s.get(job.run.variant, usual_s * work(job.config))) for job in jobs]
 
 
 # --------------------------------------------------------------------------- the folder

@@ -76,7 +76,7 @@ def test_a_wheel_carries_the_recipes_the_launch_files_and_every_module(tmp_path)
         "cml_dist/py.typed",
         "cml_dist/templates/*.html",
         "cml_dist/tools/sources/*.json",
-        "configs/recipes/*.yaml",
+        "configs/*/*.yaml",
         "launch/*/*",
         "setup.py",
         "pyproject.toml",

@@ -1,0 +1,137 @@
+"""``cml-dist repro``: a table of the paper, trained here, beside what was published."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cml_dist.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from cml_dist.config.repro import Row
+    from cml_dist.config.sweep import Sweep
+    from cml_dist.experiments.repro import Collected
+    from cml_dist.experiments.sweep import Job
+    from cml_dist.telemetry.console import Console
+
+
+def repro(args: argparse.Namespace, console: Console) -> int:
+    from cml_dist.config.load import load_config
+    from cml_dist.config.repro import chosen, find_table, sweeps_of, tables
+    from cml_dist.experiments.repro import blocked, collect
+
+    if args.table is None:
+        rows = [(name, find_table(name).about) for name in tables()]
+        console.table("", ("table", "what"), rows)
+        console.note("cml-dist repro TABLE --list has the rows of one")
+        return 0
+    table = find_table(args.table)
+    rows, budget, seeds = chosen(table, args.rows), args.budget, args.seeds or table.seeds
+    if not 0 < budget <= 1:
+        raise ConfigError(f"--budget is {budget:g}", "give the fraction of training, above 0 and at most 1")
+    how = (seeds, args.out, args.data, budget, args.overrides)
+    configs = {
+        name: load_config(sweep.base, sweep.runs()[0].overrides)
+        for name, row in rows.items() if not row.absent for sweep in sweeps_of({name: row}, *how)
+    }  # fmt: skip
+    console.loading()
+    lacking, notes = blocked(rows, configs)
+    runnable = {name: row for name, row in rows.items() if name not in lacking}
+    sweeps = sweeps_of(runnable, *how)
+    for reason in dict.fromkeys(lacking.values()):
+        console.warn(f"Cannot run {', '.join(name for name in lacking if lacking[name] == reason)}: {reason}")
+    changed = [word for word in args.overrides if not word.startswith(_neutral())]
+    title = table.title + f", at {budget:g} of the training" * (budget != 1) + ", changed" * bool(changed)
+    if budget != 1:
+        notes.append(f"Trained for {budget:g} of the meta-steps (--budget): not what was published of whole trainings")
+    if changed:
+        notes.append(f"Changed on the command line: {' '.join(changed)}")
+    if args.list:
+        _list(args, console, rows, sweeps, lacking, title, notes)
+        return 0
+    if not runnable:
+        raise DataError(f"no row of {args.table} can run here", "see the warnings above")
+    from cml_dist.commands.sweep import carry_out
+
+    code = carry_out(sweeps, args, console, title, code_in(args.overrides))
+    if not args.dry_run:
+        _show(args, console, collect(title, rows, sweeps, notes))
+    return code
+
+
+def _neutral() -> tuple[str, ...]:
+    from cml_dist.run.folder import NEUTRAL_KEYS
+
+    return NEUTRAL_KEYS
+
+
+def code_in(overrides: Sequence[str]) -> list[str]:
+    """Code of a user's own, which the command line may name as it stands."""
+    return [word.partition("=")[2] for word in overrides]
+
+
+def _list(
+    args: argparse.Namespace,
+    console: Console,
+    rows: Mapping[str, Row],
+    sweeps: Sequence[Sweep],
+    lacking: Mapping[str, str],
+    title: str,
+    notes: Sequence[str],
+) -> None:
+    """The rows with hours, and where all of it is from."""
+    from cml_dist.commands.sweep import places_for, timed
+    from cml_dist.experiments.repro import listed, row_of
+    from cml_dist.experiments.sweep import survey
+
+    surveyed = [survey(sweep, code_in(args.overrides), console.warn) for sweep in sweeps]
+    where = places_for([*chain(*surveyed)], args.at_once, console)
+    jobs: dict[str, list[Job]] = {}
+    for each in surveyed:
+        for job in timed(each, where[0], console)[0]:
+            jobs.setdefault(row_of(job.run), []).append(job)
+    console.table(title, *listed(rows, jobs, lacking)[1:], least=("baseline", "others"))
+    said = {what: _said(rows, what) for what in ("sources", "quirks")}
+    others = [(name, f"{one.score:.2f}", one.by) for name, row in rows.items() for one in row.reruns]
+    for heading, columns, cells in (
+        ("What others found", ("row", "score", "by"), others),
+        ("Where settings are from", ("setting", "from", "rows"), said["sources"]),
+        ("Quirks of the released code", ("quirk", "here", "rows"), said["quirks"]),
+    ):
+        if cells:
+            console.table(heading, columns, cells)
+    for note in notes:
+        console.note(note)
+    console.note("Hours are of the meta-steps left, one run at a time; starting, validations and tests are extra")
+
+
+def _said(rows: Mapping[str, Row], what: str) -> list[tuple[str, str, str]]:
+    """Sources or quirks of rows, each once with the rows that it is of."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, row in rows.items():
+        for pair in getattr(row, what).items():
+            found.setdefault(pair, []).append(name)
+    return [(*pair, "all" if len(names) == len(rows) else ", ".join(names)) for pair, names in found.items()]
+
+
+def _show(args: argparse.Namespace, console: Console, found: Collected) -> None:
+    from cml_dist.atomic import write_text
+    from cml_dist.experiments.compare_tables import latex, markdown
+    from cml_dist.experiments.repro import EXPLAINED, as_csv, tables
+
+    made, notes = tables(found), [*found.notes, *EXPLAINED]
+    for title, columns, rows in made:
+        console.table(title, columns, rows, least=("s.d.", "others", "95 %"))
+    for note in notes:
+        console.note(note)
+    for place, written in (
+        (args.csv, lambda: as_csv(found)),
+        (args.latex, lambda: latex(made, notes)),
+        (args.md, lambda: markdown(made, notes)),
+    ):
+        if place:
+            write_text(Path(place), written())
+            console.note(f"Written: {place}")
