@@ -37,14 +37,15 @@ def repro(args: argparse.Namespace, console: Console) -> int:
         name: load_config(sweep.base, sweep.runs()[0].overrides)
         for name, row in rows.items() if not row.absent for sweep in sweeps_of({name: row}, *how)
     }  # fmt: skip
-    console.loading()
+    if not args.dry_run:  # whose output is a script
+        console.loading()
     lacking, notes = blocked(rows, configs)
     runnable = {name: row for name, row in rows.items() if name not in lacking}
     sweeps = sweeps_of(runnable, *how)
     for reason in dict.fromkeys(lacking.values()):
         console.warn(f"Cannot run {', '.join(name for name in lacking if lacking[name] == reason)}: {reason}")
     changed = [word for word in args.overrides if not word.startswith(_neutral())]
-    title = table.title + f", at {budget:g} of the training" * (budget != 1) + ", changed" * bool(changed)
+    title = table.title + f", at {budget:g} of the training" * (budget != 1) + ", with changed settings" * bool(changed)
     if budget != 1:
         notes.append(f"Trained for {budget:g} of the meta-steps (--budget): not what was published of whole trainings")
     if changed:
@@ -105,7 +106,7 @@ def _list(
             console.table(heading, columns, cells)
     for note in notes:
         console.note(note)
-    console.note("Hours are of the meta-steps left, one run at a time; starting, validations and tests are extra")
+    console.note("Times are of the meta-steps left, one run at a time; starting, validations and tests are extra")
 
 
 def _said(rows: Mapping[str, Row], what: str) -> list[tuple[str, str, str]]:
@@ -124,7 +125,7 @@ def _show(args: argparse.Namespace, console: Console, found: Collected) -> None:
 
     made, notes = tables(found), [*found.notes, *EXPLAINED]
     for title, columns, rows in made:
-        console.table(title, columns, rows, least=("s.d.", "others", "95 %"))
+        console.table(title, columns, rows, least=[name for name in ("s.d.", "others", "95 %") if name in columns])
     for note in notes:
         console.note(note)
     for place, written in (

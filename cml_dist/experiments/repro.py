@@ -57,8 +57,9 @@ def check_data(config: RunConfig) -> str:
     for split in ("train", "val", config.eval.split):
         classes = len(shards.split_info(split).classes)
         if (whole := classes - len(shards.short_classes(split, domain.shots, domain.queries))) < domain.ways:
-            what = f"{root} is a part: {whole} of {classes} {split} classes have {domain.shots + domain.queries} images"
-            raise DataError(what, f"an episode takes {domain.ways}; pack the whole set")
+            enough = f"{domain.shots + domain.queries} images or more"
+            what = f"{root} is a part: {whole} of its {classes} {split} classes have {enough}, and an episode takes"
+            raise DataError(f"{what} {domain.ways} classes", "pack the whole set")
     if known and len(shards) < known.images:
         return f"{root} has {len(shards):,} of the {known.images:,} images: its figures are not those of the whole set"
     return ""
@@ -175,16 +176,11 @@ def tables(found: Collected) -> list[Table]:
         else:
             cells = [dash, dash, "not run"]
         if line.baseline is not None and not line.row.absent:
-            claimed = dash if line.claimed is None else f"{line.claimed:+.2f}"
-            claims.append([f"{line.name} {better} {line.baseline}", claimed, *cells])
-    made = [
-        (
-            f"{found.title}: {score_column(kind)}",
-            ["row", "published", "others", "ours", "s.d.", "seeds"],
-            rows,
-        ),
-        (f"{found.title}: claims", ["claim", "published", "ours", "95 %", "verdict"], claims),
-    ]
+            theirs = dash if line.claimed is None else f"{line.claimed:+.2f}"
+            claims.append([f"{line.name} {better} {line.baseline}", theirs, *cells])
+    columns = ["row", "published", "others", "ours", "s.d.", "seeds"]
+    claimed = ["claim", "published", "ours", "95 %", "verdict"]
+    made = [(f"{found.title}: {score_column(kind)}", columns, rows), (f"{found.title}: claims", claimed, claims)]
     return [table for table in made if table[2]]
 
 
@@ -223,7 +219,7 @@ def as_csv(found: Collected) -> str:
 
 
 def listed(rows: Mapping[str, Row], jobs: Mapping[str, Sequence[Job]], lacking: Mapping[str, str]) -> Table:
-    """The rows with their figures, how many of their runs are finished, and the hours that are left.
+    """The rows with their figures, how many of their runs are finished, and the time that is left.
 
     Args:
         jobs: of each row that can run, with seconds of a step where they are known.
@@ -233,12 +229,12 @@ def listed(rows: Mapping[str, Row], jobs: Mapping[str, Sequence[Job]], lacking: 
     for name, row in rows.items():
         figures = [f"{value[0]:.2f}" + " (dagger)" * (who == "co") for who, value in row.published.items()]
         own = jobs.get(name, ())
-        hours = sum(job.left_s for job in own) / 3600
-        left = "" if name in lacking else text.MISSING if any(job.step_s is None for job in own) else f"{hours:.1f}"
+        left_s = None if any(job.is_due and job.step_s is None for job in own) else sum(job.left_s for job in own)
+        left = "" if name in lacking else text.duration(left_s)
         done = "cannot run" if name in lacking else f"{sum(job.state == 'finished' for job in own)} of {len(own)}"
         others = ", ".join(f"{one.score:.2f}" for one in row.reruns)
         table.append([name, row.baseline or "", ", ".join(figures), others, done, left])
-    return "", ["row", "baseline", "published", "others", "runs", "hours left"], table
+    return "", ["row", "baseline", "published", "others", "runs", "time left"], table
 
 
 def blocked(rows: Mapping[str, Row], configs: Mapping[str, RunConfig]) -> tuple[dict[str, str], list[str]]:

@@ -66,6 +66,7 @@ SCREENS = {
     "config": (["config", "sinusoid", "--preset", "quick"], "validation train.steps: recipe preset quick"),
     "keys": (["config", "--keys", "parallel"], "setting default meaning parallel.heartbeat_timeout_s"),
     "key": (["config", "--keys", "engine.compile"], "default takes meaning meta-gradient torch.compile:"),
+    "repro": (["repro"], "table what mini_imagenet sinusoid MAML, CML-dagger"),
     "inspect": (["data", "inspect", "set", "--ways", "2"], "split classes images MiB train val test"),
     "pack": (["data", "pack", "pictures", "PACKED"], "split classes images files what packed picture"),
 }
