@@ -105,7 +105,8 @@ def test_a_wheel_carries_the_recipes_the_launch_files_and_every_module(tmp_path)
     # What launches is looked for where the installation is, too.
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import cml_dist.config.load as r, cml_dist.tools.slurm as s;"
-        "print(r.__file__, *r.recipes(), r.find_recipe('glyphs'), s.launch_folder())"
+        "import cml_dist.config.repro as t;"
+        "print(r.__file__, *r.recipes(), r.find_recipe('glyphs'), s.launch_folder(), t.tables()['gamma'])"
     )
     found = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "site"], cwd=tmp_path, capture_output=True, text=True, timeout=600
@@ -117,6 +118,7 @@ def test_a_wheel_carries_the_recipes_the_launch_files_and_every_module(tmp_path)
         *("omniglot", "pretrain", "protonet", "r2d2", "sinusoid", "vgg_flower"),
         str(tmp_path / "site/cml_dist/recipes/glyphs.yaml"),
         str(tmp_path / "site/cml_dist/launch"),
+        str(tmp_path / "site/cml_dist/repro/gamma.yaml"),
     ], found.stderr
     for kind in ("accelerate", "slurm"):
         names = {path.name for path in (ROOT / "launch" / kind).iterdir()}
