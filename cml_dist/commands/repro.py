@@ -22,6 +22,7 @@ def repro(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.config.load import load_config
     from cml_dist.config.repro import chosen, find_table, sweeps_of, tables
     from cml_dist.experiments.repro import blocked, collect
+    from cml_dist.run.folder import NEUTRAL_KEYS
 
     if args.table is None:
         rows = [(name, find_table(name).about) for name in tables()]
@@ -43,8 +44,9 @@ def repro(args: argparse.Namespace, console: Console) -> int:
     runnable = {name: row for name, row in rows.items() if name not in lacking}
     sweeps = sweeps_of(runnable, *how)
     for reason in dict.fromkeys(lacking.values()):
-        console.warn(f"Cannot run {', '.join(name for name in lacking if lacking[name] == reason)}: {reason}")
-    changed = [word for word in args.overrides if not word.startswith(_neutral())]
+        names = [name for name in lacking if lacking[name] == reason]
+        console.warn(f"Cannot run {', '.join(names)}: {reason}")
+    changed = [word for word in args.overrides if not word.startswith((*NEUTRAL_KEYS, "eval.untrained="))]
     title = table.title + f", at {budget:g} of the training" * (budget != 1) + ", with changed settings" * bool(changed)
     if budget != 1:
         notes.append(f"Trained for {budget:g} of the meta-steps (--budget): not what was published of whole trainings")
@@ -57,19 +59,13 @@ def repro(args: argparse.Namespace, console: Console) -> int:
         raise DataError(f"no row of {args.table} can run here", "see the warnings above")
     from cml_dist.commands.sweep import carry_out
 
-    code = carry_out(sweeps, args, console, title, code_in(args.overrides))
+    code = carry_out(sweeps, args, console, title, _code_in(args.overrides))
     if not args.dry_run:
         _show(args, console, collect(title, rows, sweeps, notes))
     return code
 
 
-def _neutral() -> tuple[str, ...]:
-    from cml_dist.run.folder import NEUTRAL_KEYS
-
-    return NEUTRAL_KEYS
-
-
-def code_in(overrides: Sequence[str]) -> list[str]:
+def _code_in(overrides: Sequence[str]) -> list[str]:
     """Code of a user's own, which the command line may name as it stands."""
     return [word.partition("=")[2] for word in overrides]
 
@@ -88,7 +84,7 @@ def _list(
     from cml_dist.experiments.repro import listed, row_of
     from cml_dist.experiments.sweep import survey
 
-    surveyed = [survey(sweep, code_in(args.overrides), console.warn) for sweep in sweeps]
+    surveyed = [survey(sweep, _code_in(args.overrides), console.warn) for sweep in sweeps]
     where = places_for([*chain(*surveyed)], args.at_once, console)
     jobs: dict[str, list[Job]] = {}
     for each in surveyed:
@@ -125,7 +121,8 @@ def _show(args: argparse.Namespace, console: Console, found: Collected) -> None:
 
     made, notes = tables(found), [*found.notes, *EXPLAINED]
     for title, columns, rows in made:
-        console.table(title, columns, rows, least=[name for name in ("s.d.", "others", "95 %") if name in columns])
+        least = [name for name in ("slope", "s.d.", "others", "95 %") if name in columns]
+        console.table(title, columns, rows, least=least)
     for note in notes:
         console.note(note)
     for place, written in (

@@ -16,8 +16,8 @@ from cml_dist.config.repro import Figure, Row
 from cml_dist.config.schema import ImagesConfig, RunConfig
 from cml_dist.config.sweep import Run, Sweep
 from cml_dist.errors import CmlError, DataError
-from cml_dist.experiments.compare import Difference, TestedRun, Variant, compare, read_run
-from cml_dist.experiments.compare_tables import Table, interval, score_column, shown
+from cml_dist.experiments.compare import Difference, Variant, compare, read_run
+from cml_dist.experiments.compare_tables import Table, interval, score_column, shown, slope
 from cml_dist.experiments.sweep import Job
 from cml_dist.experiments.verdict import Verdict, judge
 from cml_dist.run.status import read_status
@@ -47,13 +47,14 @@ def check_data(config: RunConfig) -> str:
         if not Path(root).exists():
             raise DataError(f"{root} is not there", "docs/how-to/nodes.md says what such a file holds")
         return ""
+    from cml_dist.data.set_shape import settled_shape
     from cml_dist.data.shards import ShardSet
 
     known = known_sets().get(domain.name)
     if not Path(root).exists():
         fetch = f" --download {domain.name}" * bool(known and None not in known.files.values())
         raise DataError(f"{root} is not there", f"cml-dist data pack SOURCE {root}{fetch}")
-    shards = ShardSet.open(root)
+    shards, domain = ShardSet.open(root), settled_shape(config).domain
     for split in ("train", "val", config.eval.split):
         classes = len(shards.split_info(split).classes)
         if (whole := classes - len(shards.short_classes(split, domain.shots, domain.queries))) < domain.ways:
@@ -74,7 +75,9 @@ class Line:
 
     Attributes:
         name: of the row, and ``DAGGER`` for the co-learner.
-        published: its figure, or None. found: of the runs that are finished, or None.
+        published: its figure; None: there is none.
+        claimed: by how much it is published above its baseline, in the units of the figures.
+        found: of the runs that are finished; None: there are none.
         verdict: on its being better than ``baseline``; None: nothing is claimed, or a run is missing.
     """
 
@@ -82,10 +85,10 @@ class Line:
     row: Row
     learner: Learner
     published: Figure | None
-    baseline: str | None = None
-    claimed: float | None = None
-    found: Variant | None = None
-    verdict: Verdict | None = None
+    baseline: str | None
+    claimed: float | None
+    found: Variant | None
+    verdict: Verdict | None
 
     @property
     def difference(self) -> Difference | None:
@@ -139,21 +142,12 @@ def _line(
 ) -> Line:
     published, base = row.published.get(learner), row.baseline
     theirs = rows[base].published.get("meta") if base else None
-    line = Line(
-        name + DAGGER * (learner == "co"), row, learner, published, base,
-        claimed=published[0] - theirs[0] if published and theirs else None,
-    )  # fmt: skip
-    if not (runs := _read(finished.get(name, ()), learner)):
-        return line
-    found = compare(runs).variants[0]
-    if base is None or not (beside := _read(finished.get(base, ()), "meta")):
-        return Line(**{**vars(line), "found": found})
-    found = compare([*beside, *runs], beside[0].folder).variants[1]
-    return Line(**{**vars(line), "found": found, "verdict": judge(found.difference, runs[0].score == "mse")})
-
-
-def _read(folders: Sequence[str], learner: Learner) -> list[TestedRun]:
-    return [read_run(folder, learner) for folder in folders]
+    runs = [read_run(folder, learner) for folder in finished.get(name, ())]
+    beside = [read_run(folder, "meta") for folder in finished.get(base or "", ())]
+    found = compare([*beside, *runs], beside[0].folder if beside else None).variants[-1] if runs else None
+    verdict = judge(found.difference, runs[0].score == "mse") if found and beside else None
+    claimed = published[0] - theirs[0] if published and theirs else None
+    return Line(name + DAGGER * (learner == "co"), row, learner, published, base, claimed, found, verdict)
 
 
 def tables(found: Collected) -> list[Table]:
@@ -169,7 +163,8 @@ def tables(found: Collected) -> list[Table]:
         runs = len(ours.runs) if ours else 0
         spread = shown(kind, ours.over_seeds.se * math.sqrt(runs)) if ours else dash
         mean = interval(kind, ours.over_episodes) if ours else "not run" if not line.row.absent else "cannot run"
-        rows.append([line.name, figure(line.published), others or dash, mean, spread, str(runs)])
+        trend = slope(kind, ours) if ours and line.learner == "meta" else dash  # whose validations chose the step
+        rows.append([line.name, figure(line.published), others or dash, mean, spread, trend, str(runs)])
         if line.baseline is not None and (d := line.difference) is not None:
             over_seeds = f"± {shown(kind, d.over_seeds.ci95)}" if math.isfinite(d.over_seeds.ci95) else dash
             cells = [interval(kind, d.over_episodes, "+.2f"), over_seeds, str(line.verdict)]
@@ -178,7 +173,7 @@ def tables(found: Collected) -> list[Table]:
         if line.baseline is not None and not line.row.absent:
             theirs = dash if line.claimed is None else f"{line.claimed:+.2f}"
             claims.append([f"{line.name} {better} {line.baseline}", theirs, *cells])
-    columns = ["row", "published", "others", "ours", "s.d.", "seeds"]
+    columns = ["row", "published", "others", "ours", "s.d.", "slope", "seeds"]
     claimed = ["claim", "published", "ours", "95 %", "verdict"]
     made = [(f"{found.title}: {score_column(kind)}", columns, rows), (f"{found.title}: claims", claimed, claims)]
     return [table for table in made if table[2]]
@@ -186,7 +181,7 @@ def tables(found: Collected) -> list[Table]:
 
 EXPLAINED = (
     "±: published, as the paper has it (over its runs, of a kind that it does not state); ours, 95 % over the test "
-    "episodes. s.d.: of ours over seeds",
+    "episodes. s.d.: of ours over seeds. slope: of the last validations, per 1,000 steps",
     "Claims: paired differences, with ± over episodes and 95 % over seeds. A claim holds where both intervals exclude "
     "0 on its side, does not hold where both do on the other side, and is undecided else",
 )
