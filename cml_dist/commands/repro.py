@@ -38,6 +38,8 @@ def repro(args: argparse.Namespace, console: Console) -> int:
         name: load_config(sweep.base, sweep.runs()[0].overrides)
         for name, row in rows.items() if not row.absent for sweep in sweeps_of({name: row}, *how)
     }  # fmt: skip
+    if split := next((name for name, config in configs.items() if config.all_splits), None):
+        raise ConfigError(f"domain.split of {split} is all, and a row is of one split", "choose one: domain.split=0")
     if not args.dry_run:  # whose output is a script
         console.loading()
     lacking, notes = blocked(rows, configs)

@@ -125,11 +125,9 @@ def collect(title: str, rows: Mapping[str, Row], sweeps: Sequence[Sweep], notes:
             finished.setdefault(name, []).append(folder)
     lines, scores = [], set()
     for name, row in rows.items():
-        learners: list[Learner] = ["meta"]
-        if "co" in row.published or (name in configs and not dagger_refusal(configs[name])):
-            learners.append("co")
-        for learner in learners:
-            line = _line(name, row, learner, rows, finished)
+        tested = {"meta", *["co"] * (name in configs and not dagger_refusal(configs[name]))}
+        for learner in sorted(tested | {*row.published}, reverse=True):
+            line = _line(name, row, learner, rows, finished if learner in tested else {})
             lines.append(line)
             scores |= {run.score for run in line.found.runs} if line.found else set()
     regression = any(getattr(config.domain, "ways", 0) == 0 for config in configs.values())

@@ -132,6 +132,7 @@ def test_a_setting_without_a_source_and_a_baseline_that_is_no_row_are_refused(tm
         (["mini_imagnet"], "there is no table mini_imagnet; did you mean mini_imagenet"),
         (["sinusoid", "--rows", "cml-11"], "no row matches 'cml-11'; did you mean cml-10"),
         (["sinusoid", "--budget", "2"], "--budget is 2; give the fraction of training"),
+        (["nodes", "domain.split=all"], "domain.split of citeseer-gmeta-1shot is all, and a row is of one split"),
         (["sinusoid", "train.step=3"], "train.step is not a setting; did you mean train.steps?"),
     ],
 )
@@ -221,7 +222,7 @@ ROWS = {
 def test_a_row_of_every_other_table_comes_to_its_verdict(table, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     for name in ("mini_imagenet", "fc100", "cifar_fs"):
-        write_set(Path("data", name), size=32, images=10)
+        write_set(Path("data", name), size=16, images=10)
     write_graph(Path("data/citeseer.npz"))
     row, settings = ROWS[table]
     seeds = 2 if table == "nodes" else 1
