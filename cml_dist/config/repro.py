@@ -102,12 +102,23 @@ def find_table(name: str) -> Table:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"]))
         raise ConfigError(f"table {name}: {place}: {fault['msg'].removeprefix('Value error, ')}", "mend it") from error
-    rows = {row: find_table(of).rows[row] for of, names in table.borrows.items() for row in names}
+    rows = {row: _borrowed(name, of, row) for of, names in table.borrows.items() for row in names}
     for row, own in table.rows.items():
         theirs, ours = own.model_dump(), table.model_dump(include={"set", "sources", "quirks"})
         both = {key: {**all_rows, **theirs[key]} for key, all_rows in ours.items()}
         rows[row] = Row.model_validate({**theirs, **both, "recipe": own.recipe or table.recipe})
     return table.model_copy(update={"rows": rows, "borrows": {}})
+
+
+def _borrowed(table: str, of: str, row: str) -> Row:
+    """A row of a shipped table."""
+    if of not in tables():
+        raise ConfigError(f"table {table} borrows from {of}", f"use a shipped one: {', '.join(tables())}")
+    rows = find_table(of).rows
+    if row not in rows:
+        near = difflib.get_close_matches(row, rows, n=3, cutoff=0.4) or rows
+        raise ConfigError(f"table {table} borrows the row {row}, which {of} has not", f"use {' or '.join(near)}")
+    return rows[row]
 
 
 def chosen(table: Table, pattern: str | None) -> dict[str, Row]:
@@ -185,6 +196,6 @@ def sweeps_of(
         found.setdefault(row.recipe, {})[name] = settings_of(row, data, budget, overrides)
     place = place_of(out, budget)
     return [
-        Sweep(base=recipe, dir=str(place / recipe), variants=variants, seeds=[*range(seeds)])
+        Sweep(base=recipe, dir=str(place / Path(recipe).stem), variants=variants, seeds=[*range(seeds)])
         for recipe, variants in found.items()
     ]

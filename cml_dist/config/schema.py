@@ -358,7 +358,7 @@ class CheckpointConfig(Section):
     every: int = Field(500, ge=1, description="meta-steps between checkpoints")
     every_minutes: float | None = Field(15.0, gt=0, description="a checkpoint too where so many minutes have passed since the last one; null: never")
     keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept (the best one is kept besides)")
-    keep_every: int | None = Field(None, ge=1, description="meta-steps between two of a trail of the parameters alone, from step 0 to the last, for cml-dist analyse: never removed, and no run resumes from them; null: no trail")
+    keep_every: int | None = Field(None, ge=1, description="meta-steps between two of a trail of the parameters alone, from step 0 to train.steps, for cml-dist analyse: never removed, and no run resumes from them; null: no trail")
 
 
 class ParallelConfig(Section):

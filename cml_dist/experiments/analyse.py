@@ -142,7 +142,8 @@ def _open(path: str, which: str) -> Analysed:
     elif not trail:
         notes.append(f"{path} has no trail (checkpoint.keep_every): its checkpoints of steps {steps} are used")
     if which.isdecimal() and int(which) < len(steps):
-        steps = [steps[round(place)] for place in np.linspace(0, len(steps) - 1, int(which))]
+        # The last one first: of one alone it says most.
+        steps = [steps[round(place)] for place in np.linspace(len(steps) - 1, 0, int(which))][::-1]
     status = read_status(folder.status_file)
     if status is None or status.state != "finished":
         state = f"{status.state}, step {status.step} of {status.steps}" if status else "no status.json"
@@ -312,7 +313,8 @@ def before_and_after(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """This rank's rows of :attr:`Measured.alike` and :attr:`Measured.scores`, and zeros in the place of the others'."""
     problem, steps = parts.model.problem, parts.plan.test_inner_steps
-    method = replace(parts.model.method, inner_steps=FACTOR * steps)
+    # Of its own support set alone: with unlabelled examples their steps come after those that are counted here.
+    method = replace(parts.model.method, inner_steps=FACTOR * steps, unlabelled=None)
     alike = torch.zeros(episodes, len(layers), 3, dtype=torch.float64)
     scores = torch.zeros(episodes, FACTOR * steps + 1, dtype=torch.float64)
     mine = range(world.rank, episodes, world.size)

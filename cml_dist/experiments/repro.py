@@ -139,7 +139,7 @@ def _line(
     name: str, row: Row, learner: Learner, rows: Mapping[str, Row], finished: Mapping[str, Sequence[str]]
 ) -> Line:
     published, base = row.published.get(learner), row.baseline
-    theirs = rows[base].published.get("meta") if base else None
+    theirs = rows[base].published.get("meta") if base in rows else None
     runs = [read_run(folder, learner) for folder in finished.get(name, ())]
     beside = [read_run(folder, "meta") for folder in finished.get(base or "", ())]
     found = compare([*beside, *runs], beside[0].folder if beside else None).variants[-1] if runs else None

@@ -29,6 +29,7 @@ EPISODES = "train.episodes_per_step"
 QUIET = (
     "eval.every=0", "eval.final=false", "eval.val_episodes=1", "run.log_every=1000000", "run.trackers=[]",
     "run.profile=null", "train.patience=null", "checkpoint.every=1000000", "checkpoint.every_minutes=null",
+    "checkpoint.keep_every=null",
 )  # fmt: skip
 """Of each cell: nothing but meta-steps."""
 
@@ -120,7 +121,13 @@ def parse_axes(words: Sequence[str], backbones: str | None) -> dict[str, list[An
             raise ConfigError(f"{key} varies in two places", "name it in one")
         if key in ("run.dir", "train.steps", "parallel.processes"):
             raise ConfigError(f"{key} cannot vary here", "worlds are those of --worlds, meta-steps those of --steps")
-        found[key] = [yaml.safe_load(value) for value in values.split(",")]
+        try:
+            found[key] = [yaml.safe_load(value) for value in values.split(",")]
+        except yaml.YAMLError as error:
+            what = f"--axes has {word!r}, of which a value cannot be read"
+            raise ConfigError(what, "give numbers or words, without brackets") from error
+        if len(found[key]) == 1 and key != "model.backbone":
+            raise ConfigError(f"--axes has {word!r}, of one value", f"set it before --axes, or give {key} two values")
     return found
 
 
@@ -190,7 +197,7 @@ def _cell(run: Run, world: int, kind: str, words: tuple[str, ...], out: Path, pr
 def record(base: RunConfig, measuring: Measuring) -> dict[str, Any]:
     """What all cells of a study have in common, and nothing that may be added to it."""
     kept = {key: value for key, value in same_everywhere(base).items() if not key.startswith(UNNAMED)}
-    return {**kept, "--steps": measuring.steps, "--cores": measuring.cores}
+    return {**kept, "--steps": measuring.steps, "--warm-up": measuring.warm_up, "--cores": measuring.cores}
 
 
 def read_study(folder: str | Path) -> dict[str, Any] | None:

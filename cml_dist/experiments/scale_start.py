@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,9 @@ from typing import Any
 from cml_dist.distributed.env import Launched, environment_of
 from cml_dist.distributed.exit import signal_when_parent_ends
 from cml_dist.experiments.scale import Cell, Measuring
+
+GRACE_S = 60.0
+"""The failure detector needs less, but at the start processes would wait for a missing one much longer."""
 
 Start = Callable[[Cell, Measuring], list[int]]
 """Starts a cell's processes, and returns their exit codes."""
@@ -59,11 +64,21 @@ class Here:
                 place = Launched(rank, cell.world, rank, cell.world, "127.0.0.1", port)
                 own = ours[rank * self.cores : (rank + 1) * self.cores]
                 started.append(_start(command(cell, measuring), cell, environment_of(place), own))
-            return [process.wait() for process in started]
+            return _ended(started)
         finally:
             for process in started:
                 process.kill()
                 process.wait()
+
+
+def _ended(started: Sequence[subprocess.Popen]) -> list[int]:
+    """Exit codes, once all have ended; where one fails the others have ``GRACE_S`` to end by themselves."""
+    end_s = math.inf
+    while None in (codes := [process.poll() for process in started]) and time.monotonic() < end_s:
+        if any(codes):
+            end_s = min(end_s, time.monotonic() + GRACE_S)
+        time.sleep(0.1)
+    return [-9 if code is None else code for code in codes]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from cml_dist.atomic import write_text
 from cml_dist.config.keys import flatten
 from cml_dist.config.load import Warn, load_config, silently
+from cml_dist.config.methods import unlabelled_steps
 from cml_dist.config.schema import RunConfig
 from cml_dist.config.sweep import Run, Sweep, parse_sweep
 from cml_dist.errors import CheckpointError, CmlError, ConfigError
@@ -136,7 +137,13 @@ def work(config: RunConfig) -> float:
     ways = getattr(domain, "ways", 1) or 1
     support, query = ((getattr(domain, key, None) or 1) * ways for key in ("shots", "queries"))
     lower, upper = (method.sharp in (level, "both") for level in ("lower", "upper"))
-    return config.train.episodes_per_step * (1 + upper) * (method.inner_steps * (1 + lower) * support + query)
+    seen = method.inner_steps * (1 + lower) * support + query
+    if method.name == "warpgrad":  # each step once more, with a query after it
+        seen += method.inner_steps * (support + query)
+    if steps := unlabelled_steps(config):
+        seen += steps * (support + domain.unlabelled * (ways + domain.distractors))
+    networks = 1 + len(method.augment_ratios) * bool(method.augment)
+    return config.train.episodes_per_step * (1 + upper) * networks * seen
 
 
 def estimated(jobs: Sequence[Job]) -> list[Job]:

@@ -112,7 +112,7 @@ def learners_gradients(
     """The meta-gradient of each learner's own query loss, both pulled back through the method's inner loop.
 
     Of ``meta`` it is g, and of ``co`` gbar, without gamma, in the paper's descent condition <g_j, gbar_j> > 0 in each
-    layer j. As in the trainer's diagnosis they are of the rule's first term.
+    layer j. As in the trainer's diagnosis they are of the rule's first term, and of the whole network.
 
     Args:
         params, episode, problem, method, engine, meta_step: as of :func:`meta_gradient`.

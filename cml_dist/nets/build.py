@@ -93,7 +93,8 @@ def build_net(
     if own:
         check_body(body, model.backbone, input_shape)
     if warp is not None:
-        add_warps(body, model.backbone, **warp)
+        with _part_seed(seed, BODY):  # their values are fixed, but torch draws some first
+            add_warps(body, model.backbone, **warp)
     with _part_seed(seed, HEAD):
         head = build_head(model.head, body.pooled_dim, output_dim)
     with _part_seed(seed, COLEARNER):
@@ -179,7 +180,11 @@ def method_of(config: RunConfig, net: CmlNet) -> Method:
     elif method.name == "maml_pp":
         further = {"norms": norms_a_step(net)}
     if method.warp:
-        adapts = frozenset(n for n in (net.adaptable() if adapts is None else adapts) if not is_warp(n))
+        moving = frozenset(n for n in (net.adaptable() if adapts is None else adapts) if not is_warp(n))
+        if adapts and not moving:
+            what = f"method.adapts selects warp layers alone, which never adapt under method.name {method.name}"
+            raise ConfigError(what, "name what stands between them, or leave method.adapts out")
+        adapts = moving
     rule = rule_of(method, adapts=adapts, parts=PARTS if both_adapt else (BODY, HEAD), **further)
     ascent = method.radius if has_upper_ascent(config) else 0.0
     augment = _pruning(config, net) if method.augment else None

@@ -84,7 +84,7 @@ class Conv4(nn.Module):
         """Names of the parameters of each block, first to last."""
         return [[f"{child}.{name}" for name, _ in block.named_parameters()] for child, block in self.named_children()]
 
-    def channels(self) -> list[list[str]]:
+    def channel_groups(self) -> list[list[str]]:
         """Names of the tensors whose first axis is the same channels, a list a block, its weight first."""
         return [
             [f"{block}.{layer}.{kind}" for layer in ("conv", "norm") for kind in ("weight", "bias")]

@@ -36,7 +36,7 @@ class GCN(nn.Module):
         """Names of the parameters of each layer, first to last."""
         return [[f"layers.{number}.weight", f"layers.{number}.bias"] for number in range(2)]
 
-    channels = blocks
+    channel_groups = blocks
 
     def forward(self, inputs: Tensor, features: Tensor | None = None, keep: Tensor | None = None) -> Features:
         """Features of N nodes.

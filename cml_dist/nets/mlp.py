@@ -33,7 +33,7 @@ class MLP(nn.Module):
         """Names of the parameters of each layer, first to last."""
         return [[f"layers.{number}.weight", f"layers.{number}.bias"] for number in range(len(self.layers))]
 
-    channels = blocks
+    channel_groups = blocks
 
     def warp_places(self) -> list[tuple[nn.Module, int]]:
         """Behind each layer: the module that owns the warp layer, and its units."""

@@ -98,7 +98,7 @@ def channels_of(net: CmlNet, backbone: str) -> tuple[tuple[str, ...], ...]:
     Raises:
         ConfigError: the body does not say.
     """
-    channels = getattr(net.body, "channels", lambda: None)()
+    channels = getattr(net.body, "channel_groups", lambda: None)()
     if channels is None:
         raise ConfigError(
             f"method.augment_pruning is width, but model.backbone {backbone} does not say what its channels are",

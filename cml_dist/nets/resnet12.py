@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from timm.layers import ClassifierHead
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 
 from cml_dist.nets.warp import warped
@@ -56,10 +57,11 @@ class ResNet12(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
         self.head = ClassifierHead(widths[-1], num_classes, global_pool, drop_rate)
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        return {"blocks": r"^layer(\d+)"}
+    def group_matcher(self, coarse: bool = False) -> dict[str, list[tuple[str, tuple[int] | None]]]:
+        # The last warp layer is of the network itself, and belongs to the block before it.
+        return {"blocks": [(r"^layer(\d+)", None), (r"^warp", MATCH_PREV_GROUP)]}
 
-    def channels(self) -> list[list[str]]:
+    def channel_groups(self) -> list[list[str]]:
         """Names of the tensors whose first axis is the same channels, a list a layer, its weight first."""
         layers = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3", "downsample.0", "downsample.1"))
         return [

@@ -92,9 +92,9 @@ class TimmBackbone(nn.Module):
             ) from error
         return [[f"model.{name}" for name in names] for names in groups.values()]
 
-    def channels(self) -> list[list[str]] | None:
+    def channel_groups(self) -> list[list[str]] | None:
         """Names of the tensors whose first axis is the same channels; None: this model does not say."""
-        found = self.model.channels() if hasattr(self.model, "channels") else None
+        found = self.model.channel_groups() if hasattr(self.model, "channel_groups") else None
         return found and [[f"model.{name}" for name in group] for group in found]
 
     def warp_places(self) -> list[tuple[nn.Module, int]]:

@@ -178,6 +178,16 @@ def test_what_cannot_be_drawn_is_refused_by_name(change, words, said, runs, tmp_
     assert said in capfd.readouterr().err
 
 
+def test_with_unlabelled_examples_the_steps_on_the_support_set_are_drawn(tmp_path):
+    words = ["domain.ways=2", "domain.queries=2", "domain.unlabelled=2", "model.filters=4", "train.steps=1"]
+    few = ["train.episodes_per_step=1", "eval.val_episodes=1", "eval.episodes=2", "eval.untrained=false"]
+    assert main(["train", "glyphs", f"run.dir={tmp_path / 'run'}", "method.name=cml", *words, *few]) == 0
+    out = tmp_path / "out"
+    assert main(["analyse", str(tmp_path / "run"), "--episodes", "2", "--checkpoints", "best", "--out", str(out)]) == 0
+    with np.load(out / "analysis.npz") as numbers:
+        assert {numbers[name].shape for name in numbers if name.endswith("/scores")} == {(2, 4)}
+
+
 NETS = {
     "conv4": [f"block{k}" for k in (1, 2, 3, 4)],
     "resnet12": [f"model.layer{k}.0" for k in (1, 2, 3, 4)],

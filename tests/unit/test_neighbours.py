@@ -94,6 +94,13 @@ def test_warp_layers_are_the_identity_at_the_start_and_never_adapt(backbone, wor
     assert moved == params.keys() - warps.keys() - unadded
 
 
+def test_the_last_warp_layer_of_a_resnet_is_of_its_last_block():
+    config, net = made("method.name=warpgrad", "model.trained=[head,last:1]", backbone="resnet12")
+    trained = {n for n, _ in net.named_parameters() if n.startswith("body.")}
+    assert "body.model.layer4.0.conv3.weight" in trained and "body.model.warp.weight" in trained
+    assert not any(".layer3." in name for name in trained)
+
+
 RESNET = ("model.backbone=resnet18",)
 
 
@@ -109,6 +116,11 @@ RESNET = ("model.backbone=resnet18",)
             ("method.augment=mgaug", *RESNET),
             "method.augment_pruning is width, but model.backbone resnet18 does not say what its channels are; set "
             "method.augment_pruning=parameters or catfish, or model.backbone=conv4, resnet12, mlp or gcn",
+        ),
+        (
+            ("method.name=warpgrad", "method.adapts=[body.*.warp.*]"),
+            "method.adapts selects warp layers alone, which never adapt under method.name warpgrad; name what stands "
+            "between them, or leave method.adapts out",
         ),
         (
             ("method.augment=mgaug", "model.trained=[head]"),

@@ -120,6 +120,7 @@ def test_a_setting_without_a_source_and_a_baseline_that_is_no_row_are_refused(tm
     for text, said in (
         (head, "row a sets method.name, and no source says where that is from"),
         (head.replace("{set: {method.name: maml}}", "{baseline: b}"), "row a has the baseline b, which is no row"),
+        (f"borrows: {{controls: [noice-1shot]}}\n{head}sources: {{method.*: ours}}\n", "use noise-1shot"),
     ):
         (tmp_path / "mine.yaml").write_text(text)
         assert main(["repro", str(tmp_path / "mine.yaml"), "--list"]) == 2

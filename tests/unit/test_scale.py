@@ -191,6 +191,8 @@ def test_a_broken_cell_is_named_and_left_out(study, capsys):
         (["--worlds=1", "--axes", "method.inner_steps"], "write KEY=V1,V2"),
         (["--worlds=1", "--axes", "method.inner_step=1,5"], "method.inner_steps"),
         (["--worlds=1", "--axes", "train.steps=1,5"], "train.steps cannot vary here"),
+        (["--worlds=1", "--axes", "method.inner_steps=1,5", "run.seed=1"], "set it before --axes"),
+        (["--worlds=1", "--axes", "method.augment_ratios=[0.1,0.2]"], "of which a value cannot be read"),
         (["--worlds=1,4096"], "needs 4096 cores"),
         (["--worlds=1", "--srun"], "none"),
     ],
