@@ -188,7 +188,8 @@ def _cell(run: Run, world: int, kind: str, words: tuple[str, ...], out: Path, pr
     file = out / "cells" / f"{Path(config.model.backbone).name}-{world}p-{episodes}e-{mark}.json"
     run_dir = f"run.dir={file.with_suffix('.run')}"
     config, words = load_config(words[0], [*settings, run_dir], silently, preset), (*words, run_dir)
-    return Cell(run.name, dict(run.settings), world, (kind,), words, config, file)
+    variant = run.name.removeprefix("backbone=")  # which says little
+    return Cell(variant, dict(run.settings), world, (kind,), words, config, file)
 
 
 # --------------------------------------------------------------------------- the folder

@@ -102,6 +102,7 @@ def _split(cells: list[dict[str, Any]]) -> Drawn:
             left = [a + b for a, b in zip(left, widths, strict=True)]
         names = [f"{_short(c['variant'])}, N={c['world']}, {c['episodes']} ep." for c in cells]
         axes.set_yticks(range(len(cells)), names, fontsize=7)
+        axes.margins(y=0.01)
         axes.invert_yaxis()
         axes.set(xlabel="% of a meta-step", xlim=(0, 100))
         legend_below(figure, axes)
@@ -110,7 +111,8 @@ def _split(cells: list[dict[str, Any]]) -> Drawn:
 
 
 def _short(name: str, most: int = 34) -> str:
-    return name if len(name) <= most else f"{name[: most - 3]}..."
+    """Both of its ends: variants differ at either."""
+    return name if len(name) <= most else f"{name[: most // 2 - 3]}...{name[-most // 2 :]}"
 
 
 def _memory(cells: list[dict[str, Any]]) -> Drawn:
