@@ -19,6 +19,8 @@ from cml_dist.experiments.compare_tables import tables
 from cml_dist.run.folder import RunFolder
 from cml_dist.telemetry.metrics import read_metrics
 
+pytestmark = pytest.mark.slow  # eighteen runs in processes of their own; a quick sweep is in tests/unit/test_repro.py
+
 SETTINGS = {
     "run.device": "cpu", "parallel.threads": 1, "model.filters": 4, "domain.ways": 2, "domain.queries": 2,
     "train.steps": 12, "train.episodes_per_step": 2, "eval.every": 6, "eval.val_episodes": 2, "eval.episodes": 4,
@@ -75,7 +77,6 @@ def test_after_a_kill_of_everything_the_same_command_comes_to_the_same_results(u
     assert results(tmp_path) == results(undisturbed), f"killed at {at} of all steps"
 
 
-@pytest.mark.slow
 def test_ctrl_c_has_the_runs_save_and_a_seed_more_starts_that_alone(undisturbed, tmp_path):
     longer = {"set": {**SETTINGS, "train.steps": 100000}}
     process = start(tmp_path, **longer)
@@ -91,7 +92,6 @@ def test_ctrl_c_has_the_runs_save_and_a_seed_more_starts_that_alone(undisturbed,
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
     (tmp_path / "runs" / NAMES[0]).mkdir(parents=True)
     (tmp_path / "runs" / NAMES[0] / "notes.txt").touch()
