@@ -262,6 +262,7 @@ def _tied() -> nn.Module:
 
 @pytest.mark.parametrize("layers", [_Cache, _tied])
 def test_check_refuses_what_is_no_function_of_its_parameters(layers) -> None:
+    torch.manual_seed(0)  # of rare values the check cannot tell it
     with pytest.raises(ModelError, match="toy"):
         check_twice_differentiable(_custom(layers()), GREY28, 5, "toy")
 
