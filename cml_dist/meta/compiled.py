@@ -103,7 +103,7 @@ class CompiledGradient:
         tensors = [tensor for batch in episode.batches for tensor in batch.tensors()]
         arguments = params, dict(problem.buffers), tensors
         shapes = tuple((t.shape, t.stride(), t.dtype) for t in (*params.values(), *tensors))
-        schedule = meta_step < method.first_order_steps, method.rule.terms(meta_step, method.steps)
+        schedule = method.at(meta_step).order, method.rule.terms(meta_step, method.steps)
         if schedule != self._schedule:  # what was before does not come again
             self.graphs, self._schedule = {}, schedule
         key = shapes, episode.ways

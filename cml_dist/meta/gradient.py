@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -79,9 +79,7 @@ def meta_gradient(
     Collective: none.
     Source: CML (UAI 2024), eq. 5-7.
     """
-    engine = Engine(engine) if isinstance(engine, str) else engine
-    if meta_step < method.first_order_steps:
-        method = replace(method, order=1)
+    engine, method = Engine(engine) if isinstance(engine, str) else engine, method.at(meta_step)
     loop, weights = InnerLoop(params, episode, problem, method), {"meta": 1.0, "co": method.gamma}
     grads, terms = _objective(loop, weights, engine, meta_step)
     # A body that is all frozen has no gradient.
@@ -125,9 +123,7 @@ def learners_gradients(
     Source: CML (UAI 2024).
     """
     engine = Engine(engine) if isinstance(engine, str) else engine
-    if meta_step < method.first_order_steps:
-        method = replace(method, order=1)
-    loop, found = InnerLoop(params, episode, problem, method), {}
+    loop, found = InnerLoop(params, episode, problem, method.at(meta_step)), {}
     for learner in learners:
         weights = {one: float(one == learner) for one in problem.learners}
         found[learner], _ = _objective(loop, weights, engine, meta_step, first_alone=True)

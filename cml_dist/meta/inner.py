@@ -6,7 +6,6 @@ or one micro-batch of it.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -403,34 +402,43 @@ class _Streamed(torch.autograd.Function):
 
 
 def adapt(meta: Params, episode: Episode, problem: Problem, method: Method, learner: Learner = "meta") -> Params:
-    """What the network is after the whole inner loop: the last of :func:`adapting`, with its arguments."""
-    (adapted,) = deque(adapting(meta, episode, problem, method, learner), maxlen=1)
-    return adapted
-
-
-def adapting(
-    meta: Params, episode: Episode, problem: Problem, method: Method, learner: Learner = "meta"
-) -> Iterator[Params]:
-    """What the network is before the inner loop on an episode's support set and after each step, by canonical name.
-
-    Values, of which each is made when it is asked for; one alone where nothing adapts.
+    """What the network is after the whole inner loop on an episode's support set, as values by canonical name.
 
     Args:
         learner: whose support loss is descended: ``meta`` adapts psi and theta (eq. 8), ``co`` psi alone with phi
             frozen (eq. 9), or with phi where both heads adapt.
     """
+    loop = _adapting_loop(meta, episode, problem, method, learner)
+    fast = loop.fast
+    for k in range(loop.steps):
+        fast = loop.step(fast, k)
+    return loop._view(Point(loop.meta, fast, loop.const), max(loop.steps - 1, 0))
+
+
+def adapting(
+    meta: Params, episode: Episode, problem: Problem, method: Method, learner: Learner = "meta"
+) -> Iterator[Params]:
+    """What :func:`adapt` gives after no step, one, two, ... and all: one alone where nothing adapts.
+
+    Each is made when it is asked for.
+    """
+    loop = _adapting_loop(meta, episode, problem, method, learner)
+    fast = loop.fast
+    yield loop._view(Point(loop.meta, fast, loop.const), 0)
+    for k in range(loop.steps):
+        fast = loop.step(fast, k)
+        yield loop._view(Point(loop.meta, fast, loop.const), k)
+
+
+def _adapting_loop(meta: Params, episode: Episode, problem: Problem, method: Method, learner: Learner) -> InnerLoop:
+    """The loop of a learner that is used: on its own support loss, without what is drawn for training."""
     if learner == "co":
         parts = (BODY, COLEARNER) if method.both_adapt else (BODY,)
     else:
         parts = (BODY, HEAD)
     rule = replace(method.rule, parts=parts)
     episode = replace(episode, support=replace(episode.support, by_step={}))  # what is drawn a step is of training
-    loop = InnerLoop(meta, episode, problem, replace(method, rule=rule), {learner: 1.0})
-    fast = loop.fast
-    yield loop._view(Point(loop.meta, fast, loop.const), 0)
-    for k in range(loop.steps):
-        fast = loop.step(fast, k)
-        yield loop._view(Point(loop.meta, fast, loop.const), k)
+    return InnerLoop(meta, episode, problem, replace(method, rule=rule), {learner: 1.0})
 
 
 # --------------------------------------------------------------------------- small things

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Protocol
 
@@ -183,6 +183,10 @@ class Method:
     def steps(self) -> int:
         """Inner steps in all, where episodes have what the method reads."""
         return self.inner_steps + (self.unlabelled.steps if self.unlabelled else 0)
+
+    def at(self, meta_step: int) -> Method:
+        """The method as it is in this meta-step: of order 1 in the first ``first_order_steps``."""
+        return replace(self, order=1) if meta_step < self.first_order_steps else self
 
     @property
     def passes(self) -> int:
