@@ -52,8 +52,7 @@ def _write(groups: Sequence[Group], episodes: int, notes: Sequence[str], out: Pa
     write_json(out / "analysis.json", numbers(groups, episodes, notes))
     write_bytes(out / "analysis.npz", made.getvalue())
     for picture in draw(groups):
-        write_bytes(out / f"{picture.name}.svg", picture.svg)
-        write_bytes(out / f"{picture.name}.png", picture.png)
+        picture.write(out)
         console.note(f"Written: {out / picture.name}.png, .svg")
     console.table(*table(groups))
     console.note(f"Written: {out}/analysis.json, and analysis.npz with the value of every episode")

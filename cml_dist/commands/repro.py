@@ -63,7 +63,8 @@ def repro(args: argparse.Namespace, console: Console) -> int:
 
     code = carry_out(sweeps, args, console, title, _code_in(args.overrides))
     if not args.dry_run:
-        _show(args, console, collect(title, rows, sweeps, notes))
+        can_run = {name: config for name, config in configs.items() if name in runnable}
+        _show(args, console, collect(title, rows, sweeps, can_run, notes))
     return code
 
 

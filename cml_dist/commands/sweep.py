@@ -122,9 +122,8 @@ def timed(jobs: Sequence[Job], place: Place, console: Console) -> tuple[list[Job
         return jobs, ""
     console.note(f"Measuring a meta-step of {first.name}")
     step_s = measure(first, place)
-    return estimated(
-        [replace(job, step_s=step_s) if job is first else job for job in jobs]
-    ), f"measured on {first.name}"
+    known = [replace(job, step_s=step_s) if job is first else job for job in jobs]
+    return estimated(known), f"measured on {first.name}"
 
 
 def _counted(jobs: Sequence[Job]) -> str:

@@ -23,7 +23,7 @@ from cml_dist.config.schema import ImageSettings, RunConfig
 from cml_dist.distributed.world import World
 from cml_dist.errors import CheckpointError, ConfigError
 from cml_dist.experiments.cka import LEAST, terms
-from cml_dist.experiments.compare import open_run, variant_names, variant_settings
+from cml_dist.experiments.compare import open_run, unlike, variant_names, variant_settings
 from cml_dist.experiments.report_figures import BACKBONE
 from cml_dist.meta.gradient import learners_gradients
 from cml_dist.meta.inner import accumulate, adapting
@@ -158,9 +158,7 @@ def _check_same_network(first: Analysed, run: Analysed) -> None:
         flat = flatten(of.config.model_dump(mode="json"))
         return {"classes": has_classes(of.config), **{k: v for k, v in flat.items() if k.startswith(BACKBONE)}}
 
-    one, other = facts(first), facts(run)
-    differs = [f"{k} is {other.get(k)}, there {one.get(k)}" for k in {**one, **other} if one.get(k) != other.get(k)]
-    if differs:
+    if differs := unlike(facts(first), facts(run)):
         raise ConfigError(
             f"{run.path} has another network than {first.path}, so that their layers share no picture: "
             + "; ".join(differs),

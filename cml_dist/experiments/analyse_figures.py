@@ -13,7 +13,7 @@ import numpy as np
 from cml_dist.config.methods import has_classes, has_trained_colearner
 from cml_dist.experiments.analyse import FACTOR, FORMAT, Analysed, Measured
 from cml_dist.experiments.cka import cka
-from cml_dist.experiments.report_figures import COLOURS, DASHES, INK, legend_below, new_figure, saved
+from cml_dist.experiments.report_figures import COLOURS, DASHES, INK, Picture, legend_below, new_figure, saved
 from cml_dist.run.interval import estimate
 from cml_dist.telemetry import text
 
@@ -26,15 +26,6 @@ PANELS = 12
 """Layers that a picture has at most; of more it has so many, evenly."""
 
 WHOSE = {"meta": "the meta-learner", "co": "its co-learner", "untrained": "an untrained co-learner"}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture under a file's name, as SVG and PNG."""
-
-    name: str
-    svg: bytes
-    png: bytes
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -297,13 +297,16 @@ def compare(runs: Sequence[TestedRun], baseline: str | None = None, reach: float
 
 
 def _check_same_episodes(first: TestedRun, run: TestedRun) -> None:
-    one, other = first.episodes | {"score": first.score}, run.episodes | {"score": run.score}
-    differs = [f"{k} is {other.get(k)}, there {one.get(k)}" for k in {**one, **other} if one.get(k) != other.get(k)]
-    if differs:
+    if differs := unlike(first.episodes | {"score": first.score}, run.episodes | {"score": run.score}):
         raise ConfigError(
             f"{run.folder} was tested on other episodes than {first.folder}: {'; '.join(differs)}",
             "compare runs of one test, or run them again with these settings alike",
         )
+
+
+def unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """In what the other differs from the one, in words."""
+    return [f"{k} is {other.get(k)}, there {one.get(k)}" for k in {**one, **other} if one.get(k) != other.get(k)]
 
 
 def differing(each: Sequence[dict[str, Any]]) -> list[str]:

@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cml_dist.atomic import write_bytes
 from cml_dist.experiments.compare import Variant, variant_names
 from cml_dist.experiments.report_runs import Shown, ShownVariant
 from cml_dist.telemetry import text
@@ -40,22 +42,31 @@ BACKBONE = ("model.backbone", "model.filters", "model.hidden", "model.extra_bloc
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A figure.
+class Picture:
+    """A figure as files, with a legend, and their name."""
+
+    name: str
+    svg: bytes
+    png: bytes
+
+    def write(self, folder: Path, prefix: str = "") -> None:
+        """Its files, each whole or not at all."""
+        for kind, content in (("svg", self.svg), ("png", self.png)):
+            write_bytes(folder / f"{prefix}{self.name}.{kind}", content)
+
+
+@dataclass(frozen=True)
+class Drawn(Picture):
+    """A figure of a page.
 
     Attributes:
-        name: of its files.
         inline: an SVG element, without a legend.
-        svg, png: files, with a legend.
         zoom: of curves, left, top, right and bottom of the axes in the SVG, and the limits there of x and y.
     """
 
-    name: str
     title: str
     caption: str
     inline: str
-    svg: bytes
-    png: bytes
     zoom: tuple[float, ...] | None = None
 
 
@@ -238,7 +249,7 @@ def drawn(
     if legend:
         legend_below(figure, axes)
     svg, png = (saved(figure, kind, name) for kind in ("svg", "png"))
-    return Drawn(name, title, caption, inline, svg, png, view if zoom else None)
+    return Drawn(name, svg, png, title, caption, inline, view if zoom else None)
 
 
 def saved(figure: Figure, kind: str, name: str) -> bytes:

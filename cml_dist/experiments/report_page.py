@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cml_dist import __version__
-from cml_dist.atomic import write_bytes, write_text
+from cml_dist.atomic import write_text
 from cml_dist.config.keys import as_yaml
 from cml_dist.errors import ConfigError
 from cml_dist.experiments.compare import Comparison, short_key
@@ -67,10 +67,11 @@ def write_report(
         CmlError: the file system refused.
     """
     folder = figures_folder(out)
-    of_studies = [(f"{study.stem}-{figure.name}", figure) for study in studies for figure in study.figures]
-    for name, figure in (*((figure.name, figure) for figure in (*figures, *([fits] if fits else []))), *of_studies):
-        write_bytes(folder / f"{name}.svg", figure.svg)
-        write_bytes(folder / f"{name}.png", figure.png)
+    for figure in (*figures, *([fits] if fits else [])):
+        figure.write(folder)
+    for study in studies:
+        for figure in study.figures:
+            figure.write(folder, f"{study.stem}-")
     count, variants = sum(len(variant.runs) for variant in shown.variants), shown.variants
     about = f"{count} run{'s' * (count > 1)}, {len(variants)} variant{'s' * (len(variants) > 1)}" if variants else ""
     about = "; ".join(filter(None, (about, ", ".join(f"scaling study {study.folder}" for study in studies))))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cml_dist.config.load import load_config
 from cml_dist.config.methods import dagger_refusal
 from cml_dist.config.repro import Figure, Row
 from cml_dist.config.schema import ImagesConfig, RunConfig
@@ -110,19 +109,22 @@ class Collected:
     notes: tuple[str, ...]
 
 
-def collect(title: str, rows: Mapping[str, Row], sweeps: Sequence[Sweep], notes: Sequence[str] = ()) -> Collected:
+def collect(
+    title: str, rows: Mapping[str, Row], sweeps: Sequence[Sweep], configs: Mapping[str, RunConfig], notes: Sequence[str]
+) -> Collected:
     """The rows with what their finished runs found.
+
+    Args:
+        sweeps, configs: of the rows that can run.
 
     Raises:
         CheckpointError: a finished run's records are damaged. ConfigError: rows were tested on other episodes.
     """
-    jobs = [(row_of(run), sweep, run) for sweep in sweeps for run in sweep.runs()]
-    configs = {name: load_config(sweep.base, run.overrides) for name, sweep, run in jobs}
     finished: dict[str, list[str]] = {}
-    for name, sweep, run in jobs:
-        status = read_status(Path(folder := str(Path(sweep.dir, run.name)), "status.json"))
+    for folder, run in ((str(Path(sweep.dir, run.name)), run) for sweep in sweeps for run in sweep.runs()):
+        status = read_status(Path(folder, "status.json"))
         if status is not None and status.state == "finished":
-            finished.setdefault(name, []).append(folder)
+            finished.setdefault(row_of(run), []).append(folder)
     lines, scores = [], set()
     for name, row in rows.items():
         tested = {"meta", *["co"] * (name in configs and not dagger_refusal(configs[name]))}

@@ -186,8 +186,9 @@ def _cell(run: Run, world: int, kind: str, words: tuple[str, ...], out: Path, pr
     mark = hashlib.sha256(json.dumps([world, kept], sort_keys=True, default=str).encode()).hexdigest()[:8]
     episodes = config.train.episodes_per_step
     file = out / "cells" / f"{Path(config.model.backbone).name}-{world}p-{episodes}e-{mark}.json"
-    run_dir = f"run.dir={file.with_suffix('.run')}"
-    config, words = load_config(words[0], [*settings, run_dir], silently, preset), (*words, run_dir)
+    run_dir = str(file.with_suffix(".run"))
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
+    words = (*words, f"run.dir={run_dir}")
     variant = run.name.removeprefix("backbone=")  # which says little
     return Cell(variant, dict(run.settings), world, (kind,), words, config, file)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cml_dist.atomic import write_bytes
 from cml_dist.experiments.report_figures import Drawn
 from cml_dist.experiments.scale import read_study
 from cml_dist.experiments.scale_figures import draw_study, variant_numbers
@@ -45,9 +44,7 @@ def shown_study(folder: str) -> ShownStudy | None:
 
 def write_figures(folder: Path, study: Mapping[str, Any]) -> list[str]:
     """PNG and SVG of each figure; returns their names."""
-    names = []
-    for figure in draw_study(study):
-        names.append(figure.name)
-        write_bytes(folder / f"{figure.name}.svg", figure.svg)
-        write_bytes(folder / f"{figure.name}.png", figure.png)
-    return names
+    figures = [*draw_study(study)]
+    for figure in figures:
+        figure.write(folder)
+    return [figure.name for figure in figures]
