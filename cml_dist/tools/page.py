@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
-from importlib.resources import files
 
-from jinja2 import Environment, Template
+from jinja2 import Environment, PackageLoader, Template
 
 from cml_dist.telemetry.text import line
 
 
 def page_template(name: str) -> Template:
     """A template by its file name; it escapes what it is given, with filters ``line`` (one line) and ``base64``."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    loader = PackageLoader("cml_dist")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"line": line, "base64": lambda data: base64.b64encode(data).decode()}
-    return environment.from_string(files("cml_dist").joinpath("templates", name).read_text(encoding="utf-8"))
+    return environment.get_template(name)
