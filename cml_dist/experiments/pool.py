@@ -14,13 +14,12 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from cml_dist.distributed.exit import signal_when_parent_ends
 from cml_dist.experiments.sweep import Job, seconds_a_step, steps_done
 from cml_dist.run.folder import RunFolder
 from cml_dist.run.interrupts import STOPPED_BY_SCHEDULER, STOPPED_BY_USER
 from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.text import duration, measured
-from cml_dist.tools.local import PASSED_ON, heard
+from cml_dist.tools.local import PASSED_ON, heard, start_logged
 
 TICK_S = 0.5
 """Between two looks at the runs."""
@@ -61,15 +60,9 @@ def places(at_once: int, processes: int, gpus: Sequence[str]) -> list[Place]:
 def start(words: Sequence[str], place: Place, log: Path) -> subprocess.Popen:
     """A command in its place, with what it says at the end of ``log``."""
 
-    def settle() -> None:
-        signal_when_parent_ends(signal.SIGTERM)  # of a pool that is killed no run is left behind: it stops and saves
-        os.sched_setaffinity(0, place.cores)
-
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(place.gpus)} if place.gpus else {})}
-    with open(log, "ab") as file:
-        return subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment, preexec_fn=settle
-        )
+    # Of a pool that is killed no run is left behind: it stops and saves.
+    return start_logged(words, log, environment, place.cores, signal.SIGTERM)
 
 
 def measure(job: Job, place: Place) -> float | None:

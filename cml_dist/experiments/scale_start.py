@@ -6,17 +6,18 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cml_dist.distributed.env import Launched, environment_of
-from cml_dist.distributed.exit import signal_when_parent_ends
 from cml_dist.experiments.scale import Cell, Measuring
+from cml_dist.tools.local import start_logged
 
 GRACE_S = 60.0
 """The failure detector needs less, but at the start processes would wait for a missing one much longer."""
@@ -61,9 +62,9 @@ class Here:
         ours, started = sorted(os.sched_getaffinity(0)), []
         try:
             for rank in range(cell.world):
-                place = Launched(rank, cell.world, rank, cell.world, "127.0.0.1", port)
+                place = environment_of(Launched(rank, cell.world, rank, cell.world, "127.0.0.1", port))
                 own = ours[rank * self.cores : (rank + 1) * self.cores]
-                started.append(_start(command(cell, measuring), cell, environment_of(place), own))
+                started.append(start_logged(command(cell, measuring), cell.log, place, own, signal.SIGKILL))
             return _ended(started)
         finally:
             for process in started:
@@ -90,7 +91,7 @@ class Srun:
     def __call__(self, cell: Cell, measuring: Measuring) -> list[int]:
         cores = [f"--cpus-per-task={self.cores}", "--cpu-bind=cores"] if self.cores else []
         srun = ["srun", f"--ntasks={cell.world}", *cores, "--mpi=none", "--kill-on-bad-exit=1", "--export=ALL"]
-        process = _start([*srun, *command(cell, measuring)], cell, {**os.environ}, ())
+        process = start_logged([*srun, *command(cell, measuring)], cell.log, os.environ, (), signal.SIGKILL)
         try:
             return [process.wait()]
         finally:
@@ -125,7 +126,7 @@ class Beside:
         if here.rank < cell.world:
             local_size = min(here.local_size, cell.world - (here.rank - here.local_rank))
             place = here._replace(size=cell.world, local_size=local_size, port=port)
-            process = _start(command(cell, measuring), cell, environment_of(place), ())
+            process = start_logged(command(cell, measuring), cell.log, environment_of(place), (), signal.SIGKILL)
         try:
             codes = [0] * here.size
             self._group.all_gather_object(codes, process.wait() if process else 0)
@@ -137,14 +138,3 @@ class Beside:
 
     def close(self) -> None:
         self._group.destroy_process_group()
-
-
-def _start(words: Sequence[str], cell: Cell, environment: Mapping[str, str], cores: Sequence[int]) -> subprocess.Popen:
-    def settle() -> None:
-        signal_when_parent_ends(9)
-        if cores:
-            os.sched_setaffinity(0, cores)
-
-    with open(cell.log, "ab") as log:
-        how = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT, "preexec_fn": settle}
-        return subprocess.Popen(words, env=environment, **how)

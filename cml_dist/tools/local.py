@@ -13,8 +13,9 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 
@@ -155,3 +156,22 @@ def _accelerate_launch() -> int:
 
 if __name__ == "__main__":
     sys.exit(_accelerate_launch())
+
+
+def start_logged(
+    words: Sequence[str], log: Path, environment: Mapping[str, str], cores: Collection[int], at_parents_end: int
+) -> subprocess.Popen:
+    """A command on these cores (empty: on all), with what it says at the end of ``log``.
+
+    Args:
+        at_parents_end: the signal that it gets should this process end before it.
+    """
+
+    def settle() -> None:
+        signal_when_parent_ends(at_parents_end)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+    with open(log, "ab") as file:
+        how = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT, "preexec_fn": settle}
+        return subprocess.Popen(words, env=environment, **how)
