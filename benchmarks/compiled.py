@@ -12,18 +12,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
-import gc
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +27,7 @@ from speed import seconds
 
 from cml_dist.config.load import load_config
 from cml_dist.data.sinusoid import SinusoidDomain
-from cml_dist.distributed.allocator import keep_freed_memory
+from cml_dist.distributed.allocator import keep_freed_memory, peak_since_settled, settled_memory
 from cml_dist.meta.compiled import CompiledGradient, distance
 from cml_dist.meta.gradient import meta_gradient
 from cml_dist.meta.problem import Problem
@@ -117,16 +113,9 @@ def measure(name: str) -> dict[str, Any]:
 
 def peak(work: Callable[[], object]) -> float:
     """MiB of the process at most while ``work`` runs, above what it holds before (Linux)."""
-
-    def held(what: str) -> float:
-        return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = held("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = settled_memory()
     work()
-    return held("VmHWM") - before
+    return (peak_since_settled() - before) / 2**20
 
 
 def main() -> None:

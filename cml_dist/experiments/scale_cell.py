@@ -13,14 +13,11 @@ On a GPU each part ends when the device is done.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
-import resource
 import socket
 import time
 from contextlib import suppress
-from ctypes import CDLL
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,7 @@ from cml_dist.atomic import write_text
 from cml_dist.config.plan import RunPlan
 from cml_dist.config.schema import RunConfig
 from cml_dist.data.set_shape import known_shape
-from cml_dist.distributed.allocator import give_back_freed_memory
+from cml_dist.distributed.allocator import give_back_freed_memory, peak_since_settled, settled_memory
 from cml_dist.distributed.world import World, joined_world
 from cml_dist.experiments.scale import MEMORY_STEPS
 from cml_dist.memory.choose import MemoryPlanner, in_words, model_size
@@ -85,7 +82,7 @@ class Stopwatch:
             if step in (self.warm_up, timed):
                 self.sent = sent_bytes() - self.sent
             if step >= timed:
-                self.rise = torch.cuda.max_memory_allocated() if gpu else peak_memory_of_process() - self.rise
+                self.rise = torch.cuda.max_memory_allocated() if gpu else peak_since_settled() - self.rise
                 if step < self.last and not gpu:
                     give_back_freed_memory()
                     self.rise = settled_memory()
@@ -155,22 +152,3 @@ def sent_bytes() -> int:
             info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
             total += int.from_bytes(info[BYTES_ACKED], "little")
     return total
-
-
-def settled_memory() -> int:
-    """Resident bytes, once what is free is given back, and the highest mark set to it."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        CDLL("libc.so.6").malloc_trim(0)
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return psutil.Process().memory_info().rss
-
-
-def peak_memory_of_process() -> int:
-    """The highest mark of resident bytes, since it was set."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
