@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cml_dist.errors import CmlError, ConfigError
 
 if TYPE_CHECKING:
+    from cml_dist.experiments.compare_tables import Table
     from cml_dist.telemetry.console import Console
 
 
 def compare(args: argparse.Namespace, console: Console) -> None:
-    from cml_dist.atomic import write_text
     from cml_dist.experiments.compare import compare, find_runs, read_run
-    from cml_dist.experiments.compare_tables import as_csv, as_latex, as_markdown, tables
+    from cml_dist.experiments.compare_tables import as_csv, tables
 
     if not 0 < args.reach <= 100:
         raise ConfigError(f"--reach is {args.reach:g}", "give per cent of the best validation, above 0 and at most 100")
@@ -26,13 +27,24 @@ def compare(args: argparse.Namespace, console: Console) -> None:
         except CmlError as error:
             console.warn(f"Left out: {error}")
     found = compare(runs, args.baseline, args.reach / 100)
-    for table in tables(found):
+    made = tables(found)
+    for table in made:
         console.table(*table)
     for note in found.notes:
         console.note(note)
-    for place, written in ((args.csv, as_csv), (args.latex, as_latex), (args.md, as_markdown)):
+    write_tables(args, console, as_csv(found), made)
+
+
+def write_tables(
+    args: argparse.Namespace, console: Console, numbers: str, tables: Sequence[Table], notes: Sequence[str] = ()
+) -> None:
+    """Where ``--csv``, ``--latex`` and ``--md`` ask for them."""
+    from cml_dist.atomic import write_text
+    from cml_dist.experiments.compare_tables import latex, markdown
+
+    for place, written in ((args.csv, numbers), (args.latex, latex(tables, notes)), (args.md, markdown(tables, notes))):
         if place:
-            write_text(Path(place), written(found))
+            write_text(Path(place), written)
             console.note(f"Written: {place}")
 
 

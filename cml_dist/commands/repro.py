@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cml_dist.errors import ConfigError, DataError
@@ -118,8 +117,7 @@ def _said(rows: Mapping[str, Row], what: str) -> list[tuple[str, str, str]]:
 
 
 def _show(args: argparse.Namespace, console: Console, found: Collected) -> None:
-    from cml_dist.atomic import write_text
-    from cml_dist.experiments.compare_tables import latex, markdown
+    from cml_dist.commands.compare import write_tables
     from cml_dist.experiments.repro import EXPLAINED, as_csv, tables
 
     made, notes = tables(found), [*found.notes, *EXPLAINED]
@@ -128,11 +126,4 @@ def _show(args: argparse.Namespace, console: Console, found: Collected) -> None:
         console.table(title, columns, rows, least=least)
     for note in notes:
         console.note(note)
-    for place, written in (
-        (args.csv, lambda: as_csv(found)),
-        (args.latex, lambda: latex(made, notes)),
-        (args.md, lambda: markdown(made, notes)),
-    ):
-        if place:
-            write_text(Path(place), written())
-            console.note(f"Written: {place}")
+    write_tables(args, console, as_csv(found), made, notes)

@@ -95,11 +95,6 @@ def as_csv(found: Comparison) -> str:
     return file.getvalue()
 
 
-def as_markdown(found: Comparison) -> str:
-    """A heading and a table each."""
-    return markdown(tables(found))
-
-
 def markdown(all_of_them: Sequence[Table], notes: Sequence[str] = ()) -> str:
     """A heading and a table each, and below each the notes."""
     below = "".join(f"\n{text.markdown(note)}\n" for note in notes)
@@ -110,11 +105,6 @@ def markdown(all_of_them: Sequence[Table], notes: Sequence[str] = ()) -> str:
             for title, columns, rows in all_of_them
         )
     )
-
-
-def as_latex(found: Comparison) -> str:
-    """A ``tabular`` each, of the package booktabs."""
-    return latex(tables(found))
 
 
 def latex(all_of_them: Sequence[Table], notes: Sequence[str] = ()) -> str:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from cml_dist.telemetry.metrics import StepMetrics
 from cml_dist.telemetry.summary import TrainingSummary
-from cml_dist.telemetry.text import duration, printable
+from cml_dist.telemetry.text import duration
 
 QUIET_S = 10.0
 """Seconds between two lines of a running count, which says nothing at all if it ends before."""
@@ -55,29 +55,20 @@ class LiveDisplay(Progress):
             yield Constrain(self.summary, MAX_WIDTH)
 
     def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
-        """A line each: on a narrow screen first the note gives way, then the bar, then words of the description."""
+        """A line each: on a narrow screen first the bar gives way, then words of the description."""
         shown = [task for task in tasks if task.visible]
         counts = [MofNCompleteColumn().render(task).plain for task in shown]
         times = [f"{duration(task.elapsed)}, left {duration(task.time_remaining)}" for task in shown]
         rest = min(self._screen.width, MAX_WIDTH) - 2 - _widest(counts) - _widest(times)
         name = min(_widest([task.description for task in shown]), rest)
-        rest -= name + 1
-        note = min(_widest([task.fields["note"] for task in shown]), rest - BAR_WIDTH - 1)
-        note = note if note >= BAR_WIDTH else 0
-        bar = rest - note - bool(note)
+        bar = rest - name - 1
         table = Table.grid(padding=(0, 1, 0, 0))
         for task, count, time in zip(shown, counts, times, strict=True):
             cells: list[RenderableType] = [Text(shorten(task.description, max(name, 1), placeholder="…"))]
             cells += [BarColumn(bar_width=bar).render(task)] if bar >= BAR_WIDTH else []
             cells += [Text(count, style="green", justify="right"), Text(time, style="cyan")]
-            cells += [Text(_end_of(task.fields["note"], note))] if note else []
             table.add_row(*cells)
         return table
-
-
-def _end_of(note: str, width: int) -> str:
-    """Of a path, what tells it from others."""
-    return note if cell_len(note) <= width else f"…{note[1 - width :]}"
 
 
 def _widest(texts: list[str]) -> int:
@@ -93,15 +84,14 @@ class ProgressView:
         self._say, self._clock, self._live = say, clock, live
         self._description, self._of = description, "" if total is None else f"/{total}"
         if live is not None:
-            self._task = live.add_task(description, total=total, note="")
+            self._task = live.add_task(description, total=total)
         self._line, self._spoke, self._last_s = "", False, clock()
 
-    def update(self, done: int, at: str = "") -> None:
-        """``done`` of the total are done; ``at`` is shown beside it: what is done now."""
-        at = printable(at)
+    def update(self, done: int) -> None:
+        """``done`` of the total are done."""
         if self._live is not None:
-            self._live.update(self._task, completed=done, note=at)
-        self._line = f"{self._description} {done}{self._of}  {at}".rstrip()
+            self._live.update(self._task, completed=done)
+        self._line = f"{self._description} {done}{self._of}"
         if self._clock() - self._last_s >= QUIET_S:
             self._flush()
 
@@ -126,7 +116,7 @@ class TrainingView:
         self._last_s = summary.clock()
         if live is not None:
             live.summary = summary
-            self._task = live.add_task(description, total=summary.total_steps, completed=summary.step, note="")
+            self._task = live.add_task(description, total=summary.total_steps, completed=summary.step)
 
     def step(self, metrics: StepMetrics) -> None:
         """The next meta-step is done."""

@@ -103,7 +103,7 @@ def test_a_running_training_keeps_its_count_and_its_time(width):
     with console.training(30_000, method="MAML++ (ridge head) + CML", best=(12_000, 0.512)) as view:
         view.step(StepMetrics(29_000, **values, episodes_per_s=12.3, grad_norm=0.9, gradient_cosine=0.1))
         with console.progress("validating", 200) as count:
-            count.update(20, at="a/picture/of/a/very/long/name.png")
+            count.update(20)
     console.results([ResultRow("CML (ridge head)", 0.5, 0.01, 600)])
     shown = lines_of(file.getvalue())
     assert [line for line in shown if len(line) > width] == []
