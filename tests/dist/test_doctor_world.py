@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 from pathlib import Path
 
-from launching import run, run_ranks
+from launching import run_ranks, world_of
 
 WORKER = str(Path(__file__).with_name("doctor_worker.py"))
 SETTINGS = ("run.device=cpu", "parallel.threads=1")
@@ -22,7 +22,7 @@ def findings(out: str) -> dict[str, list[dict]]:
 
 
 def test_two_processes_are_measured_and_shown_once(tmp_path):
-    code, out = run(2, "-m", "cml_dist", "doctor", "sinusoid", f"run.dir={tmp_path / 'run'}", *SETTINGS)
+    code, out = run_ranks(2, "-m", "cml_dist", "doctor", "sinusoid", f"run.dir={tmp_path / 'run'}", *SETTINGS)
     assert code == 0, out
     assert out.count("cml-dist doctor") == 1 and out.count("\nReady") == 1, out
     assert "ok       world: all 2 processes joined by gloo on " in out
@@ -55,7 +55,8 @@ def test_a_rank_that_deviates_is_named(tmp_path):
 
 def test_a_rank_that_does_not_come_is_named(tmp_path):
     few = "parallel.join_timeout_s=6"
-    code, out = run_ranks(2, WORKER, "doctor", *SETTINGS, few, f"run.dir={tmp_path}", FAULT="absent")
+    first, _ = world_of(2)
+    code, out = run_ranks(1, WORKER, "doctor", *SETTINGS, few, f"run.dir={tmp_path}", **first)
     assert code == 1, out
     assert "fault    world: 1 of 2 processes did not come" in out and "  ok       torch: " in out, out
     assert out.count("\nNot ready: 1 fault") == 1, out

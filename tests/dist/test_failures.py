@@ -71,7 +71,7 @@ def said_once(pattern: str, out: str) -> None:
 @pytest.mark.parametrize(("processes", "rank"), [(2, 1), (3, 0)])
 def test_a_killed_rank_is_named_once_and_all_end(tmp_path, processes, rank):
     folder = tmp_path / "run"
-    out, seconds = ends(processes, folder, "train.episodes_per_step=6", fault="killed", rank=rank)
+    out, seconds = ends(processes, folder, "train.episodes_per_step=6", fault="killed", rank=rank, launcher=False)
     said_once(KILLED.format(rank), out)
     assert seconds < SOON_S
     if rank != 0:  # who could say so
@@ -80,7 +80,7 @@ def test_a_killed_rank_is_named_once_and_all_end(tmp_path, processes, rank):
 
 
 def test_a_rank_killed_before_there_is_a_process_group_is_named(tmp_path):
-    out, seconds = ends(2, tmp_path / "run", fault="start", rank=1)
+    out, seconds = ends(2, tmp_path / "run", fault="start", rank=1, launcher=False)
     said_once(KILLED.format(1), out)
     assert seconds < SOON_S
 
@@ -103,7 +103,9 @@ def test_a_rank_killed_in_its_imports_is_missed_without_any_launcher(tmp_path, k
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_process_is_missed_and_does_not_stay(tmp_path, rank):
-    out, seconds = ends(2, tmp_path / "run", "parallel.heartbeat_timeout_s=4", fault="stopped", rank=rank)
+    """Without a launcher: who misses it ends it."""
+    overrides = ("parallel.heartbeat_timeout_s=4",)
+    out, seconds = ends(2, tmp_path / "run", *overrides, fault="stopped", rank=rank, launcher=False)
     said_once(SILENT.format(rank), out)
     assert seconds < SOON_S
 
@@ -147,6 +149,7 @@ def test_a_lone_process_whose_data_hangs_is_ended_with_its_stacks(tmp_path):
     assert seconds < 15 + SOON_S
 
 
+@pytest.mark.slow  # the hang is in the test before, a launcher's restart in test_train.py
 def test_a_lone_process_that_hangs_is_started_again_by_its_launcher(tmp_path):
     folder = tmp_path / "run"
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--max_restarts=1")
@@ -158,6 +161,7 @@ def test_a_lone_process_that_hangs_is_started_again_by_its_launcher(tmp_path):
     assert read_status(folder / "status.json").state == "finished"
 
 
+@pytest.mark.slow  # ten seconds of sleep; the watch's own rule is in test_trainer.py
 def test_an_episode_may_take_longer_than_a_rank_may_stand_still(tmp_path):
     folder = tmp_path / "run"
     overrides = ("method.inner_steps=6", "engine.name=adjoint", "parallel.hang_timeout_s=5", "eval.final=false")
@@ -196,24 +200,21 @@ def running(folder: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen, l
     assert "Stopped by SIGTERM after step" in out and "error: " not in out, out
 
 
-def test_a_suspended_job_goes_on(tmp_path):
-    with running(tmp_path / "run", "parallel.heartbeat_timeout_s=10", "parallel.hang_timeout_s=12") as (_, ranks):
-        for rank in ranks:
-            rank.suspend()
-        time.sleep(15)  # longer than both limits
-        for rank in ranks:
-            rank.resume()
-
-
-def test_rubbish_on_every_port_of_a_run_does_not_end_it(tmp_path):
+def test_neither_rubbish_on_every_port_nor_a_suspension_ends_a_run(tmp_path):
     noise = (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\n", b"\xff" * 100_000, b"\0" * 64, b"", b"[1]\n")
-    with running(tmp_path / "run") as (launch, ranks):
+    limits = ("parallel.heartbeat_timeout_s=10", "parallel.hang_timeout_s=12")
+    with running(tmp_path / "run", *limits) as (launch, ranks):
         found = [one for process in (psutil.Process(launch.pid), *ranks) for one in process.net_connections()]
         ports = {one.laddr.port for one in found if one.status == psutil.CONN_LISTEN}
         assert ports
         for port, words in itertools.product(ports, noise):
             with socket.create_connection(("localhost", port), timeout=5) as stranger, suppress(OSError):
                 stranger.sendall(words)
+        for rank in ranks:
+            rank.suspend()
+        time.sleep(15)  # longer than both limits
+        for rank in ranks:
+            rank.resume()
 
 
 def test_the_first_rank_of_a_machine_verifies_for_all_and_all_fall_back_alike(tmp_path):

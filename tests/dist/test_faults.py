@@ -9,14 +9,17 @@ import pytest
 from fault_cases import KINDS
 from fault_lab import References, Setup, differences, may_mount, play
 
-pytestmark = pytest.mark.timeout(3600)  # two starts each, and whichever test comes first makes the undisturbed runs
+pytestmark = [
+    pytest.mark.slow,  # of the kill of a rank the same is in test_train.py
+    pytest.mark.timeout(3600),  # two starts each, and whichever test comes first makes the undisturbed runs
+]
 CASES = (
     ("kill-rank", "ddp"),
     ("kill-writer-in-save", "single"),
-    pytest.param("signal-storm", "ddp", marks=pytest.mark.slow),
-    pytest.param("kill-in-validation", "ddp", marks=pytest.mark.slow),
-    pytest.param("flipped-bit", "single", marks=pytest.mark.slow),
-    pytest.param("disk-full", "single", marks=pytest.mark.slow),
+    ("signal-storm", "ddp"),
+    ("kill-in-validation", "ddp"),
+    ("flipped-bit", "single"),
+    ("disk-full", "single"),
 )
 
 

@@ -67,24 +67,24 @@ def test_torchrun_trains_to_the_bit_as_accelerate_launch(by_accelerate, tmp_path
     assert lines(tmp_path / "run") == by_accelerate[strategy]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_processes_started_by_hand_train_to_the_bit_as_accelerate_launch(by_accelerate, tmp_path, strategy):
-    processes = start_ranks(2, *command(tmp_path / "run", strategy))
+def test_processes_started_by_hand_train_to_the_bit_as_accelerate_launch(by_accelerate, tmp_path):
+    """By ZeRO; by DDP in test_train.py."""
+    processes = start_ranks(2, *command(tmp_path / "run", "zero2"))
     said = [finish(process) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert f"2 processes ({strategy})" in said[0] and said[1] == "", said
-    assert lines(tmp_path / "run") == by_accelerate[strategy]
+    assert "2 processes (zero2)" in said[0] and said[1] == "", said
+    assert lines(tmp_path / "run") == by_accelerate["zero2"]
 
 
 def test_copies_that_know_nothing_of_each_other_are_refused(tmp_path):
-    code, out = run(1, *command(tmp_path / "run", "ddp"), SLURM_STEP_NUM_TASKS="2")
+    code, out = run_ranks(1, *command(tmp_path / "run", "ddp"), SLURM_STEP_NUM_TASKS="2")
     assert code == 1 and out.count("error: ") == 1 and len(out.splitlines()) == 1, out
     assert "srun started 2 copies of this command" in out and not (tmp_path / "run").exists()
 
 
 def test_a_separate_run_in_each_copy_trains_alone(tmp_path):
     stray = {"PMI_SIZE": "2", "PMI_RANK": "1", "LOCAL_RANK": "1", "SLURM_STEP_NUM_TASKS": "2"}
-    code, out = run(1, *command(tmp_path / "run", "ddp", "parallel.processes=1"), **stray)
+    code, out = run_ranks(1, *command(tmp_path / "run", "ddp", "parallel.processes=1"), **stray)
     assert code == 0 and "1 process (single)" in out, out
 
 
@@ -202,6 +202,7 @@ def test_quickstart_is_short_and_clean():
     assert found.returncode == 0, found.stdout
 
 
+@pytest.mark.slow  # tests that launch run beside each other anyway
 def test_two_launches_at_once_are_two_worlds_of_their_own(tmp_path):
     probe = tmp_path / "probe.py"
     probe.write_text(PROBE)

@@ -12,6 +12,7 @@ from cml_dist.config.launcher import launcher_variables
 from cml_dist.config.load import parse_config
 from cml_dist.config.plan import make_plan
 from cml_dist.errors import ConfigError
+from cml_dist.tools.launch_files import launch_folder
 
 BY_ACCELERATE = {"TORCHELASTIC_RUN_ID": "none", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
 
@@ -159,6 +160,14 @@ def test_an_accelerate_file_with_settings_that_are_switched_off_passes(tmp_path)
         fsdp_config={"fsdp_version": 2}, megatron_lm_config={}, dynamo_config={"dynamo_backend": "NO"}, use_cpu=False,
     )  # fmt: skip
     assert make_plan(config(), 2, launcher_variables(path)).strategy == "ddp"
+
+
+@pytest.mark.parametrize("path", sorted((launch_folder() / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_file_that_is_shipped_brings_up_its_strategy(path):
+    stage, _, offload = path.stem.partition("-")
+    plan = make_plan(config(), 2, launcher_variables(path))
+    assert plan.strategy == stage.replace("cpu", "ddp")
+    assert plan.offload == {"": "none", "zero2": "optimizer", "zero3": "all"}[stage if offload else ""]
 
 
 @pytest.mark.parametrize("content", ["- a list", "num_processes: 2", ": :", "{"])

@@ -184,10 +184,10 @@ def test_every_command_starts_what_it_says(strategy):
 
 
 def test_where_nothing_fits_the_smallest_memory_that_would_is_said(plan):
-    words = ["mini_imagenet", "--gpus", "2", "engine.name=graph"]
-    found = forecast(plan, *words, "--gpu-memory-gib", "0.1")
+    words = ["sinusoid", "--gpus", "2", "engine.name=graph"]
+    found = forecast(plan, *words, "--gpu-memory-gib", "0.00001")
     assert found["recommended"] is None and found["command"] is None
-    code, out, _ = plan(*words, "--gpu-memory-gib", "0.1")
+    code, out, _ = plan(*words, "--gpu-memory-gib", "0.00001")
     assert code == 0 and "Nothing fits" in out and f"{found['smallest_gib']:.3g} GiB" in out
     assert forecast(plan, *words, "--gpu-memory-gib", str(found["smallest_gib"] * 1.001))["recommended"] is not None
 
@@ -225,7 +225,7 @@ def test_a_graph_that_is_not_here_takes_at_least_what_it_takes_where_it_is(plan)
 
 
 def test_gpus_without_an_episode_are_told_of_and_not_taken(plan):
-    words = ["glyphs", "--gpu-memory-gib", "80", "train.episodes_per_step=4", "--gpus"]
+    words = ["sinusoid", "--gpu-memory-gib", "80", "train.episodes_per_step=4", "--gpus"]
     code, out, err = plan(*words, "8")
     assert code == 0 and "--nproc_per_node 4 " in out.splitlines()[-1]
     assert "4 of 8 GPUs would have nothing to do; train.episodes_per_step=8 would use them all" in err
@@ -236,39 +236,38 @@ def test_gpus_without_an_episode_are_told_of_and_not_taken(plan):
 
 
 def test_the_smallest_configuration_that_fits_is_named(plan):
-    found = forecast(plan, "glyphs", "--gpus", "4", "--gpu-memory-gib", "80")
+    found = forecast(plan, "sinusoid", "--gpus", "4", "--gpu-memory-gib", "80")
     assert found["smallest"] == {"gpus": 1, "strategy": "single", "offload": "none", "by": "graph whole"}
-    out = plan("glyphs", "--gpus", "4", "--gpu-memory-gib", "80")[1]
+    out = plan("sinusoid", "--gpus", "4", "--gpu-memory-gib", "80")[1]
     assert "Smallest that fits: single on 1 GPU, graph whole" in out and "Recommended: ddp on 4 GPUs" in out
     assert "Recommended: single on 1 GPU, graph whole, the smallest that fits" in plan(
-        "glyphs", "--gpus", "1", "--gpu-memory-gib", "80"
+        "sinusoid", "--gpus", "1", "--gpu-memory-gib", "80"
     )[1]
 
 
 def test_where_nothing_fits_a_setting_that_was_chosen_too_dear_is_named(plan):
-    words = ["glyphs", "--gpus", "1", "--gpu-memory-gib", "80", "method.inner_steps=5"]
+    words = ["sinusoid", "--gpus", "1", "--gpu-memory-gib", "80", "method.inner_steps=5", "domain.shots=200"]
     graph, lean = (forecast(plan, *words, f"engine.name={name}")["rows"][0]["total"] for name in ("graph", "adjoint"))
     assert lean < graph
-    found = forecast(plan, *words, "engine.name=graph", f"memory.budget_gib={(graph + lean) / 2 / 2**30:.6f}")
+    found = forecast(plan, *words, "engine.name=graph", f"memory.budget_gib={(graph + lean) / 2 / 2**30:.9f}")
     assert found["recommended"] is None
     assert any("at auto: then it fits, by adjoint" in change for change in found["changes"])
 
 
 def test_no_cell_is_nought_but_what_is_nothing(plan):
     for words in (["sinusoid"], ["mini_imagenet", "model.filters=1024", "domain.queries=30"]):
-        found = forecast(plan, *words, "--gpus", "2", "--gpu-memory-gib", "80")
         out = plan(*words, "--gpus", "2", "--gpu-memory-gib", "80")[1]
         assert not re.search(r" 0\.0+ ", out)
         assert ("GiB of each GPU" if words[0] == "mini_imagenet" else "MiB of each GPU") in out
-        assert re.search(r"^ddp +0\.0131 ", out, re.M) or words[0] != "sinusoid", found["rows"][0]
+        assert re.search(r"^ddp +0\.0131 ", out, re.M) or words[0] != "sinusoid", out
 
 
 def test_vit_base_is_answered_without_weights(plan):
     """86 million parameters at 224 px: neither their values (0.33 GiB) nor an activation are ever in memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     words = ["mini_imagenet", "--image-size", "224", "model.backbone=vit_base_patch16_224", "method.inner_steps=5"]
-    words += ["engine.name=adjoint", "model.pretrained=true"]
-    found = forecast(plan, *words, "--gpus", "16", "--gpu-memory-gib", "80")
+    words += ["engine.name=adjoint", "model.pretrained=true", "train.episodes_per_step=1"]
+    found = forecast(plan, *words, "--gpus", "1", "--gpu-memory-gib", "80")
     assert found["num_parameters"] == pytest.approx(86e6, rel=0.01)
     ddp = found["rows"][0]
     assert ddp["parameters"] == 4 * found["num_parameters"]
