@@ -67,13 +67,13 @@ def test_torchrun_trains_to_the_bit_as_accelerate_launch(by_accelerate, tmp_path
     assert lines(tmp_path / "run") == by_accelerate[strategy]
 
 
-def test_processes_started_by_hand_train_to_the_bit_as_accelerate_launch(by_accelerate, tmp_path):
-    """By ZeRO; by DDP in test_train.py."""
-    processes = start_ranks(2, *command(tmp_path / "run", "zero2"))
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "zero2"])
+def test_processes_started_by_hand_train_to_the_bit_as_accelerate_launch(by_accelerate, tmp_path, strategy):
+    processes = start_ranks(2, *command(tmp_path / "run", strategy))
     said = [finish(process) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert "2 processes (zero2)" in said[0] and said[1] == "", said
-    assert lines(tmp_path / "run") == by_accelerate["zero2"]
+    assert f"2 processes ({strategy})" in said[0] and said[1] == "", said
+    assert lines(tmp_path / "run") == by_accelerate[strategy]
 
 
 def test_copies_that_know_nothing_of_each_other_are_refused(tmp_path):

@@ -35,15 +35,23 @@ def test_a_run_stops_and_goes_on_in_another_world(tmp_path, file):
     out = finish(process)
     assert "everything is saved" in out, out
     stage, _, _ = file.partition("-")
-    words = "optimizer" if stage == "zero2" else "optimizer and parameters"
+    words, offload = ("optimizer", "optimizer") if stage == "zero2" else ("optimizer and parameters", "all")
     assert f"2 processes ({stage}, {words} on the CPU)" in out
     assert "Warning" not in out and "[INFO]" not in out, out
     saved = json.loads((folder / "deepspeed.json").read_text())
     assert saved["zero_optimization"]["stage"] == int(stage[4]) and saved["train_batch_size"] == 2
     stopped_at = len(lines(folder))
-    code, out = run_ranks(1, *command(folder, f"train.steps={stopped_at + 3}"))
+    steps = f"train.steps={stopped_at + 3}"
+    code, out = run_ranks(1, *command(folder, steps))
     assert code == 0 and f"Resuming at step {stopped_at}" in out, out
     assert (folder / "eval.json").is_file() and list((folder / "export").glob("*.safetensors"))
+    whole = tmp_path / "whole"
+    asked = (f"parallel.strategy={stage}", f"parallel.offload={offload}")
+    code, out = run_ranks(2, *command(whole, steps, *asked))
+    assert code == 0, out
+    assert (whole / "eval.json").is_file() and list((whole / "export").glob("*.safetensors"))
+    for one, two in zip(lines(folder), lines(whole), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4), one["step"]
 
 
 @pytest.mark.slow  # what each file brings up: test_launcher.py
@@ -57,6 +65,15 @@ def test_launch_files_bring_up_their_strategy(tmp_path, file, strategy):
     settings = ("train.steps=2", "eval.final=false", *asked)
     code, out = run(2, *command(tmp_path / "run", *settings), launch_file=launch)
     assert code == 0 and f"2 processes ({strategy})" in out, out
+
+
+@pytest.mark.slow  # the rule: test_deepspeed_config.py
+def test_what_contradicts_the_launcher_is_refused_in_one_line(tmp_path):
+    launch = ROOT / "launch" / "accelerate" / "zero2.yaml"
+    code, out = run(2, *command(tmp_path / "run", "parallel.strategy=zero3"), launch_file=launch)
+    assert code != 0
+    assert f"error: parallel.strategy is zero3, but the launcher's Accelerate file {launch} sets up DeepSpeed's zero2" in out
+    assert out.count("error: ") == 1 and not (tmp_path / "run").exists()
 
 
 def test_deepspeed_that_is_not_installed_is_refused_in_one_line(tmp_path):
