@@ -132,6 +132,25 @@ def _tell(launcher: psutil.Process, came: Sequence[int]) -> None:
             process.send_signal(came[0] if came[0] != signal.SIGHUP else signal.SIGTERM)
 
 
+def start_logged(
+    words: Sequence[str], log: Path, environment: Mapping[str, str], cores: Collection[int], at_parents_end: int
+) -> subprocess.Popen:
+    """A command on these cores (empty: on all), with what it says at the end of ``log``.
+
+    Args:
+        at_parents_end: the signal that it gets should this process end before it.
+    """
+
+    def settle() -> None:
+        signal_when_parent_ends(at_parents_end)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+    with open(log, "ab") as file:
+        how = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT, "preexec_fn": settle}
+        return subprocess.Popen(words, env=environment, **how)
+
+
 def _accelerate_launch() -> int:
     """``accelerate launch`` with the arguments of this process; returns the code of the rank that failed first.
 
@@ -156,22 +175,3 @@ def _accelerate_launch() -> int:
 
 if __name__ == "__main__":
     sys.exit(_accelerate_launch())
-
-
-def start_logged(
-    words: Sequence[str], log: Path, environment: Mapping[str, str], cores: Collection[int], at_parents_end: int
-) -> subprocess.Popen:
-    """A command on these cores (empty: on all), with what it says at the end of ``log``.
-
-    Args:
-        at_parents_end: the signal that it gets should this process end before it.
-    """
-
-    def settle() -> None:
-        signal_when_parent_ends(at_parents_end)
-        if cores:
-            os.sched_setaffinity(0, cores)
-
-    with open(log, "ab") as file:
-        how = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT, "preexec_fn": settle}
-        return subprocess.Popen(words, env=environment, **how)
