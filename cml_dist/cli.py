@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import gc
 import importlib
 import os
@@ -502,7 +501,6 @@ def main(argv: Sequence[str] | None = None, on_step: OnStep = nothing) -> int:
         SystemExit: with a code that is not 0, in a world of several processes: its launcher must hear of it.
     """
     with ExitStack() as held:
-        held.callback(faulthandler.cancel_dump_traceback_later)
         code = _run(argv, on_step, held)
     if code != 0 and launched_or_alone().size > 1:
         raise SystemExit(code)

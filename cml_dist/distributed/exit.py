@@ -153,18 +153,19 @@ def signal_when_parent_ends(number: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
-def dump_stacks_unless_called_again(log: TextIO | None, seconds: float) -> None:
-    """Show this process's stacks after ``seconds`` (0: never), from a thread that needs no lock of Python's.
+def show_stack_unless_called_again(log: TextIO | None, seconds: float) -> None:
+    """Show the main thread's stack after ``seconds`` (0: never), by a handler of SIGALRM that needs no lock.
 
-    Time in which the process as a whole is suspended counts too: it shows stacks then, and goes on.
+    Time in which the process as a whole is suspended counts too: it shows the stack then, and goes on. Hence no thread
+    of ``faulthandler.dump_traceback_later``, which reads the frames of threads that run, and crashes now and then. In a
+    process that is a caller's the alarm is the caller's.
 
     Args:
         log: where to; None: stderr.
     """
-    if seconds:
-        faulthandler.dump_traceback_later(seconds, file=_descriptor(log) or STDERR)
-    else:
-        faulthandler.cancel_dump_traceback_later()
+    if _is_own:
+        faulthandler.register(signal.SIGALRM, file=_descriptor(log) or STDERR, all_threads=False)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _remedy(failure: Failure) -> str:

@@ -19,7 +19,7 @@ import psutil
 from torch.distributed import DistNetworkError, DistStoreError, Store
 
 from cml_dist.distributed import failure as failures
-from cml_dist.distributed.exit import dump_stacks_unless_called_again, end_process
+from cml_dist.distributed.exit import end_process, show_stack_unless_called_again
 from cml_dist.distributed.failure import Failure, Member
 from cml_dist.distributed.heartbeat import Heartbeat, set_heartbeat
 from cml_dist.errors import CmlError
@@ -147,10 +147,10 @@ class RankHeartbeat(Heartbeat):
             if failure is not None and not self._over.is_set():
                 self._end(failure)
                 return
-            # Should this thread not run again for lack of Python's lock, another one of faulthandler shows who has it.
+            # Should this thread not run again for lack of Python's lock, the main thread, which may have it, is shown.
             held_s = 0.8 * self.heartbeat_timeout_s if self.met else 2 * self.hang_timeout_s
-            dump_stacks_unless_called_again(self.log, held_s)
-        dump_stacks_unless_called_again(self.log, 0)
+            show_stack_unless_called_again(self.log, held_s)
+        show_stack_unless_called_again(self.log, 0)
 
     def _count(self, ran_s: float) -> None:
         """The time that passed while this process ran."""
@@ -187,7 +187,7 @@ class RankHeartbeat(Heartbeat):
             while time.monotonic() < until_s and not self.me.broken:
                 time.sleep(0.1)
             speaks = self.me.rank == 0
-        dump_stacks_unless_called_again(self.log, 0)
+        show_stack_unless_called_again(self.log, 0)
         self._end_process(failure, self, speaks)
 
     def _publish(self, found: Failure) -> Failure:

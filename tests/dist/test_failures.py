@@ -174,9 +174,9 @@ def test_a_rank_that_keeps_pythons_lock_shows_where_and_is_ended(tmp_path):
     folder = tmp_path / "run"
     out, seconds = ends(2, folder, "parallel.heartbeat_timeout_s=4", fault="keeps the lock", rank=1)
     said_once(SILENT.format(1), out)
-    # From a thread that needs no lock; so soon after the start it may not know of the log yet.
+    # By a handler that needs no lock; so soon after the start it may not know of the log yet.
     shown = out.partition("error: ")[0] + logs(folder, 2)[1]
-    assert "Timeout" in shown and "in on_step" in shown, shown
+    assert "Stack (most recent call first)" in shown and "in on_step" in shown, shown
     assert seconds < SOON_S
 
 
