@@ -54,7 +54,10 @@ class Row(Section):
 
 
 class Table(Section):
-    """What a file of ``configs/repro`` says; ``recipe``, ``set``, ``sources`` and ``quirks`` count for all its rows."""
+    """What a file of ``configs/repro`` says; ``recipe``, ``set``, ``sources`` and ``quirks`` count for all its rows.
+
+    A file's ``like`` names a shipped table whose sources and quirks count for it too, below its own.
+    """
 
     title: str
     about: str
@@ -97,7 +100,7 @@ def find_table(name: str) -> Table:
         near = " or ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4))
         raise ConfigError(f"there is no table {name}", f"did you mean {near}?" if near else f"use {', '.join(known)}")
     try:
-        table = Table.model_validate(read_yaml(known.get(name, path)))
+        table = Table.model_validate(_read(name, known.get(name, path)))
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"]))
@@ -110,10 +113,26 @@ def find_table(name: str) -> Table:
     return table.model_copy(update={"rows": rows, "borrows": {}})
 
 
+def _read(name: str, path: Path) -> dict[str, Any]:
+    """A table's file with the sources and quirks of the one that it is like."""
+    data = read_yaml(path)
+    if (like := data.pop("like", None)) is not None:
+        other = _read(like, _shipped(name, "is like", str(like)))
+        for key in ("sources", "quirks"):
+            if isinstance(own := data.get(key) or {}, dict):
+                data[key] = {**other.get(key, {}), **own}
+    return data
+
+
+def _shipped(table: str, does: str, of: str) -> Path:
+    if of not in tables():
+        raise ConfigError(f"table {table} {does} {of}", f"use a shipped one: {', '.join(tables())}")
+    return tables()[of]
+
+
 def _borrowed(table: str, of: str, row: str) -> Row:
     """A row of a shipped table."""
-    if of not in tables():
-        raise ConfigError(f"table {table} borrows from {of}", f"use a shipped one: {', '.join(tables())}")
+    _shipped(table, "borrows from", of)
     rows = find_table(of).rows
     if row not in rows:
         near = difflib.get_close_matches(row, rows, n=3, cutoff=0.4) or rows
@@ -155,7 +174,11 @@ def settings_of(row: Row, data: str, budget: float = 1.0, overrides: Sequence[st
     root = getattr(config.domain, "root", None) or ""
     if root.startswith("data/"):
         settings["domain.root"] = f"{data.rstrip('/')}/{root.removeprefix('data/')}"
-    return settings | shortened(config, budget) | flatten(merge({}, overrides))
+    settings |= shortened(config, budget) | flatten(merge({}, overrides))
+    for key, option in {"run.dir": "--out", "run.seed": "--seeds"}.items():
+        if key in settings:
+            raise ConfigError(f"{key} is set, and a table has many runs", f"leave it out; {option} says it for all")
+    return settings
 
 
 def shortened(config: RunConfig, budget: float) -> dict[str, Any]:

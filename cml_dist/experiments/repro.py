@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from cml_dist.config.methods import dagger_refusal
 from cml_dist.config.repro import Figure, Row
-from cml_dist.config.schema import ImagesConfig, RunConfig
+from cml_dist.config.schema import GraphNodesConfig, ImagesConfig, RunConfig
 from cml_dist.config.sweep import Run, Sweep
 from cml_dist.errors import CmlError, DataError
 from cml_dist.experiments.compare import Difference, Variant, compare, read_run
@@ -42,9 +42,11 @@ def check_data(config: RunConfig) -> str:
     domain, root = config.domain, getattr(config.domain, "root", None)
     if root is None or "://" in root:
         return ""
+    if isinstance(domain, GraphNodesConfig):
+        from cml_dist.data.graph_nodes import GraphNodesDomain
+
+        GraphNodesDomain(domain, {}).check_splits(("train", "val", config.eval.split))
     if not isinstance(domain, ImagesConfig):
-        if not Path(root).exists():
-            raise DataError(f"{root} is not there", "docs/how-to/nodes.md says what such a file holds")
         return ""
     from cml_dist.data.set_shape import settled_shape
     from cml_dist.data.shards import ShardSet
@@ -55,11 +57,12 @@ def check_data(config: RunConfig) -> str:
         raise DataError(f"{root} is not there", f"cml-dist data pack SOURCE {root}{fetch}")
     shards, domain = ShardSet.open(root), settled_shape(config).domain
     for split in ("train", "val", config.eval.split):
-        classes = len(shards.split_info(split).classes)
-        if (whole := classes - len(shards.short_classes(split, domain.shots, domain.queries))) < domain.ways:
-            enough = f"{domain.shots + domain.queries} images or more"
+        classes, each = len(shards.split_info(split).classes), domain.queries + domain.unlabelled
+        needed = domain.ways + domain.distractors
+        if (whole := classes - len(shards.short_classes(split, domain.shots, each))) < needed:
+            enough = f"{domain.shots + each} images or more"
             what = f"{root} is a part: {whole} of its {classes} {split} classes have {enough}, and an episode takes"
-            raise DataError(f"{what} {domain.ways} classes", "pack the whole set")
+            raise DataError(f"{what} {needed} classes", "pack the whole set")
     if known and len(shards) < known.images:
         return f"{root} has {len(shards):,} of the {known.images:,} images: its figures are not those of the whole set"
     return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fnmatch
 import math
 import re
 from pathlib import Path
@@ -13,7 +14,8 @@ from graphs import write_graph
 from image_sets import write_set
 
 from cml_dist.cli import main
-from cml_dist.config.load import load_config
+from cml_dist.config.keys import flatten
+from cml_dist.config.load import load_config, read_yaml
 from cml_dist.config.repro import find_table, settings_of, sweeps_of, tables
 from cml_dist.config.schema import RunConfig
 from cml_dist.experiments.compare import Difference
@@ -22,6 +24,7 @@ from cml_dist.experiments.verdict import judge
 from cml_dist.memory.forecast import known_inputs, network_structure
 from cml_dist.run.interval import Estimate, estimate
 
+ROOT = Path(__file__).resolve().parents[2]
 TABLES = ["controls", "depth", "gamma", "image_sets", "mini_imagenet", "nodes", "resnet12", "sinusoid"]
 TINY = ("run.device=cpu", "parallel.threads=1", "eval.val_episodes=2", "eval.episodes=20")
 FAST = ("sinusoid", "--rows", "cml-10", "--budget", "0.001", "--seeds", "1")
@@ -115,12 +118,22 @@ def test_a_run_is_estimated_by_the_examples_that_pass_through_the_network_in_a_m
     assert work(config_of("sinusoid", "cml-5")) == 4 * (5 + 10)
 
 
+def test_each_setting_of_a_recipe_has_a_source_in_the_tables_that_use_it():
+    for table in TABLES:
+        for name, row in find_table(table).rows.items():
+            recipe = flatten(read_yaml(ROOT / f"configs/recipes/{row.recipe}.yaml"))
+            keys = [key for key in recipe if not key.startswith(("checkpoint.", "run."))]
+            bare = [key for key in keys if not any(fnmatch.fnmatchcase(key, known) for known in row.sources)]
+            assert not bare, (table, name)
+
+
 def test_a_setting_without_a_source_and_a_baseline_that_is_no_row_are_refused(tmp_path, capfd):
     head = "title: t\nabout: a\nrecipe: sinusoid\nrows:\n  a: {set: {method.name: maml}}\n"
     for text, said in (
         (head, "row a sets method.name, and no source says where that is from"),
         (head.replace("{set: {method.name: maml}}", "{baseline: b}"), "row a has the baseline b, which is no row"),
         (f"borrows: {{controls: [noice-1shot]}}\n{head}sources: {{method.*: ours}}\n", "use noise-1shot"),
+        (f"like: gama\n{head}", "mine.yaml is like gama; use a shipped one: controls, "),
     ):
         (tmp_path / "mine.yaml").write_text(text)
         assert main(["repro", str(tmp_path / "mine.yaml"), "--list"]) == 2
@@ -135,6 +148,8 @@ def test_a_setting_without_a_source_and_a_baseline_that_is_no_row_are_refused(tm
         (["sinusoid", "--budget", "2"], "--budget is 2; give the fraction of training"),
         (["nodes", "domain.split=all"], "domain.split of citeseer-gmeta-1shot is all, and a row is of one split"),
         (["sinusoid", "train.step=3"], "train.step is not a setting; did you mean train.steps?"),
+        (["sinusoid", "run.dir=a"], "run.dir is set, and a table has many runs; leave it out; --out says it for all"),
+        (["sinusoid", "run.seed=7"], "run.seed is set, and a table has many runs; leave it out; --seeds says it"),
     ],
 )
 def test_what_cannot_be_is_one_line(words, said, tmp_path, monkeypatch, capfd):
@@ -146,7 +161,7 @@ def test_what_cannot_be_is_one_line(words, said, tmp_path, monkeypatch, capfd):
 def test_data_that_are_missing_or_a_part_are_said_and_which_rows_they_stop(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     write_set(Path("data/cifar_fs"), size=32, images=20)
-    page = Path(__file__).resolve().parents[2] / "docs/how-to/reproduce.md"
+    page = ROOT / "docs/how-to/reproduce.md"
     Path("mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", page.read_text(), re.S)[1])
     slurm = ["--slurm", "--time=60", "--processes-per-node=1", "--dry-run"]
     assert main(["repro", "mine.yaml", *slurm, "domain.root=data/cifar_fs"]) == 0
