@@ -253,6 +253,7 @@ class MethodConfig(Section):
     augment_pruning: Literal["width", "parameters", "catfish"] = Field("width", description="augment only: what a sub-network lacks: width: random channels; parameters: random weights; catfish: the weights that memorise most, by |gradient of the support loss * weight|")
     augment_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field((0.2,), min_length=1, max_length=16, description="augment only: the part of each layer of the body that is pruned; a sub-network, with a meta-gradient's cost, for each")
     augment_weight: float = Field(1.0, gt=0, le=1000, description="augment only: weight of each sub-network's outer loss beside the whole network's")
+    augment_scope: Literal["layer", "network"] = Field("layer", description="augment_pruning=catfish only: which weights are compared, and what a ratio is of: those of each layer, or of the whole body")
 
     warp: Literal["linear", "conv"] | None = Field(None, description="warpgrad and tnet only: the layers between the others, as wide as these: linear: a matrix (on maps a 1x1 convolution); conv: a 3x3 convolution (on vectors a matrix); null: conv for these two")
     warp_residual: bool = Field(False, description="warpgrad and tnet only: false: W x, with W the identity at the start; true: x + W x, with W 0 at the start, so that weight decay draws the layer to the identity")

@@ -20,11 +20,9 @@ class WarpGrad(InnerRule):
     """SGD on all but warp layers. These learn from one step at each visited point; the start learns as MAML's does.
 
     The warp layers' objective is the sum over k of the outer loss (the co-learner's with it) after one step from
-    fast_k, with fast_0 .. fast_{K-1} held constant. All that is meta-trained besides has the gradient of the outer loss
-    after the last step, through the whole path, which the paper calls Warp-MAML. With that for warp layers too, they
-    are a T-Net's (1801.05558).
-
-    How the points are weighted is open: here each counts alike.
+    fast_k, with fast_0 .. fast_{K-1} held constant; each counts alike. All that is meta-trained besides has the
+    gradient of the outer loss after the last step, through the whole path, which the paper calls Warp-MAML. With that
+    for warp layers too, they are a T-Net's (1801.05558).
 
     Source: Flennerhag et al., 1909.00025.
     """

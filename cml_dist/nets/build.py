@@ -210,5 +210,5 @@ def _pruning(config: RunConfig, net: CmlNet) -> Pruning:
             "leave method.augment out, or set model.trained to more, e.g. [head,last:1]",
         )
     groups = channels_of(net, config.model.backbone) if method.augment_pruning == "width" else layers_of(net)
-    kind, ratios, weight = method.augment_pruning, method.augment_ratios, method.augment_weight
-    return Pruning(kind, ratios, groups, config.run.seed, weight)
+    kind, ratios, weight, scope = (getattr(method, f"augment_{x}") for x in ("pruning", "ratios", "weight", "scope"))
+    return Pruning(kind, ratios, groups, config.run.seed, weight, scope)

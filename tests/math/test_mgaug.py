@@ -42,6 +42,7 @@ PRUNINGS = {
     "width": Pruning("width", (0.2, 0.5), CHANNELS, 3, WEIGHT),
     "parameters": Pruning("parameters", (0.2, 0.5), ALONE, 3, WEIGHT),
     "catfish": Pruning("catfish", (0.1, 0.4), ALONE, 3, WEIGHT),
+    "catfish over all": Pruning("catfish", (0.1, 0.4), ALONE, 3, WEIGHT, "network"),
 }
 ADAPTS = [f"{layer}.{kind}" for layer in (*LAYERS, "head") for kind in ("weight", "bias")]
 
@@ -71,13 +72,16 @@ def objective(p: Params, episode: Episode, masks: Params, head: str, order: int)
 
 def masks_by_hand(kind: str, p: Params, episode: Episode, head: str) -> list[Params]:
     """Of random prunings those that were drawn; of catfish the largest scores, by sorting."""
-    if kind != "catfish":
+    if not kind.startswith("catfish"):
         return list(PRUNINGS[kind].masks(p, dict, episode))
     slopes_at = partial(bind(loss_at, episode=episode), started(p, episode, head), [n for (n,) in ALONE])
     found = []
     for ratio in PRUNINGS[kind].ratios:
         scores = {n: (g * p[n]).abs() for n, g in slopes_at.items()}
-        least = {n: s.flatten().sort(descending=True).values[round(ratio * s.numel())] for n, s in scores.items()}
+        compared = {n: s.flatten() for n, s in scores.items()}
+        if kind == "catfish over all":
+            compared = dict.fromkeys(scores, torch.cat([*compared.values()]))
+        least = {n: s.sort(descending=True).values[round(ratio * len(s))] for n, s in compared.items()}
         found.append({n: (s <= least[n]).double() for n, s in scores.items()})
     return found
 
@@ -115,7 +119,7 @@ def test_the_meta_gradient_is_the_sum_over_sub_networks(made, kind, order):
         check_equal(got.grads, grads)
         alone = meta_gradient(params, episode, problem, replace(method, augment=None), engine)
         assert got.terms["score"] == alone.terms["score"] and got.terms["outer_loss"] == alone.terms["outer_loss"]
-    if order == 2 and kind != "catfish":  # its masks jump with the parameters, and are constants here
+    if order == 2 and not kind.startswith("catfish"):  # its masks jump with the parameters, and are constants here
         check_slopes(got.grads, slopes(total, params))
 
 
