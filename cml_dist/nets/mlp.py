@@ -30,10 +30,12 @@ class MLP(nn.Module):
         self.pooled_dim = hidden[-1]
 
     def blocks(self) -> list[list[str]]:
-        """Names of the parameters of each layer, first to last."""
-        return [[f"layers.{number}.weight", f"layers.{number}.bias"] for number in range(len(self.layers))]
+        """Names of the parameters of each layer, first to last, with those of its warp layer."""
+        return [[f"layers.{k}.{name}" for name, _ in layer.named_parameters()] for k, layer in enumerate(self.layers)]
 
-    channel_groups = blocks
+    def channel_groups(self) -> list[list[str]]:
+        """Names of a weight and its bias, whose rows are units."""
+        return [[f"layers.{k}.weight", f"layers.{k}.bias"] for k in range(len(self.layers))]
 
     def warp_places(self) -> list[tuple[nn.Module, int]]:
         """Behind each layer: the module that owns the warp layer, and its units."""

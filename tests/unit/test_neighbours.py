@@ -94,11 +94,17 @@ def test_warp_layers_are_the_identity_at_the_start_and_never_adapt(backbone, wor
     assert moved == params.keys() - warps.keys() - unadded
 
 
-def test_the_last_warp_layer_of_a_resnet_is_of_its_last_block():
-    config, net = made("method.name=warpgrad", "model.trained=[head,last:1]", backbone="resnet12")
+@pytest.mark.parametrize(
+    ("backbone", "last", "before"),
+    [
+        ("resnet12", {"body.model.layer4.0.conv3.weight", "body.model.warp.weight"}, ".layer3."),
+        ("mlp", {"body.layers.1.weight", "body.layers.1.bias", "body.layers.1.warp.weight"}, ".layers.0."),
+    ],
+)
+def test_the_last_warp_layer_is_of_the_last_block(backbone, last, before):
+    config, net = made("method.name=warpgrad", "model.trained=[head,last:1]", backbone=backbone)
     trained = {n for n, _ in net.named_parameters() if n.startswith("body.")}
-    assert "body.model.layer4.0.conv3.weight" in trained and "body.model.warp.weight" in trained
-    assert not any(".layer3." in name for name in trained)
+    assert last <= trained and not any(before in name for name in trained)
 
 
 RESNET = ("model.backbone=resnet18",)
