@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from cml_dist.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cml_dist.run.adapted import AdaptedLearner
     from cml_dist.telemetry.console import Console
     from cml_dist.tools.pictures import Examples, PictureFile
@@ -21,9 +23,10 @@ def predict(args: argparse.Namespace, console: Console) -> None:
     _check(args)
     examples = find_examples(args.support) if args.support else None
     pictures, left = find_pictures(args.images) if args.images else ([], [])
-    left = [*(examples.left if examples else ()), *left]
+    further, odd = find_pictures(args.unlabelled) if args.unlabelled else ([], [])
+    left = [*(examples.left if examples else ()), *left, *odd]
     console.loading()
-    adapted = _adapted(args, examples, console)
+    adapted = _adapted(args, examples, further, console)
     if left:
         console.warn(f"{len(left):,} files are no pictures and are left out, e.g. {left[0]}")
     if args.save:
@@ -40,10 +43,11 @@ def _check(args: argparse.Namespace) -> None:
     if not Path(args.run).exists():
         raise ConfigError(f"there is no {args.run}", "name a run folder, an export, or a file of --save")
     is_file = Path(args.run).is_file()
-    if is_file and (args.support or args.save or args.leave_one_out or args.inner_steps is not None):
+    adapts = args.support or args.unlabelled or args.leave_one_out or args.inner_steps is not None
+    if is_file and (adapts or args.save):
         raise ConfigError(
             f"{args.run} is a file, a classifier that is adapted already",
-            "leave --support, --save, --leave-one-out and --inner-steps out",
+            "leave --support, --unlabelled, --save, --leave-one-out and --inner-steps out",
         )
     if not is_file and not args.support:
         raise ConfigError(
@@ -66,8 +70,14 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{option} {path} exists", "give another name, or remove it")
 
 
-def _adapted(args: argparse.Namespace, examples: Examples | None, console: Console) -> AdaptedLearner:
-    """The classifier: from a file, or adapted on the examples; what it may be expected to reach is said on the way."""
+def _adapted(
+    args: argparse.Namespace, examples: Examples | None, further: Sequence[PictureFile], console: Console
+) -> AdaptedLearner:
+    """The classifier: from a file, or adapted on the examples; what it may be expected to reach is said on the way.
+
+    Args:
+        further: pictures without labels.
+    """
     import torch
 
     from cml_dist.data.pixels import in_threads
@@ -88,17 +98,24 @@ def _adapted(args: argparse.Namespace, examples: Examples | None, console: Conso
         )
     if isinstance(learner, AdaptedLearner):
         return learner
+    if further and learner.unlabelled is None:
+        raise ConfigError(
+            f"{args.run} was trained without unlabelled examples",
+            "leave --unlabelled out, or train with domain.unlabelled",
+        )
     shape = fitted_shape(learner.description)
     with preparing(console) as progress:
-        images = []
-        for pixels in in_threads(partial(pixels_of, shape=shape), examples.pictures):
+        images, pictures = [], [*examples.pictures, *further]
+        for pixels in in_threads(partial(pixels_of, shape=shape), pictures):
             images.append(pixels)
-            progress(len(images), len(examples.pictures), "reading examples")
-        adapted = learner.adapt(images, examples.labels, args.inner_steps)
-        console.note(f"Adapted on {len(images):,} examples of {len(adapted.classes):,} classes")
+            progress(len(images), len(pictures), "reading examples")
+        images, pool = images[: len(examples.labels)], images[len(examples.labels) :]
+        adapted = learner.adapt(images, examples.labels, args.inner_steps, pool)
+        besides = f", and on {len(pool):,} unlabelled" * bool(pool)
+        console.note(f"Adapted on {len(images):,} examples of {len(adapted.classes):,} classes{besides}")
         if args.leave_one_out:
             told = partial(progress, what="leaving examples out")
-            right = leave_one_out(learner, images, examples.labels, args.inner_steps, told)
+            right = leave_one_out(learner, images, examples.labels, args.inner_steps, told, pool)
             _expect(right, examples.labels, console)
     return adapted
 

@@ -21,11 +21,12 @@ def leave_one_out(
     labels: Sequence[Hashable],
     inner_steps: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    unlabelled: Sequence[Any] = (),
 ) -> int:
     """How many examples are answered right by learners that did not see them.
 
     Args:
-        images, labels, inner_steps: as of :meth:`Learner.adapt`.
+        images, labels, inner_steps, unlabelled: as of :meth:`Learner.adapt`.
         progress: told the parts that are done, and all.
 
     Raises:
@@ -40,7 +41,7 @@ def leave_one_out(
     parts, right = _parts(labels), 0
     for number in range(total := max(parts) + 1):
         kept, held = ([i for i, part in enumerate(parts) if (part == number) is out] for out in (False, True))
-        adapted = learner.adapt([images[i] for i in kept], [labels[i] for i in kept], inner_steps)
+        adapted = learner.adapt([images[i] for i in kept], [labels[i] for i in kept], inner_steps, unlabelled)
         predicted = adapted.predict([images[i] for i in held])
         right += sum(label == labels[i] for label, i in zip(predicted, held, strict=True))
         progress(number + 1, total)

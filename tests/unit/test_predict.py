@@ -38,6 +38,7 @@ RUNS = {
     "meta_sgd": ["method.name=meta_sgd"],
     "prototype": ["model.head=prototype"],
     "boil": ["method.name=boil"],
+    "unlabelled": ["domain.queries=1", "domain.unlabelled=1", "method.unlabelled=soft_labels", "train.steps=2"],
 }
 NAMES = [f"<b>{number} & co" for number in range(CLASSES)]
 
@@ -234,6 +235,7 @@ def test_what_cannot_be_is_one_line_before_any_work(runs, folders, tmp_path, cap
         (runs(), "--images", new): "give a folder with a folder of pictures for each class: --support EXAMPLES",
         (runs(), "--support", examples): "there is nothing to do; name the pictures",
         (there, *both): "is adapted already; leave --support",
+        (runs(), *both, "--unlabelled", new): "was trained without unlabelled examples; leave --unlabelled out",
         (runs(), "--support", tmp_path / "empty", "--images", new): "holds no pictures",
         (runs(), "--support", tmp_path / "one", "--images", new): "holds one class alone, cat",
         (runs(), "--support", new, "--images", new): "lies in no class folder",
@@ -246,6 +248,23 @@ def test_what_cannot_be_is_one_line_before_any_work(runs, folders, tmp_path, cap
         assert predict(*words) in (1, 2), said
         err = capfd.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and said in err, (said, err)
+
+
+def test_pictures_without_labels_are_learned_from(runs, folders, tmp_path, capfd):
+    words = ("--support", folders / "examples", "--images", folders / "new" / "1*.png", "--leave-one-out")
+    pool = ("--unlabelled", folders / "new" / "2*.png")
+    assert predict(runs("unlabelled"), *words, *pool, "--out", tmp_path / "with.csv") == 0
+    assert "Adapted on 32 examples of 8 classes, and on 5 unlabelled" in capfd.readouterr().out
+    assert predict(runs("unlabelled"), *words, "--out", tmp_path / "without.csv") == 0
+    kept = {name: (tmp_path / f"{name}.csv").read_text().splitlines() for name in ("with", "without")}
+    rows = {name: list(csv.DictReader(lines)) for name, lines in kept.items()}
+    files = sorted((folders / "examples").rglob("*.png"))
+    further = sorted((folders / "new").glob("2*.png"))
+    asked = cml_dist.load(runs("unlabelled")).adapt(files, [file.parent.name for file in files], unlabelled=further)
+    new = sorted((folders / "new").glob("1*.png"), key=lambda file: int(file.stem))
+    expected = asked.probabilities(new).max(1).tolist()
+    assert [float(row["probability"]) for row in rows["with"]] == pytest.approx(expected, abs=1e-5)
+    assert [row["probability"] for row in rows["without"]] != [row["probability"] for row in rows["with"]]
 
 
 def test_examples_may_be_an_archive_of_one_folder(runs, folders, tmp_path, capfd):
