@@ -167,6 +167,10 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         ),
         _option("--images", "pictures to classify: folders, files or patterns", nargs="+", default=[], metavar="NEW"),
         _option(
+            "--unlabelled", "further pictures of these classes to learn from, without labels (the new ones, say), of a "
+            "model trained with domain.unlabelled: folders, files or patterns", nargs="+", default=[], metavar="MORE",
+        ),
+        _option(
             "--out", "where to write: .csv, .jsonl, or .html for a contact sheet (default: a table on the screen)",
             metavar="FILE",
         ),
@@ -237,6 +241,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
             "--out", "folder of the pictures and numbers; what it has of a checkpoint is not computed again (default "
             "analysis)", default="analysis", metavar="DIR",
         ),
+        OVERRIDES,
     )),
     "export": ("finished.export", "write body and head of a run as safetensors with a model card; or as ONNX", (
         _option("run_dir", "the folder of a run; or a classifier that predict --save wrote", metavar="RUN"),
@@ -258,7 +263,10 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
             "--config", "an Accelerate file: ddp (also without GPUs; default), zero1, zero2, zero3, ..., or a path",
             default="ddp", metavar="FILE",
         ),
-        _option("words", "after --: train CONFIG ..., eval, doctor", nargs=argparse.REMAINDER, metavar="COMMAND"),
+        _option(
+            "words", "after --: train CONFIG ..., pretrain, eval, analyse, doctor", nargs=argparse.REMAINDER,
+            metavar="COMMAND",
+        ),
     )),
     "launch slurm": (
         "launch.slurm", "check a run, fill in the shipped batch script and hand it to sbatch",
@@ -370,7 +378,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "report": ("cml-dist report runs --out report.html",),
     "analyse": (
         "cml-dist analyse runs/study --out study-analysis",
-        "cml-dist analyse runs/maml-* runs/cml-* --checkpoints 5 --episodes 200",
+        "cml-dist analyse runs/maml-* runs/cml-* --checkpoints 5 --episodes 200 run.device=cpu",
     ),
     "status": ("cml-dist status runs/first --watch", "cml-dist status runs", "cml-dist status runs/* --check"),
     "export": (
@@ -576,10 +584,12 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
-    if getattr(args, "on", None):  # argparse gives it all words up to the next option
-        settings = [word for word in args.on if re.match(r"[\w.]+=", word)]
-        args.on, args.overrides = [word for word in args.on if word not in settings], [*args.overrides, *settings]
-        args.on or parser.error("--on: name a set before the settings; of a folder with = write ./NAME")
+    for name, said in (("on", "--on: name a set"), ("runs", "RUN_DIR: name a folder")):
+        if (words := getattr(args, name, None)) and hasattr(args, "overrides"):  # argparse gives it all of them
+            settings = [word for word in words if re.match(r"[\w.]+=", word)]
+            setattr(args, name, left := [word for word in words if word not in settings])
+            args.overrides = [*args.overrides, *settings]
+            left or parser.error(f"{said} before the settings; of a folder with = write ./NAME")
     if hasattr(args, "set"):
         args.config, where = "pretrain", "domain.name=glyphs" if args.set == "glyphs" else f"domain.root={args.set}"
         args.overrides = [where, *args.overrides]

@@ -23,7 +23,7 @@ def analyse(args: argparse.Namespace, console: Console) -> None:
 
     # A pattern over the runs of a sweep also gives the logs that lie beside them.
     folders = find_runs(place for place in args.runs if not Path(place).is_file())
-    variants, names, notes = choose_runs(folders, args.checkpoints)
+    variants, names, notes = choose_runs(folders, args.checkpoints, args.overrides)
     for note in notes:
         console.note(note)
     out, groups = Path(args.out), []
@@ -47,7 +47,7 @@ def _write(groups: Sequence[Group], episodes: int, notes: Sequence[str], out: Pa
     for group in groups:
         for run, found in group.runs:
             for step, one in found.items():
-                arrays |= {f"{group.name}/seed={run.config.run.seed}/{step}/{k}": v for k, v in vars(one).items()}
+                arrays |= {f"{group.name}/seed={run.seed}/{step}/{k}": v for k, v in vars(one).items()}
     np.savez(made, **arrays)
     write_json(out / "analysis.json", numbers(groups, episodes, notes))
     write_bytes(out / "analysis.npz", made.getvalue())

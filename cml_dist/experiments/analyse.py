@@ -23,7 +23,7 @@ from cml_dist.config.schema import ImageSettings, RunConfig
 from cml_dist.distributed.world import World
 from cml_dist.errors import CheckpointError, ConfigError
 from cml_dist.experiments.cka import LEAST, terms
-from cml_dist.experiments.compare import open_run, unlike, variant_names, variant_settings
+from cml_dist.experiments.compare import by_variant, open_run, unlike, variant_names, variant_settings
 from cml_dist.experiments.report_figures import BACKBONE
 from cml_dist.meta.gradient import learners_gradients
 from cml_dist.meta.inner import accumulate, adapting
@@ -86,23 +86,30 @@ class Analysed:
         notes: what is to be said of it.
     """
 
-    path: str
+    folder: str
     config: RunConfig
     settings: dict[str, Any]
     steps: tuple[int, ...]
     best: int
     notes: tuple[str, ...]
 
+    @property
+    def seed(self) -> int:
+        return self.config.run.seed
+
 
 # --------------------------------------------------------------------------- which runs and checkpoints
 
 
-def choose_runs(folders: Sequence[str], which: str) -> tuple[list[list[Analysed]], list[str], list[str]]:
+def choose_runs(
+    folders: Sequence[str], which: str, overrides: Sequence[str] = ()
+) -> tuple[list[tuple[Analysed, ...]], list[str], list[str]]:
     """Runs by variant and seed, the variants' names, and what is to be said.
 
     Args:
         which: ``all`` of the trail, or where there is none the best and the newest checkpoint; ``best``; or a number:
             so many of them, evenly.
+        overrides: ``key=value`` above the runs' settings, e.g. where their data are now.
 
     Raises:
         CheckpointError: a folder is no run, or has no checkpoint. ConfigError: the networks are not of one kind.
@@ -111,24 +118,19 @@ def choose_runs(folders: Sequence[str], which: str) -> tuple[list[list[Analysed]
         raise ConfigError(f"--checkpoints is {which}", "give all, best, or a number of 1 or more")
     if not folders:
         raise CheckpointError("no run folder is named", "name the run.dir of training runs, or a folder above them")
-    groups: dict[str, dict[int, Analysed]] = {}
-    notes, runs = [], [_open(folder, which) for folder in folders]
+    runs = [_open(folder, which, overrides) for folder in folders]
     for run in runs:
         _check_same_network(runs[0], run)
-        group = groups.setdefault(json.dumps(run.settings, sort_keys=True), {})
-        if (first := group.setdefault(run.config.run.seed, run)) is not run:
-            notes.append(f"{run.path} is left out: the variant and seed of {first.path} again")
-        else:
-            notes += run.notes
-    variants = [[group[seed] for seed in sorted(group)] for group in groups.values()]
+    variants, notes = by_variant(runs)
+    notes += [note for group in variants for run in group for note in run.notes]
     variants.sort(key=lambda group: {False: 0, "untrained": 1}.get(group[0].config.method.colearner, 2))
     names = variant_names([group[0].settings for group in variants], method_title(variants[0][0].config))
     return variants, names, notes
 
 
-def _open(path: str, which: str) -> Analysed:
+def _open(path: str, which: str, overrides: Sequence[str]) -> Analysed:
     folder, _ = open_run(path)
-    config = run_config(path, ())
+    config = run_config(path, overrides)
     if is_classifier(config):
         raise ConfigError(f"{path} is a run of cml-dist pretrain, in which nothing adapts", "name meta-trained runs")
     kept, trail = steps_in(folder.checkpoints), steps_in(folder.checkpoints / TRAIL)
@@ -160,7 +162,7 @@ def _check_same_network(first: Analysed, run: Analysed) -> None:
 
     if differs := unlike(facts(first), facts(run)):
         raise ConfigError(
-            f"{run.path} has another network than {first.path}, so that their layers share no picture: "
+            f"{run.folder} has another network than {first.folder}, so that their layers share no picture: "
             + "; ".join(differs),
             "analyse them apart",
         )
@@ -172,7 +174,7 @@ def _check_same_network(first: Analysed, run: Analysed) -> None:
 def measure_run(run: Analysed, episodes: int, out: Path, world: World, console: Console) -> dict[int, Measured]:
     """What was found at each of a run's checkpoints, by step; computed unless ``out`` has it. Collective: all ranks."""
     parts, found = None, {}
-    folder = Path(run.path, "checkpoints")
+    folder = Path(run.folder, "checkpoints")
     for step in sorted({*run.steps, run.best}):
         checkpoint, _ = on_all_ranks(world, lambda warn, step=step: find(folder, str(step), warn), console.warn)
         file = out / "numbers" / f"{_key(run.config, checkpoint, episodes)}.npz"

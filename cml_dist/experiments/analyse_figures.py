@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from cml_dist.telemetry import text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from cml_dist.config.schema import RunConfig
 
 MARKERS = "os^Dv<>P"
 PANELS = 12
@@ -111,10 +113,12 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 def draw(groups: Sequence[Group]) -> Iterator[Picture]:
     """All pictures for which there is something to draw."""
-    config, some = groups[0].runs[0][0].config, next(groups[0].over_training())
-    count, size = len(some.products), min(config.train.episodes_per_step, len(some.scores))
+    some = next(groups[0].over_training())
+    found = [one for group in groups for one in group.over_training()]
+    counts = {len(one.products) for one in found}
+    sizes = {min(config.train.episodes_per_step, len(some.scores)) for config in _configs(groups)}
     band = "Band (or stroke): least to most over seeds; of one seed over meta-steps."
-    steps = f"Mean over {counted(count, 'meta-step')} of {counted(size, 'training episode')}. {band}"
+    steps = f"Mean over {_range(counts, 'meta-step')} of {_range(sizes, 'training episode')}. {band}"
 
     def lines(learners: Sequence[str], what: str, share: bool = False) -> list[Line]:
         found = []
@@ -141,17 +145,32 @@ def draw(groups: Sequence[Group]) -> Iterator[Picture]:
     alike = [line(group, group.title, lambda one: cka(one.alike)[None]) for group in groups]
     if alike := [one for one in alike if one is not None]:
         caption = "1: adaptation leaves a layer's features as they are; lower: it changes them; neither way is better. "
-        caption += "Query sets of "
-        caption += f"{len(some.alike)} {config.eval.split} episodes (debiased, minibatch). "
+        caption += f"Query sets of {_tested(groups)} (debiased, minibatch). "
         caption += "Band (or stroke): least to most over seeds."
         yield _panels("cka", "CKA of features before and after adaptation", caption, "CKA", alike, some.layers)
     yield _over_inner_steps(groups)
 
 
+def _configs(groups: Sequence[Group]) -> list[RunConfig]:
+    return [run.config for group in groups for run, _ in group.runs]
+
+
+def _tested(groups: Sequence[Group]) -> str:
+    """What the best checkpoints were looked at on."""
+    splits = dict.fromkeys(config.eval.split for config in _configs(groups))
+    return f"{len(groups[0].best()[0].scores)} {' or '.join(splits)} episodes"
+
+
+def _range(counts: Collection[int], word: str) -> str:
+    least = f"{min(counts)} to " * (min(counts) < max(counts))
+    return least + counted(max(counts), word)
+
+
 def _look(number: int, hollow: bool = False) -> dict[str, Any]:
     """Of a variant's curve, in all pictures: it can be told from others without colours."""
     at, colour = number - 1, COLOURS[(number - 1) % len(COLOURS)]
-    look = {"color": colour, "linestyle": DASHES[at % len(DASHES)], "marker": MARKERS[at % len(MARKERS)]}
+    dashes = DASHES[(at + at // len(COLOURS)) % len(DASHES)]  # others where colours and markers begin again
+    look = {"color": colour, "linestyle": dashes, "marker": MARKERS[at % len(MARKERS)]}
     return {**look, "markersize": 4, "markerfacecolor": "white" if hollow else colour}
 
 
@@ -161,6 +180,7 @@ def _panels(
 ) -> Picture:  # fmt: skip
     """A panel a layer over meta-steps; where there is one checkpoint of each, one panel over layers."""
     drawn = [place for place in range(len(layers)) if any(not np.isnan(one.middle[:, place]).all() for one in lines)]
+    decades = _decades(lines) if log else 0
     if all(len(one.steps) == 1 for one in lines):
         with new_figure(size=(6.4, 3.6)) as (figure, axes):
             for one in lines:
@@ -170,7 +190,7 @@ def _panels(
                 axes.errorbar(range(len(drawn)), middle, spread, capsize=3, label=one.label, **look)
             axes.set_xticks(range(len(drawn)), [layers[k] for k in drawn], rotation=30 * (len(drawn) > 6))
             axes.set(xlabel="layer", ylabel=axis)
-            _finish_axes(axes, log, zero)
+            _finish_axes(axes, decades, zero)
             return _finish(figure, axes, name, title, caption)
     chosen = drawn
     if len(drawn) > PANELS:
@@ -188,7 +208,7 @@ def _panels(
                 panel.plot(one.steps, one.middle[:, layer], linewidth=1.4, label=one.label, **look)
             panel.set_title(layers[layer])
             panel.locator_params(axis="x", nbins=4)
-            _finish_axes(panel, log, zero)
+            _finish_axes(panel, decades, zero)
         for place, panel in enumerate(grid.flat):
             if len(chosen) - columns <= place < len(chosen):  # the lowest of each column
                 panel.set_xlabel("meta-step")
@@ -201,32 +221,46 @@ def _panels(
 
 def _over_inner_steps(groups: Sequence[Group]) -> Picture:
     """The score of the best checkpoints after each inner step."""
-    config, tested = groups[0].runs[0][0].config, len(groups[0].best()[0].scores)
-    title, axis, scale = "MSE", "MSE, lower is better", 1
-    if has_classes(config):
+    title, axis, scale, ways = "MSE", "MSE, lower is better", 1, set()
+    if has_classes(groups[0].runs[0][0].config):
         title, axis, scale = "Accuracy", "accuracy (%), higher is better", 100
-    caption = f"{tested} {config.eval.split} episodes, the best checkpoint of each run (by validation, else the newest)"
-    caption += ". Strokes: 95 % intervals over episodes, of the mean over seeds. Dotted: the run's own inner steps."
+        ways = {config.domain.ways for config in _configs(groups)}
+    caption = f"{_tested(groups)}, the best checkpoint of each run (by validation, else the newest)"
+    caption += ". Strokes: 95 % intervals over episodes, of the mean over seeds. "
+    caption += "Bands: least to most over seeds. " * any(len(group.runs) > 1 for group in groups)
+    caption += "Dotted: the run's own inner steps."
     with new_figure(size=(6.4, 3.6)) as (figure, axes):
         for place, group in enumerate(groups):
-            scores = scale * np.mean([one.scores for one in group.best()], axis=0)
+            each = scale * np.stack([one.scores for one in group.best()])
+            scores = each.mean(0)
             found = [estimate(column) for column in scores.T if not np.isnan(column).any()]
             middle, half = [one.mean for one in found], np.nan_to_num([one.ci95 for one in found])
-            look = _look(group.number)
+            look, seeds = _look(group.number), each.mean(1)[:, : len(found)]
             # Beside each other, so that intervals can be seen.
             at = np.arange(len(found)) + 0.04 * (place - (len(groups) - 1) / 2) * max(1, len(found) / 10)
+            axes.fill_between(at, seeds.min(0), seeds.max(0), color=look["color"], alpha=0.15, linewidth=0)
             axes.errorbar(at, middle, half, capsize=2, linewidth=1.4, label=group.title, **look)
             axes.axvline((scores.shape[1] - 1) // FACTOR, color=INK, linestyle=":", linewidth=0.8)
-        if has_classes(config):
-            axes.axhline(100 / config.domain.ways, color="0.5", linewidth=0.8, label="chance")
+        if len(ways) == 1:
+            axes.axhline(100 / ways.pop(), color="0.5", linewidth=0.8, label="chance")
         axes.set(xlabel="inner steps", ylabel=axis)
         axes.xaxis.get_major_locator().set_params(integer=True)
         return _finish(figure, axes, "inner-steps", f"{title} against inner steps at test", caption)
 
 
-def _finish_axes(axes: Axes, log: bool, zero: bool) -> None:
-    if log:
+def _decades(lines: Sequence[Line]) -> float:
+    """Orders of magnitude from the least value above 0 to the largest."""
+    seen = np.concatenate([part.flatten() for one in lines for part in (one.low, one.high)])
+    seen = seen[seen > 0]
+    return math.log10(seen.max() / seen.min()) if len(seen) else 0
+
+
+def _finish_axes(axes: Axes, decades: float, zero: bool) -> None:
+    if decades > 1:  # else a logarithmic axis may have no number
+        from matplotlib.ticker import LogLocator
+
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
     if zero:
@@ -249,7 +283,7 @@ def numbers(groups: Sequence[Group], episodes: int, notes: Sequence[str]) -> dic
     for variant in groups:
         for run, found in variant.runs:
             each = [_of_checkpoint(step, found[step]) for step in sorted(found)]
-            known = {"run": run.path, "variant": variant.name, "seed": run.config.run.seed, "best": run.best}
+            known = {"run": run.folder, "variant": variant.name, "seed": run.seed, "best": run.best}
             runs.append({**known, "over_training": list(run.steps), "checkpoints": each})
     shares = {group.name: {who: _plain(positive(group, who)) for who in ("co", "untrained")} for group in groups}
     layers = next(groups[0].over_training()).layers

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
@@ -261,6 +261,28 @@ def _tested(
 # --------------------------------------------------------------------------- comparing
 
 
+class OfVariant(Protocol):
+    """A run in its folder, with the settings that make a variant."""
+
+    folder: str
+    seed: int
+    settings: dict[str, Any]
+
+
+R = TypeVar("R", bound=OfVariant)
+
+
+def by_variant(runs: Sequence[R]) -> tuple[list[tuple[R, ...]], list[str]]:
+    """The runs of each variant, by seed; and which are left out, in words: there is one for each seed."""
+    groups: dict[str, dict[int, R]] = {}
+    left_out = []
+    for run in runs:
+        group = groups.setdefault(json.dumps(run.settings, sort_keys=True), {})
+        if (first := group.setdefault(run.seed, run)) is not run:
+            left_out.append(f"{run.folder} is left out: the variant and seed of {first.folder} again")
+    return [tuple(group[seed] for seed in sorted(group)) for group in groups.values()], left_out
+
+
 def compare(runs: Sequence[TestedRun], baseline: str | None = None, reach: float = 0.95) -> Comparison:
     """Put runs beside each other.
 
@@ -276,12 +298,7 @@ def compare(runs: Sequence[TestedRun], baseline: str | None = None, reach: float
         raise ConfigError("there is no finished and tested run to compare", "name the folders of such runs")
     for run in runs[1:]:
         _check_same_episodes(runs[0], run)
-    notes, groups = [], {}
-    for run in runs:
-        group = groups.setdefault(json.dumps(run.settings, sort_keys=True), {})
-        if (first := group.setdefault(run.seed, run)) is not run:
-            notes.append(f"{run.folder} is left out: the variant and seed of {first.folder} again")
-    variants = [tuple(group[seed] for seed in sorted(group)) for group in groups.values()]
+    variants, notes = by_variant(runs)
     names = variant_names([runs[0].settings for runs in variants], variants[0][0].method)
     base = _baseline(baseline, names, variants)
     order = sorted(range(len(variants)), key=lambda k: k != base)

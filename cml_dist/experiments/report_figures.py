@@ -233,7 +233,7 @@ def legend_below(figure: Figure, axes: Axes, columns: int = 64, caption: str = "
     lines = sum(label.count("\n") + 1 for label in (*labels, *([said] if said else [])))
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + 0.16 * (1 + lines))
-    look = {"loc": "outside lower left", "fontsize": 8, "title_fontsize": 8, "alignment": "left"}
+    look = {"loc": "outside lower left", "fontsize": 8, "title_fontsize": 8, "alignment": "left", "handlelength": 3}
     figure.legend(handles, labels, title=said, **look)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -123,6 +124,9 @@ def test_what_there_is_of_each_method_is_drawn_with_labels(runs, analysed):
     assert all((analysed / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in pictures)
     drawn = (analysed / "gradient-cosine.svg").read_text()
     assert all(said in drawn for said in ("layers.1", "(2 seeds), its co-learner", "2 meta-steps", "untrained"))
+    for name in ("gradient-norm-meta", "gradient-norm-co", "cka"):
+        _, _, axis = (analysed / f"{name}.svg").read_text().partition('id="matplotlib.axis_2"')
+        assert len(re.findall(r">[\d.]+</text>", axis.partition('<g id="patch')[0])) >= 2, name
     assert "method.name=maml" not in drawn and "method.name=maml" in (analysed / "cka.svg").read_text()
 
 
@@ -137,7 +141,7 @@ def test_what_is_computed_is_kept(runs, analysed, tmp_path):
 
 
 def test_of_the_best_checkpoints_alone_layers_stand_beside_each_other(runs, tmp_path):
-    words = ["--checkpoints", "best", "--episodes", "2", "--out", str(tmp_path)]
+    words = ["parallel.threads=1", "--checkpoints", "best", "--episodes", "2", "--out", str(tmp_path)]
     assert main(["analyse", str(runs / "cml-0"), str(runs / "cml-1"), *words]) == 0
     best = {found(tmp_path, run)["best"] for run in ("cml-0", "cml-1")}
     drawn = (tmp_path / "gradient-norm-co.svg").read_text()
