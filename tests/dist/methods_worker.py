@@ -134,6 +134,7 @@ CASES = {
     "subgraphs": Case("gcn", SGD, head="prototype", nodes={"base": "g_meta", "cap": 6}),
     "mgaug": Case("vector", SGD, augment=PRUNING),
     "warpgrad": Case("warped", WarpGrad(*RATES), micro_batch=2),
+    "tnet": Case("warped", SGD),
     "unlabelled": Case("gcn", SGD, steps=1, nodes={"unlabelled": 2}, unlabelled=Unlabelled(2, 1.0, 0.7, 2.0)),
     "lora_frozen": Case("attention", LORA, adapts=HEAD, frozen=True),
 }

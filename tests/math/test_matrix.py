@@ -28,6 +28,7 @@ from cml_dist.nets.network import CmlNet
 from cml_dist.types import Batch, Episode
 
 STEPS, GAMMA = 4, 0.7
+BETWEEN = frozenset(f"{n}.weight" for n in ("body.layers.0", "body.layers.2", "head"))
 RULES = {
     "sgd": InnerRule(0.4, 0.3),
     "meta_sgd": MetaSgd(0.4, 0.3),
@@ -35,7 +36,8 @@ RULES = {
     "sharp": SharpSgd(0.4, 0.3, radius=0.3),
     "adam": Adam(0.08, 0.06),
     "lora": Lora(0.4, 0.3, frozenset(["head.weight"]), rank=2, beside=(("body.layers.2.weight", 6, 8),)),
-    "warpgrad": WarpGrad(0.4, 0.3, frozenset(f"{n}.weight" for n in ("body.layers.0", "body.layers.2", "head"))),
+    "warpgrad": WarpGrad(0.4, 0.3, BETWEEN),
+    "tnet": InnerRule(0.4, 0.3, BETWEEN),
     "mgaug": InnerRule(0.4, 0.3),
 }
 PRUNING = Pruning("catfish", (0.2, 0.5), (("body.layers.0.weight",), ("body.layers.2.weight",)))
@@ -57,7 +59,7 @@ MATRIX = [
 
 
 def make(colearner: str, rule: InnerRule, head: str = "linear") -> CmlNet:
-    made = make_net("warped" if isinstance(rule, WarpGrad) else "vector", colearner=colearner != "none")
+    made = make_net("warped" if rule.adapts == BETWEEN else "vector", colearner=colearner != "none")
     torch.manual_seed(3)
     second = nn.Linear(6, 4).double() if colearner == "prototype" else made.colearner
     started = made.head if head == "linear" else build_head(head, 6, 3).double()
@@ -107,9 +109,11 @@ def test_the_references_differ():
     body = [
         {n: g for n, g in reference(*case).grads.items() if n.startswith("body.") and not is_warp(n)}
         for case in itertools.product(COLEARNERS, RULES)
-        if case[1] != "meta_sgd"  # begins with the rates of sgd
+        if case[1] not in ("meta_sgd", "tnet")  # begins with the rates of sgd; learns as warpgrad between warp layers
     ]
     assert all(relative_error(one, two) > 1e-2 for one, two in itertools.combinations(body, 2))
+    warps = [{n: g for n, g in reference("dense", rule).grads.items() if is_warp(n)} for rule in ("warpgrad", "tnet")]
+    assert relative_error(*warps) > 1e-2
     assert all(g.any() for n, g in reference("dense", "meta_sgd").grads.items() if n.startswith("rule."))
 
 
