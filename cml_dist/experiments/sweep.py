@@ -186,13 +186,9 @@ def read_record(folder: str | Path) -> Sweep | None:
 
 
 def runs_of(folder: str) -> list[str]:
-    """The folders of all runs of the sweep in ``folder``, also of those that have not begun, and of all runs below it.
-
-    ``cml-dist repro`` may have been asked for other rows since these were trained.
-    """
+    """The folders of all runs of the sweep in ``folder``, also of those that have not begun; else see ``runs_in``."""
     sweep = read_record(folder)
-    asked = [] if sweep is None else [str(Path(folder, run.name)) for run in sweep.runs()]
-    return [*dict.fromkeys([*asked, *runs_in(folder)])]
+    return runs_in(folder) if sweep is None else [str(Path(folder, run.name)) for run in sweep.runs()]
 
 
 def _check_record(sweep: Sweep) -> None:
