@@ -241,7 +241,8 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
             "--out", "folder of the pictures and numbers; what it has of a checkpoint is not computed again (default "
             "analysis)", default="analysis", metavar="DIR",
         ),
-        OVERRIDES,
+        _option("overrides", "settings of where runs are looked at, e.g. run.device=cpu, or domain.root=data/moved",
+                metavar="key=value", nargs="*", default=[]),
     )),
     "export": ("finished.export", "write body and head of a run as safetensors with a model card; or as ONNX", (
         _option("run_dir", "the folder of a run; or a classifier that predict --save wrote", metavar="RUN"),
@@ -586,7 +587,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         args.overrides = [*args.overrides, *rest]
     for name, said in (("on", "--on: name a set"), ("runs", "RUN_DIR: name a folder")):
         if (words := getattr(args, name, None)) and hasattr(args, "overrides"):  # argparse gives it all of them
-            settings = [word for word in words if re.match(r"[\w.]+=", word)]
+            settings = [word for word in words if re.match(r"[\w.]+=", word) and not os.path.exists(word)]
             setattr(args, name, left := [word for word in words if word not in settings])
             args.overrides = [*args.overrides, *settings]
             left or parser.error(f"{said} before the settings; of a folder with = write ./NAME")

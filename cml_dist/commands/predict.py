@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cml_dist.errors import ConfigError
+from cml_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import numpy as np
 
     from cml_dist.run.adapted import AdaptedLearner
     from cml_dist.telemetry.console import Console
@@ -23,7 +25,7 @@ def predict(args: argparse.Namespace, console: Console) -> None:
     _check(args)
     examples = find_examples(args.support) if args.support else None
     pictures, left = find_pictures(args.images) if args.images else ([], [])
-    further, odd = find_pictures(args.unlabelled) if args.unlabelled else ([], [])
+    further, odd = find_pictures(args.unlabelled, "--unlabelled") if args.unlabelled else ([], [])
     left = [*(examples.left if examples else ()), *left, *odd]
     console.loading()
     adapted = _adapted(args, examples, further, console)
@@ -105,11 +107,14 @@ def _adapted(
         )
     shape = fitted_shape(learner.description)
     with preparing(console) as progress:
-        images, pictures = [], [*examples.pictures, *further]
-        for pixels in in_threads(partial(pixels_of, shape=shape), pictures):
+        images = []
+        for pixels in in_threads(partial(pixels_of, shape=shape), examples.pictures):
             images.append(pixels)
-            progress(len(images), len(pictures), "reading examples")
-        images, pool = images[: len(examples.labels)], images[len(examples.labels) :]
+            progress(len(images), len(examples.pictures), "reading examples")
+        read = [*in_threads(partial(_pixels_or_none, shape=shape), further)]
+        pool = [pixels for pixels in read if pixels is not None]
+        if lost := [picture.name for picture, pixels in zip(further, read, strict=True) if pixels is None]:
+            console.warn(f"Of {len(read):,} pictures of --unlabelled {len(lost):,} could not be read, e.g. {lost[0]}")
         adapted = learner.adapt(images, examples.labels, args.inner_steps, pool)
         besides = f", and on {len(pool):,} unlabelled" * bool(pool)
         console.note(f"Adapted on {len(images):,} examples of {len(adapted.classes):,} classes{besides}")
@@ -118,6 +123,15 @@ def _adapted(
             right = leave_one_out(learner, images, examples.labels, args.inner_steps, told, pool)
             _expect(right, examples.labels, console)
     return adapted
+
+
+def _pixels_or_none(picture: PictureFile, shape: Sequence[int]) -> np.ndarray | None:
+    from cml_dist.tools.answers import pixels_of
+
+    try:
+        return pixels_of(picture, shape)
+    except DataError:
+        return None
 
 
 def _expect(right: int, labels: list[str], console: Console) -> None:

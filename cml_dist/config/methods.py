@@ -67,7 +67,8 @@ def sub_networks_in_words(method: Any) -> str:
     """What ``method.augment`` adds to a meta-step, e.g. ``2 sub-networks (width pruned by 0.1, 0.3)``."""
     count = len(method.augment_ratios)
     ratios = ", ".join(f"{ratio:g}" for ratio in method.augment_ratios)
-    return f"{count} sub-network{'s' * (count > 1)} ({method.augment_pruning} pruned by {ratios})"
+    over_all = " over the whole body" * (method.augment_pruning == "catfish" and method.augment_scope == "network")
+    return f"{count} sub-network{'s' * (count > 1)} ({method.augment_pruning} pruned by {ratios}{over_all})"
 
 
 def warp_settings(method: Any) -> dict[str, Any] | None:

@@ -251,7 +251,7 @@ class MethodConfig(Section):
 
     augment: Literal["mgaug"] | None = Field(None, description="mgaug: the meta-gradients of pruned sub-networks, each with an inner loop of its own, are added to the whole network's (MGAug); with any method and co-learner; null: none")
     augment_pruning: Literal["width", "parameters", "catfish"] = Field("width", description="augment only: what a sub-network lacks: width: random channels; parameters: random weights; catfish: the weights that memorise most, by |gradient of the support loss * weight|")
-    augment_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field((0.2,), min_length=1, max_length=16, description="augment only: the part of each layer of the body that is pruned; a sub-network, with a meta-gradient's cost, for each")
+    augment_ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field((0.2,), min_length=1, max_length=16, description="augment only: the part that is pruned of each layer of the body (see augment_scope); a sub-network, with a meta-gradient's cost, for each")
     augment_weight: float = Field(1.0, gt=0, le=1000, description="augment only: weight of each sub-network's outer loss beside the whole network's")
     augment_scope: Literal["layer", "network"] = Field("layer", description="augment_pruning=catfish only: which weights are compared, and what a ratio is of: those of each layer, or of the whole body")
 

@@ -109,11 +109,16 @@ def choose_runs(
     Args:
         which: ``all`` of the trail, or where there is none the best and the newest checkpoint; ``best``; or a number:
             so many of them, evenly.
-        overrides: ``key=value`` above the runs' settings, e.g. where their data are now.
+        overrides: ``key=value`` above the runs' settings, which may change no value that is computed.
 
     Raises:
-        CheckpointError: a folder is no run, or has no checkpoint. ConfigError: the networks are not of one kind.
+        CheckpointError: a folder is no run, or has no checkpoint. ConfigError: the networks are not of one kind, or an
+            override would change what is found.
     """
+    free = tuple(key for key in NEUTRAL_KEYS if key != "run.dir")
+    if wrong := next((word for word in overrides if not word.startswith(free)), None):
+        remedy = "leave it out; run.device, domain.root, parallel.* and the like may be given"
+        raise ConfigError(f"{wrong}: runs are looked at as they were trained", remedy)
     if which not in ("all", "best") and not (which.isdecimal() and int(which) > 0):
         raise ConfigError(f"--checkpoints is {which}", "give all, best, or a number of 1 or more")
     if not folders:

@@ -58,11 +58,11 @@ def check_data(config: RunConfig) -> str:
     shards, domain = ShardSet.open(root), settled_shape(config).domain
     for split in ("train", "val", config.eval.split):
         classes, each = len(shards.split_info(split).classes), domain.queries + domain.unlabelled
-        needed = domain.ways + domain.distractors
-        if (whole := classes - len(shards.short_classes(split, domain.shots, each))) < needed:
+        whole, needed = classes - len(shards.short_classes(split, domain.shots, each)), domain.ways + domain.distractors
+        if whole < max(needed, classes):
             enough = f"{domain.shots + each} images or more"
             what = f"{root} is a part: {whole} of its {classes} {split} classes have {enough}, and an episode takes"
-            raise DataError(f"{what} {needed} classes", "pack the whole set")
+            raise DataError(f"{what} {needed} classes, any of them", "pack the whole set")
     if known and len(shards) < known.images:
         return f"{root} has {len(shards):,} of the {known.images:,} images: its figures are not those of the whole set"
     return ""

@@ -53,10 +53,10 @@ def find_examples(source: str) -> Examples:
     return Examples(_named(source, tree), labels, _others(source, tree))
 
 
-def find_pictures(places: Sequence[str]) -> tuple[list[PictureFile], list[str]]:
+def find_pictures(places: Sequence[str], option: str = "--images") -> tuple[list[PictureFile], list[str]]:
     """All pictures of folders (at any depth), archives, single files and patterns; and names of other files there.
 
-    A file that is named, or that a pattern means, is taken whatever it is.
+    A file that is named, or that a pattern means, is taken whatever it is. Errors name ``option``.
 
     Raises:
         DataError: one of ``places`` means nothing, or there are no pictures.
@@ -66,7 +66,7 @@ def find_pictures(places: Sequence[str]) -> tuple[list[PictureFile], list[str]]:
     for place in places:
         met = [place] if Path(place).exists() else sorted(glob.glob(place, recursive=True), key=natural_order)
         if not met:
-            raise DataError(f"--images {place} is no file or folder, and no pattern of any", "check the path")
+            raise DataError(f"{option} {place} is no file or folder, and no pattern of any", "check the path")
         for name in met:
             if Path(name).is_dir() or ARCHIVE.search(name):
                 tree = open_source(name)
@@ -76,7 +76,7 @@ def find_pictures(places: Sequence[str]) -> tuple[list[PictureFile], list[str]]:
                 found.append(PictureFile(name, partial(file_bytes, name)))
     if not found:
         raise DataError(
-            f"--images {' '.join(places)} holds no pictures", "give a folder, a picture or a pattern of them"
+            f"{option} {' '.join(places)} holds no pictures", "give a folder, a picture or a pattern of them"
         )
     return list({picture.name: picture for picture in found}.values()), left
 

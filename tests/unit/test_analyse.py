@@ -165,6 +165,7 @@ def test_unfinished_runs_without_a_trail_are_drawn_at_what_they_kept(runs, tmp_p
     [
         ((), ("--checkpoints", "some"), "--checkpoints is some; give all, best, or a number"),
         (("hidden: [8, 8]", "hidden: [16, 8]"), (), "another network"),
+        ((), ("run.seed=7",), "run.seed=7: runs are looked at as they were trained; leave it out; run.device, "),
         (None, (), "is no run folder"),
     ],
 )

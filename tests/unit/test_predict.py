@@ -235,6 +235,7 @@ def test_what_cannot_be_is_one_line_before_any_work(runs, folders, tmp_path, cap
         (runs(), "--images", new): "give a folder with a folder of pictures for each class: --support EXAMPLES",
         (runs(), "--support", examples): "there is nothing to do; name the pictures",
         (there, *both): "is adapted already; leave --support",
+        (runs(), *both, "--unlabelled", tmp_path / "nowhere"): "error: --unlabelled ",
         (runs(), *both, "--unlabelled", new): "was trained without unlabelled examples; leave --unlabelled out",
         (runs(), "--support", tmp_path / "empty", "--images", new): "holds no pictures",
         (runs(), "--support", tmp_path / "one", "--images", new): "holds one class alone, cat",
@@ -252,9 +253,11 @@ def test_what_cannot_be_is_one_line_before_any_work(runs, folders, tmp_path, cap
 
 def test_pictures_without_labels_are_learned_from(runs, folders, tmp_path, capfd):
     words = ("--support", folders / "examples", "--images", folders / "new" / "1*.png", "--leave-one-out")
-    pool = ("--unlabelled", folders / "new" / "2*.png")
+    pool = ("--unlabelled", folders / "new" / "2*.png", folders / "new" / "5b.png")
     assert predict(runs("unlabelled"), *words, *pool, "--out", tmp_path / "with.csv") == 0
-    assert "Adapted on 32 examples of 8 classes, and on 5 unlabelled" in capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert "Adapted on 32 examples of 8 classes, and on 5 unlabelled" in out
+    assert "Of 6 pictures of --unlabelled 1 could not be read, e.g." in err
     assert predict(runs("unlabelled"), *words, "--out", tmp_path / "without.csv") == 0
     kept = {name: (tmp_path / f"{name}.csv").read_text().splitlines() for name in ("with", "without")}
     rows = {name: list(csv.DictReader(lines)) for name, lines in kept.items()}

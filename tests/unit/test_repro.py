@@ -175,6 +175,15 @@ def test_data_that_are_missing_or_a_part_are_said_and_which_rows_they_stop(tmp_p
     out, err = capfd.readouterr()
     assert out.startswith("#!") and "#SBATCH --array=0-5\n" in out
     assert "omniglot-cml-1shot" in err and "cifar_fs" not in err
+    write_graph(Path("data/citeseer.npz"), nodes=(12, 12, 7, 12, 12, 12))
+    for words, said in (
+        (("image_sets", "--rows=cifar_fs-cml-1shot", "domain.ways=2", "domain.unlabelled=5"), "have 21 images or more"),
+        (("image_sets", "--rows=cifar_fs-cml-1shot", "domain.ways=2", "domain.unlabelled=4", "domain.distractors=3"),
+         "and an episode takes 5 classes, any of them; pack the whole set"),
+        (("nodes", "--rows=citeseer-gmeta-1shot"), "1 have the 11 nodes that an episode takes of each"),
+    ):  # fmt: skip
+        assert main(["repro", *words]) == 1
+        assert said in capfd.readouterr().err
 
 
 # --------------------------------------------------------------------------- from nothing to a verdict
