@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cml_dist.atomic import write_json
 from cml_dist.distributed.env import Launched, join_srun, launched
 from cml_dist.errors import CmlError, ConfigError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def scale(args: argparse.Namespace, console: Console) -> int:
-    from cml_dist.experiments.scale import Measuring, parse_axes, plan_study, read_study, record, write_study
+    from cml_dist.experiments.scale import STUDY, parse_axes, plan_study, read_study
 
     if args.measure:
         return _measure(args, console)
@@ -37,10 +38,9 @@ def scale(args: argparse.Namespace, console: Console) -> int:
     base = load_config(args.config, args.overrides, console.warn, args.preset)
     console.loading()
     start, cores = _starter(args, base, here, worlds)
-    measuring = Measuring(args.steps, args.warm_up, cores)
     kinds = ("strong", "weak") if args.scaling == "both" else (args.scaling,)
-    asked = {"worlds": worlds, "axes": axes, "kinds": kinds, "measuring": measuring}
-    cells = plan_study(args.config, args.overrides, args.preset, out, **asked)
+    asked = {"worlds": worlds, "axes": axes, "kinds": kinds, "steps": args.steps, "warm_up": args.warm_up}
+    cells, record = plan_study(args.config, args.overrides, args.preset, out, **asked, cores=cores)
     _check_networks(cells)
     due = [cell for cell in cells if not cell.is_measured]
     if here.size > 1:
@@ -51,7 +51,7 @@ def scale(args: argparse.Namespace, console: Console) -> int:
     facts = {
         "cells": f"{len(cells)}: {len(cells) - len(due) - len(later)} measured, {len(due)} to measure"
         + (f", {len(later)} of larger worlds than this launcher's" if later else ""),
-        "each": f"{measuring.steps} meta-steps after {measuring.warm_up}, in fresh processes"
+        "each": f"{args.steps} meta-steps after {args.warm_up}, in fresh processes"
         + (f" on {cores} core{'s' * (cores > 1)} each" if cores else ""),
     }
     console.header(f"Scaling study {out}", facts)
@@ -59,11 +59,11 @@ def scale(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.experiments.scale_start import run_cell
 
     if here.rank == 0:
-        write_study(out, {**_kept(read_study(out)), "record": record(base, measuring)})
+        write_json(out / STUDY, {"cells": [], **(read_study(out) or {}), "record": record})
     with console.progress(f"{len(due)} cells", len(due)) as view:
         for number, cell in enumerate(due, start=1):
             began_s = time.monotonic()
-            if why := run_cell(cell, measuring, start, here.rank == 0):
+            if why := run_cell(cell, start, here.rank == 0):
                 failed[cell.name] = why
                 console.warn(f"Failed: {cell.name}: {why}")
             else:
@@ -73,7 +73,7 @@ def scale(args: argparse.Namespace, console: Console) -> int:
         start.close()
     if here.rank > 0:
         return 0
-    return _conclude(cells, ahead, args.link, record(base, measuring), failed, out, console)
+    return _conclude(cells, ahead, args.link, record, failed, out, console)
 
 
 def _measure(args: argparse.Namespace, console: Console) -> int:
@@ -85,10 +85,6 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
     config = load_config(args.config, args.overrides, console.warn, args.preset)
     measure_cell(config, args.warm_up, Path(args.measure), console)
     return 0
-
-
-def _kept(study: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {"cells": [], **(study or {})}
 
 
 def _numbers(words: str, option: str) -> list[int]:
@@ -145,7 +141,7 @@ def _conclude(
     cells: Sequence[Cell], ahead: Sequence[int], link: float | None, recorded: Mapping[str, Any],
     failed: Mapping[str, str], out: Path, console: Console,
 ) -> int:  # fmt: skip
-    from cml_dist.experiments.scale import write_study
+    from cml_dist.experiments.scale import STUDY
     from cml_dist.experiments.scale_results import content, result_of
 
     results, left_out = [], dict(failed)
@@ -157,15 +153,17 @@ def _conclude(
             left_out[cell.name] = str(error) if isinstance(error, CmlError) else f"{cell.file} is damaged: {error!r}"
             console.warn(f"Left out: {left_out[cell.name]}")
     study = {"record": recorded, **content(results, ahead, link, left_out)}
-    write_study(out, study)
+    write_json(out / STUDY, study)
     if not results:
         return 1
-    from cml_dist.experiments.scale_shown import write_figures
-    from cml_dist.experiments.scale_tables import notes, tables
+    from cml_dist.experiments.scale_figures import draw_study
+    from cml_dist.experiments.scale_shown import notes, tables
 
     for title, columns, rows, least in tables(study):
         console.table(title, columns, rows, least=least)
     for note in notes(study):
         console.note(note)
-    console.note(f"Written: {out}/scale.json, and as .png and .svg {', '.join(write_figures(out, study))}")
+    for figure in (figures := [*draw_study(study)]):
+        figure.write(out)
+    console.note(f"Written: {out}/scale.json, and as .png and .svg {', '.join(figure.name for figure in figures)}")
     return 1 if left_out else 0

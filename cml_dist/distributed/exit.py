@@ -7,6 +7,7 @@ import faulthandler
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -92,10 +93,12 @@ def end_process(failure: Failure, heartbeat: Heartbeat, speaks: bool) -> None:
 
 def tcp_connections() -> Iterator[socket.socket]:
     """Every TCP connection of this process, by a descriptor of its own that is closed again."""
-    for descriptor in os.listdir("/dev/fd"):
+    for descriptor in map(int, os.listdir("/dev/fd")):
         try:
-            connection = socket.socket(fileno=os.dup(int(descriptor)))
-        except OSError:  # no socket, or closed meanwhile
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            connection = socket.socket(fileno=os.dup(descriptor))
+        except OSError:  # closed meanwhile
             continue
         with connection:
             if connection.family in (socket.AF_INET, socket.AF_INET6) and ends_of(connection) is not None:

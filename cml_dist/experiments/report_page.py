@@ -71,7 +71,7 @@ def write_report(
         figure.write(folder)
     for study in studies:
         for figure in study.figures:
-            figure.write(folder, f"{study.stem}-")
+            figure.write(folder, f"{Path(study.folder).name}-")
     count, variants = sum(len(variant.runs) for variant in shown.variants), shown.variants
     about = f"{count} run{'s' * (count > 1)}, {len(variants)} variant{'s' * (len(variants) > 1)}" if variants else ""
     about = "; ".join(filter(None, (about, ", ".join(f"scaling study {study.folder}" for study in studies))))

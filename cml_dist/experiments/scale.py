@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cml_dist.atomic import write_text
-from cml_dist.config.load import Warn, load_config, silently
+from cml_dist.config.load import load_config
 from cml_dist.config.schema import RunConfig
 from cml_dist.config.sweep import Run, Sweep
 from cml_dist.errors import CheckpointError, ConfigError
@@ -38,20 +38,6 @@ UNNAMED = ("run.dir", "run.log_every", "train.steps", "parallel.processes", "eva
 
 
 @dataclass(frozen=True)
-class Measuring:
-    """How cells are measured: all of a study alike.
-
-    Attributes:
-        steps, warm_up: meta-steps that count, and before them.
-        cores: of each process, by number; None: the launcher decides.
-    """
-
-    steps: int = 10
-    warm_up: int = 2
-    cores: int | None = None
-
-
-@dataclass(frozen=True)
 class Cell:
     """One measurement: a configuration in a world of so many processes.
 
@@ -59,8 +45,8 @@ class Cell:
         variant: what the study varies beside the world, in words.
         settings: the same as settings.
         kinds: ``strong``: as many episodes a meta-step in every world; ``weak``: as many a process.
-        words: of ``cml-dist train``: the configuration, and what replaces it.
-        config: the same, checked.
+        words: of ``cml-dist scale``, for each of its processes.
+        config: what they train, checked.
         file: where its measurement is, or will be.
     """
 
@@ -85,7 +71,7 @@ class Cell:
     @property
     def run_dir(self) -> Path:
         """Removed once it is measured."""
-        return Path(self.config.run.dir)
+        return self.file.with_suffix(".run")
 
     @property
     def is_measured(self) -> bool:
@@ -133,73 +119,63 @@ def parse_axes(words: Sequence[str], backbones: str | None) -> dict[str, list[An
 
 def plan_study(
     config: str, overrides: Sequence[str], preset: str | None, out: Path, *, worlds: Sequence[int],
-    axes: Mapping[str, Sequence[Any]], kinds: Sequence[str], measuring: Measuring, warn: Warn = silently,
-) -> list[Cell]:  # fmt: skip
+    axes: Mapping[str, Sequence[Any]], kinds: Sequence[str], steps: int, warm_up: int, cores: int | None,
+) -> tuple[list[Cell], dict[str, Any]]:  # fmt: skip
     """Every cell once, each configuration checked; nothing is written.
+
+    Args:
+        steps, warm_up: meta-steps that count, and before them.
+        cores: of each process, by number; None: the launcher decides.
+
+    Returns:
+        (the cells, what all cells of the study have in common: nothing that may be added to it).
 
     Raises:
         ConfigError: a configuration cannot be, or a world has more processes than a meta-step has episodes.
         CheckpointError: the folder holds a study of other settings.
     """
-    length = ["--preset", preset] if preset else []
-    base = load_config(config, overrides, warn, preset)
+    base, length = load_config(config, overrides, preset=preset), ["--preset", preset] if preset else []
     if base.all_splits:
         raise ConfigError("domain.split is all: that is several runs", "name one split")
-    _check_record(out, record(base, measuring))
+    record = {**_named(base), "--steps": steps, "--warm-up": warm_up, "--cores": cores}
+    _check_record(out, record)
     runs = [Run(base.model.backbone, {})]
     if axes:
         runs = Sweep(base=config, dir=str(out), axes={key: list(values) for key, values in axes.items()}).runs()
+    common = [*QUIET, f"train.steps={warm_up + steps + MEMORY_STEPS}"]
+    if cores is not None and base.parallel.threads is None:
+        common.append(f"parallel.threads={cores}")
     found: dict[str, Cell] = {}
     for run in runs:
-        varied = load_config(config, [*overrides, *run.overrides], silently, preset)
-        batch = varied.train.episodes_per_step
-        each = max(1, batch // min(worlds))
-        for kind in kinds:
-            for world in worlds:
-                episodes = batch if kind == "strong" else each * world
-                if episodes < world:
-                    raise ConfigError(
-                        f"--worlds has {world}, but {EPISODES} is {batch} ({run.name}): some of {world} processes "
-                        "would have nothing to do",
-                        f"set {EPISODES}={max(worlds)} or more, name smaller worlds, or measure --scaling weak alone",
-                    )
-                words = (config, *length, *overrides, *run.overrides, f"{EPISODES}={episodes}", *QUIET)
-                words += (
-                    f"train.steps={measuring.warm_up + measuring.steps + MEMORY_STEPS}",
-                    f"parallel.processes={world}",
+        varied = [*overrides, *run.overrides]
+        batch = load_config(config, varied, preset=preset).train.episodes_per_step
+        for kind, world in product(kinds, worlds):
+            episodes = batch if kind == "strong" else max(1, batch // min(worlds)) * world
+            if episodes < world:
+                raise ConfigError(
+                    f"--worlds has {world}, but {EPISODES} is {batch} ({run.name}): some of {world} processes "
+                    "would have nothing to do",
+                    f"set {EPISODES}={max(worlds)} or more, name smaller worlds, or measure --scaling weak alone",
                 )
-                if measuring.cores is not None and base.parallel.threads is None:
-                    words += (f"parallel.threads={measuring.cores}",)
-                cell = _cell(run, world, kind, words, out, preset)
-                same = found.get(cell.file.name)
-                if same is not None and kind not in same.kinds:
-                    cell = replace(same, kinds=(*same.kinds, kind))
-                found[cell.file.name] = cell
-    return list(found.values())
+            settings = [*varied, f"{EPISODES}={episodes}", *common, f"parallel.processes={world}"]
+            checked = load_config(config, settings, preset=preset)
+            said = json.dumps([world, _named(checked)], sort_keys=True, default=str)
+            mark = hashlib.sha256(said.encode()).hexdigest()[:8]
+            file = out / "cells" / f"{Path(checked.model.backbone).name}-{world}p-{episodes}e-{mark}.json"
+            words = (config, *length, *settings, f"run.dir={file.with_suffix('.run')}", f"--worlds={world}")
+            words += (f"--measure={file.absolute()}", f"--warm-up={warm_up}")
+            before = found[file.name].kinds if file.name in found else ()
+            variant = run.name.removeprefix("backbone=")  # which says little
+            own = tuple(dict.fromkeys((*before, kind)))
+            found[file.name] = Cell(variant, run.settings, world, own, words, checked, file)
+    return list(found.values()), record
 
 
-def _cell(run: Run, world: int, kind: str, words: tuple[str, ...], out: Path, preset: str | None) -> Cell:
-    """``words``: all of the cell's but where it is."""
-    settings = [word for word in words[1:] if "=" in word]
-    config = load_config(words[0], settings, silently, preset)
-    kept = {k: v for k, v in same_everywhere(config).items() if not k.startswith(UNNAMED)}
-    mark = hashlib.sha256(json.dumps([world, kept], sort_keys=True, default=str).encode()).hexdigest()[:8]
-    episodes = config.train.episodes_per_step
-    file = out / "cells" / f"{Path(config.model.backbone).name}-{world}p-{episodes}e-{mark}.json"
-    run_dir = str(file.with_suffix(".run"))
-    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
-    words = (*words, f"run.dir={run_dir}")
-    variant = run.name.removeprefix("backbone=")  # which says little
-    return Cell(variant, dict(run.settings), world, (kind,), words, config, file)
+def _named(config: RunConfig) -> dict[str, Any]:
+    return {key: value for key, value in same_everywhere(config).items() if not key.startswith(UNNAMED)}
 
 
 # --------------------------------------------------------------------------- the folder
-
-
-def record(base: RunConfig, measuring: Measuring) -> dict[str, Any]:
-    """What all cells of a study have in common, and nothing that may be added to it."""
-    kept = {key: value for key, value in same_everywhere(base).items() if not key.startswith(UNNAMED)}
-    return {**kept, "--steps": measuring.steps, "--warm-up": measuring.warm_up, "--cores": measuring.cores}
 
 
 def read_study(folder: str | Path) -> dict[str, Any] | None:
@@ -219,16 +195,11 @@ def read_study(folder: str | Path) -> dict[str, Any] | None:
     return found
 
 
-def write_study(folder: Path, content: Mapping[str, Any]) -> None:
-    write_text(folder / STUDY, json.dumps(content, indent=1) + "\n")
-
-
 def _check_record(out: Path, now: dict[str, Any]) -> None:
-    if (study := read_study(out)) is None:
-        return
-    for key in {**study["record"], **now}:
-        if study["record"].get(key) != (value := json.loads(json.dumps(now.get(key), default=str))):
+    then = (read_study(out) or {"record": now})["record"]
+    for key in {**then, **now}:
+        if then.get(key) != now.get(key):
             raise CheckpointError(
-                f"{out} holds another study: {key} was {study['record'].get(key)}, is {value}",
+                f"{out} holds another study: {key} was {then.get(key)}, is {now.get(key)}",
                 "name another --out; only values of --worlds, --backbones and --axes may be added",
             )

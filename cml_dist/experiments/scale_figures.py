@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cml_dist.experiments.report_figures import SIZE, Drawn, drawn, legend_below, new_figure, style
@@ -25,56 +25,48 @@ def draw_study(study: Mapping[str, Any]) -> Iterator[Drawn]:
     yield _memory(cells)
     smallest = min(c["world"] for c in cells)
     alone = [c for c in cells if c["world"] == smallest]
-    keys = {key for c in alone for key, value in c["settings"].items() if isinstance(value, (int, float))}
-    for key in ("parameters", *sorted(keys)):
-        points = [{**c, "x": c["parameters"] if key == "parameters" else c["settings"].get(key)} for c in alone]
-        if len({p["x"] for p in points if p["x"] is not None}) > 1:
+    for key in ("parameters", *sorted({key for c in alone for key in c["settings"]})):
+        points = [(c["parameters"] if key == "parameters" else c["settings"].get(key), c) for c in alone]
+        points = [(x, c) for x, c in points if isinstance(x, (int, float))]
+        if len({x for x, _ in points}) > 1:
             yield _growth(key, points, smallest)
 
 
-def variant_numbers(study: Mapping[str, Any]) -> dict[str, int]:
+def variant_numbers(cells: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Of each variant the number of its colour, from 1."""
-    return {variant: n for n, variant in enumerate(dict.fromkeys(c["variant"] for c in study["cells"]), start=1)}
+    return {variant: n for n, variant in enumerate(dict.fromkeys(c["variant"] for c in cells), start=1)}
 
 
 def _scaling(study: Mapping[str, Any]) -> Drawn:
     kinds = list(dict.fromkeys(p["kind"] for p in study["scaling"]))
-    numbers, every = variant_numbers(study), [*study["scaling"], *study["projected"]]
     with new_figure(1, len(kinds), squeeze=False) as (figure, (row,)):
         for kind, axes in zip(kinds, row, strict=True):
-            of = "speedup" if kind == "strong" else "efficiency"
-            by = 1 if kind == "strong" else 100
-            for variant, number in numbers.items():
+            strong = kind == "strong"
+            of, by, label = ("speedup", 1, "speed-up") if strong else ("efficiency", 100, "efficiency (%)")
+            for variant, number in variant_numbers(study["cells"]).items():
                 for points, look in (
                     (study["scaling"], {**style(number), "marker": "o", "label": variant}),
                     (study["projected"], {"color": PROJECTED, "linestyle": "--", "marker": "os^vD<>p"[number % 8],
                                           "markerfacecolor": "white", "label": f"{variant}, projected"}),
                 ):  # fmt: skip
-                    own = [p for p in points if p["variant"] == variant and p["kind"] == kind]
-                    values, errors = ([by * p[of][at] for p in own] for at in (0, 1))
-                    if own:
+                    if own := [p for p in points if p["variant"] == variant and p["kind"] == kind]:
+                        values, errors = ([by * p[of][at] for p in own] for at in (0, 1))
                         axes.errorbar([p["world"] for p in own], values, errors, markersize=4, capsize=2, **look)
-            worlds = sorted({p["world"] for p in every if p["kind"] == kind})
-            speed = [w / worlds[0] for w in worlds]
-            axes.plot(worlds, speed if kind == "strong" else [100] * len(worlds), ":", color="0.6")
-            _worlds(axes, worlds)
-            axes.set(title=f"{kind} scaling", ylabel="speed-up" if kind == "strong" else "efficiency (%)")
-            if kind == "strong":
+            worlds = sorted({p["world"] for of in ("scaling", "projected") for p in study[of] if p["kind"] == kind})
+            ideal = [world / worlds[0] if strong else 100 for world in worlds]
+            axes.plot(worlds, ideal, ":", color="0.6")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(worlds, [str(world) for world in worlds])
+            if strong:
                 axes.set_yscale("log", base=2)
-                axes.set_yticks(speed, [f"{s:g}" for s in speed])
-                axes.minorticks_off()
+                axes.set_yticks(ideal, [f"{speed:g}" for speed in ideal])
             else:
                 axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
+            axes.minorticks_off()
+            axes.set(title=f"{kind} scaling", xlabel="processes", ylabel=label)
         legend_below(figure, row[-1])
         caption = f"Strong: the same meta-step; weak: the same episodes a process. Dotted: ideal. {ERRORS}"
         return drawn(figure, row[-1], "scaling", "Scaling with processes", caption)
-
-
-def _worlds(axes: Axes, worlds: list[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(worlds, [str(world) for world in worlds])
-    axes.minorticks_off()
-    axes.set_xlabel("processes")
 
 
 def _log_where_wide(axes: Axes, of: str, values: list[float]) -> None:
@@ -116,9 +108,9 @@ def _short(name: str, most: int = 34) -> str:
 
 
 def _memory(cells: list[dict[str, Any]]) -> Drawn:
-    mib, numbers = 2**20, variant_numbers({"cells": cells})
+    mib = 2**20
     with new_figure() as (figure, axes):
-        for variant, number in numbers.items():
+        for variant, number in variant_numbers(cells).items():
             own = [c for c in cells if c["variant"] == variant]
             planned, measured = ([c[of] / mib for c in own] for of in ("planned_memory", "memory"))
             axes.plot(planned, measured, "o", color=style(number)["color"], markersize=5, label=variant)
@@ -132,14 +124,13 @@ def _memory(cells: list[dict[str, Any]]) -> Drawn:
         return drawn(figure, axes, "memory", "Memory, measured and planned", caption)
 
 
-def _growth(key: str, points: list[dict[str, Any]], world: int) -> Drawn:
-    """Seconds of an episode over ``x``; a line for variants that differ in nothing else."""
-    free = ("model.backbone",) if key == "parameters" else (key,)
+def _growth(key: str, points: list[tuple[float, dict[str, Any]]], world: int) -> Drawn:
+    """Seconds of an episode over numbers; a line for variants that differ in nothing else."""
+    free = "model.backbone" if key == "parameters" else key
     lines: dict[str, list[tuple[float, float, float]]] = {}
-    for p in points:
-        rest = ", ".join(f"{k.rpartition('.')[2]}={v}" for k, v in p["settings"].items() if k not in free) or "all"
-        if p["x"] is not None:
-            lines.setdefault(rest, []).append((p["x"], *(value / p["each"] for value in p["seconds"])))
+    for x, c in points:
+        rest = ", ".join(f"{k.rpartition('.')[2]}={v}" for k, v in c["settings"].items() if k != free) or "all"
+        lines.setdefault(rest, []).append((x, *(value / c["each"] for value in c["seconds"])))
     with new_figure() as (figure, axes):
         for number, (rest, line) in enumerate(lines.items(), start=1):
             x, y, errors = zip(*sorted(line), strict=True)
@@ -147,9 +138,9 @@ def _growth(key: str, points: list[dict[str, Any]], world: int) -> Drawn:
         axes.set(xlabel=key, ylabel="seconds an episode")
         _log_where_wide(axes, "y", [y for line in lines.values() for _, y, _ in line])
         if key == "parameters":
-            _log_where_wide(axes, "x", [p["x"] for p in points])
+            _log_where_wide(axes, "x", [x for x, _ in points])
         else:
-            ticks = sorted({p["x"] for p in points if p["x"] is not None})
+            ticks = sorted({x for x, _ in points})
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         if len(lines) > 1:
             legend_below(figure, axes)

@@ -16,29 +16,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from cml_dist.distributed.env import Launched, environment_of
-from cml_dist.experiments.scale import Cell, Measuring
+from cml_dist.experiments.scale import Cell
 from cml_dist.tools.local import start_logged
 
 GRACE_S = 60.0
 """The failure detector needs less, but at the start processes would wait for a missing one much longer."""
 
-Start = Callable[[Cell, Measuring], list[int]]
+Start = Callable[[Cell], list[int]]
 """Starts a cell's processes, and returns their exit codes."""
 
 
-def command(cell: Cell, measuring: Measuring) -> list[str]:
+def command(cell: Cell) -> list[str]:
     """What each process of a cell runs."""
-    words = [f"--measure={cell.file.absolute()}", f"--warm-up={measuring.warm_up}"]
-    return [sys.executable, "-m", "cml_dist", "scale", *cell.words, f"--worlds={cell.world}", *words]
+    return [sys.executable, "-m", "cml_dist", "scale", *cell.words]
 
 
-def run_cell(cell: Cell, measuring: Measuring, start: Start, is_main: bool = True) -> str:
+def run_cell(cell: Cell, start: Start, is_main: bool = True) -> str:
     """Measure a cell; returns why it failed, or nothing. Under a launcher collective: all of its processes."""
     if is_main:
         cell.file.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(cell.run_dir, ignore_errors=True)
     begun = cell.log.stat().st_size if cell.log.exists() else 0
-    codes = start(cell, measuring)
+    codes = start(cell)
     if not is_main:
         return ""
     shutil.rmtree(cell.run_dir, ignore_errors=True)
@@ -55,7 +54,7 @@ class Here:
 
     cores: int
 
-    def __call__(self, cell: Cell, measuring: Measuring) -> list[int]:
+    def __call__(self, cell: Cell) -> list[int]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -64,7 +63,7 @@ class Here:
             for rank in range(cell.world):
                 place = environment_of(Launched(rank, cell.world, rank, cell.world, "127.0.0.1", port))
                 own = ours[rank * self.cores : (rank + 1) * self.cores]
-                started.append(start_logged(command(cell, measuring), cell.log, place, own, signal.SIGKILL))
+                started.append(start_logged(command(cell), cell.log, place, own, signal.SIGKILL))
             return _ended(started)
         finally:
             for process in started:
@@ -88,10 +87,10 @@ class Srun:
 
     cores: int | None
 
-    def __call__(self, cell: Cell, measuring: Measuring) -> list[int]:
+    def __call__(self, cell: Cell) -> list[int]:
         cores = [f"--cpus-per-task={self.cores}", "--cpu-bind=cores"] if self.cores else []
         srun = ["srun", f"--ntasks={cell.world}", *cores, "--mpi=none", "--kill-on-bad-exit=1", "--export=ALL"]
-        process = start_logged([*srun, *command(cell, measuring)], cell.log, os.environ, (), signal.SIGKILL)
+        process = start_logged([*srun, *command(cell)], cell.log, os.environ, (), signal.SIGKILL)
         try:
             return [process.wait()]
         finally:
@@ -118,7 +117,7 @@ class Beside:
         self._group.broadcast_object_list(told)
         return told[0]
 
-    def __call__(self, cell: Cell, measuring: Measuring) -> list[int]:
+    def __call__(self, cell: Cell) -> list[int]:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = self.agreed(probe.getsockname()[1])
@@ -126,7 +125,7 @@ class Beside:
         if here.rank < cell.world:
             local_size = min(here.local_size, cell.world - (here.rank - here.local_rank))
             place = here._replace(size=cell.world, local_size=local_size, port=port)
-            process = start_logged(command(cell, measuring), cell.log, environment_of(place), (), signal.SIGKILL)
+            process = start_logged(command(cell), cell.log, environment_of(place), (), signal.SIGKILL)
         try:
             codes = [0] * here.size
             self._group.all_gather_object(codes, process.wait() if process else 0)
