@@ -152,7 +152,7 @@ def model_card(
     own = [f"{key}={unsealed(name)}" for key, name in names.items() if is_code(name)]
     timm, curve = description["timm"], [line for line in curve if _is_whole(line)]
     optional = {
-        _curve(score, curve): len(curve) > 0,
+        _curve(score, curve): True,
         NODES if nodes else USE: True,
         IMAGES: pictures,
         SCALED: "packed_size" in said,
@@ -219,8 +219,9 @@ def _is_whole(line: dict[str, Any]) -> bool:
 
 
 def _curve(score: str, lines: Sequence[dict[str, Any]]) -> str:
-    """A table of at most so many validations, the first and the last among them."""
-    last = len(lines) - 1
+    """A table of at most so many validations, the first and the last among them; empty where there is none."""
+    if (last := len(lines) - 1) < 0:
+        return ""
     shown = sorted({round(k * last / (MOST_ROWS - 1)) for k in range(MOST_ROWS)})
     figures = [(lines[k]["step"], text.measured(score, lines[k]["mean"], lines[k].get("ci95"), 2)) for k in shown]
     rows = [f"| {step:,} | {figure} |" for step, figure in figures]

@@ -209,6 +209,14 @@ def test_export_elsewhere_and_of_another_step(run, tmp_path):
         export_again(run_config(str(folder), []), Wanted("77"), Console(quiet=True))
 
 
+@pytest.mark.parametrize("run", ["conv4"], indirect=True)
+def test_a_card_without_a_finite_validation_has_no_curve(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "run")
+    (tmp_path / "run" / "validation.jsonl").unlink()
+    assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 0
+    assert "Learning curve" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_images_of_every_kind_are_read_alike(run, tmp_path):
     folder, _ = run
     learner = cml_dist.load(folder)
