@@ -379,7 +379,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "report": ("cml-dist report runs --out report.html",),
     "analyse": (
         "cml-dist analyse runs/study --out study-analysis",
-        "cml-dist analyse runs/maml-* runs/cml-* --checkpoints 5 --episodes 200 run.device=cpu",
+        "cml-dist analyse runs/maml-* runs/cml-* run.device=cpu --checkpoints 5 --episodes 200",
     ),
     "status": ("cml-dist status runs/first --watch", "cml-dist status runs", "cml-dist status runs/* --check"),
     "export": (
