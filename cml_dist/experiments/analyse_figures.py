@@ -13,7 +13,16 @@ import numpy as np
 from cml_dist.config.methods import has_classes, has_trained_colearner
 from cml_dist.experiments.analyse import FACTOR, FORMAT, Analysed, Measured
 from cml_dist.experiments.cka import cka
-from cml_dist.experiments.report_figures import COLOURS, DASHES, INK, Picture, legend_below, new_figure, saved
+from cml_dist.experiments.report_figures import (
+    COLOURS,
+    DASHES,
+    INK,
+    Picture,
+    legend_below,
+    log_where_wide,
+    new_figure,
+    saved,
+)
 from cml_dist.run.interval import estimate
 from cml_dist.telemetry import text
 
@@ -180,7 +189,8 @@ def _panels(
 ) -> Picture:  # fmt: skip
     """A panel a layer over meta-steps; where there is one checkpoint of each, one panel over layers."""
     drawn = [place for place in range(len(layers)) if any(not np.isnan(one.middle[:, place]).all() for one in lines)]
-    decades = _decades(lines) if log else 0
+    ends = np.concatenate([part.flatten() for one in lines for part in (one.low, one.high)])
+    wide = ends[ends > 0].tolist() if log else []
     if all(len(one.steps) == 1 for one in lines):
         with new_figure(size=(6.4, 3.6)) as (figure, axes):
             for one in lines:
@@ -190,7 +200,7 @@ def _panels(
                 axes.errorbar(range(len(drawn)), middle, spread, capsize=3, label=one.label, **look)
             axes.set_xticks(range(len(drawn)), [layers[k] for k in drawn], rotation=30 * (len(drawn) > 6))
             axes.set(xlabel="layer", ylabel=axis)
-            _finish_axes(axes, decades, zero)
+            _finish_axes(axes, wide, zero)
             return _finish(figure, axes, name, title, caption)
     chosen = drawn
     if len(drawn) > PANELS:
@@ -208,7 +218,7 @@ def _panels(
                 panel.plot(one.steps, one.middle[:, layer], linewidth=1.4, label=one.label, **look)
             panel.set_title(layers[layer])
             panel.locator_params(axis="x", nbins=4)
-            _finish_axes(panel, decades, zero)
+            _finish_axes(panel, wide, zero)
         for place, panel in enumerate(grid.flat):
             if len(chosen) - columns <= place < len(chosen):  # the lowest of each column
                 panel.set_xlabel("meta-step")
@@ -248,21 +258,9 @@ def _over_inner_steps(groups: Sequence[Group]) -> Picture:
         return _finish(figure, axes, "inner-steps", f"{title} against inner steps at test", caption)
 
 
-def _decades(lines: Sequence[Line]) -> float:
-    """Orders of magnitude from the least value above 0 to the largest."""
-    seen = np.concatenate([part.flatten() for one in lines for part in (one.low, one.high)])
-    seen = seen[seen > 0]
-    return math.log10(seen.max() / seen.min()) if len(seen) else 0
-
-
-def _finish_axes(axes: Axes, decades: float, zero: bool) -> None:
-    if decades > 1:  # else a logarithmic axis may have no number
-        from matplotlib.ticker import LogLocator
-
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
+def _finish_axes(axes: Axes, wide: Sequence[float], zero: bool) -> None:
+    if wide:
+        log_where_wide(axes, "y", wide)
     if zero:
         axes.axhline(0, color=INK, linewidth=0.8)
 

@@ -225,6 +225,25 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = SIZE
         yield figure, figure.subplots(rows, columns, **how)
 
 
+def log_where_wide(axes: Axes, of: str, values: Sequence[float]) -> None:
+    """A logarithmic axis, with numbers as people write them, where the values span more than a factor of 5.
+
+    Two numbers at least are on it: a factor of 5 spans two of 1, 2, 5, 10, ..., and one of 100 two powers of ten.
+    """
+    if max(values) <= 5 * min(values):
+        axes.locator_params(axis="both" if of == "xy" else of, nbins=5)
+        return
+    from matplotlib.ticker import LogLocator
+
+    subs = (1, 2, 5) if max(values) < 100 * min(values) else (1,)
+    for name in of:
+        getattr(axes, f"set_{name}scale")("log")
+        axis = getattr(axes, f"{name}axis")
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axes.minorticks_off()
+
+
 def legend_below(figure: Figure, axes: Axes, columns: int = 64, caption: str = "") -> None:
     """Below the axes, for which the figure grows; ``columns`` of text, with a caption above it."""
     handles, labels = axes.get_legend_handles_labels()

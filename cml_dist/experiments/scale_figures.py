@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cml_dist.experiments.report_figures import SIZE, Drawn, drawn, legend_below, new_figure, style
+from cml_dist.experiments.report_figures import SIZE, Drawn, drawn, legend_below, log_where_wide, new_figure, style
 from cml_dist.experiments.scale_results import PARTS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 PART_COLOURS = dict(zip(PARTS, ("#1f5fae", "#c9a227", "#b3460b", "#13733e", "#9aa3ad"), strict=True))
 PROJECTED = "#7a7a7a"
@@ -69,22 +66,6 @@ def _scaling(study: Mapping[str, Any]) -> Drawn:
         return drawn(figure, row[-1], "scaling", "Scaling with processes", caption)
 
 
-def _log_where_wide(axes: Axes, of: str, values: list[float]) -> None:
-    """A logarithmic axis, with numbers as people write them, where the values span more than a factor of 4."""
-    if max(values) <= 4 * min(values):
-        axes.locator_params(axis="both" if of == "xy" else of, nbins=5)
-        return
-    from matplotlib.ticker import LogLocator
-
-    subs = (1, 2, 5) if max(values) < 20 * min(values) else (1,)
-    for name in of:
-        getattr(axes, f"set_{name}scale")("log")
-        axis = getattr(axes, f"{name}axis")
-        axis.set_major_locator(LogLocator(subs=subs))
-        axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-    axes.minorticks_off()
-
-
 def _split(cells: list[dict[str, Any]]) -> Drawn:
     with new_figure(size=(SIZE[0], 1.1 + 0.3 * len(cells))) as (figure, axes):
         left = [0.0] * len(cells)
@@ -118,7 +99,7 @@ def _memory(cells: list[dict[str, Any]]) -> Drawn:
         ends = [min(every) / 1.3, max(every) * 1.3]
         axes.plot(ends, ends, ":", color="0.6")
         axes.set(xlabel="planned (MiB)", ylabel="measured (MiB)", xlim=ends, ylim=ends)
-        _log_where_wide(axes, "xy", every)
+        log_where_wide(axes, "xy", every)
         legend_below(figure, axes)
         caption = "Of the busiest process at its largest moment, by cml-dist plan and as measured. Dotted: equal."
         return drawn(figure, axes, "memory", "Memory, measured and planned", caption)
@@ -136,9 +117,9 @@ def _growth(key: str, points: list[tuple[float, dict[str, Any]]], world: int) ->
             x, y, errors = zip(*sorted(line), strict=True)
             axes.errorbar(x, y, errors, marker="o", markersize=4, capsize=2, label=rest, **style(number))
         axes.set(xlabel=key, ylabel="seconds an episode")
-        _log_where_wide(axes, "y", [y for line in lines.values() for _, y, _ in line])
+        log_where_wide(axes, "y", [y for line in lines.values() for _, y, _ in line])
         if key == "parameters":
-            _log_where_wide(axes, "x", [x for x, _ in points])
+            log_where_wide(axes, "x", [x for x, _ in points])
         else:
             ticks = sorted({x for x, _ in points})
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
