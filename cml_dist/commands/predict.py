@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cml_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
 
@@ -107,14 +107,19 @@ def _adapted(
         )
     shape = fitted_shape(learner.description)
     with preparing(console) as progress:
-        images = []
-        for pixels in in_threads(partial(pixels_of, shape=shape), examples.pictures):
-            images.append(pixels)
-            progress(len(images), len(examples.pictures), "reading examples")
-        read = [*in_threads(partial(_pixels_or_none, shape=shape), further)]
-        pool = [pixels for pixels in read if pixels is not None]
-        if lost := [picture.name for picture, pixels in zip(further, read, strict=True) if pixels is None]:
-            console.warn(f"Of {len(read):,} pictures of --unlabelled {len(lost):,} could not be read, e.g. {lost[0]}")
+
+        def read(pictures: Sequence[PictureFile], reader: Callable, what: str) -> list:
+            found = []
+            for pixels in in_threads(partial(reader, shape=shape), pictures):
+                found.append(pixels)
+                progress(len(found), len(pictures), what)
+            return found
+
+        images = read(examples.pictures, pixels_of, "reading examples")
+        pool = read(further, _pixels_or_none, "reading unlabelled pictures")
+        if lost := [picture.name for picture, pixels in zip(further, pool, strict=True) if pixels is None]:
+            console.warn(f"Of {len(pool):,} pictures of --unlabelled {len(lost):,} could not be read, e.g. {lost[0]}")
+        pool = [pixels for pixels in pool if pixels is not None]
         adapted = learner.adapt(images, examples.labels, args.inner_steps, pool)
         besides = f", and on {len(pool):,} unlabelled" * bool(pool)
         console.note(f"Adapted on {len(images):,} examples of {len(adapted.classes):,} classes{besides}")

@@ -53,8 +53,8 @@ class Pruning:
                 yield dict(self._random(network, ratio, np.random.default_rng(key)))
 
     def _worst(self, scores: Params, ratio: float) -> Iterator[tuple[str, Tensor]]:
-        together = [scores] * bool(scores)
-        for part in together if self.scope == "network" else [{n: score} for n, score in scores.items()]:
+        parts = [{n: score} for n, score in scores.items()] if self.scope == "layer" else [scores]
+        for part in filter(None, parts):
             each = torch.cat([score.flatten() for score in part.values()])
             kept = torch.ones_like(each).index_fill(0, each.topk(round(ratio * len(each))).indices, 0.0)
             masks = kept.split([score.numel() for score in part.values()])

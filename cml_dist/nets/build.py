@@ -210,5 +210,5 @@ def _pruning(config: RunConfig, net: CmlNet) -> Pruning:
             "leave method.augment out, or set model.trained to more, e.g. [head,last:1]",
         )
     groups = channels_of(net, config.model.backbone) if method.augment_pruning == "width" else layers_of(net)
-    kind, ratios, weight, scope = (getattr(method, f"augment_{x}") for x in ("pruning", "ratios", "weight", "scope"))
-    return Pruning(kind, ratios, groups, config.run.seed, weight, scope)
+    drawn = method.augment_pruning, method.augment_ratios, groups, config.run.seed
+    return Pruning(*drawn, method.augment_weight, method.augment_scope)
