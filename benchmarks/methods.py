@@ -4,6 +4,7 @@
     python benchmarks/methods.py table --dir runs/methods
     python benchmarks/methods.py cost                        # seconds and bytes of a meta-step, in one process
     python benchmarks/methods.py run --only "K = 2" MAML++   # variants whose names contain one of these words
+    python benchmarks/methods.py cost --table benchmarks/tables/neighbours.yaml    # of a table's rows
 
 5-way 1-shot, Conv-4 with 32 filters, 5 queries a class in training and test, 4 episodes a meta-step, each method with
 its own published defaults (K <= 2; MAML++ and Sharp-MAML, which have 5 steps in their papers, with 2). All variants are
@@ -14,10 +15,12 @@ seed. A run that was stopped goes on; one that is finished is not run again.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -107,49 +110,57 @@ def table(root: Path, names: list[str]) -> None:
         print(f"| {name} | {' | '.join(shown)} | {'' if base == name else base} | {' | '.join(gains)} |")
 
 
-def cost(repeats: int, names: list[str]) -> None:
-    """Seconds of a meta-step of each variant in turn, and the bytes of its live tensors at their peak."""
+def cost(repeats: int, recipe: str, variants: Mapping[str, Sequence[str]]) -> None:
+    """Seconds of a meta-step of each variant, in turn, and the bytes of its live tensors at their peak."""
     import torch
 
-    from cml_dist.config.load import find_recipe, layered, parse_config, read_yaml
-    from cml_dist.data.images import ImageDomain
+    from cml_dist.config.load import load_config
+    from cml_dist.data.build import build_domain
     from cml_dist.distributed.allocator import keep_freed_memory
     from cml_dist.memory.live_bytes import LiveBytes
     from cml_dist.meta.model import MetaModel
     from cml_dist.nets.build import make_network, method_of
-    from cml_dist.types import Batch, Episode
 
     torch.set_num_threads(1)
     keep_freed_memory()
-    recipe = read_yaml(find_recipe("glyphs"))
+    steps = {}
+    for name, words in variants.items():
+        config = load_config(recipe, list(words))
+        domain = build_domain(config.domain, train_seed=0, eval_seed=0)
+        net = make_network(config, domain.input_shape, domain.output_dim)
+        model = MetaModel(net, domain.loss, domain.score, method_of(config, net), "graph")
+        drawn = (domain.episode("train", index) for index in range(config.train.episodes_per_step))
+        steps[name] = model, [domain.prepare(episode, torch.device("cpu"), torch.float32) for episode in drawn]
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
 
-    def batch(each: int) -> Batch:
-        return Batch(torch.randn(5 * each, 1, 28, 28), torch.arange(5).repeat_interleave(each))
+    def step(name: str) -> None:
+        model, episodes = steps[name]
+        model(episodes, 1 / len(episodes))[0].backward()
+        model.zero_grad(set_to_none=True)
 
-    torch.manual_seed(0)
-    episodes = [Episode(batch(1), batch(5), "train", index, ways=5) for index in range(4)]
-    models = {}
-    for name in dict.fromkeys(["MAML", *names]):
-        words = {**VARIANTS, **MORE_COSTS}[name]
-        config = parse_config(layered(recipe, [*SETTINGS, *words]).data)
-        net = make_network(config, (1, 28, 28), 5)
-        models[name] = MetaModel(net, ImageDomain.loss, ImageDomain.score, method_of(config, net), "graph")
-    seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats + 1):
-        for name, model in models.items():
+        for name in steps:
             began = time.perf_counter()
-            model(episodes, 0.25)[0].backward()
+            step(name)
             seconds[name].append(time.perf_counter() - began)
-            model.zero_grad(set_to_none=True)
-    print("| variant | s a meta-step (median) | in MAML's | peak of live tensors, MiB |\n|---|---|---|---|")
-    medians = {name: float(np.median(times[1:])) for name, times in seconds.items()}
-    for name, model in models.items():
+    base = next(iter(steps))
+    print(f"| variant | s a meta-step (median) | in that of {base} | peak of live tensors, MiB |\n|---|---|---|---|")
+    for name, (model, _) in steps.items():
         with LiveBytes() as live:
             live.standing([*model.parameters(), *model.buffers()])
-            model(episodes, 0.25)[0].backward()
-        model.zero_grad(set_to_none=True)
-        ratio = float(np.median(np.array(seconds[name][1:]) / np.array(seconds["MAML"][1:])))
-        print(f"| {name} | {medians[name]:.3f} | {ratio:.2f} | {live.peak / 2**20:.1f} |")
+            step(name)
+        ratio = float(np.median(np.array(seconds[name][1:]) / np.array(seconds[base][1:])))
+        print(f"| {name} | {np.median(seconds[name][1:]):.3f} | {ratio:.2f} | {live.peak / 2**20:.1f} |")
+
+
+def rows_of(table: str) -> tuple[str, dict[str, list[str]]]:
+    """The recipe of a table of `cml-dist repro`, and the settings of each of its rows."""
+    from cml_dist.config.repro import find_table, settings_of
+
+    rows = find_table(table).rows
+    settings = {name: settings_of(row, "data") for name, row in rows.items()}
+    named = {name: [f"{key}={json.dumps(value)}" for key, value in own.items()] for name, own in settings.items()}
+    return next(iter(rows.values())).recipe, named
 
 
 def main() -> None:
@@ -159,11 +170,13 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1)
     parser.add_argument("--only", nargs="+", default=[""], help="variants whose names contain one of these words")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--table", help="cost: a table of `cml-dist repro`, whose rows are measured")
     args = parser.parse_args()
     known = [*VARIANTS, *(MORE_COSTS if args.what == "cost" else ())]
     names = [name for name in known if any(word in name for word in args.only)]
     if args.what == "cost":
-        cost(args.repeats, names)
+        variants = {name: [*SETTINGS, *{**VARIANTS, **MORE_COSTS}[name]] for name in dict.fromkeys(["MAML", *names])}
+        cost(args.repeats, *(rows_of(args.table) if args.table else ("glyphs", variants)))
         return
     if args.what == "run":
         jobs = [(name, seed) for seed in SEEDS for name in names]
