@@ -44,7 +44,7 @@ def method_title(config: RunConfig) -> str:
         notes.append(f"{method.sharp} level")
     if (kind := unlabelled_kind(config)) != "none":
         notes.append({"soft_labels": "soft labels", "meta_gradient": "refined labels"}[kind])
-    if not notes and title == "MAML" and method.colearner is True:
+    if not notes and title == "MAML" and method.colearner is True and noise_warning(config) is None:
         return "CML" + _augmented(method)
     if not notes and title == "MAML" and method.augment and method.colearner is False:
         return "MGAug"
@@ -116,7 +116,8 @@ def has_classes(config: RunConfig) -> bool:
 def _body_adapts(config: RunConfig) -> bool:
     method = config.method
     rate = method.rate if method.body_lr is None else method.body_lr
-    named = method.adapts is None or any(term != "head" and not term.startswith("head.") for term in method.adapts)
+    terms = config.model.trained if method.adapts is None else method.adapts  # what is frozen adapts as little
+    named = any(term != "head" and not term.startswith("head.") for term in terms)
     return method.inner_steps > 0 and rate > 0 and named
 
 

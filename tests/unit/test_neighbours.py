@@ -151,6 +151,8 @@ def test_what_a_network_does_not_offer_is_refused(words, message):
         ("method.name=boil method.colearner=true method.augment=mgaug", "BOIL + CML + MGAug"),
         ("method.name=warpgrad", "WarpGrad"),
         ("method.name=tnet method.colearner=true", "T-Net + CML"),
+        # Of a frozen body the features say nothing of the task.
+        ("method.name=cml model.trained=[head] model.colearner.kind=dense", "MAML + CML (guessing)"),
     ],
 )
 def test_titles(words, title):
