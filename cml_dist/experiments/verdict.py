@@ -39,24 +39,23 @@ def judge(difference: Difference, lower_is_better: bool = False) -> Verdict:
     It holds where the interval over seeds and the one over episodes both exclude 0 on the good side, and does not hold
     where both do on the other side. Of one seed there is no interval over seeds, and that over episodes decides.
     """
-    seeds, sign = len(difference.seeds), -1 if lower_is_better else 1
+    seeds = len(difference.seeds)
     asked = [difference.over_episodes, *[difference.over_seeds] * (seeds > 1)]
-    sides = {sign * _side(one) for one in asked}
     alone = "by episodes alone, of one seed" if seeds == 1 else "" if seeds else "no seed in common"
-    if seeds and len(sides) == 1 and 0 not in sides:
-        return Verdict("holds" if sides == {1} else "does not hold", seeds, reason=alone)
+    if seeds and all(map(_excludes_0, asked)):
+        below = difference.over_episodes.mean < 0
+        return Verdict("holds" if below == lower_is_better else "does not hold", seeds, reason=alone)
     if alone or not math.isfinite(difference.over_seeds.mean):
         return Verdict("undecided", seeds, reason=alone or "scores are not finite")
-    if _side(difference.over_seeds):
+    if _excludes_0(difference.over_seeds):
         return Verdict("undecided", seeds, reason="more test episodes would decide (eval.episodes)")
     if (more := _further_seeds(difference.over_seeds, seeds)) is None:
         return Verdict("undecided", seeds, reason=f"not even {MOST_SEEDS:,} seeds would decide")
     return Verdict("undecided", seeds, more, f"about {more} more seed{'s' * (more != 1)} would decide")
 
 
-def _side(value: Estimate) -> int:
-    """1 or -1: the interval lies above or below 0; 0: it holds 0, or there is none."""
-    return (value.mean > value.ci95) - (value.mean < -value.ci95)
+def _excludes_0(value: Estimate) -> bool:
+    return abs(value.mean) > value.ci95  # not where there is no interval: NaN
 
 
 def _further_seeds(value: Estimate, seeds: int) -> int | None:
