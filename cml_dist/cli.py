@@ -56,6 +56,10 @@ PRESET = _option(
     "--preset", "length of the run: quick (minutes on a CPU), standard (the recipe's own), paper (30,000 meta-steps, "
     "10,000 test episodes)", choices=[*PRESETS], metavar="LENGTH",
 )  # fmt: skip
+CODE = _option(
+    "--code", "code of yours that may be named there; may be repeated", action="append", default=[],
+    metavar="FILE.py:NAME",
+)  # fmt: skip
 RUN_DIR = _option("run_dir", "the folder of a run (its run.dir)", metavar="RUN_DIR")
 CHECKPOINT = _option(
     "--checkpoint", "best (by validation), last, or a kept step (default best)", default="best", metavar="WHICH"
@@ -94,10 +98,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         _option("--plan", "print how many runs, and how long each, and start nothing", action="store_true"),
         _option("--at-once", "runs at a time (default: one for each GPU; SLURM: all)", type=at_least(1), metavar="N"),
         _option("--yes", "also more than 500 runs", action="store_true"),
-        _option(
-            "--code", "code of yours that the file may name; may be repeated", action="append", default=[],
-            metavar="FILE.py:NAME",
-        ),
+        CODE,
         _option("--slurm", "submit one job array, with the options below", action="store_true"),
     )),
     "scale": ("scale.scale", "measure how meta-steps scale with processes, backbones and settings; and project it", (
@@ -145,6 +146,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
         _option("--csv", "also write the numbers as they are", metavar="FILE"),
         _option("--latex", "also write the tables for LaTeX (booktabs)", metavar="FILE"),
         _option("--md", "also write the tables in Markdown", metavar="FILE"),
+        CODE,
         _option("--slurm", "submit one job array for each recipe, with the options below", action="store_true"),
     )),
     "eval": ("finished.evaluate", "test a run again: its learners with 95 %% intervals", (
@@ -241,6 +243,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[tuple[str, dict[str, Any]], ...]]] = {
             "--out", "folder of the pictures and numbers; what it has of a checkpoint is not computed again (default "
             "analysis)", default="analysis", metavar="DIR",
         ),
+        CODE,
         _option("overrides", "settings of where runs are looked at, e.g. run.device=cpu, or domain.root=data/moved",
                 metavar="key=value", nargs="*", default=[]),
     )),

@@ -77,6 +77,18 @@ def check_named(settings: Mapping[str, Any], named: Collection[str]) -> None:
             )
 
 
+def named_code(config: Any, named: Collection[str]) -> list[str]:
+    """The overrides by which a run's code is imported, with its checksum: of that in ``named``, wherever it lies."""
+    found = []
+    for key in SETTINGS:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        seal = value.removeprefix(unsealed(value))
+        same = (one for one in named if without_folder(unsealed(value)) == without_folder(unsealed(one)))
+        found += [f"{key}={unsealed(one)}{seal}" for one in same if is_code(value)]
+    return found
+
+
 def load(value: str) -> Any:
     """What a name of code means; its module is executed once.
 

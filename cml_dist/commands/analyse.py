@@ -23,7 +23,7 @@ def analyse(args: argparse.Namespace, console: Console) -> None:
 
     # A pattern over the runs of a sweep also gives the logs that lie beside them.
     folders = find_runs(place for place in args.runs if not Path(place).is_file())
-    variants, names, notes = choose_runs(folders, args.checkpoints, args.overrides)
+    variants, names, notes = choose_runs(folders, args.checkpoints, args.overrides, args.code)
     for note in notes:
         console.note(note)
     out, groups = Path(args.out), []

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from cml_dist.run.status import read_status
 from cml_dist.run.stream import episode_stream
 from cml_dist.telemetry.console import Console
 from cml_dist.types import BODY, COLEARNER, Batch, Params
+from cml_dist.user_code import named_code
 
 FORMAT = 1
 """Of what is kept of a checkpoint: raised where what is measured changes, so that it is measured again."""
@@ -74,6 +76,13 @@ class Measured:
         dot, norms = self.products[:, :, 0, LEARNERS.index(learner)], self.norm("meta") * self.norm(learner)
         return np.divide(dot, norms, out=np.full_like(dot, np.nan), where=norms > 0)
 
+    def over(self, layers: Sequence[str]) -> Measured:
+        """The same of these layers; NaN in one that the body has not."""
+        at = [self.layers.index(layer) if layer in self.layers else -1 for layer in layers]
+        products, alike = self.products[:, at], self.alike[:, at]
+        products[:, [place < 0 for place in at]] = alike[:, [place < 0 for place in at]] = np.nan
+        return replace(self, layers=tuple(layers), products=products, alike=alike)
+
 
 @dataclass(frozen=True)
 class Analysed:
@@ -102,7 +111,7 @@ class Analysed:
 
 
 def choose_runs(
-    folders: Sequence[str], which: str, overrides: Sequence[str] = ()
+    folders: Sequence[str], which: str, overrides: Sequence[str] = (), code: Collection[str] = ()
 ) -> tuple[list[tuple[Analysed, ...]], list[str], list[str]]:
     """Runs by variant and seed, the variants' names, and what is to be said.
 
@@ -110,6 +119,7 @@ def choose_runs(
         which: ``all`` of the trail, or where there is none the best and the newest checkpoint; ``best``; or a number:
             so many of them, evenly.
         overrides: ``key=value`` above the runs' settings, which may change no value that is computed.
+        code: of a user's own, which the runs may name.
 
     Raises:
         CheckpointError: a folder is no run, or has no checkpoint. ConfigError: the networks are not of one kind, or an
@@ -123,7 +133,7 @@ def choose_runs(
         raise ConfigError(f"--checkpoints is {which}", "give all, best, or a number of 1 or more")
     if not folders:
         raise CheckpointError("no run folder is named", "name the run.dir of training runs, or a folder above them")
-    runs = [_open(folder, which, overrides) for folder in folders]
+    runs = [_open(folder, which, overrides, code) for folder in folders]
     for run in runs:
         _check_same_network(runs[0], run)
     variants, notes = by_variant(runs)
@@ -133,9 +143,9 @@ def choose_runs(
     return variants, names, notes
 
 
-def _open(path: str, which: str, overrides: Sequence[str]) -> Analysed:
+def _open(path: str, which: str, overrides: Sequence[str], code: Collection[str]) -> Analysed:
     folder, _ = open_run(path)
-    config = run_config(path, overrides)
+    config = run_config(path, [*overrides, *named_code(folder.read_config(), code)])
     if is_classifier(config):
         raise ConfigError(f"{path} is a run of cml-dist pretrain, in which nothing adapts", "name meta-trained runs")
     kept, trail = steps_in(folder.checkpoints), steps_in(folder.checkpoints / TRAIL)
@@ -183,7 +193,7 @@ def measure_run(run: Analysed, episodes: int, out: Path, world: World, console: 
     for step in sorted({*run.steps, run.best}):
         checkpoint, _ = on_all_ranks(world, lambda warn, step=step: find(folder, str(step), warn), console.warn)
         file = out / "numbers" / f"{_key(run.config, checkpoint, episodes)}.npz"
-        known = world.gather(_kept(file) if world.is_main else None)[0]
+        known = world.gather(world.run_on_all_ranks(partial(_kept, file) if world.is_main else lambda: None))[0]
         if known is None:
             if parts is None:
                 parts = _assembled(run.config, world, console)
@@ -215,7 +225,7 @@ def _kept(file: Path) -> Measured | None:
             return Measured(layers, found["products"], found["alike"], found["scores"])
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, LookupError, TypeError, ValueError) as error:
+    except (OSError, EOFError, LookupError, TypeError, ValueError, BadZipFile) as error:
         raise CheckpointError(f"{file} is damaged ({error})", "delete it; it is computed again") from error
 
 

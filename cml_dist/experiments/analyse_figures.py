@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +59,11 @@ class Group:
     def best(self) -> list[Measured]:
         """Of each run at its best checkpoint."""
         return [found[run.best] for run, found in self.runs]
+
+    def over(self, layers: Sequence[str]) -> Group:
+        """With these layers, which other networks may have."""
+        runs = ((run, {step: one.over(layers) for step, one in found.items()}) for run, found in self.runs)
+        return replace(self, runs=tuple(runs))
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,9 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 def draw(groups: Sequence[Group]) -> Iterator[Picture]:
-    """All pictures for which there is something to draw."""
+    """All pictures for which there is something to draw; a layer that a network has not stays empty there."""
+    layers = [*dict.fromkeys(layer for group in groups for layer in group.best()[0].layers)]
+    groups = [group.over(layers) for group in groups]
     some = next(groups[0].over_training())
     found = [one for group in groups for one in group.over_training()]
     counts = {len(one.products) for one in found}
@@ -142,7 +149,7 @@ def draw(groups: Sequence[Group]) -> Iterator[Picture]:
         caption = "Above 0 a small step along both lowers both learners' losses (the paper's condition, by layer). "
         caption += f"{steps} Shares: of layers, checkpoints and meta-steps."
         title = "Cosine of the co-learner's and the meta-learner's meta-gradients"
-        yield _panels("gradient-cosine", title, caption, "cosine", cosines, some.layers, zero=True)
+        yield _panels("gradient-cosine", title, caption, "cosine", cosines, layers, zero=True)
     for name, whose, learners in (
         ("gradient-norm-meta", "meta-learner", ("meta",)), ("gradient-norm-co", "co-learner", ("co", "untrained"))
     ):  # fmt: skip
@@ -150,13 +157,13 @@ def draw(groups: Sequence[Group]) -> Iterator[Picture]:
             gamma = ", without gamma" * (whose == "co-learner")
             caption = f"L2 norm in each layer{gamma}; neither way is better. {steps}"
             title = f"Norm of the {whose}'s meta-gradient"
-            yield _panels(name, title, caption, "norm", norms, some.layers, log=True)
+            yield _panels(name, title, caption, "norm", norms, layers, log=True)
     alike = [line(group, group.title, lambda one: cka(one.alike)[None]) for group in groups]
     if alike := [one for one in alike if one is not None]:
         caption = "1: adaptation leaves a layer's features as they are; lower: it changes them; neither way is better. "
         caption += f"Query sets of {_tested(groups)} (debiased, minibatch). "
         caption += "Band (or stroke): least to most over seeds."
-        yield _panels("cka", "CKA of features before and after adaptation", caption, "CKA", alike, some.layers)
+        yield _panels("cka", "CKA of features before and after adaptation", caption, "CKA", alike, layers)
     yield _over_inner_steps(groups)
 
 
@@ -189,6 +196,9 @@ def _panels(
 ) -> Picture:  # fmt: skip
     """A panel a layer over meta-steps; where there is one checkpoint of each, one panel over layers."""
     drawn = [place for place in range(len(layers)) if any(not np.isnan(one.middle[:, place]).all() for one in lines)]
+    if len(drawn) > PANELS:
+        caption += f" {PANELS} of {len(drawn)} layers."
+        drawn = [drawn[round(place)] for place in np.linspace(0, len(drawn) - 1, PANELS)]
     ends = np.concatenate([part.flatten() for one in lines for part in (one.low, one.high)])
     wide = ends[ends > 0].tolist() if log else []
     if all(len(one.steps) == 1 for one in lines):
@@ -202,15 +212,11 @@ def _panels(
             axes.set(xlabel="layer", ylabel=axis)
             _finish_axes(axes, wide, zero)
             return _finish(figure, axes, name, title, caption)
-    chosen = drawn
-    if len(drawn) > PANELS:
-        chosen = [drawn[round(place)] for place in np.linspace(0, len(drawn) - 1, PANELS)]
-        caption += f" {PANELS} of {len(drawn)} layers."
-    columns = min(4, len(chosen))
-    rows = -(-len(chosen) // columns)
+    columns = min(4, len(drawn))
+    rows = -(-len(drawn) // columns)
     size = (max(6.4, 2.2 * columns), 0.6 + 2.0 * rows)
     with new_figure(rows, columns, size=size, sharey=True, squeeze=False) as (figure, grid):
-        for panel, layer in zip(grid.flat, chosen, strict=False):
+        for panel, layer in zip(grid.flat, drawn, strict=False):
             for one in lines:
                 look = _look(one.number, one.hollow)
                 band = one.low[:, layer], one.high[:, layer]
@@ -220,11 +226,11 @@ def _panels(
             panel.locator_params(axis="x", nbins=4)
             _finish_axes(panel, wide, zero)
         for place, panel in enumerate(grid.flat):
-            if len(chosen) - columns <= place < len(chosen):  # the lowest of each column
+            if len(drawn) - columns <= place < len(drawn):  # the lowest of each column
                 panel.set_xlabel("meta-step")
             if place % columns == 0:
                 panel.set_ylabel(axis)
-            if place >= len(chosen):
+            if place >= len(drawn):
                 panel.set_axis_off()
         return _finish(figure, grid.flat[0], name, title, caption)
 

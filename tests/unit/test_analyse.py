@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from test_resnet12 import resnet12_narrow
 
 from cml_dist.cli import main
 from cml_dist.config.load import load_config
@@ -191,6 +192,23 @@ def test_with_unlabelled_examples_the_steps_on_the_support_set_are_drawn(tmp_pat
     assert main(["analyse", str(tmp_path / "run"), "--episodes", "2", "--checkpoints", "best", "--out", str(out)]) == 0
     with np.load(out / "analysis.npz") as numbers:
         assert {numbers[name].shape for name in numbers if name.endswith("/scores")} == {(2, 4)}
+
+
+def test_networks_that_differ_by_warp_layers_share_pictures(tmp_path, capfd):
+    words = ["domain.ways=2", "domain.queries=2", f"model.backbone={resnet12_narrow.__name__}", "train.steps=1"]
+    words += ["train.episodes_per_step=1", "method.inner_steps=1"]
+    few = ["eval.val_episodes=1", "eval.episodes=2", "eval.untrained=false"]
+    for name in ("tnet", "maml"):
+        assert main(["train", "glyphs", f"run.dir={tmp_path / name}", f"method.name={name}", *words, *few]) == 0
+    for order in (("tnet", "maml"), ("maml", "tnet")):
+        out = tmp_path / "-".join(order)
+        looked = ["--episodes=2", "--checkpoints=best", f"--out={out}"]
+        assert main(["analyse", *(str(tmp_path / name) for name in order), *looked]) == 0
+        assert ">warp<" in (out / "gradient-norm-meta.svg").read_text()
+    kept = next((out / "numbers").iterdir())
+    kept.write_bytes(kept.read_bytes()[:-100])
+    assert main(["analyse", str(tmp_path / "tnet"), str(tmp_path / "maml"), *looked]) == 1
+    assert "is damaged (File is not a zip file); delete it" in capfd.readouterr().err
 
 
 NETS = {
