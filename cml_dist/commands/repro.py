@@ -11,7 +11,6 @@ from cml_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from cml_dist.config.repro import Row
-    from cml_dist.config.sweep import Sweep
     from cml_dist.experiments.repro import Collected
     from cml_dist.experiments.sweep import Job
     from cml_dist.telemetry.console import Console
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
 def repro(args: argparse.Namespace, console: Console) -> int:
     from cml_dist.config.load import load_config
     from cml_dist.config.repro import chosen, find_table, sweeps_of, tables
-    from cml_dist.experiments.repro import blocked, collect
+    from cml_dist.experiments.repro import blocked, check_apart, collect
+    from cml_dist.experiments.sweep import survey
     from cml_dist.run.folder import NEUTRAL_KEYS
 
     if args.table is None:
@@ -41,6 +41,7 @@ def repro(args: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"domain.split of {split} is all, and a row is of one split", "choose one: domain.split=0")
     if not args.dry_run:  # whose output is a script
         console.loading()
+    check_apart(rows, configs)
     lacking, notes = blocked(rows, configs)
     runnable = {name: row for name, row in rows.items() if name not in lacking}
     sweeps = sweeps_of(runnable, *how)
@@ -53,30 +54,27 @@ def repro(args: argparse.Namespace, console: Console) -> int:
         notes.append(f"Trained for {budget:g} of the meta-steps (--budget): not what was published of whole trainings")
     if changed:
         notes.append(f"Changed on the command line: {' '.join(changed)}")
+    code = [*args.code, *(word.partition("=")[2] for word in args.overrides)]  # which the command line names itself
     if args.list:
-        _list(args, console, rows, sweeps, lacking, title, notes)
+        _list(args, console, rows, [survey(sweep, code, console.warn) for sweep in sweeps], lacking, title, notes)
         return 0
     if not runnable:
         raise DataError(f"no row of {args.table} can run here", "see the warnings above")
     from cml_dist.commands.sweep import carry_out
 
-    code = carry_out(sweeps, args, console, title, _code_in(args.overrides))
+    ended = carry_out(sweeps, args, console, title, code)
     if not args.dry_run:
         can_run = {name: config for name, config in configs.items() if name in runnable}
-        _show(args, console, collect(title, rows, sweeps, can_run, notes))
-    return code
-
-
-def _code_in(overrides: Sequence[str]) -> list[str]:
-    """Code of a user's own, which the command line may name as it stands."""
-    return [word.partition("=")[2] for word in overrides]
+        jobs = chain(*(survey(sweep, code) for sweep in sweeps))
+        _show(args, console, collect(title, rows, jobs, can_run, notes))
+    return ended
 
 
 def _list(
     args: argparse.Namespace,
     console: Console,
     rows: Mapping[str, Row],
-    sweeps: Sequence[Sweep],
+    surveyed: Sequence[Sequence[Job]],
     lacking: Mapping[str, str],
     title: str,
     notes: Sequence[str],
@@ -84,9 +82,7 @@ def _list(
     """The rows with hours, and where all of it is from."""
     from cml_dist.commands.sweep import places_for, timed
     from cml_dist.experiments.repro import listed, row_of
-    from cml_dist.experiments.sweep import survey
 
-    surveyed = [survey(sweep, _code_in(args.overrides), console.warn) for sweep in sweeps]
     where = places_for([*chain(*surveyed)], args.at_once, console)
     jobs: dict[str, list[Job]] = {}
     for each in surveyed:

@@ -75,14 +75,11 @@ def _p(value: float) -> str:
 
 def as_csv(found: Comparison) -> str:
     """Numbers as they are, scores and differences as parts of 1 or as MSE; what is not known is empty."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
     of = [f"{kind}_{key}" for kind in ("episodes", "seeds") for key in ("ci95", "se", "p")]
-    writer.writerow(
-        ["variant", "runs", "seeds", found.score, "episodes_ci95", "seeds_se", "paired_seeds", "difference"]
-        + [f"difference_{key}" for key in of]
-        + ["seconds", f"steps_to_{found.reach:g}", "last_slope", "peak_memory_gib"]
-    )
+    columns = ["variant", "runs", "seeds", found.score, "episodes_ci95", "seeds_se", "paired_seeds", "difference"]
+    columns += [f"difference_{key}" for key in of]
+    columns += ["seconds", f"steps_to_{found.reach:g}", "last_slope", "peak_memory_gib"]
+    rows = []
     for v in found.variants:
         differs: Sequence[object] = [None] * (2 + len(of))
         if (d := v.difference) is not None:
@@ -91,7 +88,16 @@ def as_csv(found: Comparison) -> str:
         row = [v.name, " ".join(run.folder for run in v.runs), " ".join(str(run.seed) for run in v.runs)]
         row += [v.over_episodes.mean, v.over_episodes.ci95, v.over_seeds.se, *differs]
         row += [v.seconds, v.steps_to_reach, v.last_slope, v.peak_memory_gib]
-        writer.writerow(None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row)
+        rows.append(row)
+    return csv_text(columns, rows)
+
+
+def csv_text(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Cells as they are; what is not known, or no finite number, is empty."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([None if isinstance(x, float) and not math.isfinite(x) else x for x in row] for row in rows)
     return file.getvalue()
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +11,13 @@ from typing import TYPE_CHECKING
 from cml_dist.config.methods import dagger_refusal
 from cml_dist.config.repro import Figure, Row
 from cml_dist.config.schema import GraphNodesConfig, ImagesConfig, RunConfig
-from cml_dist.config.sweep import Run, Sweep
-from cml_dist.errors import CmlError, DataError
-from cml_dist.experiments.compare import Difference, Variant, compare, read_run
-from cml_dist.experiments.compare_tables import Table, interval, score_column, shown, slope
+from cml_dist.config.sweep import Run
+from cml_dist.errors import CmlError, ConfigError, DataError
+from cml_dist.experiments.compare import UNNAMED_KEYS, Difference, Variant, compare, read_run
+from cml_dist.experiments.compare_tables import Table, csv_text, interval, score_column, shown, slope
 from cml_dist.experiments.sweep import Job
 from cml_dist.experiments.verdict import Verdict, judge
-from cml_dist.run.status import read_status
+from cml_dist.run.folder import changes
 from cml_dist.telemetry import text
 from cml_dist.tools.sources.known_splits import known_sets
 
@@ -113,21 +111,20 @@ class Collected:
 
 
 def collect(
-    title: str, rows: Mapping[str, Row], sweeps: Sequence[Sweep], configs: Mapping[str, RunConfig], notes: Sequence[str]
+    title: str, rows: Mapping[str, Row], jobs: Iterable[Job], configs: Mapping[str, RunConfig], notes: Sequence[str]
 ) -> Collected:
     """The rows with what their finished runs found.
 
     Args:
-        sweeps, configs: of the rows that can run.
+        jobs, configs: of the rows that can run.
 
     Raises:
         CheckpointError: a finished run's records are damaged. ConfigError: rows were tested on other episodes.
     """
     finished: dict[str, list[str]] = {}
-    for folder, run in ((str(Path(sweep.dir, run.name)), run) for sweep in sweeps for run in sweep.runs()):
-        status = read_status(Path(folder, "status.json"))
-        if status is not None and status.state == "finished":
-            finished.setdefault(row_of(run), []).append(folder)
+    for job in jobs:
+        if job.state == "finished":
+            finished.setdefault(row_of(job.run), []).append(str(job.folder.path))
     lines, scores = [], set()
     for name, row in rows.items():
         tested = {"meta", *["co"] * (name in configs and not dagger_refusal(configs[name]))}
@@ -193,13 +190,10 @@ EXPLAINED = (
 
 def as_csv(found: Collected) -> str:
     """Numbers as they are: published in per cent (or as MSE), ours as parts of 1 or as MSE; unknown is empty."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(
-        ["table", "row", "learner", "published", "published_spread", "others", "seeds", found.score, "episodes_ci95"]
-        + ["seeds_sd", "baseline", "published_difference", "difference", "difference_episodes_ci95"]
-        + ["difference_seeds_ci95", "verdict", "further_seeds"]
-    )
+    columns = ["table", "row", "learner", "published", "published_spread", "others", "seeds", found.score]
+    columns += ["episodes_ci95", "seeds_sd", "baseline", "published_difference", "difference"]
+    columns += ["difference_episodes_ci95", "difference_seeds_ci95", "verdict", "further_seeds"]
+    rows = []
     for line in found.lines:
         ours, d, verdict = line.found, line.difference, line.verdict
         seeds = len(ours.runs) if ours else 0
@@ -209,8 +203,8 @@ def as_csv(found: Collected) -> str:
         row += [ours.over_seeds.se * math.sqrt(seeds) if ours else None, line.baseline, line.claimed]
         row += [d.over_episodes.mean, d.over_episodes.ci95, d.over_seeds.ci95] if d else [None] * 3
         row += [str(verdict), verdict.more] if verdict else [None] * 2
-        writer.writerow(None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row)
-    return file.getvalue()
+        rows.append(row)
+    return csv_text(columns, rows)
 
 
 # --------------------------------------------------------------------------- what the rows are
@@ -233,6 +227,14 @@ def listed(rows: Mapping[str, Row], jobs: Mapping[str, Sequence[Job]], lacking: 
         others = ", ".join(f"{one.score:.2f}" for one in row.reruns)
         table.append([name, row.baseline or "", ", ".join(figures), others, done, left])
     return "", ["row", "baseline", "published", "others", "runs", "time left"], table
+
+
+def check_apart(rows: Mapping[str, Row], configs: Mapping[str, RunConfig]) -> None:
+    """Refuse a row that is trained as its baseline is: it is the same variant, and no claim."""
+    for name, base in ((name, row.baseline) for name, row in rows.items()):
+        if name in configs and base in configs and not changes(configs[base], configs[name], UNNAMED_KEYS):
+            what = f"with these settings row {name} is the same as its baseline {base}"
+            raise ConfigError(what, "leave out what sets both alike, or the row: --rows")
 
 
 def blocked(rows: Mapping[str, Row], configs: Mapping[str, RunConfig]) -> tuple[dict[str, str], list[str]]:

@@ -113,6 +113,8 @@ def _standing(job: Job) -> Job:
     if there:
         job.folder.check_resumable(job.config)
     state = {"unknown": "waiting"}.get(found["state"], found["state"])
+    if state == "finished" and not job.folder.is_as(job.config):
+        state = "stopped"  # longer, or tested otherwise, than it was
     if state == "running" and is_gone(found.get("host"), found.get("pid")):
         state = "dead"  # should it live after all, the run's lock keeps a second one out
     seconds = seconds_a_step(job.folder)

@@ -14,7 +14,7 @@ from cml_dist.config.schema import RunConfig
 from cml_dist.data.build import build_domain
 from cml_dist.distributed.world import joined_world
 from cml_dist.errors import ConfigError
-from cml_dist.run.folder import NEUTRAL_KEYS, RunFolder, changes, same_everywhere
+from cml_dist.run.folder import RunFolder, same_everywhere
 from cml_dist.run.hooks import OnStep
 from cml_dist.run.interrupts import Interrupts
 from cml_dist.run.record import versions
@@ -84,8 +84,7 @@ def _is_finished(part: RunConfig) -> bool:
     """Whether its run is, by these settings: another is for :func:`train` to go on with, or to refuse."""
     folder = RunFolder(part.run.dir)
     status, tested = read_status(folder.status_file), folder.own_test() is not None or not part.eval.final
-    ended = tested and status is not None and status.state == "finished"
-    return ended and not changes(folder.read_config(), folder.going_on(part), NEUTRAL_KEYS)
+    return tested and status is not None and status.state == "finished" and folder.is_as(part)
 
 
 def _report(config: RunConfig, tests: list[dict[str, Any]], console: Console, which: str = "best") -> None:

@@ -145,3 +145,22 @@ def test_options_are_those_of_own_code_and_a_package_is_known_as_a_whole(here, c
     (package / "steps.py").write_text(FILES["my_rules.py"] + "\n")
     assert "method.name was 'my_package.rules:SharpSgd@" in refusal(capsys, *words)
     sys.modules.pop("my_package.steps")
+
+
+def test_analyse_and_tables_take_code_that_the_command_line_names(here, capsys):
+    """Only beside a run of the package's own method, which stays what it was."""
+    own, few = USES["sharp"].partition("=")[2], ["sinusoid", "train.steps=2", *SHORT]
+    for name in (own, "maml"):
+        assert main(["train", *few, f"method.name={name}", f"run.dir=runs/{name[:4]}"]) == 0
+    looked = ["analyse", "runs", "--episodes=2", "--checkpoints=best"]
+    assert f"method.name={own}" in refusal(capsys, *looked)
+    assert main([*looked, "--code", own]) == 0
+    text = Path("analysis/inner-steps.svg").read_text()
+    assert "SharpSgd" in text and "method.name=maml" in text
+
+    rows = f"rows:\n  maml: {{set: {{method.name: maml}}}}\n  mine: {{set: {{method.name: '{own}'}}, baseline: maml}}\n"
+    Path("mine.yaml").write_text(f"title: t\nabout: a\nrecipe: sinusoid\nseeds: 1\nsources: {{'*': mine}}\n{rows}")
+    planned = ["repro", "mine.yaml", "--slurm", "--time=60", "--processes-per-node=1", "--dry-run"]
+    assert f"--code {own}" in refusal(capsys, *planned)
+    assert main([*planned, "--code", own]) == 0
+    assert own in capsys.readouterr().out

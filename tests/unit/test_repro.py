@@ -149,6 +149,7 @@ def test_a_setting_without_a_source_and_a_baseline_that_is_no_row_are_refused(tm
         (["nodes", "domain.split=all"], "domain.split of citeseer-gmeta-1shot is all, and a row is of one split"),
         (["sinusoid", "train.step=3"], "train.step is not a setting; did you mean train.steps?"),
         (["sinusoid", "run.dir=a"], "run.dir is set, and a table has many runs; leave it out; --out says it for all"),
+        (["sinusoid", "method.name=boil"], "with these settings row cml-5 is the same as its baseline maml-5;"),
         (["sinusoid", "run.seed=7"], "run.seed is set, and a table has many runs; leave it out; --seeds says it"),
     ],
 )
@@ -216,7 +217,7 @@ def test_a_row_of_a_table_comes_to_its_verdict(trained, capfd):
         assert "cml-10, dagger below maml-10" in text
 
 
-def test_the_same_command_trains_nothing_again_and_other_settings_are_refused(trained, monkeypatch, capfd):
+def test_finished_runs_are_not_trained_again_but_tested_anew_and_other_settings_refused(trained, monkeypatch, capfd):
     place, _ = trained
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*seed=0/*")}
     assert main(["repro", *FAST, f"--out={place}", *TINY]) == 0
@@ -232,6 +233,14 @@ def test_the_same_command_trains_nothing_again_and_other_settings_are_refused(tr
     ):
         assert main(["repro", *FAST, f"--out={place}", show, *TINY]) == 0
         assert re.search(shown, capfd.readouterr().out, re.M)
+    for said in ("runs: 2 to go on with\n", "runs: 2 finished\n"):
+        assert main(["repro", *FAST, f"--out={place}", *TINY, "eval.episodes=25"]) == 0
+        out = capfd.readouterr().out
+        assert said in out and "undecided (by" in out
+    assert len(np.load(place / "budget-0.001/sinusoid/cml-10,seed=0/eval_scores.npz")["meta"]) == 25
+    assert main(["repro", *FAST, f"--out={place}", *TINY, "eval.episodes=25", "train.steps=40", "--plan"]) == 0
+    out = capfd.readouterr().out
+    assert re.search(r"cml-10,seed=0 +to go on with +30 +40 ", out) and "not run" in out
 
 
 SMALL = ("model.filters=4", "domain.ways=2", "domain.queries=2")
