@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -169,8 +170,9 @@ def find_runs(places: Iterable[str]) -> list[str]:
 
 
 def variant_settings(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
-    """The settings, flat, that runs of one variant have alike."""
-    found = {key: value for key, value in same_everywhere(config).items() if not key.startswith(UNNAMED_KEYS)}
+    """The settings, flat, that runs of one variant have alike; without those of sub-networks where there are none."""
+    idle = UNNAMED_KEYS if config.method.augment else (*UNNAMED_KEYS, "method.augment_")
+    found = {key: value for key, value in same_everywhere(config).items() if not key.startswith(idle)}
     if any(line.get("inner_lr") == AUTO for line in read_metrics(folder.sessions_file)):
         found["method.inner_lr"] = AUTO  # each seed may have chosen another one
     return found
@@ -329,7 +331,7 @@ def unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 def differing(each: Sequence[dict[str, Any]]) -> list[str]:
     """Settings of variants in which they differ, without what follows from a method's name in each of them."""
     keys = [key for key in {key: None for one in each for key in one} if len({str(one.get(key)) for one in each}) > 1]
-    pairs = [(one, _implied(one)) for one in each]
+    pairs = [(implied | one, implied) for one, implied in zip(each, map(_implied, each), strict=True)]
     keys = [key for key in keys if any(key not in implied or implied[key] != one[key] for one, implied in pairs)]
     return sorted(keys, key=lambda key: not key.startswith("method."))
 
@@ -338,7 +340,7 @@ def variant_names(each: Sequence[dict[str, Any]], alone: str) -> list[str]:
     """What differs: ``method.name=boil, inner_steps=5``; ``alone`` where nothing does."""
     if not (keys := differing(each)):
         return [alone] * len(each)
-    return [", ".join(f"{short_key(key)}={as_yaml(one.get(key))}" for key in keys) for one in each]
+    return [", ".join(f"{short_key(key)}={as_yaml(one[key])}" for key in keys if key in one) for one in each]
 
 
 def short_key(key: str) -> str:
@@ -372,7 +374,7 @@ def _baseline(asked: str | None, names: Sequence[str], variants: Sequence[tuple[
 
 
 def _terms(name: str) -> set[str]:
-    return {term.strip() for term in name.split(", ")}
+    return set(re.split(r",\s*(?=[\w.]+=)", name.strip()))
 
 
 def _variant(name: str, runs: tuple[TestedRun, ...], baseline: tuple[TestedRun, ...] | None, reach: float) -> Variant:

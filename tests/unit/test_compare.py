@@ -79,7 +79,7 @@ def test_figures_are_those_of_a_computation_by_hand(runs, tmp_path, capfd):
     assert row in written["md"].read_text()
 
 
-@pytest.mark.parametrize("asked", ["method.name=boil, inner_steps=2", "method.name=boil", "inner_steps=2", "{}/boil"])
+@pytest.mark.parametrize("asked", ["method.name=boil,inner_steps=2", "method.name=boil", "inner_steps=2", "{}/boil"])
 def test_the_baseline_is_a_name_or_a_run_folder(runs, asked):
     found = compare([read_run(run) for run in find_runs([str(runs)])], asked.format(runs))
     assert found.variants[0].name == "method.name=boil, inner_steps=2" and found.variants[0].difference is None
@@ -89,6 +89,13 @@ def test_the_baseline_is_a_name_or_a_run_folder(runs, asked):
 def test_a_baseline_that_is_none_or_several_is_refused(runs, asked, said):
     with pytest.raises(ConfigError, match=f"is {said} of the variants; name one of: method.name=boil"):
         compare([read_run(run) for run in find_runs([str(runs)])], asked)
+
+
+def test_names_leave_out_settings_of_what_is_not_there(tmp_path):
+    for name, own in (("plain", ()), ("pruned", ("method.augment=mgaug", "method.augment_ratios=[0.5]"))):
+        write_run(tmp_path / name, [0.1, 0.2], *own)
+    found = compare([read_run(run) for run in find_runs([str(tmp_path)])])
+    assert [v.name for v in found.variants] == ["augment=null", "augment=mgaug, augment_ratios=[0.5]"]
 
 
 def test_names_leave_out_what_follows_from_the_method(tmp_path):
