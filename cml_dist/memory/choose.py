@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -134,10 +135,14 @@ class MemoryPlanner:
         def fits(means: RunPlan) -> bool:
             return self.bytes_needed(strategy, means, world) <= budget
 
-        # Most runs fit as they are: that comes first. Of the rest each needs less than the one before, save where the
-        # copies move to the CPU, and there the halving asks first.
-        first = 0 if fits(found[0]) else bisect_left(found, True, lo=1, key=fits)
-        return found[first] if first < len(found) else None
+        if fits(found[0]):  # as most runs do
+            return found[0]
+        # With the same copies each candidate needs less than the one before.
+        for _, alike in groupby(found[1:], key=lambda means: (means.trajectory, means.trajectory_device)):
+            group = list(alike)
+            if fits(group[-1]):
+                return group[bisect_left(group, True, key=fits)]
+        return None
 
     def _footprint(self, means: RunPlan) -> Footprint:
         engine = engine_of(means)

@@ -111,6 +111,15 @@ def test_the_largest_micro_batch_that_fits_is_taken_and_the_reason_said(planner)
     assert fit(settings(), 1.0).micro_batch is None
 
 
+@pytest.mark.parametrize(("steps", "on_gpu"), [(3, True), (5, False)])
+def test_of_all_that_fit_the_first_is_taken(steps, on_gpu):
+    """Also where the copies of the steps lie on the CPU, or are made again: with these, whole sets need more again."""
+    planner = planner_of(settings(steps=steps), on_gpu=on_gpu)
+    needs = {means: planner.bytes_needed(SINGLE, means, 1) for means in planner.candidates()}
+    for budget in needs.values():
+        assert planner.choose(SINGLE, 1, budget) == next(means for means, need in needs.items() if need <= budget)
+
+
 def test_what_was_asked_for_by_name_stays():
     with pytest.raises(ConfigError, match="graph whole under single"):
         fit(settings(engine="graph"), 1e-6)
