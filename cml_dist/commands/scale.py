@@ -37,7 +37,7 @@ def scale(args: argparse.Namespace, console: Console) -> int:
 
     base = load_config(args.config, args.overrides, console.warn, args.preset)
     console.loading()
-    start, cores = _starter(args, base, here, worlds)
+    start, cores = _starter(args, base, here, worlds, (read_study(out) or {"record": {}})["record"].get("--cores"))
     kinds = ("strong", "weak") if args.scaling == "both" else (args.scaling,)
     asked = {"worlds": worlds, "axes": axes, "kinds": kinds, "steps": args.steps, "warm_up": args.warm_up}
     cells, record = plan_study(args.config, args.overrides, args.preset, out, **asked, cores=cores)
@@ -97,12 +97,23 @@ def _numbers(words: str, option: str) -> list[int]:
         raise ConfigError(f"{option} is {words!r}", "give whole numbers from 1, e.g. 1,2,4") from None
 
 
-def _starter(args: argparse.Namespace, base: Any, here: Launched, worlds: Sequence[int]) -> tuple[Start, int | None]:
-    """What starts the cells, and cores of each process, where it is this command that deals them out."""
+def _starter(
+    args: argparse.Namespace, base: Any, here: Launched, worlds: Sequence[int], before: int | None
+) -> tuple[Start, int | None]:
+    """What starts the cells, and cores of each process, where it is this command that deals them out.
+
+    Args:
+        before: cores of each process in the cells that are there: taken again where there are so many.
+    """
     import torch
 
     from cml_dist.data.cores import usable_cores
     from cml_dist.experiments.scale_start import Beside, Here, Srun
+
+
+    def share(processes: int) -> int:
+        most = max(1, usable_cores() // processes)
+        return before if before and before <= most else most
 
     if args.srun and ("SLURM_JOB_ID" not in os.environ or here.size > 1):
         raise ConfigError("--srun starts steps of a SLURM job, and this is none", "run it in a batch script or salloc")
@@ -112,18 +123,19 @@ def _starter(args: argparse.Namespace, base: Any, here: Launched, worlds: Sequen
         if args.cores:
             raise ConfigError(f"--cores is {args.cores}, but the launcher deals out the cores", "leave it out")
         beside = Beside(here)
-        return beside, beside.agreed(max(1, usable_cores() // here.local_size))
+        return beside, beside.agreed(share(here.local_size))
     gpus = 0 if base.run.device == "cpu" else torch.cuda.device_count()
-    have, what = (gpus, "GPU") if gpus else (usable_cores(), "core")
-    cores = args.cores or max(1, usable_cores() // worlds[-1])
-    need = worlds[-1] if gpus else worlds[-1] * cores
-    if need > have:
-        raise ConfigError(
-            f"a world of {worlds[-1]} needs {need} {what}s, but this machine has {have} for it: processes that share "
-            "one measure nothing",
-            f"name smaller --worlds{', or fewer --cores' if args.cores else ''}; "
-            "--project says what is to be expected of larger ones",
-        )
+    cores = args.cores or share(worlds[-1])
+    needs = [(worlds[-1], gpus, "GPU")] * bool(gpus)
+    needs += [(worlds[-1] * cores, usable_cores(), "core")] * (not gpus or args.cores is not None)
+    for need, have, what in needs:
+        if need > have:
+            raise ConfigError(
+                f"a world of {worlds[-1]} needs {need} {what}s, but this machine has {have} for it: processes that "
+                "share one measure nothing",
+                f"name smaller --worlds{', or fewer --cores' if args.cores else ''}; "
+                "--project says what is to be expected of larger ones",
+            )
     return Here(cores), cores
 
 

@@ -105,8 +105,9 @@ def parse_axes(words: Sequence[str], backbones: str | None) -> dict[str, list[An
             raise ConfigError(f"--axes has {word!r}", "write KEY=V1,V2, e.g. method.inner_steps=1,5")
         if key in found:
             raise ConfigError(f"{key} varies in two places", "name it in one")
-        if key in ("run.dir", "train.steps", "parallel.processes"):
-            raise ConfigError(f"{key} cannot vary here", "worlds are those of --worlds, meta-steps those of --steps")
+        if key.startswith(UNNAMED):
+            remedy = "worlds are those of --worlds, meta-steps those of --steps; tests and checkpoints are left out"
+            raise ConfigError(f"{key} cannot vary here", remedy)
         try:
             found[key] = [yaml.safe_load(value) for value in values.split(",")]
         except yaml.YAMLError as error:
