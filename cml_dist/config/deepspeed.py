@@ -99,6 +99,8 @@ def _merge(
     """``means``: what a setting may say besides, because the run does it in another way."""
     for key, value in theirs.items():
         name, ours = f"{section}.{key}" if section else key, made.get(key)
+        if value is None:
+            continue
         if key in TUNING.get(section, ()):
             if value != "auto":
                 made[key] = value

@@ -101,7 +101,7 @@ def resolve_strategy(config: RunConfig, processes: int, environment: Mapping[str
     """
     found = list(launcher_findings(config, environment))
     strategy, offload = config.parallel.strategy, config.parallel.offload
-    theirs, kept, differs = "ddp" if processes > 1 else "single", "none", False
+    theirs, kept, differs, request = "ddp" if processes > 1 else "single", "none", False, None
     try:
         if (request := deepspeed_request(config, environment)) is not None:
             theirs, kept = f"zero{request.stage}", request.offload
@@ -125,7 +125,11 @@ def resolve_strategy(config: RunConfig, processes: int, environment: Mapping[str
     able = {"optimizer": ("zero2", "zero3"), "all": ("zero3",)}.get(offload)
     if able is not None and strategy not in able:
         what = f"parallel.offload is {offload}, which {strategy} does not have"
-        found.append((what, f"set parallel.strategy={able[-1]}, or parallel.offload=none"))
+        remedy = f"set parallel.strategy={' or '.join(able)}, or parallel.offload=none"
+        if request is not None:
+            what = f"{request.source} offloads ({offload}), which {strategy} does not have"
+            remedy = f"drop that there, or use stage {' or '.join(name.removeprefix('zero') for name in able)}"
+        found.append((what, remedy))
     if strategy.startswith("zero") and config.run.dtype != "float32":
         what = f"run.precision is fp64, but DeepSpeed reduces and updates in float32 ({strategy})"
         found.append((what, "set run.precision=fp32, or parallel.strategy=ddp"))

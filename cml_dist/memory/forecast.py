@@ -92,7 +92,7 @@ def forecast(
         smallest_gib = found.leanest() / 2**30 / share
         changes = [f"GPUs of {smallest_gib:.3g} GiB or more", *_changes(config, net, inputs, found)]
     else:
-        command = launch_command(found.strategies[found.recommended], found.gpus, words)
+        command = launch_command(found.strategies[found.recommended], found.gpus, words, config.parallel)
         fewer = (compared(2**n) for n in range(found.gpus.bit_length()) if 2**n < found.gpus)
         small = next((fit for fit in fewer if fit.recommended is not None), found)
         row, by = small.rows[small.recommended], small.means[small.recommended]
@@ -187,14 +187,20 @@ def _changes(config: RunConfig, net: CmlNet, inputs: KnownInputs, found: _Compar
     yield "fewer parameters that are trained or adapt (model.trained, method.adapts), smaller images, or method.order=1"
 
 
-def launch_command(strategy: Strategy, gpus: int, words: Sequence[str]) -> str:
-    """What starts ``cml-dist train WORDS`` under a strategy on the GPUs of one machine."""
-    ours = [f"parallel.strategy={strategy.name}"]
-    if strategy.stage in (2, 3):
-        ours.append(f"parallel.offload={strategy.offload}")
-    theirs = [word for word in words if word.partition("=")[0] not in ("parallel.strategy", "parallel.offload")]
+def launch_command(strategy: Strategy, gpus: int, words: Sequence[str], asked: schema.ParallelConfig) -> str:
+    """What starts ``cml-dist train WORDS`` under a strategy on the GPUs of one machine.
+
+    Args:
+        asked: what the words come to, which may ask for another one.
+    """
+    ours = {"parallel.strategy": strategy.name}
+    if strategy.stage in (2, 3) or asked.offload != "auto":
+        ours["parallel.offload"] = strategy.offload
+    if asked.deepspeed is not None:  # a file may set up another stage
+        ours["parallel.deepspeed"] = "null"
+    theirs = [word for word in words if word.partition("=")[0] not in ours]
     launcher = "cml-dist" if gpus == 1 else f"torchrun --standalone --nproc_per_node {gpus} -m cml_dist"
-    return f"{launcher} train {shlex.join([*theirs, *ours])}"
+    return f"{launcher} train {shlex.join([*theirs, *(f'{key}={value}' for key, value in ours.items())])}"
 
 
 def network_structure(config: RunConfig, inputs: KnownInputs) -> CmlNet:

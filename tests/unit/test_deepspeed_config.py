@@ -94,6 +94,7 @@ def test_auto_takes_what_the_launcher_set_up(monkeypatch):
         ({"ZERO_STAGE": "2"}, {"strategy": "zero3"}, "parallel.strategy is zero3, but the launcher's .* zero2"),
         ({"ZERO_STAGE": "2"}, {"strategy": "ddp"}, "parallel.strategy is ddp, but the launcher's"),
         ({"ZERO_STAGE": "2"}, {"offload": "optimizer"}, "parallel.offload is optimizer, but the launcher's"),
+        ({"ZERO_STAGE": "1", "OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "which zero1 does not have; drop that there, or"),
         ({"OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, {}, "offload_optimizer to nvme, which is not supported"),
         ({"OFFLOAD_PARAM_DEVICE": "cpu", "ZERO_STAGE": "3"}, {}, "offloads the parameters without the optimizer"),
         ({"gradient_clipping": "0.5"}, {}, "gradient_clipping to 0.5, but the run has 0.0; .*optim.clip_norm"),

@@ -170,12 +170,16 @@ def test_deepspeed_does_not_compute_in_double_precision(plan):
     assert [row["strategy"] for row in found["rows"]] == ["ddp"]
 
 
+@pytest.mark.parametrize("asked", ["strategy=ddp", "offload=all", "deepspeed=stage2.json"])
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
-def test_every_command_starts_what_it_says(strategy):
+def test_every_command_starts_what_it_says(strategy, asked, tmp_path, monkeypatch):
     """The configuration of the command resolves to the strategy, in a world of its size."""
-    typed = ["omniglot", "train.steps=7", "parallel.strategy=ddp"]
+    monkeypatch.chdir(tmp_path)
+    Path("stage2.json").write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": null}}')
+    Path("asked.yaml").write_text(f"domain: {{name: glyphs}}\nparallel: {{{asked.replace('=', ': ')}}}\n")
+    typed = ["asked.yaml", "train.steps=7"]
     processes = 1 if strategy.name == "single" else 2
-    words = shlex.split(launch_command(strategy, processes, typed))
+    words = shlex.split(launch_command(strategy, processes, typed, load_config("asked.yaml", []).parallel))
     recipe, *overrides = words[words.index("train") + 1 :]
     config = load_config(recipe, overrides)
     plan = make_plan(config, processes, {})
