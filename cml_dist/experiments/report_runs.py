@@ -19,6 +19,7 @@ from cml_dist.errors import CmlError, ConfigError
 from cml_dist.experiments.compare import (
     Comparison,
     TestedRun,
+    by_variant,
     compare,
     differing,
     open_run,
@@ -143,13 +144,11 @@ def read_shown(folders: Iterable[str], baseline: str | None = None) -> Shown:
         warnings += [f"{title}: {note}" if len(found) > 1 else note for note in each.notes if "one seed" not in note]
     if len(found) > 1:
         warnings.append(f"These runs are of {len(found)} tests, of other episodes each: compared within a test alone")
-    groups: dict[str, list[ShownRun]] = {}
-    for run in sorted(runs, key=_in_order(found)):
-        groups.setdefault(json.dumps(run.settings, sort_keys=True), []).append(run)
-    firsts = [group[0] for group in groups.values()]
-    names = variant_names([run.settings for run in firsts], firsts[0].method)
-    made = [(name, sorted(group, key=lambda run: run.seed)) for name, group in zip(names, groups.values(), strict=True)]
-    variants = tuple(ShownVariant(n, name, tuple(group)) for n, (name, group) in enumerate(made, start=1))
+    groups, left_out = by_variant(sorted(runs, key=_in_order(found)))
+    warnings += [note for note in left_out if not any(note in warning for warning in warnings)]
+    names = variant_names([group[0].settings for group in groups], groups[0][0].method)
+    made = zip(names, groups, strict=True)
+    variants = tuple(ShownVariant(n, name, group) for n, (name, group) in enumerate(made, start=1))
     if alone := [str(v.number) for v in variants if len(v.runs) == 1]:
         shown = "all variants" if len(alone) == len(variants) else f"variant{'s' * (len(alone) > 1)} {', '.join(alone)}"
         warnings.append(f"One seed only, and so no interval over seeds: {shown} (train again with run.seed=1, 2, ...)")

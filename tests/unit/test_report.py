@@ -95,6 +95,14 @@ def test_the_page_needs_nothing_else(runs, tmp_path):
     assert {name for *_, name in re.findall(r'((?:xlink:)?href="#|url\(#)([^")]+)', page)} <= {*ids}
 
 
+def test_a_variant_and_seed_that_is_there_twice_counts_once(runs, tmp_path):
+    write_curves(write_run(tmp_path / "again", [0.9, 0.9, 0.9], "run.seed=0", "method.name=maml", "run.device=cpu"))
+    page = report(runs, tmp_path / "again", out=tmp_path / "page.html")
+    said = [line for line in warnings_of(page) if "is left out: the variant and seed of" in line]
+    assert len(said) == 1 and "again" in said[0]
+    assert "0 1" in cells(page) and "0 0 1" not in cells(page)
+
+
 def test_runs_of_other_tests_have_a_table_each_and_are_drawn_over_shots(tmp_path):
     for name in ("maml", "cml"):
         for shots in (1, 5):
