@@ -9,7 +9,7 @@
 # CPU-only builds of PyTorch makes the image over 4 GB smaller, for the usual builds carry CUDA (and run without a GPU).
 #
 # DEEPSPEED_OPS names C++ operators of DeepSpeed to build ahead, for CPU_ARCH and TORCH_CUDA_ARCH_LIST: for code of your
-# own, since the trainer starts DeepSpeed without any of them (cml_dist/distributed/world.py says why). Nothing is compiled
+# own, since the trainer starts DeepSpeed without any of them (cml_dist/distributed/deepspeed.py says why). Nothing is compiled
 # at run time, and no compiler is in the image.
 
 ARG BASE=python:3.11-slim-bookworm

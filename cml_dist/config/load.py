@@ -224,7 +224,7 @@ def _assigned(given: Mapping[str, Any], overrides: Iterable[str], warn: Warn) ->
             raise ConfigError(f"override {override!r} is not of the form section.key=value", "write train.steps=1000")
         try:
             value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
+        except Exception as error:  # a tag or a date may raise anything
             raise ConfigError(f"the value of {override!r} is no valid YAML", "quote it for your shell") from error
         for other in list(settings):  # a section that is given as a whole replaces all of it
             if other.startswith(f"{key}.") or key.startswith(f"{other}."):

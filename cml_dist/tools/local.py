@@ -52,7 +52,7 @@ def launch_here(asked: argparse.Namespace, inner: argparse.Namespace, say: Calla
     """
     if inner.command not in SAID:
         what = f"{shlex.join(asked.words)} is a command of one process"
-        raise ConfigError(what, f"run it by itself; here {', '.join(name.partition('.')[2] for name in SAID)} are run")
+        raise ConfigError(what, "run it by itself; here train, pretrain, eval, analyse and doctor are run")
     file, words = accelerate_file(asked.config, "--config", may_be_path=True), list(asked.words)
     variables = launcher_variables(file)
     if inner.command == "train.train":

@@ -77,6 +77,7 @@ def test_a_home_folder_is_meant_wherever_a_path_is_asked_for(monkeypatch, tmp_pa
         ("foo", ["'foo'", "train.steps=1000"]),
         ("=3", ["section.key=value"]),
         ("train.steps={", ["no valid YAML"]),
+        ("run.dir=2024-99-99", ["no valid YAML"]),
     ],
 )
 def test_refusals_name_the_thing_the_value_and_the_remedy(override, words):
