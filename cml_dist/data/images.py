@@ -53,7 +53,8 @@ class ImageDomain(ClassificationDomain):
         self.packed_size = self._fitted_to = shards.image_size
         self.input_shape = (shards.channels, *size_read(settings.size, self.packed_size, None))
         self._interpolation = "bicubic"
-        classes = len(shards.split_info("train").classes) if settings.batch else settings.ways
+        batches = settings.batch and "train" in shards.splits  # a set to be tested on needs no training split
+        classes = len(shards.split_info("train").classes) if batches else settings.ways
         self.output_dim = classes * (4 if settings.batch and settings.augment.rotate_classes else 1)
         self.chance = 1 / settings.ways
         self._seeds = seeds

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from cml_dist.config.methods import is_classifier, learner_title
 from cml_dist.config.schema import RunConfig
 from cml_dist.distributed.world import World
 from cml_dist.run.assemble import Parts
-from cml_dist.run.evaluator import EvalReport, centroid_score, evaluate
+from cml_dist.run.evaluator import EvalReport, evaluate
 from cml_dist.telemetry.console import Console
 from cml_dist.telemetry.text import interval, score
-from cml_dist.types import Episode, Learner
+from cml_dist.types import Learner
 
 TITLE = "nearest centroid"
 
@@ -35,15 +33,10 @@ def score_centroid(
     stop: Callable[[], bool] = lambda: False,
 ) -> EvalReport:
     """Its scores on episodes of a split, with the weights that training begins with. Collective: all ranks."""
-    problem = parts.model.problem
     params = {n: p.detach().to(world.device, parts.dtype) for n, p in parts.net.named_parameters()}
-
-    def scored(episode: Episode) -> Tensor:
-        return centroid_score(params, episode, problem).view(1, 1)
-
     with console.progress("Nearest centroid", num_episodes) as view:
         return evaluate(
-            config, parts, world, params, ("meta",), split=split, num_episodes=num_episodes, score=scored,
+            config, parts, world, params, ("meta",), split=split, num_episodes=num_episodes, by_centroid=True,
             progress=view.update, stop=stop,
         )["meta"]  # fmt: skip
 

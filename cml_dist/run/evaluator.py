@@ -126,14 +126,16 @@ def score_episode(
     return torch.stack([scores(learner) for learner in learners])
 
 
-def centroid_score(params: Params, episode: Episode, problem: Problem) -> Tensor:
+def centroid_score(params: Params, episode: Episode, problem: Problem, norm: str) -> Tensor:
     """Score on the query set of the class whose mean support feature is nearest, features on the unit sphere.
+
+    Args:
+        norm: ``batch`` or ``support``, as of :meth:`Problem.answers`.
 
     Source: SimpleShot (Wang et al., 1911.04623), "L2N".
     """
-    support, query = (
-        normalize(problem.values(params, batch, ("pooled",))[0]) for batch in (episode.support, episode.query)
-    )
+    support = normalize(problem.values(params, episode.support, ("pooled",))[0])
+    query = normalize(problem.answers(params, episode, ("pooled",), norm)[0])
     means = class_means(support, episode.support.targets, episode.ways)
     return problem.score(problem.against_prototypes(query, means), episode.query.targets)
 
@@ -150,7 +152,7 @@ def evaluate(
     permutations: int = 1,
     others: Sequence[Params] = (),
     on_grid: bool = False,
-    score: Callable[[Episode], Tensor] | None = None,
+    by_centroid: bool = False,
     progress: Callable[[int], None] = lambda done: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, EvalReport]:
@@ -164,15 +166,12 @@ def evaluate(
         permutations: label orders (:func:`label_orders`) under which each episode is tested.
         others: of an ensemble, see :func:`score_episode`.
         on_grid: also score each curve on its grid, where the domain has one.
-        score: in place of :func:`score_episode`; of a plain classifier :func:`centroid_score`.
+        by_centroid: by :func:`centroid_score`, as a plain classifier always is, and not by :func:`score_episode`.
         stop: asked before each episode: whether to break off, and raise Stopped on all ranks.
     """
-    if is_classifier(config):
-
-        def score(episode: Episode) -> Tensor:
-            return centroid_score(params, episode, parts.model.problem).view(1, 1)
-
-    problem, how = parts.model.problem, (config.eval.co_adapt, config.eval.norm, others)
+    by_centroid = by_centroid or is_classifier(config)
+    problem, norm = parts.model.problem, config.eval.norm
+    how = (config.eval.co_adapt, norm, others)
     method = replace(parts.model.method, inner_steps=parts.plan.test_inner_steps)
     # Mean and spread over label orders of each learner, and its mean on the grid (without one the first mean again);
     # and a row that is not 0 where a rank broke off.
@@ -188,7 +187,10 @@ def evaluate(
         orders = label_orders(episode, permutations)
         where = (split, episode.index, world.device, parts.dtype)
         grid = parts.domain.prepared_grid(*where) if on_grid else None
-        rows = (score(o) if score else score_episode(params, o, problem, method, learners, *how, grid) for o in orders)
+        rows = (
+            centroid_score(params, order, problem, norm).view(1, 1) if by_centroid
+            else score_episode(params, order, problem, method, learners, *how, grid) for order in orders
+        )  # fmt: skip
         scores = [row.double().cpu() for row in rows]
         mean = sum(scores) / len(scores)
         table[0:-1:3, episode.index], table[2:-1:3, episode.index] = mean[:, 0], mean[:, -1]
