@@ -60,6 +60,7 @@ def evaluate_splits(config: RunConfig, which: str, console: Console) -> None:
     """Test a checkpoint of each split's run. Collective, and raises: as :func:`cml_dist.run.report.score_run`."""
     with joined_world(config) as world:
         config, parts = world.run_on_all_ranks(lambda: _parts(config))
+        parts = [RunFolder(part.run.dir).going_on(part) for part in parts]  # each may have chosen its inner rate
         tests = [evaluate_run(part, which, console, world=world) for part in parts]
         world.run_on_main(lambda: _report(config, tests, console, which))
 

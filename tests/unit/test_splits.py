@@ -99,6 +99,14 @@ def test_it_is_tested_again_as_a_whole_and_exported_by_the_part(trained, capfd):
     found = json.loads(kept.read_text())
     assert found["meta"]["episodes"] == 24 and found["overrides"] == {"eval.episodes": 8}
     assert (trained / "splits.json").read_bytes() == before
+    # Each split's run may have chosen an inner rate of its own.
+    for outer, inner in ((trained, "auto"), (trained / "split-001", "0.1")):
+        text = (outer / "config.yaml").read_text()
+        (outer / "config.yaml").write_text(text.replace("inner_lr: 0.5", f"inner_lr: {inner}"))
+    assert main(["eval", str(trained), "eval.episodes=8"]) == 0
+    again = json.loads(max((trained / "evals").glob("*.json")).read_text())
+    assert again["overrides"] == {"eval.episodes": 8}
+    assert [a == b for a, b in zip(again["splits"], found["splits"], strict=True)] == [True, False, True]
     capfd.readouterr()
     assert main(["export", str(trained)]) == 2
     assert f"{trained} holds a run for each class split; name the folder of one" in capfd.readouterr().err
