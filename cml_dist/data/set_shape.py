@@ -29,15 +29,19 @@ def settled_shape(config: RunConfig, tell: Callable[[str], object] = lambda line
     shards = ShardSet.open(domain.root, domain.cache) if is_packed else ShardSet.open(ensure_glyphs(domain.root))
     parts = [shards.split_info(split) for split in shards.splits]
     classes, split = min((len(part.classes), split) for part, split in zip(parts, shards.splits, strict=True))
-    if classes < 2:
-        what = f"split {split!r} of {shards.name} has {classes} class, and an episode needs 2 or more"
-        raise DataError(what, "pack the pictures again with other --splits")
+    own = classes - domain.distractors
+    if own < 2:
+        beside = f" beside its {domain.distractors} distractors" * bool(domain.distractors)
+        has = f"split {split!r} of {shards.name} has {classes} class{'es' * (classes != 1)}"
+        lower = "lower domain.distractors, or " * bool(domain.distractors)
+        what = f"{has}, and an episode needs 2 or more{beside}"
+        raise DataError(what, f"{lower}pack the pictures again with other --splits")
     images, smallest = min(pair for part in parts for pair in zip(part.images, part.classes, strict=True))
 
     def fits(shots: int, queries: int) -> bool:
         return not any(shards.short_classes(s, shots, queries + domain.unlabelled) for s in shards.splits)
 
-    config = shape_for(config, classes - domain.distractors, fits)
+    config = shape_for(config, own, fits)
     parted = "" if shards.info.group_by is None else ", and no group of images is parted"
     tell(
         f"{', '.join(f'domain.{key}' for key in left)}: {episode_in_words(config)}, from the set (the smallest split "

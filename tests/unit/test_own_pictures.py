@@ -83,6 +83,13 @@ def test_a_split_of_one_class_makes_no_episode(tmp_path, capfd):
     assert "has 1 class, and an episode needs 2 or more" in capfd.readouterr().err
 
 
+def test_distractors_leave_two_classes_for_the_episode(packed, tmp_path, capfd):
+    words = ["domain.unlabelled=1", "domain.distractors=1", f"run.dir={tmp_path / 'run'}", *SHORT]
+    assert main(["train", "my_images", f"domain.root={packed}", *words]) == 1
+    said = "has 2 classes, and an episode needs 2 or more beside its 1 distractors; lower domain.distractors"
+    assert said in capfd.readouterr().err
+
+
 def test_a_folder_of_another_run_is_said(words, tmp_path, capfd):
     quick = ["train.steps=1", "eval.val_episodes=1", "eval.final=false"]
     assert main(["train", "sinusoid", f"run.dir={tmp_path / 'run'}", *quick]) == 0
