@@ -75,7 +75,6 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
         shards = ShardSet.open(root, progress=progress)
         if args.verify:
             shards.verify(progress)
-        shown = draw_contact_sheet(shards, Path(args.sheet), ways=args.ways, shots=args.shots, episodes=args.episodes)
     info = shards.info
     height, width = info.image_size
     kind = "grey" if info.channels == 1 else "RGB"
@@ -90,4 +89,5 @@ def inspect(args: argparse.Namespace, console: Console) -> None:
         console.note(f"mean {means}; std {stds} (pixels in 0..1, train split)")
     if args.verify:
         console.note("All checksums agree")
+    shown = draw_contact_sheet(shards, Path(args.sheet), ways=args.ways, shots=args.shots, episodes=args.episodes)
     console.note(f"Contact sheet: {args.sheet} ({shown})")

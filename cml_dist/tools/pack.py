@@ -146,7 +146,7 @@ def pack(
             resize, chosen = bool(why), [*chosen, *filter(None, [why])]
         channels = channels or max(facts[item.path].channels for item in items)
 
-        file = Path(source).name
+        file = Path(source).resolve().name
         name = name or divided_as or file.removesuffix(".gz").removesuffix(".tar").removesuffix(".zip")
         about = {"name": name, "image_size": size, "channels": channels, "source": file, "group_by": group_by}
         num_kept = None

@@ -339,6 +339,15 @@ def array_set(kind: str) -> dict[str, bytes]:
     return files
 
 
+def test_a_label_below_0_names_no_class(tmp_path):
+    files = array_set("tiered npz")
+    about = pickle.loads(files["val_labels.pkl"])
+    about["label_specific"][0] = -1  # as sets mark what has no label; of a list of names it would be the last
+    files["val_labels.pkl"] = pickle.dumps(about)
+    with pytest.raises(DataError, match="have the label -1, which names no class"):
+        pack(write_folder(tmp_path / "src", files), tmp_path / "set")
+
+
 @pytest.mark.parametrize("name", ["", "/", "__MACOSX"])
 def test_a_class_in_an_array_set_needs_a_name(tmp_path, name):
     """Or one that is left out wherever it stands."""

@@ -58,6 +58,8 @@ def _labelled(content: dict[str, Any], split: str, count: int) -> Iterator[tuple
         if key is None or len(content[key]) != count:
             found = f"{len(content[key])} labels" if key else f"neither class_dict nor labels, but {', '.join(content)}"
             raise ValueError(f"the files of {split} have {count} images and {found}")
+        if min(content[key], default=0) < 0:
+            raise ValueError(f"the files of {split} have the label {min(content[key])}, which names no class")
         names = next((content[key] for key in _NAMES if key in content), None)
         # Plain numbers may begin at 0 in each split.
         pairs = [(at, f"{split}{int(n)}" if names is None else names[int(n)]) for at, n in enumerate(content[key])]

@@ -44,8 +44,8 @@ def _rows(tree: SourceTree, own_splits: bool, parquet_file: Any) -> Iterator[Row
                 for batch in file.iter_batches(_ROWS, columns=chosen):
                     for image, label in zip(*(batch.column(name).to_pylist() for name in chosen), strict=True):
                         data = image["bytes"] if isinstance(image, dict) else image
-                        if not isinstance(data, bytes) or label is None:
-                            raise ValueError(f"row {number} has no bytes of an image, or no label")
+                        if not isinstance(data, bytes) or label is None or isinstance(label, int) and label < 0:
+                            raise ValueError(f"row {number} has no bytes of an image, or no label ({label})")
                         member = Member(len(data), partial(spool.open, spool.append(data), len(data)))
                         name = names[label] if names and isinstance(label, int) else str(label)
                         yield Row(split, name, f"{path.replace('/', '-')}-{number}.png", member)
