@@ -588,7 +588,10 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
-    for name, said in (("on", "--on: name a set"), ("runs", "RUN_DIR: name a folder")):
+    for name, said in (
+        ("on", "--on: name a set"), ("runs", "RUN_DIR: name a folder"), ("images", "--images: name a picture"),
+        ("unlabelled", "--unlabelled: name a picture"),
+    ):  # fmt: skip
         if (words := getattr(args, name, None)) and hasattr(args, "overrides"):  # argparse gives it all of them
             settings = [word for word in words if re.match(r"[\w.]+=", word) and not os.path.exists(word)]
             setattr(args, name, left := [word for word in words if word not in settings])

@@ -35,7 +35,7 @@ A learner for {task} tasks: adapt it on a few labelled examples, then predict.
 | meta-trained on | {classes} |
 | {score}, mean and 95 % interval | {figure} |
 | chance | {chance} |
-| adaptation | {inner_steps} gradient step(s), step size {rates}; {head} head |
+| adaptation | {inner_steps} gradient step(s), step size {rates}; {head} head{pool} |
 | input | {input} |
 | meta-trained parameters of body and head (the co-learner is deleted) | {parameters:,} |
 | meta-training | {step:,} meta-steps of {episodes} episodes, seed {seed} |
@@ -193,6 +193,7 @@ def model_card(
         input=" x ".join(map(str, shape)),
         rates=_rates(description["rule"], learned),
         head=config.model.head,
+        pool=_pool(config, description["unlabelled"]),
         figure="not tested" if tested is None else text.markdown(tested_figure(tested)),
         episodes=config.train.episodes_per_step,
         seed=config.run.seed,
@@ -226,6 +227,14 @@ def _curve(score: str, lines: Sequence[dict[str, Any]]) -> str:
     figures = [(lines[k]["step"], text.measured(score, lines[k]["mean"], lines[k].get("ci95"), 2)) for k in shown]
     rows = [f"| {step:,} | {figure} |" for step, figure in figures]
     return CURVE.replace("{rows}", "\n".join(rows))
+
+
+def _pool(config: RunConfig, unlabelled: dict[str, Any] | None) -> str:
+    """What the figures had besides, where the learner uses unlabelled examples."""
+    if unlabelled is None:
+        return ""
+    count = f"{unlabelled['steps']} further step(s) on {config.domain.unlabelled} unlabelled examples a class"
+    return f"; the figures are with {count} (`adapt(inputs, labels, unlabelled=more)`)"
 
 
 def _rates(rule: dict[str, Any], learned: Tensor | None) -> str:

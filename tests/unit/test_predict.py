@@ -234,6 +234,7 @@ def test_what_cannot_be_is_one_line_before_any_work(runs, folders, tmp_path, cap
         (runs(), *both, "--min-probability", "50"): "--min-probability is 50; give a number from 0 to 1",
         (runs(), "--images", new): "give a folder with a folder of pictures for each class: --support EXAMPLES",
         (runs(), "--support", examples): "there is nothing to do; name the pictures",
+        (runs(), *both, "domain.cache=no"): "domain.cache=no",  # a setting, and no picture
         (there, *both): "is adapted already; leave --support",
         (runs(), *both, "--unlabelled", tmp_path / "nowhere"): "error: --unlabelled ",
         (runs(), *both, "--unlabelled", new): "was trained without unlabelled examples; leave --unlabelled out",
@@ -263,6 +264,8 @@ def test_pictures_without_labels_are_learned_from(runs, folders, tmp_path, capfd
     rows = {name: list(csv.DictReader(lines)) for name, lines in kept.items()}
     files = sorted((folders / "examples").rglob("*.png"))
     further = sorted((folders / "new").glob("2*.png"))
+    card = (runs("unlabelled") / "export" / "README.md").read_text()
+    assert "the figures are with 5 further step(s) on 1 unlabelled examples a class" in card
     asked = cml_dist.load(runs("unlabelled")).adapt(files, [file.parent.name for file in files], unlabelled=further)
     new = sorted((folders / "new").glob("1*.png"), key=lambda file: int(file.stem))
     expected = asked.probabilities(new).max(1).tolist()
