@@ -187,6 +187,8 @@ def layered(
     A recipe's ``method.*`` counts for the method that it names and its family (cml, maml and fomaml are one). Under
     another name that method's own defaults count; within the family what the name decides does.
     """
+    if preset and preset not in PRESETS:
+        raise ConfigError(f"preset is {preset!r}", f"use one of {', '.join(PRESETS)}")
     length = PRESETS[preset] if preset else {}
     given = {**_renamed(flatten(recipe), warn), **length}
     settings, chosen = _assigned(given, overrides, warn)

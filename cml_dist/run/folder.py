@@ -251,8 +251,9 @@ def run_config(run_dir: str | Path, overrides: Sequence[str], warn: Warn = silen
     folder = RunFolder(run_dir)
     folder.check_contained()
     data = in_folder(folder.read_config().model_dump(mode="json"), folder.path)
-    if any(word.startswith("domain.size=") for word in overrides):
-        raise ConfigError(f"domain.size is what {run_dir} was trained with, and of no other test", "leave it out")
+    for key in ("domain.size", "domain.statistics"):
+        if any(word.startswith(f"{key}=") for word in overrides):
+            raise ConfigError(f"{key} is what {run_dir} was trained with, and of no other test", "leave it out")
     data["parallel"] |= {"processes": None, "strategy": "auto", "offload": "auto", "deepspeed": None}
     config = parse_config(merge(data, overrides, warn), source=f"{run_dir}/config.yaml")
     if config.method.inner_lr == AUTO:

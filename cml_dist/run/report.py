@@ -192,7 +192,8 @@ def best_validations(config: RunConfig, parts: Parts, world: World, console: Con
     """
     folder, found = RunFolder(config.run.dir).checkpoints, []
     newest, _ = on_all_ranks(world, lambda warn: choose(folder, "last", parts.net, warn), console.warn)
-    for line in newest.state.get("top", [])[: config.eval.ensemble]:
+    best = newest.state.get("best")
+    for line in (newest.state.get("top") or [best] * bool(best))[: config.eval.ensemble]:
 
         def look(warn: Callable[[str], None], step: int = line["step"]) -> tuple[Checkpoint | None, str]:
             try:

@@ -169,6 +169,8 @@ def test_a_preset_sets_the_length_alone_above_the_recipe_and_below_the_command_l
     assert (layers.sources["train.steps"], layers.sources["eval.episodes"]) == ("command line", "preset quick")
     assert layers.sources["method.inner_lr"] == "recipe"
     assert load_config("glyphs", preset="standard") == load_config("glyphs")
+    with pytest.raises(ConfigError, match="preset is 'fast'; use one of quick"):
+        load_config("glyphs", preset="fast")
     paper, own = (load_config(name, preset="paper") for name in ("glyphs", "omniglot"))
     assert (paper.train, paper.eval) == (own.train, own.eval)
     assert own == load_config("omniglot")  # which has that length itself

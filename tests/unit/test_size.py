@@ -65,6 +65,8 @@ def test_episodes_evaluation_on_another_set_and_answers_have_the_weights_size(tm
     config = run_config(run, [])
     with pytest.raises(ConfigError, match="domain.size is what .* was trained with"):
         run_config(run, ["domain.size=set"])
+    with pytest.raises(ConfigError, match="domain.statistics is what .* was trained with"):
+        run_config(run, ["domain.statistics=set"])
     data = config.model_dump(mode="json")
     packed = parse_config(data | {"domain": data["domain"] | {"size": "set"}})
     domain = build_domain(packed.domain, train_seed=0, eval_seed=config.eval.seed)
