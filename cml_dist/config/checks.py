@@ -12,6 +12,7 @@ from cml_dist.config.methods import (
     has_trained_colearner,
     is_classifier,
     lora_rank,
+    steps_in_all,
     unlabelled_kind,
 )
 from cml_dist.registry import backbone_entry, method_entry
@@ -41,7 +42,7 @@ def contradictions(config: Any) -> Iterator[str]:
     if name != "sharp_maml" and method.sharp:
         remedy = "set method.name=sharp_maml, or leave method.sharp out"
         yield f"method.sharp is {method.sharp}, but method.name {name} has no ascent: {remedy}"
-    if method.sharp in ("lower", "both") and method.inner_steps == 0:
+    if method.sharp in ("lower", "both") and steps_in_all(config) == 0:
         remedy = "set method.sharp=upper, or method.inner_steps to 1 or more"
         yield f"method.sharp is {method.sharp}, but method.inner_steps is 0: no step can ascend; {remedy}"
     warped = name in ("warpgrad", "tnet")

@@ -28,13 +28,18 @@ def unlabelled_steps(config: RunConfig) -> int:
     return 0 if unlabelled_kind(config) == "none" else method.unlabelled_steps or max(method.inner_steps, 1)
 
 
+def steps_in_all(config: RunConfig) -> int:
+    """Inner steps on the support set, and those on unlabelled examples too."""
+    return config.method.inner_steps + unlabelled_steps(config)
+
+
 def method_title(config: RunConfig) -> str:
     """What ran, as tables, status and cards name it: ``CML``, ``BOIL + CML``, ``ANIL (ridge head)``."""
     if is_classifier(config):
         return "classifier"
     method, head = config.method, config.model.head
     title, notes = method_entry(method.name).title, []
-    if method.inner_steps == 0 and head in ("centroid", "ridge"):
+    if steps_in_all(config) == 0 and head in ("centroid", "ridge"):
         title = {"centroid": "ProtoNet", "ridge": "R2-D2"}[head]
     elif head != "linear":
         notes.append(f"{head} head")
@@ -98,7 +103,7 @@ def lora_rank(adapts: Sequence[str] | None) -> int:
 def adapting_rates(config: RunConfig) -> list[str]:
     """The settings of ``method`` that set the step sizes of what adapts; none where nothing does."""
     method, only = config.method, method_entry(config.method.name).adapts_only
-    parts = [part for part in ("head", "body") if only in (None, part)] if method.inner_steps else []
+    parts = [part for part in ("head", "body") if only in (None, part)] if steps_in_all(config) else []
     named = (f"{part}_lr" if getattr(method, f"{part}_lr") is not None else "inner_lr" for part in parts)
     return list(dict.fromkeys(named))
 
@@ -118,7 +123,7 @@ def _body_adapts(config: RunConfig) -> bool:
     rate = method.rate if method.body_lr is None else method.body_lr
     terms = config.model.trained if method.adapts is None else method.adapts  # what is frozen adapts as little
     named = any(term != "head" and not term.startswith("head.") for term in terms)
-    return method.inner_steps > 0 and rate > 0 and named
+    return steps_in_all(config) > 0 and rate > 0 and named
 
 
 def _task_blind(config: RunConfig) -> str | None:

@@ -166,6 +166,11 @@ def method_of(config: RunConfig, net: CmlNet) -> Method:
     if method.adapts is not None:
         terms = [term for term in method.adapts if not lora_rank([term])]
         adapts = select(net, terms, "method.adapts", adapting=True)
+        rows = {*norms_a_step(net)} if method.name == "maml_pp" else set()
+        idle = [term for term in terms if rows.issuperset(select(net, [term], "method.adapts", adapting=True))]
+        if idle:
+            what = f"method.adapts has {idle[0]}, but under method.name maml_pp BatchNorm has values for each step"
+            raise ConfigError(f"{what}, which do not adapt", f"leave {idle[0]} out")
         only = method_entry(method.name).adapts_only
         strays = [n for n in adapts if only is not None and part_of(n) != only]
         if strays:
@@ -180,12 +185,20 @@ def method_of(config: RunConfig, net: CmlNet) -> Method:
     elif method.name == "maml_pp":
         further = {"norms": norms_a_step(net)}
     if method.warp:
+        if not any(map(is_warp, dict(net.named_parameters()))):
+            what = f"method.name {method.name} trains warp layers, which model.trained freezes"
+            raise ConfigError(what, "set model.trained=[body,head], or add last:1 or body.*.warp.*")
         moving = frozenset(n for n in (net.adaptable() if adapts is None else adapts) if not is_warp(n))
         if adapts and not moving:
             what = f"method.adapts selects warp layers alone, which never adapt under method.name {method.name}"
             raise ConfigError(what, "name what stands between them, or leave method.adapts out")
         adapts = moving
     rule = rule_of(method, adapts=adapts, parts=PARTS if both_adapt else (BODY, HEAD), **further)
+    if config.model.head == "shared" and not (
+        rule.head_lr and any(part_of(n) == HEAD for n in rule.rates(net.adaptable()))
+    ):
+        what = "model.head is shared, but the head does not adapt: all classes keep the same vector"
+        raise ConfigError(what, "let it adapt (method.name, method.adapts, method.head_lr), or set model.head=centroid")
     ascent = method.radius if has_upper_ascent(config) else 0.0
     augment = _pruning(config, net) if method.augment else None
     gamma, order, annealed = method.gamma or 0.0, method.order or 2, method.first_order_steps

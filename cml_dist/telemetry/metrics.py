@@ -19,7 +19,8 @@ class StepMetrics:
 
     Attributes:
         step: the number of the finished meta-step, from 1.
-        loss: what was minimised: ``outer_loss + gamma * colearner_loss`` (eq. 6), mean over the episodes.
+        loss: what was minimised: ``outer_loss + gamma * colearner_loss`` (eq. 6) and what a method adds, mean over the
+            episodes.
         outer_loss, colearner_loss: the learners' query losses; the co-learner's are None for a method without one.
         score, colearner_score: the query scores: accuracy (0 to 1) or MSE, as ``score_name`` says.
         grad_norm: global L2 norm of the meta-gradient before clipping.

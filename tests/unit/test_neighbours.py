@@ -133,6 +133,24 @@ RESNET = ("model.backbone=resnet18",)
             "method.augment prunes the body, which is frozen; leave method.augment out, or set model.trained to more, "
             "e.g. [head,last:1]",
         ),
+        (
+            ("method.name=warpgrad", "model.trained=[head]"),
+            "method.name warpgrad trains warp layers, which model.trained freezes; set model.trained=[body,head], or "
+            "add last:1 or body.*.warp.*",
+        ),
+        (
+            ("method.name=maml_pp", "method.adapts=[norms,head]"),
+            "method.adapts has norms, but under method.name maml_pp BatchNorm has values for each step, which do not "
+            "adapt; leave norms out",
+        ),
+        *(
+            (
+                ("model.head=shared", *words),
+                "model.head is shared, but the head does not adapt: all classes keep the same vector; let it adapt "
+                "(method.name, method.adapts, method.head_lr), or set model.head=centroid",
+            )
+            for words in (("method.name=boil",), ("method.adapts=[body]",), ("method.head_lr=0",))
+        ),
     ],
 )
 def test_what_a_network_does_not_offer_is_refused(words, message):
@@ -153,6 +171,12 @@ def test_what_a_network_does_not_offer_is_refused(words, message):
         ("method.name=tnet method.colearner=true", "T-Net + CML"),
         # Of a frozen body the features say nothing of the task.
         ("method.name=cml model.trained=[head] model.colearner.kind=dense", "MAML + CML (guessing)"),
+        # Steps on unlabelled examples are steps.
+        ("method.name=maml model.head=centroid method.inner_steps=0", "ProtoNet"),
+        (
+            "method.name=maml model.head=centroid method.inner_steps=0 domain.unlabelled=1",
+            "MAML (centroid head, refined labels)",
+        ),
     ],
 )
 def test_titles(words, title):
