@@ -110,7 +110,6 @@ def _starter(
     from cml_dist.data.cores import usable_cores
     from cml_dist.experiments.scale_start import Beside, Here, Srun
 
-
     def share(processes: int) -> int:
         most = max(1, usable_cores() // processes)
         return before if before and before <= most else most

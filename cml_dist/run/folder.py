@@ -148,8 +148,9 @@ class RunFolder:
 
     def is_as(self, config: RunConfig) -> bool:
         """Whether the run here has the values of ``config``: a finished one then has nothing left to do."""
+        then = self.read_config()
         free = (*NEUTRAL_KEYS, *["domain.splits"] * (getattr(config.domain, "splits", None) is None))  # all there are
-        return not changes(self.read_config(), self.going_on(config), free)
+        return not changes(then, _as_in(then, config), free)
 
     def new_eval_file(self, asked: dict[str, Any]) -> Path:
         """An empty file for a test's summary: numbered, and named by ``asked``, what is not the run's own in it."""

@@ -30,6 +30,7 @@ from cml_dist.run.fits import check_plot, draw_fits
 from cml_dist.run.folder import NEUTRAL_KEYS, RunFolder, changes
 from cml_dist.run.record import code_commit, versions
 from cml_dist.run.status import now
+from cml_dist.run.validation import best_lines
 from cml_dist.telemetry.console import Console, ResultRow
 from cml_dist.telemetry.text import interval, score, score_label
 from cml_dist.types import Learner, Params
@@ -192,8 +193,7 @@ def best_validations(config: RunConfig, parts: Parts, world: World, console: Con
     """
     folder, found = RunFolder(config.run.dir).checkpoints, []
     newest, _ = on_all_ranks(world, lambda warn: choose(folder, "last", parts.net, warn), console.warn)
-    best = newest.state.get("best")
-    for line in (newest.state.get("top") or [best] * bool(best))[: config.eval.ensemble]:
+    for line in best_lines(newest.state)[: config.eval.ensemble]:
 
         def look(warn: Callable[[str], None], step: int = line["step"]) -> tuple[Checkpoint | None, str]:
             try:

@@ -13,13 +13,18 @@ from cml_dist.config.schema import RunConfig
 def take_in(config: RunConfig, state: dict[str, Any], line: dict[str, Any], higher_is_better: bool) -> None:
     """A new line of ``validation.jsonl``: is it the best, or one of those for the ensemble?"""
     best, mean, sign = state["best"], line["mean"], 1 if higher_is_better else -1
+    lines = [*best_lines(state), line]
     state["validated"] = line["step"]
     if mean is not None and (best is None or sign * mean > sign * best["mean"]):
         state["best"] = line
     if (most := config.eval.ensemble) > 1:
-        lines = [*state.get("top", [best] if best else []), line]
         lines = [one for one in lines if one["mean"] is not None]  # a diverged learner's
         state["top"] = sorted(lines, key=lambda one: -sign * one["mean"])[:most]
+
+
+def best_lines(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of the validations that an ensemble is made of, the best first: one alone where the run was to keep no more."""
+    return state.get("top") or [line for line in [state.get("best")] if line is not None]
 
 
 def kept_steps(state: dict[str, Any]) -> set[int]:
