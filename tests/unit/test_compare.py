@@ -79,7 +79,10 @@ def test_figures_are_those_of_a_computation_by_hand(runs, tmp_path, capfd):
     assert row in written["md"].read_text()
 
 
-@pytest.mark.parametrize("asked", ["method.name=boil,inner_steps=2", "method.name=boil", "inner_steps=2", "{}/boil"])
+@pytest.mark.parametrize(
+    "asked",
+    [*(f"method.name=boil,{gap}inner_steps=2" for gap in ("", " ")), "method.name=boil", "inner_steps=2", "{}/boil"],
+)
 def test_the_baseline_is_a_name_or_a_run_folder(runs, asked):
     found = compare([read_run(run) for run in find_runs([str(runs)])], asked.format(runs))
     assert found.variants[0].name == "method.name=boil, inner_steps=2" and found.variants[0].difference is None

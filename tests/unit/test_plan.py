@@ -177,7 +177,7 @@ def test_every_command_starts_what_it_says(strategy, asked, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     Path("stage2.json").write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": null}}')
     Path("asked.yaml").write_text(f"domain: {{name: glyphs}}\nparallel: {{{asked.replace('=', ': ')}}}\n")
-    typed = ["asked.yaml", "train.steps=7"]
+    typed = ["asked.yaml", "train.steps=7", "parallel.strategy=ddp"]
     processes = 1 if strategy.name == "single" else 2
     words = shlex.split(launch_command(strategy, processes, typed, load_config("asked.yaml", []).parallel))
     recipe, *overrides = words[words.index("train") + 1 :]
