@@ -69,9 +69,10 @@ def write_report(
     folder = figures_folder(out)
     for figure in (*figures, *([fits] if fits else [])):
         figure.write(folder)
-    for study in studies:
+    last = [Path(study.folder).name for study in studies]
+    for number, (study, name) in enumerate(zip(studies, last, strict=True), 1):
         for figure in study.figures:
-            figure.write(folder, f"{Path(study.folder).name}-")
+            figure.write(folder, f"{name}-{number}-" if last.count(name) > 1 else f"{name}-")
     count, variants = sum(len(variant.runs) for variant in shown.variants), shown.variants
     about = f"{count} run{'s' * (count > 1)}, {len(variants)} variant{'s' * (len(variants) > 1)}" if variants else ""
     about = "; ".join(filter(None, (about, ", ".join(f"scaling study {study.folder}" for study in studies))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -149,6 +150,9 @@ def test_a_report_has_a_section_of_the_study(study, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "Scaling:" in page and "Projected, not measured" in page and "Seconds of a meta-step" in page
     assert (tmp_path / "page_figures" / "study-scaling.svg").exists()
+    shutil.copytree(out, again := tmp_path / "again" / out.name)
+    assert main(["report", str(out), str(again), "--out", str(tmp_path / "both.html")]) == 0
+    assert all((tmp_path / "both_figures" / f"study-{number}-scaling.svg").exists() for number in (1, 2))
 
 
 def test_the_same_command_goes_on_and_other_settings_are_refused(study, capsys, monkeypatch):
