@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+
+# A shell that has started the tests in the background has them ignore Ctrl-C, and so all processes that they start:
+# those that a test stops with it would go on for hours.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before torch is imported. Several files are tested at once: threads of all of them on the same cores would spin while
 # they wait for each other, and a test of seconds then takes minutes.
