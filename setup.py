@@ -20,7 +20,7 @@ REQUIREMENTS = [
     "fsspec>=2023.10",
     "huggingface-hub>=0.23.2",
     "jinja2>=3.1",
-    "matplotlib>=3.8",
+    "matplotlib>=3.11",  # the first with all fonts of Glyphs
     "numpy>=1.26",
     "packaging>=23.2",
     "pillow>=10.1",
@@ -79,14 +79,13 @@ setup(
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
-        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # The recipes live in configs/recipes and are installed as data of cml_dist.recipes (see config/load.py), the tables
     # in configs/repro as data of cml_dist.repro (see config/repro.py); what launchers read lies in launch, and is
     # installed as data of cml_dist.launch (see tools/slurm.py).

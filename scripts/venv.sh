@@ -22,11 +22,11 @@ if [ -e "$done_mark" ] && [ -z "$(find setup.py pyproject.toml -newer "$done_mar
     exit 0
 fi
 
-supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; }
+supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; }
 
 find_python() {
     no_venv=""
-    for name in python3 python3.13 python3.12 python3.11 python3.10; do
+    for name in python3 python3.13 python3.12 python3.11; do
         supported "$name" || continue
         if "$name" -c 'import ensurepip, venv' >/dev/null 2>&1; then
             python=$name
@@ -36,7 +36,7 @@ find_python() {
     done
     [ -z "$no_venv" ] || fail "$no_venv cannot make virtual environments; install its package, e.g." \
         "apt-get install $("$no_venv" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
-    fail "no Python 3.10 to 3.13 was found (python3 is $(python3 --version 2>&1 || true));" \
+    fail "no Python 3.11 to 3.13 was found (python3 is $(python3 --version 2>&1 || true));" \
         "install one, e.g. apt-get install python3 python3-venv"
 }
 
@@ -47,7 +47,7 @@ if [ -e "$begun_mark" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1
     say "Making $venv with $("$python" --version)"
     "$python" -m venv --clear "$venv"
 elif ! supported "$venv/bin/python"; then
-    fail "$venv has $("$venv/bin/python" --version), but 3.10 to 3.13 is needed; remove $venv and try again"
+    fail "$venv has $("$venv/bin/python" --version), but 3.11 to 3.13 is needed; remove $venv and try again"
 fi
 
 say "Installing cml_dist and what it needs into $venv: minutes the first time, for PyTorch is large (several GB with CUDA)"

@@ -57,13 +57,14 @@ def font_file(face: str) -> Path:
     """The file of a face inside matplotlib.
 
     Raises:
-        DataError: if this matplotlib has been stripped of the font.
+        DataError: if this matplotlib has been stripped of the font, or is older than it (cmti10 came with 3.11).
     """
     import matplotlib
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
     if not path.is_file():
-        raise DataError(f"matplotlib's font {path} is missing", "install its wheel: pip install matplotlib")
+        remedy = "install a wheel that has it: pip install --force-reinstall 'matplotlib>=3.11'"
+        raise DataError(f"matplotlib's font {path} is missing", remedy)
     return path
 
 
