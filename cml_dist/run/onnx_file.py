@@ -88,6 +88,8 @@ def write_onnx(
     made_up = torch.randn(7, *shape, generator=generator)
     if graph.pictures:
         made_up = torch.randint(0, 256, (7, *shape), generator=generator, dtype=torch.uint8)
+    said |= {"cml_dist": __version__, "input": _input(entry, description), "outputs": outputs}
+    said |= description["preprocessing"]
     try:
         with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -96,13 +98,11 @@ def write_onnx(
                 graph, (made_up[:2],), dynamo=True, verbose=False, input_names=[entry], output_names=[*outputs],
                 dynamic_shapes=(batch,),
             )  # fmt: skip
+        program.model.metadata_props.update({k: v if isinstance(v, str) else json.dumps(v) for k, v in said.items()})
+        data = program.model_proto.SerializeToString()
     except Exception as error:  # the exporter raises of every kind
         what = f"torch {torch.__version__} cannot write {name} as ONNX: {str(error).strip().splitlines()[0][:300]}"
-        raise ModelError(what, "use another version of torch, or cml_dist.load") from error
-    said |= {"cml_dist": __version__, "input": _input(entry, description), "outputs": outputs}
-    said |= description["preprocessing"]
-    program.model.metadata_props.update({k: v if isinstance(v, str) else json.dumps(v) for k, v in said.items()})
-    data = program.model_proto.SerializeToString()
+        raise ModelError(what, "use a newer torch (beside an old one protobuf below 7), or cml_dist.load") from error
     _compare(graph, data, entry, made_up, outputs, name)
     write_bytes(path, data)
 
